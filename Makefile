@@ -1,0 +1,51 @@
+# Each target first makes .venv, once. A fresh machine needs Python 3.10 or newer, and make.
+PYTHON ?= python3
+PYTEST_ARGS ?= -n 2
+PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_DISABLE_PIP_VERSION_CHECK
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench black-point
+
+help:
+	@echo "make demo         show the flaw and its cure on real digits: runs/demo/report.html"
+	@echo "make test         run every test, the fast ones first"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench        training and sampling speed beside a bare loop"
+	@echo "make black-point  measure the black point, 500 images a cell"
+	@echo "PYTHON=python3.12 make ... chooses the Python that .venv is made from (3.10 or newer)"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "$(PYTHON) is not installed; set PYTHON to a Python 3.10 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "$$($(PYTHON) --version) is too old; set PYTHON to a Python 3.10 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "$(PYTHON) cannot make environments; on Debian and Ubuntu: apt install python3-venv" >&2; \
+	  exit 1; }
+	@echo "installing into .venv: once, a few minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --editable '.[demo,dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/blackpoint demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m scripts.bench
+
+black-point: $(INSTALLED)
+	$(BIN)/blackpoint evaluate configs/black_point.yaml

@@ -1,0 +1,336 @@
+"""An image folder with captions -> a stream of (key, path, caption).
+
+Four forms are known, and which one was found is said:
+
+- `sidecar`: beside each image a .txt file of the same name.
+- `jsonl`, `csv`, `parquet`: one file at the top of the folder, metadata.jsonl or any other name,
+  whose rows name an image (relative to the folder) and its caption.
+
+Folders are walked recursively and in one order; names that begin with a dot are left out. Nothing
+but the names of one directory, and for the last three forms a hash an image, is held in memory.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+from data.bad_samples import BadSample
+from data.decode import IMAGE_SUFFIXES, BadImage, decode_caption
+from data.errors import UserError
+
+CaptionForm = Literal["auto", "sidecar", "jsonl", "csv", "parquet"]
+
+_TABLE_FORMS = ("jsonl", "csv", "parquet")
+_NOT_CAPTIONS = ("readme", "license", "licence", "requirements")
+_EITHER_CASE = tuple(case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper()))
+
+
+class CaptionedFile(NamedTuple):
+    """One image on disk and its caption; `name` is relative to the folder, fit to print."""
+
+    key: str
+    name: str
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class CaptionSource:
+    """Where the captions of `folder` are."""
+
+    folder: Path
+    form: CaptionForm
+    table: Path | None = None
+    file_column: str = "file_name"
+    caption_column: str = "text"
+
+    def __str__(self) -> str:
+        if self.table is None:
+            return "sidecar .txt files"
+        return f"{self.table.name} (columns {self.file_column}, {self.caption_column})"
+
+
+@dataclass
+class FolderCount:
+    """What a folder holds, by kind."""
+
+    num_images: int = 0
+    num_sidecars: int = 0
+    other_suffixes: dict[str, int] = field(default_factory=dict)
+
+
+def count_files(folder: Path) -> FolderCount:
+    """Counts images, .txt files that have an image beside them, and files of other suffixes."""
+    count = FolderCount()
+    for _, names in walk(folder):
+        stems = {Path(name).stem for name in names if _suffix(name) in IMAGE_SUFFIXES}
+        for name in names:
+            suffix = _suffix(name)
+            if suffix in IMAGE_SUFFIXES:
+                count.num_images += 1
+            elif suffix == "txt" and Path(name).stem in stems:
+                count.num_sidecars += 1
+            else:
+                count.other_suffixes[suffix] = count.other_suffixes.get(suffix, 0) + 1
+    return count
+
+
+def find_captions(
+    folder: Path,
+    form: CaptionForm = "auto",
+    file_column: str = "file_name",
+    caption_column: str = "text",
+    count: FolderCount | None = None,
+) -> CaptionSource:
+    """Returns the one caption source of `folder`; raises UserError for none and for several."""
+    count = count or count_files(folder)
+    tables = _tables(folder, file_column, caption_column)
+    if form != "auto":
+        tables = [table for table in tables if _suffix(table.name) == form]
+    found = [f"{table.name}" for table in tables]
+    if count.num_sidecars and form in ("auto", "sidecar"):
+        found.append(f"{count.num_sidecars} sidecar .txt files")
+    if len(found) > 1:
+        raise UserError(
+            f"source={folder}: captions come from {' and from '.join(found)}. "
+            "Choose one with captions=sidecar, jsonl, csv or parquet, or remove the others."
+        )
+    if not found:
+        nested = _nested_table(folder)
+        hint = f" {nested} is below it: name its folder as source." if nested else ""
+        raise UserError(
+            f"source={folder}: no captions (captions={form}) for {count.num_images} images."
+            f"{hint} Put a .txt beside each image, or one metadata.jsonl, .csv or .parquet with "
+            f"columns {file_column} and {caption_column} at the top of the folder."
+        )
+    if not tables:
+        return CaptionSource(folder, "sidecar")
+    kind = _suffix(tables[0].name)
+    return CaptionSource(folder, kind, tables[0], file_column, caption_column)  # type: ignore[arg-type]
+
+
+def captioned_files(source: CaptionSource) -> Iterator[CaptionedFile | BadSample]:
+    """Yields every image of the folder once, with its caption or the reason why it has none."""
+    if source.table is None:
+        yield from _from_sidecars(source.folder)
+    else:
+        yield from _from_table(source, source.table)
+
+
+def sample_key(folder: Path, name: str) -> str:
+    """Returns the WebDataset key of image `name` (relative to `folder`).
+
+    It is the name without its suffix. WebDataset ends a key at the first dot, so dots inside are
+    written %2E (and % as %25); when several images differ only in their suffix, "%suffix" follows.
+    """
+    path = PurePosixPath(name)
+    key = str(path.with_suffix("")).replace("%", "%25").replace(".", "%2E")
+    key = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    stem = path.with_suffix("").name
+    directory = folder / path.parent
+    twins = sum((directory / f"{stem}.{suffix}").exists() for suffix in _EITHER_CASE)
+    return key if twins <= 1 else f"{key}%{path.suffix[1:]}"
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields (directory relative to `folder`, sorted file names), following links once."""
+
+    def stop(error: OSError) -> None:
+        raise UserError(f"source={folder}: cannot read {error.filename}: {error.strerror}.")
+
+    visited: set[tuple[int, int]] = set()
+    for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=stop):
+        status = os.stat(directory)
+        identity = (status.st_dev, status.st_ino)
+        if identity in visited:
+            subfolders.clear()
+            continue
+        visited.add(identity)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        relative = os.path.relpath(directory, folder)
+        yield (
+            "" if relative == "." else relative,
+            sorted(name for name in names if not name.startswith(".")),
+        )
+
+
+def _from_sidecars(folder: Path) -> Iterator[CaptionedFile | BadSample]:
+    for directory, names in walk(folder):
+        images = [name for name in names if _suffix(name) in IMAGE_SUFFIXES]
+        captions = {Path(name).stem: name for name in names if _suffix(name) == "txt"}
+        unused = set(captions)
+        for name in images:
+            relative = os.path.join(directory, name)
+            stem = Path(name).stem
+            unused.discard(stem)
+            if stem not in captions:
+                yield BadSample(_printable(relative), f"no caption: no {stem}.txt beside it")
+                continue
+            try:
+                caption = decode_caption((folder / directory / captions[stem]).read_bytes())
+            except BadImage as reason:
+                yield BadSample(_printable(relative), str(reason))
+                continue
+            except OSError as error:
+                yield BadSample(_printable(relative), f"no caption: {error.strerror}")
+                continue
+            key = sample_key(folder, relative)
+            yield CaptionedFile(key, _printable(relative), folder / relative, caption)
+        for stem in sorted(unused):
+            if stem.lower() not in _NOT_CAPTIONS:
+                relative = os.path.join(directory, captions[stem])
+                yield BadSample(_printable(relative), "no image beside the caption")
+
+
+def _from_table(source: CaptionSource, table: Path) -> Iterator[CaptionedFile | BadSample]:
+    rows = {"jsonl": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}[source.form]
+    seen: set[bytes] = set()
+    for place, row in rows(table, source):
+        if isinstance(row, BadSample):
+            yield row
+            continue
+        name, caption = row.get(source.file_column), row.get(source.caption_column)
+        if not isinstance(name, str) or not name.strip():
+            yield BadSample(place, f"no image: {source.file_column} is empty")
+            continue
+        name = os.path.normpath(name.strip())
+        fingerprint = _fingerprint(name)
+        if fingerprint in seen:
+            yield BadSample(_printable(name), f"named again in {place}")
+            continue
+        seen.add(fingerprint)
+        yield _named_file(source, name, caption)
+    for directory, names in walk(source.folder):
+        for file_name in names:
+            name = os.path.join(directory, file_name)
+            if _suffix(file_name) in IMAGE_SUFFIXES and _fingerprint(name) not in seen:
+                yield BadSample(_printable(name), f"no caption: not named in {table.name}")
+
+
+def _named_file(source: CaptionSource, name: str, caption: Any) -> CaptionedFile | BadSample:
+    """Returns image `name` of a table, its name and caption checked."""
+    shown = _printable(name)
+    path = source.folder / name
+    if os.path.isabs(name) or name.startswith(".."):
+        return BadSample(shown, "no image: the name leads out of the folder")
+    if _suffix(name) not in IMAGE_SUFFIXES:
+        return BadSample(shown, f"no image: suffix is none of {', '.join(IMAGE_SUFFIXES)}")
+    if "\0" in name or not path.is_file():
+        return BadSample(shown, "no image: no such file")
+    if caption is not None and not isinstance(caption, str):
+        return BadSample(shown, f"no caption: {source.caption_column} is no text")
+    try:
+        encoded = (caption or "").encode("utf-8", "surrogateescape")
+        key = sample_key(source.folder, name)
+        return CaptionedFile(key, shown, path, decode_caption(encoded))
+    except (BadImage, UnicodeEncodeError) as reason:
+        return BadSample(shown, str(reason))
+
+
+Rows = Iterator[tuple[str, dict[str, Any] | BadSample]]
+
+
+def _json_rows(table: Path, source: CaptionSource) -> Rows:
+    with table.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{table.name}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield place, BadSample(place, f"not JSON: {error}")
+                continue
+            yield place, row if isinstance(row, dict) else BadSample(place, "no JSON object")
+
+
+def _csv_rows(table: Path, source: CaptionSource) -> Rows:
+    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                yield f"{table.name}:{reader.line_num}", row
+        except csv.Error as error:
+            raise UserError(f"{table}:{reader.line_num}: damaged CSV: {error}.") from None
+
+
+def _parquet_rows(table: Path, source: CaptionSource) -> Rows:
+    from pyarrow import ArrowException, parquet
+
+    columns = [source.file_column, source.caption_column]
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(table).iter_batches(batch_size=4096, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{table.name}:{number}", row
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{table}: damaged Parquet after row {number}: {error}.") from None
+
+
+def _tables(folder: Path, file_column: str, caption_column: str) -> list[Path]:
+    """Returns the tables at the top of `folder`; one called metadata must have the columns."""
+    tables = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or _suffix(path.name) not in _TABLE_FORMS:
+            continue
+        columns = _columns(path)
+        if file_column in columns and caption_column in columns:
+            tables.append(path)
+        elif path.stem == "metadata":
+            raise UserError(
+                f"{path}: needs columns {file_column} and {caption_column}, has "
+                f"{', '.join(columns) or 'none'}. Rename them, or set file_column and "
+                "caption_column."
+            )
+    return tables
+
+
+def _columns(table: Path) -> list[str]:
+    """Returns the column names of a table; those of the first rows where rows may differ."""
+    if _suffix(table.name) == "parquet":
+        from pyarrow import ArrowException, parquet
+
+        try:
+            return list(parquet.read_schema(table).names)
+        except (ArrowException, OSError) as error:
+            raise UserError(f"{table}: cannot be read as Parquet: {error}.") from None
+    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if _suffix(table.name) == "csv":
+            try:
+                return next(csv.reader(file), [])
+            except csv.Error as error:
+                raise UserError(f"{table}: cannot be read as CSV: {error}.") from None
+        columns: dict[str, None] = {}
+        for _, line in zip(range(100), file, strict=False):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            columns.update(dict.fromkeys(row if isinstance(row, dict) else ()))
+        return list(columns)
+
+
+def _nested_table(folder: Path) -> Path | None:
+    for directory, names in walk(folder):
+        for name in names:
+            if directory and name.startswith("metadata.") and _suffix(name) in _TABLE_FORMS:
+                return folder / directory / name
+    return None
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1][1:].lower()
+
+
+def _fingerprint(name: str) -> bytes:
+    return blake2b(os.fsencode(name), digest_size=8).digest()
+
+
+def _printable(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

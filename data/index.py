@@ -1,0 +1,315 @@
+"""The memory-mapped index of a folder of shards: where each sample is, and how large and bright.
+
+Beside the shards lies `index/`:
+
+- records.npy   one RECORD a sample, in the order of the shards
+- keys.bin      the keys, UTF-8, one after the other
+- shards.json   the names and sizes of the shards, and how many samples each holds
+- bad_samples.jsonl  the samples left out, with the reason
+
+Records have a fixed size, so opening 10^7 samples costs what 10^4 cost: whole columns are mapped,
+and training reads single records in place (pages of a map would count as its resident memory).
+"""
+
+import json
+import os
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image
+from webdataset.tariterators import base_plus_ext
+
+from data.bad_samples import BadSample, refusal, too_many, write_list
+from data.decode import (
+    IMAGE_SUFFIXES,
+    MAX_IMAGE_PIXELS,
+    BadImage,
+    decode,
+    decode_caption,
+    luminance,
+)
+from data.errors import UserError
+from data.progress import progress
+
+INDEX_FOLDER = "index"
+FORMAT_VERSION = 1
+RECORD = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("image_size", "<u4"),  # bytes
+        ("image_offset", "<u8"),  # bytes from the start of the tar
+        ("caption_offset", "<u8"),
+        ("caption_size", "<u4"),
+        ("width", "<u4"),  # pixels, upright
+        ("height", "<u4"),
+        ("luminance", "<f4"),  # mean, 0 to 1
+        ("key_offset", "<u8"),
+        ("key_size", "<u4"),
+    ]
+)
+
+
+class Span(NamedTuple):
+    """Bytes [offset, offset + size) of a shard."""
+
+    offset: int
+    size: int
+
+
+class IndexWriter:
+    """Writes an index folder sample by sample; the index appears, whole, when it is closed.
+
+    As a context manager: what an exception leaves behind is removed.
+    """
+
+    def __init__(self, shard_folder: Path) -> None:
+        self.folder = shard_folder / INDEX_FOLDER
+        self.partial = shard_folder / f".{INDEX_FOLDER}.partial-{os.getpid()}"
+        self.num_samples = 0
+        self._num_in_shard: Counter[int] = Counter()
+        self._key_offset = 0
+        self._records: BinaryIO
+        self._keys: BinaryIO
+
+    def __enter__(self) -> "IndexWriter":
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir()
+        self._records = (self.partial / "records.npy").open("wb")
+        self._keys = (self.partial / "keys.bin").open("wb")
+        self._write_header()
+        return self
+
+    def add(self, shard: int, key: str, image: Span, caption: Span, picture: Image.Image) -> None:
+        """Appends a sample whose upright RGB image is `picture`."""
+        key_bytes = key.encode("utf-8", "backslashreplace")
+        places = (shard, image.size, image.offset, caption.offset, caption.size)
+        row = (*places, *picture.size, luminance(picture), self._key_offset, len(key_bytes))
+        self._records.write(np.array(row, RECORD).tobytes())
+        self._keys.write(key_bytes)
+        self._key_offset += len(key_bytes)
+        self.num_samples += 1
+        self._num_in_shard[shard] += 1
+
+    def close(self, shards: Sequence[Path], bad: Sequence[BadSample]) -> None:
+        """Writes what belongs to the whole and renames the index into place."""
+        self._records.seek(0)
+        self._write_header()
+        self._records.close()
+        self._keys.close()
+        description = {
+            "version": FORMAT_VERSION,
+            "num_samples": self.num_samples,
+            "num_bad_samples": len(bad),
+            "shards": [
+                {
+                    "name": path.name,
+                    "bytes": path.stat().st_size,
+                    "num_samples": self._num_in_shard[number],
+                }
+                for number, path in enumerate(shards)
+            ],
+        }
+        (self.partial / "shards.json").write_text(json.dumps(description, indent=1) + "\n")
+        write_list(self.partial / "bad_samples.jsonl", bad)
+        try:
+            self.partial.rename(self.folder)
+        except OSError:
+            if not (self.folder / "shards.json").exists():
+                raise
+            shutil.rmtree(self.partial)  # Another process wrote the same index first.
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._records.close()
+            self._keys.close()
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _write_header(self) -> None:
+        # numpy pads the header so that a longer first axis still fits into its bytes.
+        header: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(RECORD)}
+        header |= {"fortran_order": False, "shape": (self.num_samples,)}
+        np.lib.format.write_array_header_1_0(self._records, header)
+
+
+class Index:
+    """An index on disk. Its files are opened on first use, in each process for itself."""
+
+    def __init__(self, shard_folder: Path) -> None:
+        self.shard_folder = shard_folder
+        description = _description(shard_folder)
+        self.num_samples: int = description["num_samples"]
+        self.num_bad_samples: int = description["num_bad_samples"]
+        self.shard_names: list[str] = []
+        self.shard_bytes: dict[str, int] = {}
+        self.shard_samples: dict[str, range] = {}
+        first = 0
+        for shard in description["shards"]:
+            name, num_samples = shard["name"], shard["num_samples"]
+            self.shard_names.append(name)
+            self.shard_bytes[name] = shard["bytes"]
+            self.shard_samples[name] = range(first, first + num_samples)
+            first += num_samples
+        self._records_start = 0
+        self._files: tuple[BinaryIO, BinaryIO] | None = None
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": None}
+
+    @property
+    def records(self) -> np.ndarray:
+        """All records, RECORD (num_samples,), mapped: for columns such as the luminance."""
+        path = self.shard_folder / INDEX_FOLDER / "records.npy"
+        return np.load(path, mmap_mode="r")
+
+    def record(self, index: int) -> np.void:
+        """Returns the RECORD of sample `index`."""
+        records, _ = self._open()
+        start = self._records_start + index * RECORD.itemsize
+        return np.frombuffer(os.pread(records.fileno(), RECORD.itemsize, start), RECORD)[0]
+
+    def key(self, index: int) -> str:
+        """Returns the key of sample `index`."""
+        _, keys = self._open()
+        record = self.record(index)
+        return os.pread(keys.fileno(), int(record["key_size"]), int(record["key_offset"])).decode()
+
+    def _open(self) -> tuple[BinaryIO, BinaryIO]:
+        if self._files is None:
+            folder = self.shard_folder / INDEX_FOLDER
+            records, keys = (folder / "records.npy").open("rb"), (folder / "keys.bin").open("rb")
+            np.lib.format.read_magic(records)
+            np.lib.format.read_array_header_1_0(records)
+            self._records_start = records.tell()
+            self._files = (records, keys)
+        return self._files
+
+    def check_shards(self, shards: Sequence[Path]) -> None:
+        """Raises UserError if a shard is not the one that was indexed."""
+        for path in shards:
+            size = self.shard_bytes.get(path.name)
+            if size is None or size != path.stat().st_size:
+                how = "is not in" if size is None else "has changed since"
+                raise UserError(
+                    f"{path} {how} the index {self.shard_folder / INDEX_FOLDER}. "
+                    "Remove that folder; the next run builds it anew."
+                )
+
+
+def has_index(shard_folder: Path) -> bool:
+    """Tells whether the shards of a folder are indexed."""
+    return (shard_folder / INDEX_FOLDER / "shards.json").exists()
+
+
+def build_index(
+    shard_folder: Path,
+    max_bad_share: float = 0.01,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+) -> list[BadSample]:
+    """Indexes all .tar files of a folder, whoever made them, and returns the bad samples.
+
+    A sample is an image and a .txt of the same key, one after the other in the tar. Every image
+    is decoded once, for its size and luminance. Raises UserError above `max_bad_share`.
+    """
+    shards = sorted(shard_folder.glob("*.tar"))
+    bad: list[BadSample] = []
+    try:
+        with IndexWriter(shard_folder) as writer, progress("indexing", len(shards)) as advance:
+            for number, shard in enumerate(shards):
+                with shard.open("rb") as file:
+                    for key, members in tar_samples(shard, bad):
+                        try:
+                            _add(writer, number, key, members, file, max_image_pixels)
+                        except BadImage as reason:
+                            bad.append(BadSample(f"{shard.name}:{key}", str(reason)))
+                advance()
+            num_samples = writer.num_samples + len(bad)
+            if too_many(len(bad), num_samples, max_bad_share) or not writer.num_samples:
+                raise refusal(str(shard_folder), bad, num_samples, max_bad_share, "max_bad_share")
+            writer.close(shards, bad)
+    except PermissionError as error:
+        raise UserError(
+            f"{shard_folder} has no index and can't be written to ({error.strerror}). "
+            "Copy the shards to where you may write, or index them as their owner."
+        ) from None
+    return bad
+
+
+def tar_samples(shard: Path, bad: list[BadSample]) -> Iterator[tuple[str, dict[str, Span]]]:
+    """Yields (key, {extension: span}) of each run of members with one key.
+
+    A tar that ends too early yields what is whole; the rest is named in `bad`.
+    """
+    key, members = "", dict[str, Span]()
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                if not member.isreg():
+                    continue
+                base, extension = base_plus_ext(member.name)
+                if base is None or os.path.basename(member.name).startswith("."):
+                    continue
+                if base != key and members:
+                    yield key, members
+                    members = {}
+                key = base
+                members[extension.lower()] = Span(member.offset_data, member.size)
+            # tarfile takes a torn or damaged header for the end; the true end is a zero block.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):
+                raise tarfile.ReadError(f"no end mark at byte {tar.offset}, the rest is lost")
+    except (tarfile.TarError, EOFError) as error:
+        bad.append(BadSample(shard.name, f"damaged tar after key {key!r}: {error}"))
+    if members:
+        yield key, members
+
+
+def _add(
+    writer: IndexWriter,
+    shard: int,
+    key: str,
+    members: dict[str, Span],
+    file: BinaryIO,
+    max_image_pixels: int,
+) -> None:
+    image = next((members[name] for name in IMAGE_SUFFIXES if name in members), None)
+    if image is None:
+        raise BadImage(f"no image: only {', '.join(members)}")
+    if "txt" not in members:
+        raise BadImage("no caption: no .txt member")
+    decode_caption(_read(file, members["txt"]))
+    picture = decode(_read(file, image), max_image_pixels)
+    writer.add(shard, key, image, members["txt"], picture)
+
+
+def _read(file: BinaryIO, span: Span) -> bytes:
+    file.seek(span.offset)
+    found = file.read(span.size)
+    if len(found) < span.size:
+        raise BadImage(f"truncated: {len(found)} of {span.size} bytes")
+    return found
+
+
+def _description(shard_folder: Path) -> dict[str, Any]:
+    path = shard_folder / INDEX_FOLDER / "shards.json"
+    remedy = f"Remove {path.parent}; the next run builds it anew."
+    try:
+        description = json.loads(path.read_text())
+        if description["version"] == FORMAT_VERSION:
+            return description
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). {remedy}") from None
+    raise UserError(f"{path}: is of version {description['version']}. {remedy}")

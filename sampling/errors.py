@@ -1,0 +1,13 @@
+"""What stops a command on purpose: each class is one exit status of the command line."""
+
+
+class UserError(ValueError):
+    """The user's input is wrong (exit status 2); it names field, value, rule and remedy."""
+
+
+class RunFailed(RuntimeError):
+    """The work failed in a way that we foresaw (exit status 1), such as a non-finite loss."""
+
+
+class Resumable(RuntimeError):
+    """The run stopped early and the same command continues it (exit status 75)."""

@@ -1,0 +1,111 @@
+"""Estimates with intervals: no number of an evaluation is shown without its n and its uncertainty.
+
+Means and ratios of standard deviations take percentile bootstrap intervals (Efron 1979), seeded;
+proportions take Wilson's score interval (Wilson 1927), differences of proportions Newcombe's hybrid
+of two of them (Newcombe 1998, method 10), which stays honest near 0 and 1 where the normal
+approximation does not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from sampling.errors import UserError
+
+LEVEL = 0.95
+NUM_RESAMPLES = 2000
+Values = Sequence[float] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval and the number of observations that it rests on."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def mean(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
+    """Estimates a mean, with a percentile bootstrap interval."""
+    sample = _checked(values, 1)
+    resampled = _resampled(sample, np.random.default_rng(seed)).mean(axis=1)
+    low, high = _percentiles(resampled, level)
+    return Estimate(float(sample.mean()), low, high, len(sample))
+
+
+def std(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
+    """Estimates a standard deviation (divisor n - 1), with a percentile bootstrap interval."""
+    sample = _checked(values, 2)
+    resampled = _resampled(sample, np.random.default_rng(seed)).std(axis=1, ddof=1)
+    low, high = _percentiles(resampled, level)
+    return Estimate(float(sample.std(ddof=1)), low, high, len(sample))
+
+
+def std_ratio(values: Values, reference: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
+    """Estimates std(values) / std(reference); both are resampled, independently. n counts
+    `values`."""
+    sample, base = _checked(values, 2), _checked(reference, 2)
+    if base.std() == 0:
+        raise UserError(
+            "reference: its standard deviation is 0, so there is no ratio; give values that vary"
+        )
+    rng = np.random.default_rng(seed)
+    above = _resampled(sample, rng).std(axis=1, ddof=1)
+    below = _resampled(base, rng).std(axis=1, ddof=1)
+    low, high = _percentiles(above / np.maximum(below, 1e-12), level)
+    return Estimate(float(sample.std(ddof=1) / base.std(ddof=1)), low, high, len(sample))
+
+
+def proportion(num_true: int, n: int, level: float = LEVEL) -> Estimate:
+    """Estimates a proportion, with Wilson's score interval."""
+    if not 0 <= num_true <= n or n == 0:
+        raise UserError(f"proportion: {num_true} of {n} is none; 0 <= num_true <= n and n > 0")
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share = num_true / n
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return Estimate(share, max(0.0, center - half), min(1.0, center + half), n)
+
+
+def proportion_difference(
+    num_true: int, n: int, reference_true: int, reference_n: int, level: float = LEVEL
+) -> Estimate:
+    """Estimates a proportion minus a reference proportion, with Newcombe's score interval.
+
+    The two samples are taken as independent; for samples paired by prompt and seed that is on the
+    wide side.
+    """
+    first = proportion(num_true, n, level)
+    second = proportion(reference_true, reference_n, level)
+    value = first.value - second.value
+    below = ((first.value - first.low) ** 2 + (second.high - second.value) ** 2) ** 0.5
+    above = ((first.high - first.value) ** 2 + (second.value - second.low) ** 2) ** 0.5
+    return Estimate(value, value - below, value + above, n)
+
+
+def _checked(values: Values, smallest: int) -> np.ndarray:
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 1 or len(sample) < smallest:
+        raise UserError(
+            f"values: shape {sample.shape}; an interval needs at least {smallest} numbers in a row"
+        )
+    if not np.isfinite(sample).all():
+        raise UserError(
+            f"values: {(~np.isfinite(sample)).sum()} of {len(sample)} are not finite; "
+            "look at the rows"
+        )
+    return sample
+
+
+def _resampled(sample: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draws NUM_RESAMPLES samples of the same size with replacement."""
+    return sample[rng.integers(len(sample), size=(NUM_RESAMPLES, len(sample)))]
+
+
+def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

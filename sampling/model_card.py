@@ -1,0 +1,171 @@
+"""The README.md of an exported model: what it is, how to load it, which schedulers run it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from sampling.process import Process
+
+HONOUR_ZERO_SNR = (
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+)
+"""diffusers schedulers that act on `rescale_betas_zero_snr` (diffusers 0.42)."""
+
+DROP_ZERO_SNR = (
+    "HeunDiscreteScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+)
+"""diffusers schedulers that drop `rescale_betas_zero_snr` without a word (diffusers 0.42)."""
+
+RUN_KEYS = (
+    "seed",
+    "batch_size",
+    "data.shards",
+    "loss.prediction_type",
+    "optimizer.learning_rate",
+    "ema.decay",
+    "trainer.max_steps",
+    "trainer.precision",
+)
+
+
+def model_card(process: Process, weights: str, checkpoint: str, run_dir: Path | None = None) -> str:
+    """Returns the card as Markdown, with YAML front matter that hubs read.
+
+    The base that it names is what the run directory's config started from, else `checkpoint`.
+    """
+    base = checkpoint
+    if run_dir is not None:
+        base = OmegaConf.select(OmegaConf.load(run_dir / "config.yaml"), "checkpoint") or base
+    parts = [_front_matter(base), _summary(process, weights, base), _usage(process)]
+    if process.schedule.is_zero_terminal_snr:
+        parts.append(_schedulers(process))
+    parts.append(_single_file(process))
+    if run_dir is not None:
+        parts.append(_training(run_dir))
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(base: str) -> str:
+    lines = ["library_name: diffusers", "pipeline_tag: text-to-image"]
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) and not Path(base).exists():
+        lines.append(f"base_model: {base}")
+    return "\n".join(["---", *lines, "tags: [stable-diffusion]", "---", ""])
+
+
+def _summary(process: Process, weights: str, base: str) -> str:
+    schedule = process.schedule
+    ending = (
+        "zero terminal SNR (Lin et al. 2023): it can paint true black and true white"
+        if schedule.is_zero_terminal_snr
+        else f"terminal SNR {schedule.snr[-1].item():.3g}, not zero"
+    )
+    rows = {
+        "prediction type": process.prediction_type,
+        "noise schedule": f"{schedule.num_steps} steps, {ending}",
+        "timestep spacing": process.timestep_spacing,
+        "weights": "exponential moving average" if weights == "ema" else "raw (no averaging)",
+        "base": base,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"# Stable Diffusion, exported by blackpoint\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _usage(process: Process) -> str:
+    rescale = ", guidance_rescale=0.7" if process.schedule.is_zero_terminal_snr else ""
+    text = f"""## Use
+
+```python
+import torch
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder", safety_checker=None)
+generator = torch.Generator("cpu").manual_seed(0)
+image = pipe("a prompt", generator=generator, num_inference_steps=25{rescale}).images[0]
+```
+
+`scheduler/scheduler_config.json` carries the whole process: prediction type, betas and timestep
+spacing. To change scheduler, build it from that config, so that nothing is lost:
+`pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)`.
+"""
+    if not process.schedule.is_zero_terminal_snr:
+        return text
+    return (
+        text
+        + f"""
+- **guidance_rescale**: 0.7 at guidance_scale 7.5 (useful range 0.5 to 0.75). Without it high
+  guidance overexposes a zero-terminal-SNR model.
+- **timestep_spacing** is `{process.timestep_spacing}`: sampling starts at the last timestep, where
+  the SNR is zero. Spacing `leading` never visits it. The key is `timestep_spacing`; diffusers
+  ignores `timestep_scaling` silently.
+"""
+    )
+
+
+def _schedulers(process: Process) -> str:
+    honour = "\n".join(f"- {name}" for name in HONOUR_ZERO_SNR)
+    others = ", ".join(name.removesuffix("Scheduler") for name in DROP_ZERO_SNR)
+    consequence = (
+        "they run the schedule without the rescale, so its pictures are gray again"
+        if process.to_diffusers().get("trained_betas") is None
+        else "with the `trained_betas` of this model they compute NaN"
+    )
+    return f"""## Schedulers
+
+These diffusers schedulers honour `rescale_betas_zero_snr`:
+
+{honour}
+
+The others drop the flag silently ({others}); {consequence}. Do not use them with this model.
+"""
+
+
+def _single_file(process: Process) -> str:
+    keys = [
+        f"an empty tensor under the key `{key}`"
+        for key, holds in (
+            ("v_pred", process.prediction_type == "v_prediction"),
+            ("ztsnr", process.schedule.is_zero_terminal_snr),
+        )
+        if holds
+    ]
+    if not keys:
+        return ""
+    return f"""## Single-file checkpoints
+
+When this folder is converted to one .safetensors file, the scheduler config is lost. ComfyUI and
+others read the model type from the state dict instead: add {" and ".join(keys)}.
+"""
+
+
+def _training(run_dir: Path) -> str:
+    rows: dict[str, Any] = {}
+    config = OmegaConf.load(run_dir / "config.yaml")
+    for key in RUN_KEYS:
+        value = OmegaConf.select(config, key)
+        if value is not None:
+            rows[key] = value
+    if (run_dir / "environment.json").is_file():
+        environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+        rows |= {key: environment[key] for key in ("command", "git_commit") if key in environment}
+    if not rows:
+        return ""
+    table = "\n".join(f"| {key} | `{value}` |" for key, value in rows.items())
+    return f"## Training\n\n| | |\n|---|---|\n{table}\n"

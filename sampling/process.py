@@ -1,0 +1,111 @@
+"""The process that a checkpoint was trained for: schedule, prediction type, timestep spacing.
+
+It travels inside the checkpoint, as a diffusers scheduler_config, and nothing that samples takes it
+from elsewhere.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from sampling.errors import UserError
+from sampling.prediction import PredictionType
+from sampling.schedule import NoiseSchedule, Spacing
+
+SCHEME_KEYS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+
+
+@dataclass(frozen=True)
+class Process:
+    """What the network was trained to predict, and on which noise."""
+
+    schedule: NoiseSchedule
+    prediction_type: PredictionType = "v_prediction"
+    timestep_spacing: Spacing = "trailing"
+    steps_offset: int = 1
+    scheme: dict[str, Any] = field(default_factory=dict)  # the named betas it started from
+
+    def unsound(self) -> str | None:
+        """Names what cannot work at zero terminal SNR, with the remedy; None where all is well."""
+        if not self.schedule.is_zero_terminal_snr:
+            return None
+        if self.prediction_type == "epsilon":
+            return (
+                "prediction_type=epsilon with zero terminal SNR: x0 = (x_t - sigma eps) / alpha "
+                "divides by 0 at the last timestep; use v_prediction (or sample)"
+            )
+        if self.timestep_spacing == "leading":
+            return (
+                "timestep_spacing=leading with zero terminal SNR: sampling would never visit the "
+                "last timestep, the one that the rescale is for; use trailing"
+            )
+        return None
+
+    def check_sound(self, allow_unsound: bool = False) -> None:
+        """Raises UserError for an unsound process unless it is allowed."""
+        reason = self.unsound()
+        if reason and not allow_unsound:
+            raise UserError(f"{reason}. allow_unsound=true runs it all the same, for a comparison")
+
+    def timesteps(self, num_steps: int) -> list[int]:
+        """Returns the sampling timesteps of this checkpoint, noisiest first."""
+        return self.schedule.timesteps(num_steps, self.timestep_spacing, self.steps_offset)
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":
+        """Reads a scheduler_config of any diffusers scheduler class."""
+        if "timestep_scaling" in config:
+            raise UserError(
+                "the scheduler config has the key timestep_scaling, which diffusers ignores "
+                "silently; the right name is timestep_spacing: rename it in scheduler_config.json"
+            )
+        prediction_type = config.get("prediction_type", "epsilon")
+        if prediction_type not in ("v_prediction", "epsilon", "sample"):
+            raise UserError(
+                f"prediction_type={prediction_type!r} in the scheduler config is not one of "
+                "v_prediction, epsilon, sample"
+            )
+        spacing = config.get("timestep_spacing", "leading")
+        if spacing not in ("trailing", "leading", "linspace"):
+            raise UserError(
+                f"timestep_spacing={spacing!r} in the scheduler config is not one of "
+                "trailing, leading, linspace"
+            )
+        return cls(
+            schedule=NoiseSchedule.from_diffusers(config),
+            prediction_type=cast(PredictionType, prediction_type),
+            timestep_spacing=cast(Spacing, spacing),
+            # StableDiffusionPipeline corrects an older config's 0 to 1, with a warning
+            steps_offset=max(1, int(config.get("steps_offset", 1))),
+            scheme={key: config[key] for key in SCHEME_KEYS if key in config},
+        )
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """Writes a complete DDIMScheduler config, with trained_betas where no scheme is equal."""
+        config: dict[str, Any] = {
+            "_class_name": "DDIMScheduler",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            **self.scheme,
+            "clip_sample": False,
+            "clip_sample_range": 1.0,
+            "dynamic_thresholding_ratio": 0.995,
+            "num_train_timesteps": self.schedule.num_steps,
+            "prediction_type": self.prediction_type,
+            "rescale_betas_zero_snr": self.schedule.is_zero_terminal_snr,
+            "sample_max_value": 1.0,
+            "set_alpha_to_one": True,
+            "steps_offset": self.steps_offset,
+            "thresholding": False,
+            "timestep_spacing": self.timestep_spacing,
+            "trained_betas": None,
+        }
+        scheme = NoiseSchedule.from_diffusers(config).alpha_bar
+        if scheme.shape != self.schedule.alpha_bar.shape or not torch.allclose(
+            scheme, self.schedule.alpha_bar, rtol=1e-9, atol=1e-12
+        ):
+            config["trained_betas"] = self.schedule.betas.tolist()
+        return config

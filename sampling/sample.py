@@ -1,0 +1,195 @@
+"""Samples prompts to a folder: pictures, one JSON row a picture, and a grid with captions."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import wrap
+from typing import Any, Literal
+
+import torch
+from omegaconf import MISSING
+from PIL import Image, ImageDraw, ImageFont
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from sampling.errors import RunFailed, UserError
+from sampling.export import require_empty
+from sampling.model import DiffusionModel
+
+GRID_MAX_PROMPTS, GRID_MAX_SEEDS = 32, 8
+CAPTION_WIDTH_PX, CAPTION_CHARACTERS = 200, 30
+
+
+@dataclass
+class SampleConfig:
+    """From prompts to pictures."""
+
+    checkpoint: str = MISSING
+    """What to sample: a folder, hub id, run directory or .ckpt."""
+    prompts: Any = MISSING
+    """A prompt, a list of prompts, or a .txt file with one prompt a line."""
+    output: str = MISSING
+    """Folder to write; must be empty or not exist."""
+    seed: int = 0
+    """First seed; the pictures of each prompt use seed, seed + 1, ... (ignored if seeds is set)."""
+    num_images: int = 1
+    """Pictures a prompt (ignored if seeds is set)."""
+    seeds: list[int] = field(default_factory=list)
+    """Seeds of each prompt's pictures. Seed N is diffusers' torch.Generator("cpu") at N."""
+    sampler: str = "ddim"
+    """ddim, euler, euler_ancestral, heun or dpmpp_2m."""
+    num_steps: int = 25
+    """Sampling steps, from 1 to the number of training timesteps."""
+    guidance_scale: float = 7.5
+    """Weight of the prompt; 1 is off."""
+    guidance_rescale: float = 0.7
+    """Share of the guided output's standard deviation that is set back; 0 to 1."""
+    negative_prompt: str = ""
+    """What guidance steers away from."""
+    height: int | None = None
+    """Height in px; the model's own if not set."""
+    width: int | None = None
+    """Width in px; the model's own if not set."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Which weights of a training checkpoint: their moving average or the last step's."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of the weights; half the memory and more speed for float16 on a GPU."""
+    device: str = "auto"
+    """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
+    batch_size: int = 16
+    """Pictures sampled at once; does not change them."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size", "num_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0 or min(self.seeds, default=0) < 0:
+            raise UserError("seed and seeds must be 0 or more")
+
+
+def sample_to_folder(config: SampleConfig) -> Path:
+    """Writes images/, samples.jsonl and grid.png to config.output and returns that folder.
+
+    Nothing is written before the first batch is sampled, so wrong input leaves no folder behind.
+    """
+    output = Path(config.output)
+    require_empty(output)
+    prompts = read_prompts(config.prompts)
+    seeds = list(dict.fromkeys(config.seeds))
+    seeds = seeds or list(range(config.seed, config.seed + config.num_images))
+    dtype = getattr(torch, config.dtype)
+    device = find_device(config.device)
+    model = DiffusionModel.load(config.checkpoint, device, dtype, config.weights)
+    jobs = [(index, seed) for index in range(len(prompts)) for seed in seeds]
+    width = len(str(len(prompts) - 1))
+    files: dict[tuple[int, int], str] = {}
+    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("sampling", total=len(jobs))
+        for start in range(0, len(jobs), config.batch_size):
+            batch = jobs[start : start + config.batch_size]
+            images = model.sample(
+                [prompts[index] for index, _ in batch],
+                seeds=[seed for _, seed in batch],
+                num_steps=config.num_steps,
+                guidance_scale=config.guidance_scale,
+                guidance_rescale=config.guidance_rescale,
+                sampler=config.sampler,
+                height=config.height,
+                width=config.width,
+                negative_prompt=config.negative_prompt,
+                batch_size=config.batch_size,
+            )
+            (output / "images").mkdir(parents=True, exist_ok=True)
+            with (output / "samples.jsonl").open("a", encoding="utf-8") as rows:
+                for (index, seed), image in zip(batch, images, strict=True):
+                    file = f"images/{index:0{width}}_{seed}.png"
+                    to_picture(image).save(output / file)
+                    files[index, seed] = file
+                    row = {"prompt": prompts[index], "seed": seed, "file": file}
+                    rows.write(json.dumps(row) + "\n")
+            progress.advance(task, len(batch))
+    rows_shown, seeds_shown = prompts[:GRID_MAX_PROMPTS], seeds[:GRID_MAX_SEEDS]
+    grid = caption_grid(
+        rows_shown,
+        [
+            [Image.open(output / files[index, seed]) for seed in seeds_shown]
+            for index in range(len(rows_shown))
+        ],
+        [f"seed {seed}" for seed in seeds_shown],
+    )
+    grid.save(output / "grid.png")
+    return output
+
+
+def read_prompts(prompts: object) -> list[str]:
+    """Returns the prompts that a string, a list of strings or a .txt file holds; at least one."""
+    if isinstance(prompts, str) and prompts.endswith(".txt"):
+        path = Path(prompts)
+        if not path.is_file():
+            raise UserError(
+                f"prompts={prompts}: no such file; give a prompt, a list or a .txt file"
+            )
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"prompts={prompts} is not UTF-8 text; save it as UTF-8") from None
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise UserError(f"prompts={prompts} holds no prompt; write one a line")
+        return found
+    found = [prompts] if isinstance(prompts, str) else prompts  # type: ignore[assignment]
+    if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
+        raise UserError(
+            f"prompts={prompts!r} must be a prompt, a list of prompts or a .txt file; "
+            "quote a prompt that reads as a number or holds a colon"
+        )
+    if not found:
+        raise UserError("prompts is empty; give at least one prompt")
+    return found
+
+
+def find_device(name: str) -> torch.device:
+    """Returns the device called `name`; auto takes a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={name} is not usable here ({reason}); use auto or cpu") from None
+    return torch.device(name)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """Turns (3, H, W) in [0, 1] into an 8-bit picture, rounding to nearest."""
+    if not torch.isfinite(image).all():
+        raise RunFailed("the model painted non-finite pixels; sample with dtype=float32")
+    pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def caption_grid(
+    captions: Sequence[str], rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]
+) -> Image.Image:
+    """Lays pictures out with a caption left of each row and a title above each column."""
+    width, height = rows[0][0].size
+    cell_width, cell_height = max(width, 64), max(height, 64)
+    font = ImageFont.load_default(12)
+    top, gap = 20, 4
+    size = (
+        CAPTION_WIDTH_PX + len(titles) * (cell_width + gap),
+        top + len(rows) * (cell_height + gap),
+    )
+    grid = Image.new("RGB", size, (128, 128, 128))
+    draw = ImageDraw.Draw(grid)
+    for column, title in enumerate(titles):
+        draw.text((CAPTION_WIDTH_PX + column * (cell_width + gap), 3), title, "white", font)
+    for row, (caption, pictures) in enumerate(zip(captions, rows, strict=True)):
+        y = top + row * (cell_height + gap)
+        lines = wrap(caption, CAPTION_CHARACTERS)[: cell_height // 15]
+        draw.multiline_text((gap, y), "\n".join(lines), "white", font)
+        for column, picture in enumerate(pictures):
+            grid.paste(picture, (CAPTION_WIDTH_PX + column * (cell_width + gap), y))
+    return grid

@@ -1,0 +1,206 @@
+"""Noise schedules: alpha_bar over T discrete timesteps, in float64.
+
+    x_t = alpha_t x0 + sigma_t eps,   alpha_t = sqrt(alpha_bar_t),   sigma_t = sqrt(1 - alpha_bar_t)
+
+A schedule is the pair (alpha, sigma). The ratio sigma / alpha is never stored: it is infinite at
+the last step of a zero-terminal-SNR schedule (Lin et al. 2023, arXiv 2305.08891).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sampling.errors import UserError
+
+Spacing = Literal["trailing", "leading", "linspace"]
+
+SD_BETA_START, SD_BETA_END, SD_NUM_STEPS = 0.00085, 0.012, 1000
+
+
+def rescale_zero_terminal_snr(betas: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """Rescales betas so that alpha_bar at the last step is exactly 0 and the first is unchanged.
+
+    Source: Lin et al. 2023, Algorithm 1. Idempotent. The last beta becomes 1.
+    """
+    alpha = torch.cumprod(1 - betas.double(), 0).sqrt()
+    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    return _betas_of(alpha.square())
+
+
+def _betas_of(alpha_bar: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """alpha_bar_t for t in [0, T), float64, decreasing within [0, 1)."""
+
+    alpha_bar: Float[Tensor, " T"]
+
+    def __post_init__(self) -> None:
+        bar = self.alpha_bar
+        if bar.ndim != 1 or bar.dtype != torch.float64 or len(bar) < 2:
+            raise UserError("alpha_bar must be a float64 vector of at least 2 steps")
+        falling = bool((bar.diff() < 0).all())
+        if not (torch.isfinite(bar).all() and falling and 0 < bar[0] < 1 and bar[-1] >= 0):
+            raise UserError(
+                "betas do not make a noise schedule: alpha_bar = prod(1 - beta) must fall at every "
+                "step and stay within [0, 1); each beta must lie in (0, 1), the last may be 1"
+            )
+
+    @classmethod
+    def from_betas(cls, betas: Float[Tensor, " T"]) -> "NoiseSchedule":
+        """Takes betas as they are; only the last may be 1 (zero terminal SNR)."""
+        return cls(torch.cumprod(1 - torch.as_tensor(betas, dtype=torch.float64), 0))
+
+    @classmethod
+    def scaled_linear(
+        cls,
+        beta_start: float = SD_BETA_START,
+        beta_end: float = SD_BETA_END,
+        num_steps: int = SD_NUM_STEPS,
+    ) -> "NoiseSchedule":
+        """Stable Diffusion's: sqrt(beta) rises linearly."""
+        root = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64)
+        return cls.from_betas(root.square())
+
+    @classmethod
+    def linear(
+        cls, beta_start: float = 1e-4, beta_end: float = 0.02, num_steps: int = SD_NUM_STEPS
+    ) -> "NoiseSchedule":
+        """Ho et al. 2020: beta rises linearly."""
+        return cls.from_betas(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64))
+
+    @classmethod
+    def cosine_discrete(
+        cls, num_steps: int = SD_NUM_STEPS, max_beta: float = 0.999
+    ) -> "NoiseSchedule":
+        """Nichol and Dhariwal 2021: alpha_bar(u) = cos^2((u + .008) / 1.008 pi / 2), u = t / T."""
+        u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+        bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2).square()
+        return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta))
+
+    cosine = cosine_discrete
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+        """Reads a diffusers scheduler_config: trained_betas, or a named scheme, and the rescale."""
+        if config.get("trained_betas") is not None:
+            schedule = cls.from_betas(torch.tensor(config["trained_betas"], dtype=torch.float64))
+        else:
+            name = config.get("beta_schedule", "linear")
+            start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+            num_steps = config.get("num_train_timesteps", SD_NUM_STEPS)
+            match name:
+                case "scaled_linear":
+                    schedule = cls.scaled_linear(start, end, num_steps)
+                case "linear":
+                    schedule = cls.linear(start, end, num_steps)
+                case "squaredcos_cap_v2":
+                    schedule = cls.cosine_discrete(num_steps)
+                case _:
+                    raise UserError(
+                        f"beta_schedule={name!r} in the scheduler config is not known; use "
+                        "scaled_linear, linear, squaredcos_cap_v2 or trained_betas"
+                    )
+        return schedule.zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of training timesteps."""
+        return len(self.alpha_bar)
+
+    @property
+    def alpha(self) -> Float[Tensor, " T"]:
+        return self.alpha_bar.sqrt()
+
+    @property
+    def sigma(self) -> Float[Tensor, " T"]:
+        return (1 - self.alpha_bar).sqrt()
+
+    @property
+    def snr(self) -> Float[Tensor, " T"]:
+        """alpha^2 / sigma^2; 0 at the last step of a zero-terminal-SNR schedule."""
+        return self.alpha_bar / (1 - self.alpha_bar)
+
+    @property
+    def log_snr(self) -> Float[Tensor, " T"]:
+        """Natural logarithm of the SNR; -inf where the SNR is 0."""
+        return self.snr.log()
+
+    @property
+    def betas(self) -> Float[Tensor, " T"]:
+        return _betas_of(self.alpha_bar)
+
+    @property
+    def is_zero_terminal_snr(self) -> bool:
+        return self.alpha_bar[-1].item() == 0
+
+    def zero_terminal_snr(self) -> "NoiseSchedule":
+        """Rescales to zero terminal SNR (Lin et al. 2023, Algorithm 1): alpha[T-1] is exactly 0."""
+        if self.is_zero_terminal_snr:
+            return self
+        return NoiseSchedule.from_betas(rescale_zero_terminal_snr(self.betas))
+
+    def with_terminal_alpha_bar(self, value: float) -> "NoiseSchedule":
+        """Replaces the last alpha_bar; diffusers stands in 2^-24 for 0 in some schedulers."""
+        bar = self.alpha_bar.clone()
+        bar[-1] = value
+        return NoiseSchedule(bar)
+
+    def at(self, t: Int[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """Returns (alpha_t, sigma_t) in float32, on the device of `t`."""
+        index = t.cpu()
+        alpha, sigma = self.alpha[index].float(), self.sigma[index].float()
+        return alpha.to(t.device), sigma.to(t.device)
+
+    def timesteps(self, num_steps: int, spacing: Spacing, steps_offset: int = 1) -> list[int]:
+        """Returns the sampling timesteps, noisiest first; 1 <= num_steps <= T."""
+        match spacing:
+            case "trailing":
+                return self.trailing_timesteps(num_steps)
+            case "leading":
+                return self.leading_timesteps(num_steps, steps_offset)
+            case "linspace":
+                self._check_num_steps(num_steps)
+                last = self.num_steps - 1
+                gaps = max(num_steps - 1, 1)
+                # A single step samples at 0 in diffusers (linspace(0, T-1, 1)); kept the same.
+                steps = [round(Fraction(i * last, gaps)) for i in range(num_steps)]
+                return steps[::-1]
+        raise UserError(
+            f"timestep_spacing={spacing!r} is not known; use trailing, leading or linspace"
+        )
+
+    def trailing_timesteps(self, num_steps: int) -> list[int]:
+        """Returns round(T - i T / S) - 1 for i in [0, S), halves to even, in exact arithmetic.
+
+        Source: Lin et al. 2023, section 3.3. Starts at T - 1. Written with floating-point steps the
+        same list gains a timestep -1 for some S (61, 103, 121, ... of T = 1000).
+        """
+        self._check_num_steps(num_steps)
+        total = self.num_steps
+        return [round(Fraction(total * (num_steps - i), num_steps)) - 1 for i in range(num_steps)]
+
+    def leading_timesteps(self, num_steps: int, steps_offset: int = 1) -> list[int]:
+        """Returns i (T // S) + offset, as Stable Diffusion was published; misses T - 1.
+
+        The offset shrinks where it would push the first timestep beyond T - 1 (S = T).
+        """
+        self._check_num_steps(num_steps)
+        ratio = self.num_steps // num_steps
+        offset = min(steps_offset, self.num_steps - 1 - (num_steps - 1) * ratio)
+        return [i * ratio + offset for i in range(num_steps)][::-1]
+
+    def _check_num_steps(self, num_steps: int) -> None:
+        if not 1 <= num_steps <= self.num_steps:
+            raise UserError(
+                f"num_steps={num_steps} is outside 1..{self.num_steps}: the model was trained on "
+                f"{self.num_steps} timesteps and each can be visited once"
+            )

@@ -1,0 +1,164 @@
+"""The `blackpoint` command: finds the verb, loads its config, runs it, turns errors into status.
+
+Exit status: 0 done, 2 the user's input is wrong, 75 stopped early but resumable, 130 interrupted,
+1 anything else. Nothing heavy is imported before a verb needs it, so that help is instant.
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from data.errors import UserError as DataUserError
+from sampling.errors import Resumable, RunFailed, UserError
+
+# verb: (module with config_class() and run(config) -> int, purpose)
+VERBS: dict[str, tuple[str, str]] = {
+    "train": (
+        "scripts.run_train",
+        "Fine-tunes a Stable Diffusion UNet, to zero terminal SNR with v-prediction by default.",
+    ),
+    "sample": ("scripts.run_sample", "Paints images from prompts and seeds with a checkpoint."),
+    "evaluate": (
+        "scripts.run_evaluate",
+        "Measures the black point and the other metrics of checkpoints.",
+    ),
+    "export": (
+        "scripts.run_export",
+        "Writes a diffusers folder from a run and verifies it with the stock pipeline.",
+    ),
+    "data pack": (
+        "scripts.data_pack",
+        "Packs a folder of captioned images into WebDataset shards with an index.",
+    ),
+    "demo": (
+        "scripts.run_demo",
+        "Shows the flaw, fine-tunes it away, exports, and writes runs/demo/report.html.",
+    ),
+    "report": ("scripts.run_report", "Writes the self-contained HTML report of a run directory."),
+}
+
+# Environment that keeps libraries quiet; what the user has set stays.
+QUIET = {
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",  # workers are forked after the tokenizer is used
+}
+# Library warnings that tell a user nothing to act on, by the start of their message.
+NOISE = (
+    r"The '.*_dataloader' does not have many workers",
+    r"Checkpoint directory .* exists and is not empty",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit status; prints errors, never raises them."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except (UserError, DataUserError) as error:
+        _complain(str(error))
+        return 2
+    except Resumable as error:
+        _complain(str(error))
+        return 75
+    except RunFailed as error:
+        _complain(str(error))
+        return 1
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    except Exception:
+        traceback.print_exc()
+        _complain("that was not foreseen: please report it with the traceback above")
+        return 1
+
+
+def entry() -> None:
+    """Is the console script."""
+    sys.exit(main())
+
+
+def usage() -> str:
+    """Writes the help text of the command itself."""
+    width = max(map(len, VERBS))
+    verbs = [f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: blackpoint VERB [CONFIG.yaml] [key=value ...]",
+            "",
+            *verbs,
+            "",
+            "blackpoint VERB --help         every key of the verb: type, default, meaning",
+            "blackpoint VERB --print-config the resolved config, without running it",
+            "blackpoint --version",
+            "",
+        ]
+    )
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"blackpoint {importlib.metadata.version('blackpoint')}")
+        return 0
+    verb, rest = _split_verb(arguments)
+    if verb is None:
+        return 0
+    flags = {argument for argument in rest if argument in ("-h", "--help", "--print-config")}
+    rest = [argument for argument in rest if argument not in flags]
+    _quiet_libraries()
+    module_name, verb_purpose = VERBS[verb]
+    module = importlib.import_module(module_name)
+    if flags - {"--print-config"}:
+        from scripts.config_fields import describe
+
+        print(describe(module.config_class(), verb, verb_purpose), end="")
+        return 0
+    from scripts.config import load, to_yaml
+
+    config = load(module.config_class(), rest)
+    if flags:
+        print(to_yaml(config), end="")
+        return 0
+    return int(module.run(config) or 0)
+
+
+def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Takes the verb, of one word or two, off the front; None where its help was printed."""
+    for length in (2, 1):
+        verb = " ".join(arguments[:length])
+        if verb in VERBS:
+            return verb, arguments[length:]
+    group = [verb for verb in VERBS if verb.startswith(f"{arguments[0]} ")]
+    if group and arguments[1:2] and arguments[1] in ("-h", "--help"):
+        print("\n".join(f"  {verb}  {VERBS[verb][1]}" for verb in group))
+        return None, []
+    given = " ".join(arguments[:2]) if group else arguments[0]
+    close = difflib.get_close_matches(given, VERBS, n=1, cutoff=0.5) or group[:1]
+    remedy = f"did you mean `blackpoint {close[0]}`?" if close else "see blackpoint --help"
+    raise UserError(f"`{given}` is not a verb; {remedy}")
+
+
+def _quiet_libraries() -> None:
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if not sys.stderr.isatty():  # a log file keeps our bars only
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _complain(message: str) -> None:
+    print(f"blackpoint: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,196 @@
+"""One run's configuration: dataclass defaults <- YAML file <- key=value, then a plain dataclass.
+
+A verb's config is a dataclass beside the code that it configures; the docstring under a field is
+its meaning. `load` reads `[CONFIG.yaml] [key=value ...]` through OmegaConf, which checks the types,
+and turns every mistake into a `UserError` that names field, value, rule and remedy.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sampling.errors import UserError
+from scripts.config_fields import (
+    Field,
+    fields_of,
+    is_text,
+    item_hint,
+    nearest,
+    nested_class,
+    type_name,
+)
+
+ConfigT = TypeVar("ConfigT")
+KEY_VALUE = re.compile(r"^(?P<key>[A-Za-z_][\w.\[\]-]*)=(?P<text>.*)$", re.DOTALL)
+
+
+def load(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
+    """Builds the config from its defaults, an optional YAML file and key=value arguments.
+
+    The file comes first and must exist; a later key=value wins over an earlier one and over the
+    file. Raises `UserError` for whatever the user can put right.
+    """
+    config = OmegaConf.structured(config_class)
+    rest = list(argv)
+    if rest and not KEY_VALUE.match(rest[0]) and not rest[0].startswith("-"):
+        path = rest.pop(0)
+        _assign(config, config_class, read_yaml(path), "", path)
+    for argument in rest:
+        key, value = _parse(config_class, argument)
+        _assign(config, config_class, {key: value}, "", "the command line")
+    return _finish(config, config_class)
+
+
+def to_yaml(config: object) -> str:
+    """Writes a config dataclass as YAML that `load` reads back as the same config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML mapping as plain containers; an empty file is an empty mapping."""
+    if not Path(path).is_file():
+        raise UserError(
+            f"{path}: there is no such file. Expected `[CONFIG.yaml] [key=value ...]`; a relative"
+            f" path starts from the current directory, {Path.cwd()}"
+        )
+    try:
+        content = OmegaConf.load(path)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not a YAML config: {str(error).splitlines()[0]}") from None
+    plain = OmegaConf.to_container(content, resolve=False)
+    if not isinstance(plain, dict):
+        raise UserError(f"{path}: must hold `key: value` lines, one a field")
+    return {str(key): value for key, value in plain.items()}
+
+
+def _parse(config_class: type, argument: str) -> tuple[str, Any]:
+    """Splits key=value and reads the value as YAML, or as it stands where the field is text."""
+    match = KEY_VALUE.match(argument)
+    if match is None:
+        hint = (
+            "options are written without dashes" if argument.startswith("-") else "`=` is missing"
+        )
+        if argument.endswith((".yaml", ".yml")):
+            hint = "one YAML file is read, and it comes before every key=value"
+        raise UserError(f"`{argument}`: {hint}; expected `[CONFIG.yaml] [key=value ...]`")
+    key, text = match["key"], match["text"]
+    field = fields_of(config_class).get(key)
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    if field is not None and is_text(field.hint) and not quoted:
+        # Text is never read as YAML: run_dir=1e5 is a name, and a prompt may hold a colon.
+        return key, None if text == "null" and field.optional else text
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except (yaml.YAMLError, OmegaConfBaseException):
+        raise UserError(
+            f"{key}={text}: the value is not valid YAML; quote it for the shell"
+        ) from None
+    assert isinstance(value, dict)
+    return key, value["value"]
+
+
+def _assign(
+    config: DictConfig, config_class: type, values: dict[str, Any], prefix: str, origin: str
+) -> None:
+    """Sets each value at its dotted path, going down into nested dataclasses."""
+    known = fields_of(config_class)
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        field = known.get(path)
+        if field is None and not _is_entry(known, path):
+            raise UserError(_unknown(config_class, path, origin))
+        if field is not None:
+            _check_items(config_class, field.hint, value, path, origin)
+            if nested_class(field.hint) is not None and isinstance(value, dict):
+                _open_sections(config, known, path)
+                _assign(config, config_class, value, f"{path}.", origin)
+                continue
+        _open_sections(config, known, path.rpartition(".")[0])
+        try:
+            OmegaConf.update(config, path, value)
+        except (OmegaConfBaseException, ValueError, IndexError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(_wrong_type(known, path, value, origin, error)) from None
+
+
+def _open_sections(config: DictConfig, known: dict[str, Field], path: str) -> None:
+    """Gives the optional sections on the way to a key their defaults where they are off."""
+    names = path.split(".")
+    for length in range(1, len(names) + 1):
+        parent = ".".join(names[:length])
+        section = nested_class(known[parent].hint) if parent in known else None
+        if section is not None and OmegaConf.select(config, parent) is None:
+            OmegaConf.update(config, parent, OmegaConf.structured(section))
+
+
+def _is_entry(known: dict[str, Field], path: str) -> bool:
+    """Whether the path names an entry of a dict or list field, such as `weights.mean`."""
+    parents = re.split(r"[.\[]", path)
+    for length in range(len(parents) - 1, 0, -1):
+        field = known.get(".".join(parents[:length]))
+        if field is not None:
+            return field.is_container and nested_class(field.hint) is None
+    return False
+
+
+def _check_items(config_class: type, hint: Any, value: Any, path: str, origin: str) -> None:
+    """Refuses unknown keys in a list of sections, where OmegaConf would name no neighbour."""
+    item_class = nested_class(item_hint(hint))
+    if item_class is None or not isinstance(value, list):
+        return
+    known = fields_of(item_class)
+    for index, item in enumerate(value):
+        for key in item if isinstance(item, dict) else ():
+            if key not in known:
+                raise UserError(_unknown(item_class, str(key), f"{origin}, {path}[{index}]"))
+
+
+def _unknown(config_class: type, path: str, origin: str) -> str:
+    known = fields_of(config_class)
+    closest = nearest(path, [field.path for field in known.values()])
+    remedy = f"did you mean `{closest}`?" if closest else "see --help for every key"
+    return f"`{path}` (from {origin}) is not a key here; {remedy}"
+
+
+def _wrong_type(
+    known: dict[str, Field], path: str, value: Any, origin: str, error: Exception
+) -> str:
+    field = known.get(path)
+    shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
+    if field is None:
+        return f"{path} = {shown} (from {origin}): {str(error).splitlines()[0]}"
+    given = "null" if value is None else type(value).__name__
+    meaning = f" ({field.meaning})" if field.meaning else ""
+    return f"{path} = {shown} (from {origin}) is {given}; expected {type_name(field.hint)}{meaning}"
+
+
+def _finish(config: DictConfig, config_class: type[ConfigT]) -> ConfigT:
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"a value with ${{...}} does not resolve: {str(error).splitlines()[0]}"
+        ) from None
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        known = fields_of(config_class)
+        lines = [
+            f"  {path}=...  {known[path].meaning}" if path in known else f"  {path}=..."
+            for path in missing
+        ]
+        raise UserError(
+            "required and not set; give them as key=value or in the YAML file:\n" + "\n".join(lines)
+        )
+    instance = OmegaConf.to_object(config)
+    assert isinstance(instance, config_class)
+    return instance

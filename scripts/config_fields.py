@@ -1,0 +1,195 @@
+"""What a config dataclass says about itself: every field's dotted path, type, default and meaning.
+
+The meaning is the docstring under the field, so that the help text and the code can't disagree.
+"""
+
+import dataclasses
+import difflib
+import functools
+import textwrap
+import types
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+from omegaconf import MISSING
+
+HELP_WIDTH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One key of a config: a leaf, or a section that holds more keys."""
+
+    path: str
+    hint: Any
+    default: Any
+    meaning: str
+
+    @property
+    def optional(self) -> bool:
+        return type(None) in get_args(self.hint)
+
+    @property
+    def is_container(self) -> bool:
+        return get_origin(_bare(self.hint)) in (list, dict, tuple)
+
+
+def fields_of(config_class: type, prefix: str = "") -> dict[str, Field]:
+    """Lists every key of a config dataclass by dotted path, a section before its own keys."""
+    return {field.path: field for field in _walk(config_class, prefix)}
+
+
+@functools.cache
+def _walk(config_class: type, prefix: str) -> tuple[Field, ...]:
+    hints = get_type_hints(config_class)
+    meanings = _meanings(config_class)
+    found: list[Field] = []
+    for field in dataclasses.fields(config_class):
+        path, hint = f"{prefix}{field.name}", hints[field.name]
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = None if nested_class(hint) else field.default_factory()
+        elif default is dataclasses.MISSING:
+            default = MISSING
+        found.append(Field(path, hint, default, meanings.get(field.name, "")))
+        section = nested_class(hint)
+        if section is not None:
+            found.extend(_walk(section, f"{path}."))
+    return tuple(found)
+
+
+def _meanings(config_class: type) -> dict[str, str]:
+    """Reads the docstrings under the fields, those of base classes included."""
+    found: dict[str, str] = {}
+    for cls in reversed(config_class.__mro__):
+        if dataclasses.is_dataclass(cls):
+            for param in docstring_parser.parse_from_object(cls).params:
+                found[param.arg_name] = " ".join((param.description or "").split())
+    return found
+
+
+def purpose(config_class: type) -> str:
+    """Returns the first sentence of a dataclass's own docstring, or nothing."""
+    text = config_class.__doc__ or ""
+    # A dataclass without a docstring is given its signature as one.
+    return "" if text.startswith(f"{config_class.__name__}(") else text.strip().split("\n\n")[0]
+
+
+def _bare(hint: Any) -> Any:
+    """Strips Optional."""
+    if get_origin(hint) in (Union, types.UnionType):
+        rest = [arg for arg in get_args(hint) if arg is not type(None)]
+        if len(rest) == 1:
+            return rest[0]
+    return hint
+
+
+def nested_class(hint: Any) -> type | None:
+    """Returns the dataclass of a section, or None for a leaf."""
+    bare = _bare(hint)
+    return bare if isinstance(bare, type) and dataclasses.is_dataclass(bare) else None
+
+
+def item_hint(hint: Any) -> Any:
+    """Returns the type of a list's items, or None where the field is no list."""
+    bare = _bare(hint)
+    return get_args(bare)[0] if get_origin(bare) is list and get_args(bare) else None
+
+
+def is_text(hint: Any) -> bool:
+    """Whether a field holds text as it stands: str, Path, or a choice between words."""
+    bare = _bare(hint)
+    if get_origin(bare) is Literal:
+        return all(isinstance(choice, str) for choice in get_args(bare))
+    return isinstance(bare, type) and issubclass(bare, (str, Path, Enum))
+
+
+def type_name(hint: Any) -> str:
+    """Names a type as a user would: `int`, `list of str`, `a | b`, `float or null`."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        names = [type_name(arg) for arg in args if arg is not type(None)]
+        return " or ".join([*names, "null"] if type(None) in args else names)
+    if origin is Literal:
+        return " | ".join(str(choice) for choice in args)
+    if origin is list:
+        return f"list of {type_name(args[0])}"
+    if origin is tuple:
+        return f"list [{', '.join('...' if arg is ... else type_name(arg) for arg in args)}]"
+    if origin is dict:
+        return f"mapping of {type_name(args[0])} to {type_name(args[1])}"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return " | ".join(hint.__members__)
+    if isinstance(hint, type) and issubclass(hint, Path):
+        return "path"
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return f"section of {', '.join(field.name for field in dataclasses.fields(hint))}"
+    return getattr(hint, "__name__", str(hint))
+
+
+def nearest(path: str, known: Sequence[str]) -> str | None:
+    """Finds the valid key that a mistyped one most likely means; None where nothing is near."""
+    last = path.rpartition(".")[2]
+    by_last: dict[str, str] = {}
+    for candidate in known:
+        by_last.setdefault(candidate.rpartition(".")[2], candidate)
+    if last in by_last:
+        return by_last[last]
+    whole = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    if whole:
+        return whole[0]
+    part = difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)
+    return by_last[part[0]] if part else None
+
+
+def describe(config_class: type, verb: str, verb_purpose: str) -> str:
+    """Writes the help text of a verb: usage, then each field with type, default and meaning."""
+    lines = [
+        f"usage: blackpoint {verb} [CONFIG.yaml] [key=value ...]",
+        "",
+        *textwrap.wrap(verb_purpose, HELP_WIDTH),
+        "",
+        *textwrap.wrap(
+            "Defaults, then the YAML file, then key=value: the later wins. Relative paths start"
+            " from the current directory. --print-config prints the resolved config and exits.",
+            HELP_WIDTH,
+        ),
+        "",
+    ]
+    for field in fields_of(config_class).values():
+        section, item = nested_class(field.hint), nested_class(item_hint(field.hint))
+        if section is not None:
+            meaning = field.meaning or purpose(section)
+            off = " (null: off)" if field.optional else ""
+            lines += ["", *textwrap.wrap(f"{field.path}: {meaning}{off}", HELP_WIDTH)]
+            continue
+        lines += _describe_field(field)
+        for inner in fields_of(item, f"{field.path}[].").values() if item else ():
+            lines += _describe_field(inner)
+    return "\n".join(lines) + "\n"
+
+
+def _describe_field(field: Field) -> list[str]:
+    default = "required" if field.default == MISSING else f"default {_shown(field.default)}"
+    head = f"  {field.path}  ({type_name(field.hint)}; {default})"
+    body = textwrap.wrap(
+        field.meaning, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+    )
+    return [*textwrap.wrap(head, HELP_WIDTH, subsequent_indent=" " * 6), *body]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shown(entry)}" for key, entry in value.items()) + "}"
+    return '""' if value == "" else str(value)

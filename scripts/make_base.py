@@ -1,0 +1,154 @@
+"""Makes the embedded base and the digit reader: python -m scripts.make_base [key=value ...].
+
+Each stage leaves its result in `work` and is skipped when the result is there; the UNet continues
+from its last saved state. About an hour on two CPU cores.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from rich.progress import track
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from data.digits import BACKGROUNDS, DIGIT_NAMES, INKS, digit_samples
+from sampling.schedule import NoiseSchedule
+from train import embedded_base as base
+
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
+
+
+@dataclass
+class BaseConfig:
+    """How the embedded base is trained."""
+
+    output: str = "assets/tiny_sd"
+    """Folder of the finished pipeline."""
+    work: str = "runs/base"
+    """Folder of the intermediate states."""
+    seed: int = 0
+    """Seed of data and weights."""
+    num_images: int = 18000
+    """Composed training images (four compositions of each of 4,500 digits)."""
+    vae_steps: int = 700
+    """Optimizer steps of the autoencoder, 16 images each."""
+    text_steps: int = 400
+    """Optimizer steps of the text encoder, 128 pairs each."""
+    unet_steps: int = 2000
+    """Optimizer steps of the UNet, 32 images each."""
+
+
+def stage(work: Path, name: str, report: base.Report, num_steps: int) -> None:
+    """Runs one training and keeps its losses and seconds in `work`."""
+    start, rows = time.time(), []
+    for step, loss in track(report, description=name, total=num_steps):
+        rows.append(f"{step},{loss:.6f},{time.time() - start:.1f}")
+        if step % 50 == 0:
+            with (work / f"{name}_loss.csv").open("a", encoding="utf-8") as file:
+                file.write("\n".join(rows) + "\n")
+            rows = []
+
+
+def make(config: BaseConfig) -> None:
+    """Trains what is missing and writes the pipeline folder."""
+    work, output = Path(config.work), Path(config.output)
+    work.mkdir(parents=True, exist_ok=True)
+    images, captions, _ = digit_samples(config.num_images, config.seed)
+    torch.manual_seed(config.seed)
+
+    def once(folder: Path, train: Callable[[], torch.nn.Module]) -> None:
+        if not (folder / "config.json").exists():
+            train().save_pretrained(folder)
+
+    def vae() -> torch.nn.Module:
+        model = base.build_vae()
+        report = base.train_vae(model, images, config.vae_steps, config.seed)
+        stage(work, "vae", report, config.vae_steps)
+        return model
+
+    once(work / "vae", vae)
+    words = " ".join(["a on background", *DIGIT_NAMES, *BACKGROUNDS, *INKS]).split()
+    tokenizer = base.build_tokenizer(work / "tokenizer", words)
+
+    def text_encoder() -> torch.nn.Module:
+        model = base.build_text_encoder(tokenizer)
+        report = base.train_text_encoder(
+            model, tokenizer, images, captions, config.text_steps, config.seed
+        )
+        stage(work, "text_encoder", report, config.text_steps)
+        return model
+
+    once(work / "text_encoder", text_encoder)
+
+    def unet() -> torch.nn.Module:
+        encoder = CLIPTextModel.from_pretrained(work / "text_encoder").eval()
+        autoencoder = AutoencoderKL.from_pretrained(work / "vae").eval()
+        torch.manual_seed(config.seed)
+        model = base.build_unet()
+        report = base.train_unet(
+            model,
+            NoiseSchedule.from_diffusers(SCHEDULER),
+            base.encode_moments(autoencoder, images),
+            autoencoder.config.scaling_factor,
+            captions,
+            base.encode_captions(encoder, tokenizer, ["", *captions]),
+            config.unet_steps,
+            config.seed,
+            work / "unet_state.pt",
+        )
+        stage(work, "unet", report, config.unet_steps)
+        return model
+
+    once(work / "unet", unet)
+    write_pipeline(work, output)
+
+
+def write_pipeline(work: Path, output: Path) -> None:
+    """Writes the fp16 pipeline folder from the trained parts."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(work / "unet")
+    autoencoder = AutoencoderKL.from_pretrained(work / "vae")
+    encoder = CLIPTextModel.from_pretrained(work / "text_encoder")
+    for name, part in {"unet": unet, "vae": autoencoder, "text_encoder": encoder}.items():
+        part.half().save_pretrained(output / name)
+    CLIPTokenizer.from_pretrained(work / "tokenizer").save_pretrained(output / "tokenizer")
+    scheduler = output / "scheduler" / "scheduler_config.json"
+    scheduler.parent.mkdir(parents=True, exist_ok=True)
+    scheduler.write_text(json.dumps(SCHEDULER, indent=2) + "\n", encoding="utf-8")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (output / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    from scripts.config import load
+
+    make(load(BaseConfig, sys.argv[1:]))

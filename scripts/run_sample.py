@@ -1,0 +1,14 @@
+"""blackpoint sample: samples prompts to a folder of pictures."""
+
+from sampling.sample import SampleConfig, sample_to_folder
+
+
+def config_class() -> type[SampleConfig]:
+    """Returns the dataclass that configures this verb."""
+    return SampleConfig
+
+
+def run(config: SampleConfig) -> int:
+    """Samples and returns the exit status."""
+    print(f"pictures, samples.jsonl and grid.png are in {sample_to_folder(config)}")
+    return 0

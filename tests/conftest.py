@@ -1,0 +1,22 @@
+"""Keeps tests off the network and off each other's cores, and runs the slow ones last.
+
+Shapes and types that the mathematical core annotates are checked at every call.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+CORE = ("schedule", "prediction", "noise", "guidance", "samplers", "model")
+install_import_hook([f"sampling.{name}" for name in CORE], "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

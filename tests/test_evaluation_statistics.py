@@ -1,0 +1,67 @@
+"""Estimates: published values, closed forms, coverage, and refusal of what has no interval."""
+
+import numpy as np
+import pytest
+
+from sampling.errors import UserError
+from sampling.evaluation import statistics
+
+
+def test_wilson_interval_has_newcombes_published_values() -> None:
+    """Newcombe 1998, Statistics in Medicine 17:857, table I, method 3."""
+    for num_true, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+    ):
+        found = statistics.proportion(num_true, n)
+        assert found.n == n and found.value == num_true / n
+        assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_difference_interval_has_newcombes_published_values() -> None:
+    """Newcombe 1998, Statistics in Medicine 17:873, table II, method 10."""
+    for first, second, low, high in (
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((10, 10), (0, 10), 0.6075, 1.0000),
+    ):
+        found = statistics.proportion_difference(*first, *second)
+        assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_bootstrap_of_a_mean_agrees_with_the_normal_interval() -> None:
+    values = np.random.default_rng(1).normal(0.3, 0.1, 400)
+    found = statistics.mean(values)
+    half = 1.96 * values.std(ddof=1) / 20
+    assert (found.low, found.high) == pytest.approx(
+        (found.value - half, found.value + half), abs=0.1 * half
+    )
+    assert found == statistics.mean(values)  # seeded
+
+
+def test_std_ratio_covers_the_true_ratio() -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(100):
+        found = statistics.std_ratio(rng.normal(0, 0.8, 120), rng.uniform(-(3**0.5), 3**0.5, 300))
+        covered += found.low <= 0.8 <= found.high
+    assert covered >= 86  # 95 expected; fewer than 86 of 100 happens once in 10,000
+    assert statistics.std([0.0, 1.0]).value == pytest.approx(0.5**0.5)
+
+
+def test_constant_values_have_a_point_interval() -> None:
+    found = statistics.std_ratio([0.5] * 10, [0.0, 1.0] * 10)
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+    assert statistics.mean([0.25]).low == statistics.mean([0.25]).high == 0.25
+
+
+def test_what_has_no_interval_is_refused() -> None:
+    with pytest.raises(UserError, match="at least 1"):
+        statistics.mean([])
+    with pytest.raises(UserError, match="1 of 2 are not finite"):
+        statistics.mean([0.0, float("nan")])
+    with pytest.raises(UserError, match="no ratio"):
+        statistics.std_ratio([0.0, 1.0], [2.0, 2.0])
+    with pytest.raises(UserError, match="3 of 2"):
+        statistics.proportion(3, 2)

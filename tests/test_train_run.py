@@ -1,0 +1,386 @@
+"""Laws of a whole run: what it leaves behind, how it stops, and that it resumes exactly."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.testing import assert_close
+
+import train.run
+from sampling.errors import Resumable, RunFailed, UserError
+from sampling.model import DiffusionModel
+from tests.tiny_pipeline import make_tiny_pipeline
+from tests.tiny_run import make_tiny_shards, tiny_config
+from train.config import TrainConfig
+from train.metrics import CsvMetrics, read_metrics
+from train.module import FineTuner
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_shards(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(autouse=True)
+def exports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Path, str]]]:
+    """Stands in for the export, which has its own tests, and records what was exported."""
+    calls: list[tuple[Path, str]] = []
+
+    def export(checkpoint: Path, output: Path, weights: str) -> None:
+        calls.append((checkpoint, weights))
+        output.mkdir()
+
+    monkeypatch.setattr(train.run, "export", export)
+    yield calls
+
+
+@pytest.fixture(scope="module")
+def unbroken(pipeline: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps that nothing disturbed, with everything switched on but wandb."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+        run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
+        assert train.run.fit(full_config(run_dir, pipeline, shards)) == 0
+    return run_dir
+
+
+def full_config(run_dir: Path, pipeline: Path, shards: Path, **overrides: Any) -> TrainConfig:
+    values = {
+        "data.validation_shards": str(shards),
+        "preview.every_steps": 3,
+        "preview.num_steps": 2,
+        "preview.num_images": 2,
+        **overrides,
+    }
+    return tiny_config(run_dir, pipeline, shards, **values)
+
+
+def checkpoint(run_dir: Path, step: int) -> dict[str, Any]:
+    path = run_dir / "checkpoints" / f"step_{step:08d}.ckpt"
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_run(run_dir: Path, other: Path, step: int = 6) -> None:
+    one, two = checkpoint(run_dir, step), checkpoint(other, step)
+    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
+        assert_close(one[key], two[key], rtol=0, atol=0)
+    speed = "train/images_per_s"
+    metrics = [read_metrics(folder / "metrics.csv") for folder in (run_dir, other)]
+    assert {k: v for k, v in metrics[0].items() if k != speed} == {
+        k: v for k, v in metrics[1].items() if k != speed
+    }
+
+
+def stop_in_step(
+    monkeypatch: pytest.MonkeyPatch, step: int, action: Any, cls: type = FineTuner
+) -> None:
+    """Makes the training step that follows `step` optimizer steps do `action` first."""
+    original = cls.training_step
+
+    def training_step(self: Any, batch: Any, batch_index: int) -> Any:
+        if self.global_step == step:
+            action()
+        return original(self, batch, batch_index)
+
+    monkeypatch.setattr(cls, "training_step", training_step)
+
+
+class Killed(Exception):
+    """Stands in for SIGKILL."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def test_run_directory_holds_everything(unbroken: Path) -> None:
+    names = {path.name for path in unbroken.iterdir()}
+    assert {"config.yaml", "environment.json", "checkpoints", "metrics.csv"} <= names
+    previews = sorted(path.name for path in (unbroken / "previews").iterdir())
+    assert previews == ["step_00000003.png", "step_00000006.png"]
+    assert not list(unbroken.rglob("*.tmp"))
+    metrics = read_metrics(unbroken / "metrics.csv")
+    assert [step for step, _ in metrics["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert all(value > 0 for _, value in metrics["train/gradient_norm"])
+    assert all(value > 0 for _, value in metrics["train/images_per_s"])
+    rates = [value for _, value in metrics["train/learning_rate"]]
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, *[1e-3] * 4])
+    assert [step for step, _ in metrics["validation/loss_terminal"]] == [3, 6]
+    losses = [value for _, value in metrics["validation/loss"]]
+    assert losses[1] < losses[0]
+
+
+def test_checkpoint_is_plain_and_names_its_base_and_process(unbroken: Path, pipeline: Path) -> None:
+    saved = checkpoint(unbroken, 6)
+    assert saved["blackpoint"]["base"] == str(pipeline.resolve())
+    assert saved["blackpoint"]["process"]["rescale_betas_zero_snr"] is True
+    assert saved["blackpoint"]["process"]["prediction_type"] == "v_prediction"
+    assert all(name.startswith("unet.") for name in saved["state_dict"])
+    model = DiffusionModel.load(unbroken / "checkpoints" / "step_00000006.ckpt")
+    average = {f"unet.{name}": value for name, value in model.unet.state_dict().items()}
+    assert_close(average, dict(saved["state_dict"]), rtol=0, atol=0)
+    assert model.process.schedule.is_zero_terminal_snr
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_killed_and_resumed_run_equals_an_unbroken_one(
+    unbroken: Path,
+    pipeline: Path,
+    shards: Path,
+    tmp_path: Path,
+    step: int,
+) -> None:
+    config = full_config(tmp_path / "run", pipeline, shards)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(patch, step, kill)
+        with pytest.raises(Killed):
+            train.run.fit(config)
+    assert train.run.fit(config) == 0
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_signal_finishes_the_step_saves_and_resumes(
+    unbroken: Path, pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    config = full_config(tmp_path / "run", pipeline, shards)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Resumable, match="step 4 of 6.*same command"):
+            train.run.fit(config)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert train.run.fit(config) == 0
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_finished_run_does_nothing(
+    unbroken: Path, pipeline: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")}
+    assert train.run.fit(full_config(unbroken, pipeline, shards)) == 0
+    assert "finished: 6 steps" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")} == before
+
+
+def test_other_config_is_refused_with_the_differing_keys(
+    unbroken: Path, pipeline: Path, shards: Path
+) -> None:
+    config = full_config(unbroken, pipeline, shards, **{"optimizer.learning_rate": 2e-3, "seed": 1})
+    with pytest.raises(UserError, match="choose another run_dir") as caught:
+        train.run.fit(config)
+    assert "optimizer.learning_rate: 0.001 there, 0.002 now" in str(caught.value)
+    assert "seed: 0 there, 1 now" in str(caught.value)
+    assert "ema" not in str(caught.value)
+
+
+def test_parts_of_a_run_without_its_config_are_refused(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "metrics.csv").write_text("years of work")
+    with pytest.raises(UserError, match="metrics.csv but no run .config.yaml is missing"):
+        train.run.fit(tiny_config(tmp_path, pipeline, shards))
+    assert (tmp_path / "metrics.csv").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("checkpoint", "nowhere"), ("data.shards", "nowhere"), ("data.resolution", 17)],
+)
+def test_wrong_input_leaves_no_run_directory(
+    pipeline: Path, shards: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    config = tiny_config(tmp_path / "run", pipeline, shards, **{key: value})
+    with pytest.raises(ValueError, match=str(value)):
+        train.run.fit(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("log_every_steps", [1, 100])
+def test_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
+    pipeline: Path,
+    shards: Path,
+    tmp_path: Path,
+    log_every_steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = FineTuner.losses
+
+    def losses(self: FineTuner, batch: Any, draws: Any) -> torch.Tensor:
+        poison = torch.zeros(len(batch["key"]))
+        if self.global_step == 4:
+            poison[1] = torch.nan
+            poisoned.append(batch["key"][1])
+        return original(self, batch, draws) + poison
+
+    poisoned: list[str] = []
+    monkeypatch.setattr(FineTuner, "losses", losses)
+    overrides = {"trainer.log_every_steps": log_every_steps}
+    with pytest.raises(RunFailed, match="loss of step 5 is not finite for 1 of 4") as caught:
+        train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **overrides))
+    assert f": {poisoned[0]}. " in str(caught.value)
+    saved = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in saved] == ["step_00000003.ckpt"]
+    assert all(
+        torch.isfinite(value).all()
+        for value in checkpoint(tmp_path / "run", 3)["state_dict"].values()
+    )
+
+
+def test_no_checkpoint_follows_a_non_finite_loss_that_no_step_has_looked_at(
+    pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the loss is looked at when rows are due; saving must look again."""
+    from train.watch import Watch
+
+    looks: list[str] = []
+    original = Watch.check_finite
+
+    def at_saving(self: Watch, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        looks.append("saving")
+        original(self, trainer, pl_module)
+
+    monkeypatch.setattr(Watch, "check_finite", lambda self, trainer, pl_module: None)
+    monkeypatch.setattr(Watch, "on_save_checkpoint", at_saving)
+    step = FineTuner.losses
+    monkeypatch.setattr(FineTuner, "losses", lambda self, *a: step(self, *a) * torch.nan)
+    overrides = {"trainer.log_every_steps": 100, "ema.enabled": False}
+    with pytest.raises(RunFailed, match="loss of step 1 is not finite"):
+        train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **overrides))
+    assert looks == ["saving"]
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+def test_accumulation_equals_the_batch_in_one_piece(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    common = {"trainer.max_steps": 2, "optimizer.epsilon": 1e-3, "trainer.validate_every_steps": 0}
+    whole = tiny_config(tmp_path / "whole", pipeline, shards, **common, batch_size=4)
+    halves = tiny_config(
+        tmp_path / "halves",
+        pipeline,
+        shards,
+        **common,
+        **{"batch_size": 2, "trainer.accumulate_grad_batches": 2},
+    )
+    for config in (whole, halves):
+        train.run.fit(config)
+    one, two = checkpoint(tmp_path / "whole", 2), checkpoint(tmp_path / "halves", 2)
+    assert_close(one["state_dict"], two["state_dict"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"trainer.precision": "bf16-mixed"},
+        {"trainer.gradient_checkpointing": True},
+        {"trainer.gradient_clip": 0.0},
+        {"ema.enabled": False},
+        {"loss.prediction_type": "sample"},
+        {"loss.prediction_type": "epsilon", "schedule.zero_terminal_snr": False},
+    ],
+    ids=lambda overrides: ",".join(f"{key}={value}" for key, value in overrides.items()),
+)
+def test_options_train(
+    pipeline: Path,
+    shards: Path,
+    tmp_path: Path,
+    overrides: dict[str, Any],
+    exports: list[tuple[Path, str]],
+) -> None:
+    config = tiny_config(
+        tmp_path / "run", pipeline, shards, **{**overrides, "trainer.max_steps": 1}
+    )
+    assert train.run.fit(config) == 0
+    saved = checkpoint(tmp_path / "run", 1)
+    assert all(value.dtype == torch.float32 for value in saved["state_dict"].values())
+    assert exports == [
+        (
+            tmp_path / "run" / "checkpoints" / "step_00000001.ckpt",
+            "ema" if config.ema.enabled else "raw",
+        )
+    ]
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").trainer.max_steps == 1
+
+
+def test_gradient_checkpointing_does_not_change_the_loss(
+    unbroken: Path, pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    overrides = {"trainer.gradient_checkpointing": True, "trainer.max_steps": 1}
+    train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **overrides))
+    one, two = (
+        read_metrics(d / "metrics.csv")["train/loss"][0] for d in (tmp_path / "run", unbroken)
+    )
+    assert one[1] == pytest.approx(two[1], rel=1e-5)
+
+
+def test_half_precision_without_a_gpu_is_refused(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    config = tiny_config(tmp_path, pipeline, shards, **{"trainer.precision": "16-mixed"})
+    with pytest.raises(UserError, match="16-mixed needs a GPU"):
+        train.run.fit(config)
+
+
+def test_metrics_drop_what_a_kill_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    logger = CsvMetrics(path)
+    for step in range(1, 6):
+        logger.log_metrics({"train/loss": 1 / step, "train/norm": 2.0}, step)
+    with path.open("a") as file:
+        file.write("6,train/lo")  # killed in the middle of a line
+    resumed = CsvMetrics(path, resume_step=3)
+    resumed.log_metrics({"train/loss": 0.25}, 4)
+    assert path.read_text().splitlines() == [
+        "step,name,value",
+        "1,train/loss,1",
+        "1,train/norm,2",
+        "2,train/loss,0.5",
+        "2,train/norm,2",
+        "3,train/loss,0.33333333",
+        "3,train/norm,2",
+        "4,train/loss,0.25",
+    ]
+
+
+def test_prompt_embeddings_are_cached_within_a_bound(
+    pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = DiffusionModel.load(pipeline)
+    tuner = FineTuner(model, tiny_config(tmp_path, pipeline, shards))
+    captions = ["a red one", "", "a blue two", ""]
+    expected = torch.cat([model.encode_prompts([c]).prompt_embeds for c in captions])
+    one_embedding = 16 * 32 * 4
+    monkeypatch.setattr("train.module.CAPTION_CACHE_BYTES", 2 * one_embedding)
+    for _ in range(2):
+        assert_close(tuner.embed(captions), expected, rtol=0, atol=0)
+        assert list(tuner._captions) == ["a blue two", ""]
+
+
+@pytest.mark.slow
+def test_wandb_runs_offline_and_keeps_its_run_id(
+    pipeline: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    config = tiny_config(
+        run_dir, pipeline, shards, **{"wandb.enabled": True, "trainer.checkpoint_every_steps": 1}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(patch, 1, kill)
+        with pytest.raises(Killed):
+            train.run.fit(config)
+    assert train.run.fit(config) == 0
+    assert "wandb is offline" in capsys.readouterr().err
+    run_id = (run_dir / "wandb" / "run_id").read_text()
+    assert len(list((run_dir / "wandb").glob(f"offline-run-*-{run_id}"))) == 2

@@ -1,0 +1,228 @@
+"""The configuration of a fine-tune: one dataclass for each part, composed by TrainConfig."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+from data.module import DataConfig
+from sampling.errors import UserError
+from sampling.prediction import PredictionType
+from sampling.process import Process
+from sampling.schedule import NoiseSchedule, Spacing
+
+Betas = Literal["checkpoint", "scaled_linear", "linear", "cosine_discrete"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+
+@dataclass
+class ScheduleConfig:
+    """The noise schedule that the model is fine-tuned to; it travels in every checkpoint."""
+
+    betas: Betas = "checkpoint"
+    """Where the betas come from: the checkpoint's own, or a named scheme with SD's constants."""
+    zero_terminal_snr: bool = True
+    """Rescale the betas so that the last timestep is pure noise (Lin et al. 2023, Algorithm 1)."""
+    timestep_spacing: Spacing = "trailing"
+    """Timesteps that samplers of the result visit; trailing starts at the last one."""
+
+
+@dataclass
+class LossConfig:
+    """The training target; the weight of every timestep is 1, lambda_t = 1 in the paper."""
+
+    prediction_type: PredictionType = "v_prediction"
+    """What the network predicts: v_prediction, epsilon, or sample (x0)."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (fused), with a linear warm-up to a constant learning rate."""
+
+    learning_rate: float = 1e-5
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 500
+    """Optimizer steps over which the learning rate rises linearly from near 0."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.999
+    """Decay of the squared gradient's running mean."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    epsilon: float = 1e-8
+    """Added to the denominator of the update."""
+
+    def __post_init__(self) -> None:
+        _check("optimizer.learning_rate", self.learning_rate, above=0)
+        _check("optimizer.warmup_steps", self.warmup_steps, at_least=0)
+        _check("optimizer.beta1", self.beta1, at_least=0, below=1)
+        _check("optimizer.beta2", self.beta2, at_least=0, below=1)
+        _check("optimizer.weight_decay", self.weight_decay, at_least=0)
+        _check("optimizer.epsilon", self.epsilon, above=0)
+
+
+@dataclass
+class EmaConfig:
+    """The exponential moving average of the weights, which is what gets exported."""
+
+    enabled: bool = True
+    """Keep an average of the UNet beside it (one more copy of its weights in memory)."""
+    decay: float = 0.9999
+    """Final decay a step; early on it is (1 + n) / (10 + n) after n updates, if that is less."""
+
+    def __post_init__(self) -> None:
+        _check("ema.decay", self.decay, at_least=0, below=1)
+
+
+@dataclass
+class TrainerConfig:
+    """How long, on what, and how often to look."""
+
+    max_steps: int = 10_000
+    """Optimizer steps of the whole run."""
+    devices: int = 1
+    """Processes on each node, one a GPU (or CPU)."""
+    num_nodes: int = 1
+    """Machines."""
+    precision: Precision = "32-true"
+    """Precision of the UNet's forward and backward pass; weights and loss stay in float32."""
+    accumulate_grad_batches: int = 1
+    """Batches whose gradients are averaged into one optimizer step."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient; 0 switches clipping off."""
+    gradient_checkpointing: bool = False
+    """Recompute the UNet's activations in the backward pass: less memory, about 1.3x the time."""
+    log_every_steps: int = 10
+    """Optimizer steps between rows of metrics."""
+    validate_every_steps: int = 500
+    """Optimizer steps between validation losses; 0 switches them off."""
+    checkpoint_every_steps: int = 500
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_steps",
+            "devices",
+            "num_nodes",
+            "accumulate_grad_batches",
+            "log_every_steps",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+        ):
+            _check(f"trainer.{name}", getattr(self, name), at_least=1)
+        _check("trainer.validate_every_steps", self.validate_every_steps, at_least=0)
+        _check("trainer.gradient_clip", self.gradient_clip, at_least=0)
+
+
+@dataclass
+class PreviewConfig:
+    """Pictures of the training model, at fixed prompts and seeds, with the averaged weights."""
+
+    prompts: list[str] = field(
+        default_factory=lambda: [
+            "a solid black background",
+            "a solid white background",
+            "a photo of a forest at night",
+            "a photo of a bird on snow",
+        ]
+    )
+    """Prompts, one row of the grid each; an empty list switches previews off."""
+    every_steps: int = 500
+    """Optimizer steps between grids; 0 switches them off."""
+    num_images: int = 4
+    """Columns of the grid: seeds 0, 1, 2, ..."""
+    num_steps: int = 25
+    """Sampling steps."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance; 1 is off."""
+    guidance_rescale: float = 0.7
+    """Rescale of the guided output towards the conditional's standard deviation, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        _check("preview.every_steps", self.every_steps, at_least=0)
+        _check("preview.num_images", self.num_images, at_least=1)
+        _check("preview.num_steps", self.num_steps, at_least=1)
+        _check("preview.guidance_rescale", self.guidance_rescale, at_least=0, at_most=1)
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases: online when logged in, else offline in run_dir/wandb."""
+
+    enabled: bool = True
+    """Log to wandb beside metrics.csv."""
+    project: str = "blackpoint"
+    """Project that the run appears in."""
+    name: str | None = None
+    """Name of the run there; the run directory's name if not set."""
+
+
+@dataclass
+class TrainConfig:
+    """A fine-tune of a Stable Diffusion UNet, from its checkpoint to an exported pipeline."""
+
+    run_dir: str = MISSING
+    """Directory of the run; the same command there continues an interrupted run."""
+    checkpoint: str = MISSING
+    """What to start from: a diffusers folder, hub id, run directory or .ckpt."""
+    seed: int = 0
+    """Decides every draw of the run, together with the epoch and the sample's index."""
+    batch_size: int = 16
+    """Images a batch, over all processes together; an optimizer step takes
+    accumulate_grad_batches of them."""
+    allow_unsound: bool = False
+    """Allow pairs that cannot work, for study: epsilon or leading timesteps with zero SNR."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Shards and how images are read."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The noise schedule."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The training target."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its warm-up."""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """Average of the weights."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Length, devices, intervals."""
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    """Preview grids."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Tracking."""
+
+    def __post_init__(self) -> None:
+        _check("batch_size", self.batch_size, at_least=1)
+        _check("seed", self.seed, at_least=0)
+        world_size = self.trainer.devices * self.trainer.num_nodes
+        if self.batch_size % world_size:
+            raise UserError(
+                f"batch_size={self.batch_size} cannot be divided among {world_size} processes "
+                "(trainer.devices * trainer.num_nodes); choose a multiple"
+            )
+        if self.schedule.zero_terminal_snr:
+            zero_snr = NoiseSchedule.scaled_linear().zero_terminal_snr()
+            process = Process(zero_snr, self.loss.prediction_type, self.schedule.timestep_spacing)
+            process.check_sound(self.allow_unsound)
+
+
+def _check(
+    name: str,
+    value: float,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    rules = [
+        (at_least, f">= {at_least}", lambda limit: value >= limit),
+        (above, f"> {above}", lambda limit: value > limit),
+        (at_most, f"<= {at_most}", lambda limit: value <= limit),
+        (below, f"< {below}", lambda limit: value < limit),
+    ]
+    broken = [text for limit, text, holds in rules if limit is not None and not holds(limit)]
+    if broken or not math.isfinite(value):
+        wanted = " and ".join(text for limit, text, _ in rules if limit is not None)
+        raise UserError(f"{name}={value} is out of range; it must be {wanted}")

@@ -1,0 +1,38 @@
+"""The process that a run trains to: its base's, changed as the config says."""
+
+import dataclasses
+
+from sampling.process import Process
+from sampling.schedule import NoiseSchedule
+from train.config import TrainConfig
+
+
+def fine_tuned_process(config: TrainConfig, base: Process) -> Process:
+    """Returns the schedule, prediction type and spacing that the fine-tuned model will carry."""
+    num_steps = base.schedule.num_steps
+    scheme = dict(base.scheme)
+    match config.schedule.betas:
+        case "checkpoint":
+            schedule = base.schedule
+        case "scaled_linear":
+            schedule = NoiseSchedule.scaled_linear(num_steps=num_steps)
+            scheme = {"beta_schedule": "scaled_linear"}
+        case "linear":
+            schedule = NoiseSchedule.linear(num_steps=num_steps)
+            scheme = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+        case "cosine_discrete":
+            schedule = NoiseSchedule.cosine_discrete(num_steps=num_steps)
+            scheme = {"beta_schedule": "squaredcos_cap_v2"}
+    if config.schedule.zero_terminal_snr:
+        schedule = schedule.zero_terminal_snr()
+    process = dataclasses.replace(
+        base,
+        schedule=schedule,
+        prediction_type=config.loss.prediction_type,
+        timestep_spacing=config.schedule.timestep_spacing,
+        steps_offset=1,
+        scheme=scheme,
+    )
+    # Again, now of the schedule itself: a base may be zero-terminal where the config is not.
+    process.check_sound(config.allow_unsound)
+    return process

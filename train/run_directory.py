@@ -1,0 +1,120 @@
+"""The run directory: what it holds, and whether a command may continue what is there.
+
+config.yaml (resolved), environment.json, checkpoints/, metrics.csv, previews/, wandb/ and, once the
+run is finished, export/.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from sampling.errors import UserError
+from train.config import TrainConfig
+
+PACKAGES = ("blackpoint", "torch", "lightning", "diffusers", "transformers", "webdataset", "wandb")
+# Keys that change where and how a run is computed or watched, and not what it computes.
+FREE_KEYS = ("run_dir", "trainer.devices", "trainer.num_nodes", "data.num_workers", "wandb.")
+ABSENT = "(not set)"
+# What a run writes; other files, such as shards, may lie in its directory from the start.
+WRITTEN = ("checkpoints", "metrics.csv", "previews", "export")
+
+
+def check_continues(run_dir: Path, config: TrainConfig) -> None:
+    """Raises UserError where `run_dir` holds a run of another config, or parts of a run."""
+    if not run_dir.exists():
+        return
+    if not run_dir.is_dir():
+        raise UserError(f"run_dir={run_dir} is a file; name a directory")
+    saved = run_dir / "config.yaml"
+    if not saved.exists():
+        taken = [name for name in WRITTEN if (run_dir / name).exists()]
+        if taken:
+            raise UserError(
+                f"run_dir={run_dir} holds {taken[0]} but no run (config.yaml is missing); nothing "
+                "is overwritten: choose another run_dir"
+            )
+        return
+    old, new = _flat(OmegaConf.load(saved)), _flat(OmegaConf.structured(config))
+    differing = [key for key in sorted(old.keys() | new.keys()) if not _same(key, old, new)]
+    if differing:
+        rows = [f"  {k}: {old.get(k, ABSENT)} there, {new.get(k, ABSENT)} now" for k in differing]
+        raise UserError(
+            f"run_dir={run_dir} holds a run of another config:\n"
+            + "\n".join(rows)
+            + "\nchoose another run_dir, or continue that run with its own values"
+        )
+
+
+def write_records(run_dir: Path, config: TrainConfig) -> None:
+    """Writes config.yaml and environment.json, unless the run is being continued."""
+    if (run_dir / "config.yaml").exists():
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    environment = json.dumps(describe_environment(), indent=2) + "\n"
+    _write(run_dir / "environment.json", environment)
+    # The config comes last: it is what makes the directory a run.
+    _write(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def describe_environment() -> dict[str, Any]:
+    """Returns versions, git commit (None outside a repository), command and start time."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed as a distribution"
+    return {
+        "command": shlex.join(sys.argv),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": _git("status", "--porcelain", "--untracked-files=no"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    if not isinstance(plain, dict):
+        return {prefix: plain}
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _same(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    if any(key == free or (free[-1] == "." and key.startswith(free)) for free in FREE_KEYS):
+        return True
+    return old.get(key, ABSENT) == new.get(key, ABSENT)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

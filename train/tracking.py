@@ -1,0 +1,61 @@
+"""Weights & Biases: one run there for a run directory, however often it is resumed."""
+
+import dataclasses
+import netrc
+import os
+import secrets
+import sys
+from pathlib import Path
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import WandbLogger
+
+from train.config import TrainConfig
+
+
+def wandb_logger(config: TrainConfig, run_dir: Path) -> WandbLogger:
+    """Starts or continues the run: online if someone is logged in, else offline, which it says.
+
+    For the first process only; call `.experiment.finish()` at the end.
+    """
+    import wandb  # takes a second, which a run without it should not pay
+
+    offline = os.environ.get("WANDB_MODE", "online") != "online" or not logged_in()
+    if offline:
+        print(
+            "wandb is offline (no WANDB_API_KEY and no `wandb login`, or WANDB_MODE says so); "
+            f"upload later with: wandb sync {run_dir}/wandb/offline-run-*",
+            file=sys.stderr,
+        )
+    experiment = wandb.init(
+        project=config.wandb.project,
+        name=config.wandb.name or run_dir.name,
+        id=_run_id(run_dir),
+        dir=run_dir,
+        mode="offline" if offline else "online",
+        resume="allow",
+        config=dataclasses.asdict(config),
+        settings=wandb.Settings(console="off", silent=offline),
+    )
+    experiment.define_metric("trainer/global_step")
+    experiment.define_metric("*", step_metric="trainer/global_step")
+    return WandbLogger(experiment=experiment, save_dir=run_dir)
+
+
+def logged_in() -> bool:
+    """Whether a key for the wandb server is in the environment or in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _run_id(run_dir: Path) -> str:
+    path = run_dir / "wandb" / "run_id"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4), encoding="ascii")
+    return path.read_text(encoding="ascii")

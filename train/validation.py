@@ -1,0 +1,92 @@
+"""The validation loss, for each range of log SNR and as one number.
+
+Every held-out sample has one t and one eps, the same at each validation, so that curves show the
+model and not the draws. The samples take turns over the ranges, and the last timestep is a range of
+its own: at zero terminal SNR the fine-tune is won or lost there. The one number weighs each range
+by its share of timesteps; it estimates the training loss.
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from sampling.schedule import NoiseSchedule
+from train.draws import draw_validation
+from train.ema import Ema
+from train.metrics import log_metrics
+from train.module import FineTuner
+from train.watch import Watch
+
+LOG_SNR_EDGES = (6, 4, 2, 0, -2, -4, -6)  # natural logarithm; falls as t rises
+
+
+def snr_bins(schedule: NoiseSchedule) -> dict[str, tuple[int, int]]:
+    """Returns name -> [low, high) of timesteps, low noise first; empty ranges are left out.
+
+    `terminal` is t = T - 1 alone, whatever its SNR.
+    """
+    last = schedule.num_steps - 1
+    bins = {}
+    low = 0
+    upper = "inf"
+    for edge in LOG_SNR_EDGES:
+        high = min(int((schedule.log_snr >= edge).sum()), last)
+        if high > low:
+            bins[f"log_snr_{edge}_{upper}"] = (low, high)
+        low, upper = max(low, high), str(edge)
+    if last > low:
+        bins[f"log_snr_-inf_{upper}"] = (low, last)
+    bins["terminal"] = (last, last + 1)
+    return bins
+
+
+class ValidationLoss(Callback):
+    """Logs validation/loss and validation/loss_<range>, of the averaged weights if any."""
+
+    def __init__(self, every_steps: int, watch: Watch, ema: Ema | None) -> None:
+        self.every_steps, self.watch, self.ema = every_steps, watch, ema
+        self._loader: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = step % self.every_steps == 0 or step == trainer.max_steps
+        if self._loader is None or not (due and self.watch.at_step_end):
+            return
+        assert isinstance(pl_module, FineTuner)
+        with self.watch.paused():
+            log_metrics(trainer, self.measure(trainer, pl_module))
+
+    @torch.no_grad()
+    def measure(self, trainer: Trainer, module: FineTuner) -> dict[str, float]:
+        """Returns the metrics over the whole validation loader."""
+        schedule = module.model.process.schedule
+        bins = snr_bins(schedule)
+        ranges = list(bins.values())
+        totals = torch.zeros(2, len(ranges), dtype=torch.float64)  # sums of losses, counts
+        swap = self.ema.swapped_in(module) if self.ema else torch.no_grad()
+        with swap, trainer.precision_plugin.forward_context():
+            for batch in self._loader:
+                trainer.datamodule.account(batch["replaced"], training=False)  # type: ignore[attr-defined]
+                indices = batch["index"].tolist()
+                which = torch.tensor([index % len(ranges) for index in indices])
+                shape = module.model.latent_shape(*batch["image"].shape[-2:])
+                chosen = [ranges[row] for row in which.tolist()]
+                draws = draw_validation(module.config.seed, indices, chosen, shape)
+                batch = module.transfer_batch_to_device(batch, module.device, 0)
+                losses = module.losses(batch, draws).double().cpu()
+                totals.index_add_(1, which, torch.stack([losses, torch.ones_like(losses)]))
+        totals = trainer.strategy.reduce(totals.to(module.device), reduce_op="sum").cpu()
+        means = (totals[0] / totals[1]).tolist()
+        seen = [row for row, count in enumerate(totals[1].tolist()) if count]
+        shares = [high - low for low, high in ranges]
+        metrics = {f"validation/loss_{name}": means[i] for i, name in enumerate(bins) if i in seen}
+        if seen:
+            weighted = sum(means[row] * shares[row] for row in seen)
+            metrics["validation/loss"] = weighted / sum(shares[row] for row in seen)
+        return metrics

@@ -1,0 +1,128 @@
+"""What is watched at every step: the loss (which must stay finite), its gradient, and the speed.
+
+Numbers stay on the device until a row is due, so that a GPU is never made to wait for them.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sampling.errors import RunFailed
+from train.metrics import log_metrics
+
+REMEDY = (
+    "No checkpoint was written after it, so the last one is good. Remedies: look at these samples, "
+    "lower optimizer.learning_rate, or use trainer.precision=bf16-mixed or 32-true"
+)
+
+
+class Watch(Callback):
+    """Logs loss, gradient norm, learning rate and images/s; stops on a loss that is not finite.
+
+    Rows are means over the micro-batches since the row before. Must come after the callback that
+    averages the weights and before all others, which ask it whether an optimizer step has just
+    ended (`at_step_end`) and let its clock rest while they work (`paused`).
+    """
+
+    def __init__(self, log_every_steps: int, batch_size: int) -> None:
+        self.log_every_steps = log_every_steps
+        self.batch_size = batch_size
+        self.at_step_end = False
+        self.images_per_s: float | None = None
+        self.loss: float | None = None
+        self._step = 0
+        self._learning_rate = 0.0
+        self._pending: list[tuple[int, list[str], Tensor]] = []  # step, sample keys, losses
+        self._losses: list[Tensor] = []
+        self._num_images = 0
+        self._started_s = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        self._started_s = time.perf_counter()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._learning_rate = optimizer.param_groups[0]["lr"]  # the scheduler is about to move it
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        self.at_step_end = step != self._step
+        self._pending.append((self._step + 1, batch["key"], outputs["losses"]))
+        self._losses.append(outputs["losses"].mean())
+        self._num_images += self.batch_size
+        self._step = step
+        due = step % self.log_every_steps == 0 or step == trainer.max_steps
+        if self.at_step_end and due:
+            self._log(trainer, pl_module)
+        elif pl_module.device.type == "cpu":
+            self.check_finite(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuses to save what a loss that is not finite has spoilt."""
+        self.check_finite(trainer, pl_module)
+
+    def check_finite(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raises `RunFailed` if a loss since the last check, or the gradient, is not finite."""
+        pending, self._pending = self._pending, []
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        checked = [losses.sum() for _, _, losses in pending]
+        if self.at_step_end and not scaled:  # a loss scaler skips such steps by itself
+            checked.append(_gradient_norm(pl_module))
+        if not checked or math.isfinite(torch.stack(checked).sum().item()):
+            return
+        for step, keys, losses in pending:
+            pairs = zip(keys, losses.tolist(), strict=True)
+            bad = [key for key, loss in pairs if not math.isfinite(loss)]
+            if bad:
+                raise RunFailed(
+                    f"the loss of step {step} is not finite for {len(bad)} of {len(keys)} samples "
+                    f"of the batch: {', '.join(bad[:16])}. {REMEDY}"
+                )
+        raise RunFailed(
+            f"the gradient of step {self._step} is not finite, though its loss is; samples of the "
+            f"batch: {', '.join(pending[-1][1][:16]) if pending else 'seen before'}. {REMEDY}"
+        )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps the time of a `with` block out of images/s."""
+        begun_s = time.perf_counter()
+        yield
+        self._started_s += time.perf_counter() - begun_s
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.check_finite(trainer, pl_module)
+        means = torch.stack([torch.stack(self._losses).mean(), _gradient_norm(pl_module)])
+        loss, norm = trainer.strategy.reduce(means, reduce_op="mean").tolist()
+        self.loss = loss
+        self.images_per_s = self._num_images / (time.perf_counter() - self._started_s)
+        log_metrics(
+            trainer,
+            {
+                "train/loss": loss,
+                "train/gradient_norm": norm,
+                "train/learning_rate": self._learning_rate,
+                "train/images_per_s": self.images_per_s,
+            },
+        )
+        self._losses, self._num_images = [], 0
+        self._started_s = time.perf_counter()
+
+
+def _gradient_norm(pl_module: LightningModule) -> Tensor:
+    norm = pl_module.gradient_norm
+    assert isinstance(norm, Tensor)
+    return norm.float()
