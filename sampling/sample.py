@@ -1,24 +1,21 @@
 """Samples prompts to a folder: pictures, one JSON row a picture, and a grid with captions."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import wrap
 from typing import Any, Literal
 
 import torch
 from omegaconf import MISSING
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
-from sampling.errors import RunFailed, UserError
+from sampling.errors import UserError
 from sampling.export import require_empty
 from sampling.model import DiffusionModel
+from sampling.pictures import caption_grid, to_picture
 
 GRID_MAX_PROMPTS, GRID_MAX_SEEDS = 32, 8
-CAPTION_WIDTH_PX, CAPTION_CHARACTERS = 200, 30
 
 
 @dataclass
@@ -160,36 +157,3 @@ def find_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"device={name} is not usable here ({reason}); use auto or cpu") from None
     return torch.device(name)
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """Turns (3, H, W) in [0, 1] into an 8-bit picture, rounding to nearest."""
-    if not torch.isfinite(image).all():
-        raise RunFailed("the model painted non-finite pixels; sample with dtype=float32")
-    pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def caption_grid(
-    captions: Sequence[str], rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]
-) -> Image.Image:
-    """Lays pictures out with a caption left of each row and a title above each column."""
-    width, height = rows[0][0].size
-    cell_width, cell_height = max(width, 64), max(height, 64)
-    font = ImageFont.load_default(12)
-    top, gap = 20, 4
-    size = (
-        CAPTION_WIDTH_PX + len(titles) * (cell_width + gap),
-        top + len(rows) * (cell_height + gap),
-    )
-    grid = Image.new("RGB", size, (128, 128, 128))
-    draw = ImageDraw.Draw(grid)
-    for column, title in enumerate(titles):
-        draw.text((CAPTION_WIDTH_PX + column * (cell_width + gap), 3), title, "white", font)
-    for row, (caption, pictures) in enumerate(zip(captions, rows, strict=True)):
-        y = top + row * (cell_height + gap)
-        lines = wrap(caption, CAPTION_CHARACTERS)[: cell_height // 15]
-        draw.multiline_text((gap, y), "\n".join(lines), "white", font)
-        for column, picture in enumerate(pictures):
-            grid.paste(picture, (CAPTION_WIDTH_PX + column * (cell_width + gap), y))
-    return grid

@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from data.digits import BACKGROUNDS, DIGIT_NAMES, INKS, digit_samples
 from sampling.schedule import NoiseSchedule
 from train import embedded_base as base
+from train.digit_reader import train_digit_reader
 
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
@@ -41,6 +42,8 @@ class BaseConfig:
 
     output: str = "assets/tiny_sd"
     """Folder of the finished pipeline."""
+    digit_reader: str = "assets/digit_reader"
+    """Folder of the digit classifier that judges samples."""
     work: str = "runs/base"
     """Folder of the intermediate states."""
     seed: int = 0
@@ -53,6 +56,8 @@ class BaseConfig:
     """Optimizer steps of the text encoder, 128 pairs each."""
     unet_steps: int = 2000
     """Optimizer steps of the UNet, 32 images each."""
+    reader_steps: int = 2500
+    """Optimizer steps of the digit classifier, 128 images each."""
 
 
 def stage(work: Path, name: str, report: base.Report, num_steps: int) -> None:
@@ -70,6 +75,7 @@ def make(config: BaseConfig) -> None:
     """Trains what is missing and writes the pipeline folder."""
     work, output = Path(config.work), Path(config.output)
     work.mkdir(parents=True, exist_ok=True)
+    make_digit_reader(config)
     images, captions, _ = digit_samples(config.num_images, config.seed)
     torch.manual_seed(config.seed)
 
@@ -118,6 +124,21 @@ def make(config: BaseConfig) -> None:
 
     once(work / "unet", unet)
     write_pipeline(work, output)
+
+
+def make_digit_reader(config: BaseConfig) -> None:
+    """Trains the classifier on composed training digits and says how it reads held-out ones."""
+    folder = Path(config.digit_reader)
+    if folder.exists():
+        return
+    images, _, labels = digit_samples(9000, config.seed + 1)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    reader = train_digit_reader(pixels, labels, config.seed, config.reader_steps)
+    reader.save(folder)
+    images, _, labels = digit_samples(2000, config.seed + 1, "held_out")
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    right = reader.read(pixels.float() / 255) == torch.from_numpy(labels)
+    print(f"digit reader: {right.float().mean():.2%} of {len(labels)} held-out images")
 
 
 def write_pipeline(work: Path, output: Path) -> None:

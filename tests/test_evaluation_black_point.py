@@ -44,6 +44,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BlackPointConfig:
         output=str(tmp_path / "study"),
         digit_reader=str(tmp_path / "reader"),
         num_images=20,
+        beside_images=20,
         read_images=50,
         guidance_scales=[1.0, 3.0],
         gallery_images=2,
@@ -63,15 +64,26 @@ def study(config: BlackPointConfig, load: Load = load_square_painter) -> list[Ro
 
 def test_cells_hold_the_images_that_each_question_needs() -> None:
     config = BlackPointConfig(checkpoints={"base": "x"})
-    cells = {cell.name: cell for cell in study_cells(config, digit_captions())}
+    cells = {cell.name: cell for cell in study_cells(config, digit_captions(), "base")}
     named = {
         f"{group}_g{scale}" for group in ("black", "white") for scale in ("1", "3", "5", "7.5")
     }
     assert set(cells) == {"open_g1", "other_g3"} | named
-    assert all(cell.num_images >= 500 for cell in cells.values())
+    for scale in ("1", "3", "5", "7.5"):  # black and white together
+        assert sum(cells[f"{group}_g{scale}"].num_images for group in ("black", "white")) >= 500
+    assert cells["open_g1"].num_images == cells["black_g3"].num_images == 500
     assert sum(cells[name].num_images for name in ("black_g3", "white_g3", "other_g3")) == 2000
     assert {cell.guidance_rescale for cell in cells.values() if cell.guidance_scale == 1} == {0.0}
     assert {cell.guidance_rescale for cell in cells.values() if cell.guidance_scale > 1} == {0.7}
+
+
+def test_brief_checkpoints_have_the_first_images_of_the_main_cells() -> None:
+    config = BlackPointConfig(checkpoints={"base": "x", "control": "y"}, brief=["control"])
+    cells = {cell.name: cell for cell in study_cells(config, digit_captions(), "control")}
+    sizes = {name: cell.num_images for name, cell in cells.items()}
+    assert sizes == {"open_g1": 500, "black_g3": 250, "white_g3": 250}
+    with pytest.raises(UserError, match="brief="):
+        BlackPointConfig(checkpoints={"base": "x"}, brief=["control"])
 
 
 def test_captions_are_all_of_the_data_and_balanced_in_digits() -> None:
@@ -149,7 +161,7 @@ def test_a_larger_study_keeps_the_images_of_the_smaller(config: BlackPointConfig
     small = set(study(config))
     calls: list[int] = []
     large = study(
-        dataclasses.replace(config, num_images=25, read_images=65),
+        dataclasses.replace(config, num_images=25, beside_images=25, read_images=65),
         lambda checkpoint: counted(checkpoint, calls),
     )
     assert small <= set(large)

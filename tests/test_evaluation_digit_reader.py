@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from sampling.errors import UserError
-from sampling.evaluation.digit_reader import DigitReader, contrast_map, train_digit_reader
+from sampling.evaluation.digit_reader import DigitReader, contrast_map
+from train.digit_reader import train_digit_reader
 
 
 def bars(num_images: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,8 @@ from PIL import Image
 
 from sampling.errors import RunFailed, UserError
 from sampling.model import DiffusionModel
-from sampling.sample import SampleConfig, caption_grid, read_prompts, sample_to_folder, to_picture
+from sampling.pictures import caption_grid, to_picture
+from sampling.sample import SampleConfig, read_prompts, sample_to_folder
 from scripts.cli import main
 from tests.tiny_pipeline import make_tiny_pipeline
 

@@ -30,12 +30,17 @@ class BlackPointConfig:
     checkpoints: dict[str, str] = MISSING
     """Name -> checkpoint (a folder, hub id, run directory or .ckpt); the first is the one compared
     with."""
+    brief: list[str] = field(default_factory=list)
+    """Names of checkpoints of which only the open cell and beside_images of black and white at
+    read_guidance_scale are sampled."""
     output: str = "runs/black_point"
     """Folder for rows.csv.gz, summary.md, summary.json and sample images."""
     digit_reader: str = "assets/digit_reader"
     """Folder of the digit classifier."""
     num_images: int = 500
-    """Images in each cell of (a) and (b)."""
+    """Images in the open cell of (a), and in black and in white at read_guidance_scale."""
+    beside_images: int = 250
+    """Images in black and in white at each other guidance scale, which are shown beside."""
     read_images: int = 2000
     """Images whose digits are read in (c); they include the black and white cells at
     read_guidance_scale."""
@@ -67,12 +72,23 @@ class BlackPointConfig:
             raise UserError(
                 f"checkpoints: the name {DATA!r} is kept for real images; choose another"
             )
+        if isinstance(self.checkpoints, dict) and not set(self.brief) <= set(self.checkpoints):
+            raise UserError(
+                f"brief={self.brief} names what checkpoints does not: {', '.join(self.checkpoints)}"
+            )
         if self.read_guidance_scale not in self.guidance_scales:
             raise UserError(
                 f"read_guidance_scale={self.read_guidance_scale} is not among guidance_scales="
                 f"{self.guidance_scales}; add it there"
             )
-        for name in ("num_images", "read_images", "num_steps", "batch_size", "num_processes"):
+        for name in (
+            "num_images",
+            "beside_images",
+            "read_images",
+            "num_steps",
+            "batch_size",
+            "num_processes",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_images < 2:
@@ -108,19 +124,22 @@ class Cell:
         return f"{self.group}_g{self.guidance_scale:g}"
 
 
-def study_cells(config: BlackPointConfig, captions: Captions) -> list[Cell]:
-    """Lists the cells of the study: open, then black and white at each guidance, then what (c)
-    needs besides."""
+def study_cells(config: BlackPointConfig, captions: Captions, checkpoint: str) -> list[Cell]:
+    """Lists the cells of one checkpoint: open, then black and white at each guidance, then what
+    (c) needs besides."""
 
     def cell(group: str, guidance_scale: float, num_images: int) -> Cell:
         rescale = 0.0 if guidance_scale == 1 else config.guidance_rescale
         return Cell(group, guidance_scale, rescale, getattr(captions, group), num_images)
 
+    brief = checkpoint in config.brief
     cells = [cell("open", 1.0, config.num_images)]
-    for scale in config.guidance_scales:
-        cells += [cell(group, scale, config.num_images) for group in ("black", "white")]
+    for scale in [config.read_guidance_scale] if brief else config.guidance_scales:
+        in_full = scale == config.read_guidance_scale and not brief
+        count = config.num_images if in_full else config.beside_images
+        cells += [cell(group, scale, count) for group in ("black", "white")]
     num_other = config.read_images - 2 * config.num_images
-    if num_other > 0:
+    if num_other > 0 and not brief:
         cells.append(cell("other", config.read_guidance_scale, num_other))
     return cells
 
@@ -130,6 +149,6 @@ def wanted_keys(config: BlackPointConfig, captions: Captions) -> set[tuple[str, 
     return {
         (name, cell.name, index)
         for name in config.checkpoints
-        for cell in study_cells(config, captions)
+        for cell in study_cells(config, captions, name)
         for index in range(cell.num_images)
     }

@@ -12,13 +12,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from sampling.errors import UserError
+from sampling.errors import RunFailed, UserError
 from sampling.evaluation.black_point import (
     BlackPointConfig,
     Caption,
@@ -30,6 +28,7 @@ from sampling.evaluation.black_point import (
 from sampling.evaluation.digit_reader import DigitReader
 from sampling.evaluation.luminance import border_luminance, image_luminance
 from sampling.evaluation.rows import DATA, DECIMALS, Row, read_rows, write_rows
+from sampling.pictures import to_picture
 
 CHUNK_IMAGES = 50
 
@@ -106,7 +105,7 @@ def paint_chunk(
         allow_unsound=config.allow_unsound,
     ).cpu()
     if not torch.isfinite(images).all():
-        raise RuntimeError(f"{chunk.checkpoint} {cell.name}: sampled images hold NaN or infinity")
+        raise RunFailed(f"{chunk.checkpoint} {cell.name}: sampled images hold NaN or infinity")
     rows = []
     measured = measure(images, reader)
     for index, (prompt, digit), seed, values in zip(
@@ -126,23 +125,15 @@ def paint_chunk(
             )
         )
         if index < config.gallery_images:
-            save_image(
-                images[index - chunk.indices[0]],
-                image_path(Path(config.output), chunk.checkpoint, cell.name, index),
-            )
+            path = image_path(Path(config.output), chunk.checkpoint, cell.name, index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_picture(images[index - chunk.indices[0]]).save(path)
     return rows
 
 
 def image_path(output: Path, checkpoint: str, cell: str, index: int) -> Path:
     """Says where a kept image lies."""
     return output / "images" / checkpoint / cell / f"{index:04d}.png"
-
-
-def save_image(image: Tensor, path: Path) -> None:
-    """Writes one image (3, H, W) in [0, 1] as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = image.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(path)
 
 
 def run_study(
@@ -166,7 +157,7 @@ def run_study(
     chunks = [
         chunk
         for name in config.checkpoints
-        for cell in study_cells(config, captions)
+        for cell in study_cells(config, captions, name)
         for chunk in missing_chunks(
             name, cell, {key[2] for key in have if key[:2] == (name, cell.name)}
         )

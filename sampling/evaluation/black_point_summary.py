@@ -103,9 +103,8 @@ def _read(
     read = digits_read(own)
     pairs = [(READ, read)]
     if baseline is not None:
-        other = [
-            row for row in baseline if row.guidance_scale == guidance_scale and row.group != "open"
-        ]
+        drawn = {(row.cell, row.index) for row in own}  # a brief checkpoint lacks some cells
+        other = [row for row in baseline if (row.cell, row.index) in drawn]
         if other:
             reference = digits_read(other)
             counts = [round(each.value * each.n) for each in (read, reference)]

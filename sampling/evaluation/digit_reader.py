@@ -10,12 +10,10 @@ background is the median colour of the border.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,7 +28,7 @@ SMALLEST_CONTRAST = (
 
 
 def contrast_map(images: Tensor) -> Tensor:
-    """Return how far each pixel is from its image's background, 1 for the farthest.
+    """Returns how far each pixel is from its image's background, 1 for the farthest.
 
     images: (N, 3, H, W) float in [0, 1] -> (N, 1, 32, 32) float in [0, 1].
     """
@@ -62,16 +60,16 @@ class DigitReader(nn.Module):
         self.classifier = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(96 * 16, 10))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (N, 10) for images (N, 3, H, W) float in [0, 1]."""
+        """Returns logits (N, 10) for images (N, 3, H, W) float in [0, 1]."""
         return self.logits(contrast_map(images))
 
     def logits(self, contrast: Tensor) -> Tensor:
-        """Return logits (N, 10) for contrast maps (N, 1, 32, 32)."""
+        """Returns logits (N, 10) for contrast maps (N, 1, 32, 32)."""
         return self.classifier(self.features(contrast))
 
     @torch.inference_mode()
     def read(self, images: Tensor, batch_size: int = 256) -> Tensor:
-        """Return the digit that each image shows, (N,) int64, for images (N, 3, H, W) float in [0,
+        """Returns the digit that each image shows, (N,) int64, for images (N, 3, H, W) float in [0,
         1]."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise UserError(
@@ -84,7 +82,7 @@ class DigitReader(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> DigitReader:
-        """Load the reader from `folder/model.safetensors`; every key must match."""
+        """Loads the reader from `folder/model.safetensors`; every key must match."""
         path = Path(folder) / WEIGHTS_NAME
         if not path.is_file():
             raise UserError(
@@ -100,67 +98,8 @@ class DigitReader(nn.Module):
         return reader.eval()
 
     def save(self, folder: str | Path) -> Path:
-        """Write `folder/model.safetensors` and return its path."""
+        """Writes `folder/model.safetensors` and return its path."""
         path = Path(folder) / WEIGHTS_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path)
         return path
-
-
-def jittered(contrast: Tensor, generator: torch.Generator) -> Tensor:
-    """Return contrast maps rotated (15 degrees), scaled (12 %), sheared and shifted (3 px) at
-    random."""
-    num_images = contrast.shape[0]
-
-    def uniform(limit: float) -> Tensor:
-        return (2 * torch.rand(num_images, generator=generator) - 1) * limit
-
-    angle, shear = uniform(0.26), uniform(0.15)
-    width, height = 1 + uniform(0.12), 1 + uniform(0.12)
-    cos, sin = angle.cos(), angle.sin()
-    shift_x, shift_y = uniform(3 * 2 / SIDE_PX), uniform(3 * 2 / SIDE_PX)
-    rows = [
-        torch.stack([cos * width, (shear - sin) * height, shift_x], dim=1),
-        torch.stack([sin * width, cos * height, shift_y], dim=1),
-    ]
-    grid = F.affine_grid(torch.stack(rows, dim=1), list(contrast.shape), align_corners=False)
-    return F.grid_sample(contrast, grid, align_corners=False)
-
-
-def train_digit_reader(
-    images: Tensor,
-    labels: Tensor | Sequence[int],
-    seed: int = 0,
-    num_steps: int = 1500,
-    batch_size: int = 128,
-) -> DigitReader:
-    """Train a reader on labelled images and return it in evaluation mode.
-
-    images: uint8 (N, 3, H, W); labels: N digits. AdamW under one cosine of the learning rate; the
-    maps are jittered, and a little noise keeps the reader from relying on perfectly flat
-    backgrounds.
-    """
-    targets = torch.as_tensor(labels, dtype=torch.int64)
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(targets):
-        raise UserError(
-            f"images: {images.dtype} {tuple(images.shape)} with {len(targets)} labels can't be "
-            "trained on; give uint8 (N, 3, H, W) and one label per image"
-        )
-    generator = torch.Generator("cpu").manual_seed(seed)
-    maps = torch.cat([contrast_map(chunk.float() / 255) for chunk in images.split(512)])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # initial weights and dropout
-        reader = DigitReader().train()
-        optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, weight_decay=0.02)
-        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps)
-        for _ in track(range(num_steps), description="digit reader"):
-            chosen = torch.randint(len(maps), (batch_size,), generator=generator)
-            contrast = jittered(maps[chosen], generator)
-            noise_std = 0.1 * torch.rand(batch_size, 1, 1, 1, generator=generator)
-            contrast = contrast + noise_std * torch.randn(contrast.shape, generator=generator)
-            loss = F.cross_entropy(reader.logits(contrast), targets[chosen], label_smoothing=0.05)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            rate.step()
-    return reader.eval()
