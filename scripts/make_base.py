@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from rich.progress import track
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -79,7 +80,7 @@ def make(config: BaseConfig) -> None:
     images, captions, _ = digit_samples(config.num_images, config.seed)
     torch.manual_seed(config.seed)
 
-    def once(folder: Path, train: Callable[[], torch.nn.Module]) -> None:
+    def once(folder: Path, train: Callable[[], Any]) -> None:
         if not (folder / "config.json").exists():
             train().save_pretrained(folder)
 
@@ -133,7 +134,7 @@ def make_digit_reader(config: BaseConfig) -> None:
         return
     images, _, labels = digit_samples(9000, config.seed + 1)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    reader = train_digit_reader(pixels, labels, config.seed, config.reader_steps)
+    reader = train_digit_reader(pixels, labels.tolist(), config.seed, config.reader_steps)
     reader.save(folder)
     images, _, labels = digit_samples(2000, config.seed + 1, "held_out")
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -143,8 +144,6 @@ def make_digit_reader(config: BaseConfig) -> None:
 
 def write_pipeline(work: Path, output: Path) -> None:
     """Writes the fp16 pipeline folder from the trained parts."""
-    from diffusers import UNet2DConditionModel
-
     unet = UNet2DConditionModel.from_pretrained(work / "unet")
     autoencoder = AutoencoderKL.from_pretrained(work / "vae")
     encoder = CLIPTextModel.from_pretrained(work / "text_encoder")

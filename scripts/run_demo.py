@@ -175,7 +175,7 @@ def evaluate(config: DemoConfig, checkpoints: dict[str, str], name: str) -> list
         output=str(Path(config.run_dir) / "black_point"),
         digit_reader=config.digit_reader,
         num_images=config.num_images,
-        beside_images=config.num_images,
+        beside_images=-(-config.num_images // 2),  # black and white together make a cell
         read_images=3 * config.num_images,
         reference_images=config.reference_images,
         num_steps=config.num_steps,
