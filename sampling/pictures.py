@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sampling.errors import RunFailed
 
-CAPTION_WIDTH_PX, CAPTION_CHARACTERS, FONT_PX, TOP_PX, GAP_PX = 200, 30, 12, 20, 4
+CAPTION_WIDTH_PX, FONT_PX, LINE_PX, GAP_PX = 200, 12, 15, 4
+LETTER_PX = 6.7
 SMALLEST_CELL_PX = 128
 SURROUND, TEXT = (128, 128, 128), (255, 255, 255)  # black and white pictures both stand out
 
@@ -33,19 +34,23 @@ def caption_grid(
     factor = max(1, SMALLEST_CELL_PX // max(width, height))
     width, height = width * factor, height * factor
     font = ImageFont.load_default(FONT_PX)
-    size = (
-        CAPTION_WIDTH_PX + len(titles) * (width + GAP_PX),
-        TOP_PX + len(rows) * (height + GAP_PX),
-    )
+    heads = [_lines(title, width) for title in titles]
+    top = max(map(len, heads)) * LINE_PX + GAP_PX
+    size = (CAPTION_WIDTH_PX + len(titles) * (width + GAP_PX), top + len(rows) * (height + GAP_PX))
     grid = Image.new("RGB", size, SURROUND)
     pen = ImageDraw.Draw(grid)
-    for column, title in enumerate(titles):
-        pen.text((CAPTION_WIDTH_PX + column * (width + GAP_PX), 3), title, TEXT, font)
+    for column, head in enumerate(heads):
+        x = CAPTION_WIDTH_PX + column * (width + GAP_PX)
+        pen.multiline_text((x, GAP_PX / 2), "\n".join(head), TEXT, font, spacing=LINE_PX - FONT_PX)
     for row, (caption, pictures) in enumerate(zip(captions, rows, strict=True)):
-        y = TOP_PX + row * (height + GAP_PX)
-        lines = wrap(caption, CAPTION_CHARACTERS)[: height // (FONT_PX + 3)]
+        y = top + row * (height + GAP_PX)
+        lines = _lines(caption, CAPTION_WIDTH_PX)[: height // LINE_PX]
         pen.multiline_text((GAP_PX, y), "\n".join(lines), TEXT, font)
         for column, picture in enumerate(pictures):
             x = CAPTION_WIDTH_PX + column * (width + GAP_PX)
             grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
     return grid
+
+
+def _lines(text: str, width_px: int) -> list[str]:
+    return wrap(text, int(width_px / LETTER_PX)) or [""]

@@ -6,7 +6,6 @@ from its last saved state. About an hour on two CPU cores.
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +61,10 @@ class BaseConfig:
 
 
 def stage(work: Path, name: str, report: base.Report, num_steps: int) -> None:
-    """Runs one training and keeps its losses and seconds in `work`."""
-    start, rows = time.time(), []
-    for step, loss in track(report, description=name, total=num_steps):
-        rows.append(f"{step},{loss:.6f},{time.time() - start:.1f}")
-        if step % 50 == 0:
-            with (work / f"{name}_loss.csv").open("a", encoding="utf-8") as file:
-                file.write("\n".join(rows) + "\n")
-            rows = []
+    """Runs one training and writes its losses to `work`, a row a step."""
+    with (work / f"{name}_loss.csv").open("a", encoding="utf-8") as file:
+        for step, loss in track(report, description=name, total=num_steps):
+            file.write(f"{step},{loss:.6f}\n")
 
 
 def make(config: BaseConfig) -> None:

@@ -1,4 +1,4 @@
-"""The committed assets: a genuine, flawed Stable Diffusion, a reader that reads, digits to train on."""
+"""The committed assets: a flawed Stable Diffusion, a reader that reads, digits to train on."""
 
 from pathlib import Path
 

@@ -32,8 +32,7 @@ class BlackPointConfig:
     """Name -> checkpoint (a folder, hub id, run directory or .ckpt); the first is the one compared
     with."""
     brief: list[str] = field(default_factory=list)
-    """Names of checkpoints of which only the open cell and beside_images of black and white at
-    read_guidance_scale are sampled."""
+    """Names of checkpoints of which only the open cell is sampled."""
     output: str = "runs/black_point"
     """Folder for rows.csv.gz, summary.md, summary.json and sample images."""
     digit_reader: str = "assets/digit_reader"
@@ -135,14 +134,15 @@ def study_cells(config: BlackPointConfig, captions: Captions, checkpoint: str) -
         rescale = 0.0 if guidance_scale == 1 else config.guidance_rescale
         return Cell(group, guidance_scale, rescale, getattr(captions, group), num_images)
 
-    brief = checkpoint in config.brief
     cells = [cell("open", 1.0, config.num_images)]
-    for scale in [config.read_guidance_scale] if brief else config.guidance_scales:
-        in_full = scale == config.read_guidance_scale and not brief
-        count = config.num_images if in_full else config.beside_images
+    if checkpoint in config.brief:
+        return cells
+    for scale in config.guidance_scales:
+        at_read = scale == config.read_guidance_scale
+        count = config.num_images if at_read else config.beside_images
         cells += [cell(group, scale, count) for group in ("black", "white")]
     num_other = config.read_images - 2 * config.num_images
-    if num_other > 0 and not brief:
+    if num_other > 0:
         cells.append(cell("other", config.read_guidance_scale, num_other))
     return cells
 

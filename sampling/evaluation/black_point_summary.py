@@ -103,7 +103,7 @@ def _read(
     read = digits_read(own)
     pairs = [(READ, read)]
     if baseline is not None:
-        drawn = {(row.cell, row.index) for row in own}  # a brief checkpoint lacks some cells
+        drawn = {(row.cell, row.index) for row in own}
         other = [row for row in baseline if (row.cell, row.index) in drawn]
         if other:
             reference = digits_read(other)
