@@ -24,7 +24,7 @@ RUNS = {
 }
 DOCS = Path("docs/black_point")
 KEPT = ("rows.csv.gz", "summary.md", "summary.json", "study.json")
-PICTURED = {"black_g3": (3, 17), "white_g3": (5, 22), "open_g1": (9, 14)}
+PICTURED = {"black_g3": (1, 5), "white_g3": (4, 7), "open_g1": (3, 7)}
 
 
 def main() -> None:
