@@ -17,6 +17,7 @@ def test_bench_writes_table_and_raw_seconds(tmp_path: Path) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(to_yaml(tiny_config(tmp_path / "unused", base, shards)))
     settings = {"config": config, "output": tmp_path / "out", "blocks": 2, "block_steps": 1}
+    settings |= {"warmup_blocks": 1}
     settings |= {"sample_repeats": 1, "sample_images": 2, "num_steps": 2}
     main([f"{key}={value}" for key, value in settings.items()])
     result = json.loads((tmp_path / "out" / "benchmarks.json").read_text())
