@@ -1,6 +1,5 @@
 """`blackpoint evaluate`: measures the black point of checkpoints, with intervals."""
 
-import functools
 import hashlib
 import time
 from pathlib import Path
@@ -35,13 +34,14 @@ def run(config: BlackPointConfig) -> int:
     return 0
 
 
-def evaluate(config: BlackPointConfig, load: Load | None = None) -> tuple[list[Row], list[Finding]]:
+def evaluate(
+    config: BlackPointConfig, load: Load = load_painter
+) -> tuple[list[Row], list[Finding]]:
     """Runs what the study still lacks and returns its rows and findings."""
     identities = {
         name: identify(checkpoint, config.allow_unsound)
         for name, checkpoint in config.checkpoints.items()
     }
-    load = load or functools.partial(load_painter, dtype=config.dtype)
     rows = run_study(config, digit_captions(), real_rows(config), identities, load)
     names = list(config.checkpoints)
     return rows, write_summary(Path(config.output), rows, names, config.read_guidance_scale)

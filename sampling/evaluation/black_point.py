@@ -16,7 +16,6 @@ This file says what is sampled; black_point_study.py samples it, black_point_sum
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from omegaconf import MISSING
 
@@ -56,8 +55,6 @@ class BlackPointConfig:
     """Guidance rescale of every guided cell (0 to 1)."""
     num_steps: int = 25
     """Sampling steps."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the UNet's weights and arithmetic; all else is float32."""
     sampler: str = "ddim"
     """Sampler, run on each checkpoint's own schedule and timestep spacing."""
     seed: int = 0

@@ -61,14 +61,11 @@ class Identity:
     """What cannot work in its process; shown in every report."""
 
 
-def load_painter(checkpoint: str, dtype: str = "float32") -> Painter:
+def load_painter(checkpoint: str) -> Painter:
     """Loads a checkpoint for sampling, on the GPU where there is one."""
     from sampling.model import DiffusionModel
 
-    model = DiffusionModel.load(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
-    for parameter in model.unet.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
-    return model
+    return DiffusionModel.load(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def measure(images: Tensor, reader: DigitReader) -> Iterator[tuple[float, float, int]]:
@@ -267,7 +264,6 @@ def require_same_study(config: BlackPointConfig, identities: Mapping[str, Identi
     settings = {
         "num_steps": config.num_steps,
         "sampler": config.sampler,
-        "dtype": config.dtype,
         "guidance_rescale": config.guidance_rescale,
         "seed": config.seed,
     }

@@ -98,7 +98,7 @@ class DigitReader(nn.Module):
         return reader.eval()
 
     def save(self, folder: str | Path) -> Path:
-        """Writes `folder/model.safetensors` and return its path."""
+        """Writes `folder/model.safetensors` and returns its path."""
         path = Path(folder) / WEIGHTS_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path)
