@@ -180,7 +180,7 @@ def evaluate(config: DemoConfig, checkpoints: dict[str, str], name: str) -> list
         reference_images=config.reference_images,
         num_steps=config.num_steps,
         seed=config.seed,
-        batch_size=32,
+        batch_size=64,
         num_processes=config.num_processes,
     )
     if is_complete(study, run_evaluate.digit_captions()):
