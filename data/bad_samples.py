@@ -12,6 +12,7 @@ from typing import NamedTuple
 from data.errors import UserError
 
 NUM_LISTED = 20
+MAX_SHOWN_CHARACTERS = 200
 
 
 class BadSample(NamedTuple):
@@ -26,9 +27,25 @@ def too_many(num_bad: int, num_samples: int, max_bad_share: float) -> bool:
     return num_bad > max_bad_share * num_samples
 
 
+def kind(reason: str) -> str:
+    """Returns what a reason has in common with others: its words before the colon."""
+    return reason.split(":")[0]
+
+
+def printable(text: str) -> str:
+    """Returns `text` fit for a terminal: control characters and half characters escaped, cut."""
+    shown = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text[:MAX_SHOWN_CHARACTERS]
+    )
+    return shown if len(text) <= MAX_SHOWN_CHARACTERS else f"{shown}..."
+
+
 def listing(bad: Sequence[BadSample]) -> str:
     """Returns one indented line a bad sample, the first 20 of them, and how many are left."""
-    lines = [f"  {sample.key}: {sample.reason}" for sample in bad[:NUM_LISTED]]
+    lines = [
+        f"  {printable(sample.key)}: {printable(sample.reason)}" for sample in bad[:NUM_LISTED]
+    ]
     if len(bad) > NUM_LISTED:
         lines.append(f"  ... and {len(bad) - NUM_LISTED} more")
     return "\n".join(lines)

@@ -65,7 +65,7 @@ class ValidationBatches(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker, num_workers = _worker()
         for numbers in self.slices[worker::num_workers]:
-            places = [Place(0, self.reader.sample_index(number)) for number in numbers]
+            places = [Place(0, self.reader.sample_index(number), number) for number in numbers]
             yield self.reader.collate(places, training=False)
 
 

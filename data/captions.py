@@ -7,27 +7,30 @@ Four forms are known, and which one was found is said:
   whose rows name an image (relative to the folder) and its caption.
 
 Folders are walked recursively and in one order; names that begin with a dot are left out. Nothing
-but the names of one directory, and for the last three forms a hash an image, is held in memory.
+but the names of one directory, and for the last three forms 8 bytes an image, is held in memory.
 """
 
 import csv
 import json
 import os
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from data.bad_samples import BadSample
 from data.decode import IMAGE_SUFFIXES, BadImage, decode_caption
 from data.errors import UserError
+from data.fingerprints import Fingerprints
+from data.source_file import MAX_CAPTION_BYTES, read_source_file
 
 CaptionForm = Literal["auto", "sidecar", "jsonl", "csv", "parquet"]
 
 _TABLE_FORMS = ("jsonl", "csv", "parquet")
 _NOT_CAPTIONS = ("readme", "license", "licence", "requirements")
 _EITHER_CASE = tuple(case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper()))
+_TWIN_ENDINGS = tuple(f".{suffix}" for suffix in _EITHER_CASE)
 
 
 class CaptionedFile(NamedTuple):
@@ -68,12 +71,11 @@ def count_files(folder: Path) -> FolderCount:
     """Counts images, .txt files that have an image beside them, and files of other suffixes."""
     count = FolderCount()
     for _, names in walk(folder):
-        stems = {Path(name).stem for name in names if _suffix(name) in IMAGE_SUFFIXES}
         for name in names:
             suffix = _suffix(name)
             if suffix in IMAGE_SUFFIXES:
                 count.num_images += 1
-            elif suffix == "txt" and Path(name).stem in stems:
+            elif suffix == "txt" and _images_beside(names, name):
                 count.num_sidecars += 1
             else:
                 count.other_suffixes[suffix] = count.other_suffixes.get(suffix, 0) + 1
@@ -129,12 +131,16 @@ def sample_key(folder: Path, name: str) -> str:
     written %2E (and % as %25); when several images differ only in their suffix, "%suffix" follows.
     """
     path = PurePosixPath(name)
-    key = str(path.with_suffix("")).replace("%", "%25").replace(".", "%2E")
-    key = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     stem = path.with_suffix("").name
     directory = folder / path.parent
-    twins = sum((directory / f"{stem}.{suffix}").exists() for suffix in _EITHER_CASE)
-    return key if twins <= 1 else f"{key}%{path.suffix[1:]}"
+    num_twins = sum((directory / f"{stem}.{suffix}").exists() for suffix in _EITHER_CASE)
+    return _key(path, num_twins)
+
+
+def _key(path: PurePosixPath, num_twins: int) -> str:
+    key = str(path.with_suffix("")).replace("%", "%25").replace(".", "%2E")
+    key = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return key if num_twins <= 1 else f"{key}%{path.suffix[1:]}"
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -161,35 +167,53 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 def _from_sidecars(folder: Path) -> Iterator[CaptionedFile | BadSample]:
     for directory, names in walk(folder):
-        images = [name for name in names if _suffix(name) in IMAGE_SUFFIXES]
-        captions = {Path(name).stem: name for name in names if _suffix(name) == "txt"}
-        unused = set(captions)
-        for name in images:
+        for name in names:
+            if _suffix(name) not in IMAGE_SUFFIXES:
+                continue
             relative = os.path.join(directory, name)
-            stem = Path(name).stem
-            unused.discard(stem)
-            if stem not in captions:
-                yield BadSample(_printable(relative), f"no caption: no {stem}.txt beside it")
+            siblings = _same_stem(names, name)
+            captions = [sibling for sibling in siblings if _suffix(sibling) == "txt"]
+            if not captions:
+                missing = _printable(os.path.splitext(name)[0])
+                yield BadSample(_printable(relative), f"no caption: no {missing}.txt beside it")
                 continue
             try:
-                caption = decode_caption((folder / directory / captions[stem]).read_bytes())
+                caption_path = folder / directory / captions[-1]
+                caption = decode_caption(read_source_file(caption_path, MAX_CAPTION_BYTES))
             except BadImage as reason:
                 yield BadSample(_printable(relative), str(reason))
                 continue
-            except OSError as error:
-                yield BadSample(_printable(relative), f"no caption: {error.strerror}")
-                continue
-            key = sample_key(folder, relative)
+            num_twins = sum(sibling.endswith(_TWIN_ENDINGS) for sibling in siblings)
+            key = _key(PurePosixPath(relative), num_twins)
             yield CaptionedFile(key, _printable(relative), folder / relative, caption)
-        for stem in sorted(unused):
-            if stem.lower() not in _NOT_CAPTIONS:
-                relative = os.path.join(directory, captions[stem])
+        for name in names:
+            stem = os.path.splitext(name)[0]
+            if _suffix(name) != "txt" or stem.lower() in _NOT_CAPTIONS:
+                continue
+            if not _images_beside(names, name):
+                relative = os.path.join(directory, name)
                 yield BadSample(_printable(relative), "no image beside the caption")
+
+
+def _same_stem(names: Sequence[str], name: str) -> list[str]:
+    """Returns those of the sorted `names` that differ from `name` only in their suffix."""
+    stem = os.path.splitext(name)[0]
+    found = []
+    for place in range(bisect_left(names, f"{stem}."), len(names)):
+        if not names[place].startswith(f"{stem}."):
+            break
+        if os.path.splitext(names[place])[0] == stem:
+            found.append(names[place])
+    return found
+
+
+def _images_beside(names: Sequence[str], name: str) -> bool:
+    return any(_suffix(sibling) in IMAGE_SUFFIXES for sibling in _same_stem(names, name))
 
 
 def _from_table(source: CaptionSource, table: Path) -> Iterator[CaptionedFile | BadSample]:
     rows = {"jsonl": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}[source.form]
-    seen: set[bytes] = set()
+    seen = Fingerprints()
     for place, row in rows(table, source):
         if isinstance(row, BadSample):
             yield row
@@ -199,16 +223,14 @@ def _from_table(source: CaptionSource, table: Path) -> Iterator[CaptionedFile | 
             yield BadSample(place, f"no image: {source.file_column} is empty")
             continue
         name = os.path.normpath(name.strip())
-        fingerprint = _fingerprint(name)
-        if fingerprint in seen:
+        if not seen.add(name):
             yield BadSample(_printable(name), f"named again in {place}")
             continue
-        seen.add(fingerprint)
         yield _named_file(source, name, caption)
     for directory, names in walk(source.folder):
         for file_name in names:
             name = os.path.join(directory, file_name)
-            if _suffix(file_name) in IMAGE_SUFFIXES and _fingerprint(name) not in seen:
+            if _suffix(file_name) in IMAGE_SUFFIXES and name not in seen:
                 yield BadSample(_printable(name), f"no caption: not named in {table.name}")
 
 
@@ -326,10 +348,6 @@ def _nested_table(folder: Path) -> Path | None:
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1][1:].lower()
-
-
-def _fingerprint(name: str) -> bytes:
-    return blake2b(os.fsencode(name), digest_size=8).digest()
 
 
 def _printable(name: str) -> str:

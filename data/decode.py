@@ -1,5 +1,8 @@
 """Bytes of an image file -> an upright 8-bit RGB image, or the reason why there is none.
 
+The bytes decide what an image is, not its name; EPS and other formats that run programs or that
+nobody trains on are not opened.
+
 What becomes of the unusual ones:
 
 - EXIF orientation is applied: width and height are those that a viewer shows.
@@ -10,6 +13,8 @@ What becomes of the unusual ones:
 - An image of more pixels than a limit is refused before it is decoded (decompression bomb).
 """
 
+import functools
+import json
 import warnings
 from io import BytesIO
 
@@ -72,14 +77,38 @@ def decode_caption(caption_bytes: bytes) -> str:
     return caption
 
 
+def json_caption(json_bytes: bytes) -> bytes:
+    """Returns the "caption" of a .json member, UTF-8; raises BadImage if there is none."""
+    try:
+        caption = json.loads(json_bytes)["caption"]
+    except (ValueError, RecursionError):
+        raise BadImage("no caption: the .json is damaged") from None
+    except (KeyError, TypeError):
+        raise BadImage('no caption: the .json has no "caption"') from None
+    if not isinstance(caption, str):
+        raise BadImage('no caption: "caption" in the .json is no text')
+    try:
+        return caption.encode()
+    except UnicodeEncodeError:  # \ud800 stands in JSON for half a character.
+        raise BadImage("the caption is not UTF-8") from None
+
+
 def luminance(image: Image.Image) -> float:
     """Returns the mean luminance of an RGB image, 0 black to 1 white."""
     channel_means = np.asarray(image).mean(axis=(0, 1), dtype=np.float64)
     return float(channel_means @ LUMINANCE) / 255
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Returns the formats that are opened, as far as this Pillow has them."""
+    Image.init()
+    wanted = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF")
+    return tuple(name for name in wanted if name in Image.OPEN)
+
+
 def _open(image_bytes: bytes, max_image_pixels: int) -> ImageFile.ImageFile:
-    image = Image.open(BytesIO(image_bytes))
+    image = Image.open(BytesIO(image_bytes), formats=_formats())
     width, height = image.size
     if width * height > max_image_pixels:
         raise BadImage(

@@ -1,4 +1,7 @@
-"""The one exception that means: the user's input is wrong, and here is the remedy."""
+"""What stops a data command on purpose: each class is one exit status of the command line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -6,3 +9,20 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class RunFailed(RuntimeError):
+    """Says what failed on the way, such as a full disk, and how to go on (exit status 1)."""
+
+
+class WriteFailed(Exception):
+    """A file that is being made can't be written; the message is the system's reason."""
+
+
+@contextmanager
+def disk_writes() -> Iterator[None]:
+    """Turns an OSError of what is done inside into WriteFailed: reading fails for other reasons."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteFailed(error.strerror or str(error)) from error

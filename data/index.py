@@ -14,52 +14,25 @@ and training reads single records in place (pages of a map would count as its re
 import json
 import os
 import shutil
-import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
-from webdataset.tariterators import base_plus_ext
 
 from data.bad_samples import BadSample, refusal, too_many, write_list
-from data.decode import (
-    IMAGE_SUFFIXES,
-    MAX_IMAGE_PIXELS,
-    BadImage,
-    decode,
-    decode_caption,
-    luminance,
-)
+from data.decode import MAX_IMAGE_PIXELS, luminance
 from data.errors import UserError
 from data.progress import progress
+from data.record import RECORD, ShardRecords, Span
+from data.scan import scan_shards
+from data.shards import folder_shards
 
 INDEX_FOLDER = "index"
 FORMAT_VERSION = 1
-RECORD = np.dtype(
-    [
-        ("shard", "<u4"),
-        ("image_size", "<u4"),  # bytes
-        ("image_offset", "<u8"),  # bytes from the start of the tar
-        ("caption_offset", "<u8"),
-        ("caption_size", "<u4"),
-        ("width", "<u4"),  # pixels, upright
-        ("height", "<u4"),
-        ("luminance", "<f4"),  # mean, 0 to 1
-        ("key_offset", "<u8"),
-        ("key_size", "<u4"),
-    ]
-)
-
-
-class Span(NamedTuple):
-    """Bytes [offset, offset + size) of a shard."""
-
-    offset: int
-    size: int
 
 
 class IndexWriter:
@@ -87,14 +60,20 @@ class IndexWriter:
 
     def add(self, shard: int, key: str, image: Span, caption: Span, picture: Image.Image) -> None:
         """Appends a sample whose upright RGB image is `picture`."""
-        key_bytes = key.encode("utf-8", "backslashreplace")
-        places = (shard, image.size, image.offset, caption.offset, caption.size)
-        row = (*places, *picture.size, luminance(picture), self._key_offset, len(key_bytes))
-        self._records.write(np.array(row, RECORD).tobytes())
-        self._keys.write(key_bytes)
-        self._key_offset += len(key_bytes)
-        self.num_samples += 1
-        self._num_in_shard[shard] += 1
+        records = ShardRecords()
+        records.add(key, image, caption, *picture.size, luminance(picture))
+        self.append(shard, records)
+
+    def append(self, shard: int, records: ShardRecords) -> None:
+        """Appends the samples of a shard, or some of them, that were collected elsewhere."""
+        rows, keys = records.records, records.keys
+        rows["shard"] = shard
+        rows["key_offset"] += np.uint64(self._key_offset)
+        self._records.write(rows.tobytes())
+        self._keys.write(keys)
+        self._key_offset += len(keys)
+        self.num_samples += len(rows)
+        self._num_in_shard[shard] += len(rows)
 
     def close(self, shards: Sequence[Path], bad: Sequence[BadSample]) -> None:
         """Writes what belongs to the whole and renames the index into place."""
@@ -194,6 +173,12 @@ class Index:
             np.lib.format.read_magic(records)
             np.lib.format.read_array_header_1_0(records)
             self._records_start = records.tell()
+            found = os.fstat(records.fileno()).st_size - self._records_start
+            if found != self.num_samples * RECORD.itemsize:
+                raise UserError(
+                    f"{folder / 'records.npy'}: holds {found} bytes of records, not those of "
+                    f"{self.num_samples} samples. Remove {folder}; the next run builds it anew."
+                )
             self._files = (records, keys)
         return self._files
 
@@ -218,25 +203,25 @@ def build_index(
     shard_folder: Path,
     max_bad_share: float = 0.01,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    num_processes: int = 1,
 ) -> list[BadSample]:
     """Indexes all .tar files of a folder, whoever made them, and returns the bad samples.
 
-    A sample is an image and a .txt of the same key, one after the other in the tar. Every image
-    is decoded once, for its size and luminance. Raises UserError above `max_bad_share`.
+    data/scan.py says what a sample is. Every image is decoded once, for its size and luminance.
+    Raises UserError above `max_bad_share`.
     """
-    shards = sorted(shard_folder.glob("*.tar"))
+    shards = folder_shards(shard_folder)
     bad: list[BadSample] = []
     try:
         with IndexWriter(shard_folder) as writer, progress("indexing", len(shards)) as advance:
-            for number, shard in enumerate(shards):
-                with shard.open("rb") as file:
-                    for key, members in tar_samples(shard, bad):
-                        try:
-                            _add(writer, number, key, members, file, max_image_pixels)
-                        except BadImage as reason:
-                            bad.append(BadSample(f"{shard.name}:{key}", str(reason)))
-                advance()
+            for number, scan in enumerate(
+                scan_shards(shards, max_image_pixels, num_processes, False, advance)
+            ):
+                writer.append(number, scan.records)
+                bad += scan.bad
             num_samples = writer.num_samples + len(bad)
+            if not num_samples:
+                raise UserError(f"{shard_folder}: {len(shards)} shards hold no samples.")
             if too_many(len(bad), num_samples, max_bad_share) or not writer.num_samples:
                 raise refusal(str(shard_folder), bad, num_samples, max_bad_share, "max_bad_share")
             writer.close(shards, bad)
@@ -246,61 +231,6 @@ def build_index(
             "Copy the shards to where you may write, or index them as their owner."
         ) from None
     return bad
-
-
-def tar_samples(shard: Path, bad: list[BadSample]) -> Iterator[tuple[str, dict[str, Span]]]:
-    """Yields (key, {extension: span}) of each run of members with one key.
-
-    A tar that ends too early yields what is whole; the rest is named in `bad`.
-    """
-    key, members = "", dict[str, Span]()
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if not member.isreg():
-                    continue
-                base, extension = base_plus_ext(member.name)
-                if base is None or os.path.basename(member.name).startswith("."):
-                    continue
-                if base != key and members:
-                    yield key, members
-                    members = {}
-                key = base
-                members[extension.lower()] = Span(member.offset_data, member.size)
-            # tarfile takes a torn or damaged header for the end; the true end is a zero block.
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):
-                raise tarfile.ReadError(f"no end mark at byte {tar.offset}, the rest is lost")
-    except (tarfile.TarError, EOFError) as error:
-        bad.append(BadSample(shard.name, f"damaged tar after key {key!r}: {error}"))
-    if members:
-        yield key, members
-
-
-def _add(
-    writer: IndexWriter,
-    shard: int,
-    key: str,
-    members: dict[str, Span],
-    file: BinaryIO,
-    max_image_pixels: int,
-) -> None:
-    image = next((members[name] for name in IMAGE_SUFFIXES if name in members), None)
-    if image is None:
-        raise BadImage(f"no image: only {', '.join(members)}")
-    if "txt" not in members:
-        raise BadImage("no caption: no .txt member")
-    decode_caption(_read(file, members["txt"]))
-    picture = decode(_read(file, image), max_image_pixels)
-    writer.add(shard, key, image, members["txt"], picture)
-
-
-def _read(file: BinaryIO, span: Span) -> bytes:
-    file.seek(span.offset)
-    found = file.read(span.size)
-    if len(found) < span.size:
-        raise BadImage(f"truncated: {len(found)} of {span.size} bytes")
-    return found
 
 
 def _description(shard_folder: Path) -> dict[str, Any]:

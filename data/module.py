@@ -1,67 +1,32 @@
-"""The LightningDataModule: captioned images from shards, endless for training.
+"""The LightningDataModule: captioned images, or their latents, from shards; endless for training.
 
 A batch is {"image": uint8 (B, 3, H, W), "caption": list of str ("" where dropped), "key": list of
-str, "epoch": int64 (B,), "index": int64 (B,)}: which sample of the index, in which pass. All that
-is random about a sample is a function of (seed, epoch, index).
+str, "epoch", "index" and "position": int64 (B,)}: which sample of the index, in which pass, and its
+place in all passes laid end to end (in validation, its number). Encoded shards give, instead of the
+image, "moments" (B, 2C, H/f, W/f) and "prompt_embeds" (B, L, D), float32. All that is random about
+a sample is a function of (seed, epoch, index).
 """
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from omegaconf import MISSING
 from torch.utils.data import DataLoader, IterableDataset
 
 from data.bad_samples import BadSample, refusal, too_many
 from data.batches import TrainingBatches, ValidationBatches, slice_size
-from data.decode import MAX_IMAGE_PIXELS
+from data.config import DataConfig
 from data.errors import UserError
-from data.index import Index, build_index, has_index
+from data.index import INDEX_FOLDER, Index, build_index, has_index
+from data.latents import Encoding, LatentReader
 from data.reader import Reader
-from data.shards import find_shards
+from data.shards import find_shards, is_encoded
 
 # Lightning reminds us to share the batches out among the workers; data/batches.py does.
 warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
-
-
-@dataclass
-class DataConfig:
-    """Shards and what becomes of their images."""
-
-    shards: str = MISSING
-    """Training shards: a folder, or a pattern such as shards/shard-{000000..000009}.tar."""
-    validation_shards: str | None = None
-    """Validation shards, named in the same way; null: no validation."""
-    validation_images: int = 256
-    """Validation reads this many images, always the first ones."""
-    resolution: int = 512
-    """Side of the square images, in pixels; the shorter side is resized to it."""
-    crop: Literal["random", "center"] = "random"
-    """Where the square is cut from the longer side; validation is always center."""
-    flip: bool = False
-    """Mirrors half of the training images. Leave it off where left and right have meaning."""
-    caption_dropout: float = 0.1
-    """Share of training captions replaced by "", which guidance needs, 0 to 1."""
-    num_workers: int = 4
-    """Processes that decode images; 0 decodes in the training process."""
-    max_bad_share: float = 0.01
-    """Share of samples that may prove unusable before the run stops, 0 to 1."""
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Images with more pixels are refused as decompression bombs."""
-
-    def __post_init__(self) -> None:
-        for name in ("resolution", "validation_images", "max_image_pixels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name}={getattr(self, name)}: must be at least 1.")
-        for name in ("caption_dropout", "max_bad_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"data.{name}={getattr(self, name)}: must be from 0 to 1.")
-        if self.num_workers < 0:
-            raise UserError(f"data.num_workers={self.num_workers}: must be 0 or more.")
 
 
 class CaptionedImages(LightningDataModule):
@@ -94,6 +59,11 @@ class CaptionedImages(LightningDataModule):
         """Indexes shards that were made elsewhere; one process a machine does it."""
         for pattern, field in self._patterns():
             folder = find_shards(pattern, field)[0].parent
+            if is_encoded(folder) and not has_index(folder):
+                raise UserError(
+                    f"{field}={pattern}: {folder / INDEX_FOLDER} is missing, and shards of latents "
+                    "can't be indexed anew. Encode the images again with `blackpoint data encode`."
+                )
             if not has_index(folder):
                 rank_zero_info(f"{field}={pattern} has no index: building {folder}/index, once.")
                 limit, pixels = self.config.max_bad_share, self.config.max_image_pixels
@@ -154,6 +124,15 @@ class CaptionedImages(LightningDataModule):
             where = f"data.shards={self.config.shards}"
             raise refusal(where, bad, num_samples, limit, "data.max_bad_share")
 
+    def encodings(self) -> list[tuple[str, Encoding | None]]:
+        """Returns "field=value" and the Encoding, None for images, of each data set."""
+        found: list[tuple[str, Encoding | None]] = []
+        for pattern, field in self._patterns():
+            folder = find_shards(pattern, field)[0].parent
+            encoding = Encoding.read(folder) if is_encoded(folder) else None
+            found.append((f"{field}={pattern}", encoding))
+        return found
+
     def _patterns(self) -> list[tuple[str, str]]:
         patterns = [(self.config.shards, "data.shards")]
         if self.config.validation_shards:
@@ -162,17 +141,39 @@ class CaptionedImages(LightningDataModule):
 
     def _reader(self, pattern: str, field: str) -> Reader:
         shards = find_shards(pattern, field)
-        config = self.config
-        return Reader(
-            Index(shards[0].parent),
+        folder, config = shards[0].parent, self.config
+        kind = LatentReader if is_encoded(folder) else Reader
+        reader = kind(
+            Index(folder),
             shards,
             self.seed,
             config.resolution,
-            config.crop,
+            "random" if config.crop == "auto" else config.crop,
             config.flip,
             config.caption_dropout,
             config.max_image_pixels,
         )
+        if isinstance(reader, LatentReader):
+            self._check_latents(f"{field}={pattern}", reader.encoding, field == "data.shards")
+        return reader
+
+    def _check_latents(self, where: str, encoding: Encoding, training: bool) -> None:
+        """Raises UserError for what can't be asked of images that are encoded already."""
+        config = self.config
+        if config.resolution != encoding.resolution:
+            raise UserError(
+                f"data.resolution={config.resolution}: {where} holds latents of "
+                f"{encoding.resolution} px. Set data.resolution={encoding.resolution}, or encode "
+                f"the images again with resolution={config.resolution}."
+            )
+        asked = ["data.flip=true"] if config.flip else []
+        asked += ["data.crop=random"] if config.crop == "random" else []
+        if training and asked:
+            raise UserError(
+                f"{' and '.join(asked)}: {where} holds latents, one view of each image "
+                f"({encoding.crop} crop, not flipped), made once. Set data.flip=false "
+                "data.crop=auto, or train from shards of images."
+            )
 
     def _start(self) -> int:
         if callable(self.start_sample):

@@ -2,36 +2,42 @@
 
 Image bytes are kept as they are; each becomes `key.jpg` (or .png, ...) beside `key.txt`, and a
 .json of the same name beside the image comes along. Every image is decoded once: what training
-could not use is left out here, counted and named. Everything is written into a folder beside the
-output, which takes the output's name when it is whole.
+could not use is left out here, counted and named.
+
+Names and sizes alone decide which image goes into which shard (data/shard_list.py). Processes
+then write whole shards (data/pack_shard.py), and the same bytes come out for any number of them.
+A run that was stopped is continued by the same command (data/partial.py).
 """
 
+import contextlib
+import functools
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 from omegaconf import MISSING
-from PIL import Image
-from webdataset import TarWriter
 
 from data.bad_samples import BadSample, refusal, too_many
-from data.captions import (
-    CaptionedFile,
-    CaptionForm,
-    captioned_files,
-    count_files,
-    find_captions,
+from data.captions import CaptionForm, CaptionSource, captioned_files, count_files, find_captions
+from data.decode import MAX_IMAGE_PIXELS
+from data.errors import RunFailed, UserError, WriteFailed, disk_writes
+from data.index import IndexWriter
+from data.pack_shard import (
+    Part,
+    ShardRules,
+    finished_part,
+    is_hopeless,
+    pack_shard,
+    part_path,
+    read_part,
 )
-from data.decode import MAX_IMAGE_PIXELS, BadImage, decode
-from data.errors import UserError
-from data.index import IndexWriter, Span
+from data.partial import Partial, refuse_used_output
 from data.progress import progress
-
-NUM_BAD_BEFORE_STOP = 100
+from data.shard_file import shard_name
+from data.shard_list import ShardList, shard_lists
+from data.workers import run_in_processes, usable_cores
 
 
 @dataclass
@@ -41,7 +47,8 @@ class PackConfig:
     source: str = MISSING
     """Folder of images (jpg, png, webp, bmp, gif, tiff), searched recursively."""
     output: str = MISSING
-    """Folder for the shards and the index; must be absent or empty."""
+    """Folder for the shards and the index; must be absent or empty. A run that was stopped is
+    continued by the same command."""
     captions: CaptionForm = "auto"
     """Where captions are; auto finds the one kind there is and says which."""
     file_column: str = "file_name"
@@ -56,6 +63,9 @@ class PackConfig:
     """Share of samples that may be left out before the run stops, 0 to 1."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Images with more pixels are refused as decompression bombs."""
+    num_processes: int = 0
+    """Processes that decode and write, each a shard at a time; 0: one a CPU core that it may use.
+    The output does not depend on it."""
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
@@ -66,6 +76,8 @@ class PackConfig:
             raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1.")
         if self.max_image_pixels < 1:
             raise UserError(f"max_image_pixels={self.max_image_pixels}: must be at least 1.")
+        if self.num_processes < 0:
+            raise UserError(f"num_processes={self.num_processes}: must be 0 (all) or more.")
 
 
 @dataclass
@@ -75,12 +87,24 @@ class PackResult:
     caption_source: str
     num_samples: int = 0
     num_shards: int = 0
+    num_bytes: int = 0
+    """Of all shards."""
+    num_kept_shards: int = 0
+    """Shards that an earlier run had finished."""
+    num_read: int = 0
+    """Samples that this run read, good or bad."""
+    seconds: float = 0.0
     bad: list[BadSample] = field(default_factory=list)
     ignored_suffixes: dict[str, int] = field(default_factory=dict)
 
 
 def pack(config: PackConfig) -> PackResult:
-    """Packs `config.source` into `config.output`; raises UserError and leaves nothing behind."""
+    """Packs `config.source` into `config.output`, which appears when it is whole.
+
+    Raises UserError, and RunFailed for a full disk or a killed process; finished shards are kept
+    beside the output for the next call.
+    """
+    start = time.monotonic()
     source, output = Path(config.source), Path(config.output)
     if not source.is_dir():
         what = "is a file" if source.exists() else "does not exist"
@@ -97,128 +121,131 @@ def pack(config: PackConfig) -> PackResult:
         source, config.captions, config.file_column, config.caption_column, count
     )
     result = PackResult(str(captions), ignored_suffixes=count.other_suffixes)
-    with (
-        written_beside(output) as partial,
-        IndexWriter(partial) as index,
-        progress("packing", count.num_images) as advance,
-    ):
-        shards = ShardWriter(partial, config.samples_per_shard, config.shard_megabytes * 1e6)
+    with Partial(output, _settings(config, captions)) as partial:
+        rules = ShardRules(
+            source,
+            partial.shards,
+            partial.parts,
+            partial.working,
+            config.max_image_pixels,
+            config.max_bad_share,
+            count.num_images,
+        )
         try:
-            for entry in captioned_files(captions):
-                _pack_one(entry, shards, index, config.max_image_pixels, result.bad)
-                advance()
-                # A folder that is bad throughout is not read to its end to say so.
-                if len(result.bad) >= NUM_BAD_BEFORE_STOP and too_many(
-                    len(result.bad), count.num_images, config.max_bad_share
-                ):
-                    break
-        finally:
-            shards.close()
-        num_seen = index.num_samples + len(result.bad)
-        if too_many(len(result.bad), num_seen, config.max_bad_share) or not index.num_samples:
-            raise refusal(
-                f"source={source}", result.bad, num_seen, config.max_bad_share, "max_bad_share"
-            )
-        index.close(shards.paths, result.bad)
-    result.num_samples, result.num_shards = index.num_samples, len(shards.paths)
+            with progress("packing", count.num_images) as advance:
+                num_shards = _write_shards(config, captions, rules, result, advance)
+            _write_index(rules, num_shards, result)
+            partial.finish()
+        except (WriteFailed, RunFailed) as error:
+            raise _failure(error, config, partial) from error
+    result.seconds = time.monotonic() - start
     return result
 
 
-class ShardWriter:
-    """Writes shard-000000.tar, shard-000001.tar, ... and tells where each member went."""
-
-    def __init__(self, folder: Path, max_samples: int, max_bytes: float) -> None:
-        self.folder = folder
-        self.max_samples, self.max_bytes = max_samples, max_bytes
-        self.paths: list[Path] = []
-        self._file: BinaryIO | None = None
-        self._num_samples = 0
-
-    def write(self, key: str, members: dict[str, bytes]) -> dict[str, Span]:
-        """Appends one sample, to a new shard if this one is full; returns the members' places."""
-        if self._file is None or self._num_samples >= self.max_samples or self._is_large():
-            self._next_shard()
-        self._num_samples += 1
-        spans = {}
-        for extension, content in members.items():
-            # One member a call: the data ends, padded to whole blocks, where the tar stands now.
-            self._tar.write({"__key__": key, extension: content})
-            padded = -(-len(content) // 512) * 512
-            spans[extension] = Span(self._tar.tarstream.offset - padded, len(content))
-        return spans
-
-    def close(self) -> None:
-        """Ends the shard that is being written."""
-        if self._file is not None:
-            self._tar.close()
-            self._file.close()
-            self._file = None
-
-    def _is_large(self) -> bool:
-        return self._tar.tarstream.offset >= self.max_bytes
-
-    def _next_shard(self) -> None:
-        self.close()
-        self.paths.append(self.folder / f"shard-{len(self.paths):06d}.tar")
-        self._file = self.paths[-1].open("wb")
-        # GNU format: names of any length. mtime 0: the same folder gives the same bytes.
-        self._tar = TarWriter(self._file, encoder=False, mtime=0, format="GNU_FORMAT")
-        self._num_samples = 0
+def _settings(config: PackConfig, captions: CaptionSource) -> dict[str, object]:
+    """Returns what a continued run must have in common with the one that was stopped."""
+    return {
+        "source": os.path.realpath(config.source),
+        "captions": str(captions),
+        "samples_per_shard": config.samples_per_shard,
+        "shard_megabytes": config.shard_megabytes,
+        "max_image_pixels": config.max_image_pixels,
+    }
 
 
-def refuse_used_output(output: Path) -> None:
-    """Raises UserError unless `output` is absent or an empty folder."""
-    if output.is_dir():
-        if any(output.iterdir()):
-            raise UserError(f"output={output}: is not empty. Name another folder or empty it.")
-    elif output.exists():
-        raise UserError(f"output={output}: is a file. Name a folder.")
+def _write_shards(
+    config: PackConfig,
+    captions: CaptionSource,
+    rules: ShardRules,
+    result: PackResult,
+    advance: Callable[[int], None],
+) -> int:
+    """Writes every shard that is not finished and returns how many there are."""
+    num_shards, num_seen = 0, 0
+    bad: dict[int, list[BadSample]] = {}
+
+    def unfinished() -> Iterator[ShardList]:
+        nonlocal num_shards
+        entries = captioned_files(captions)
+        limits = (config.samples_per_shard, config.shard_megabytes * 1e6)
+        for listed in shard_lists(entries, rules.source, rules.working, *limits):
+            num_shards += 1
+            part = finished_part(rules, listed)
+            if part is None:
+                with disk_writes():
+                    part_path(rules.parts, listed.number).unlink(missing_ok=True)
+                yield listed
+                continue
+            listed.path.unlink()
+            result.num_kept_shards += 1
+            advance(part.num_entries)
+            count_in(part)
+
+    def count_in(part: Part) -> None:
+        nonlocal num_seen
+        num_seen += part.num_entries
+        if part.bad:
+            bad[part.number] = part.bad
+        num_bad = sum(map(len, bad.values()))
+        if not part.is_whole or (part.bad and is_hopeless(num_bad, rules)):
+            raise refused()
+
+    def refused() -> UserError:
+        return refusal(
+            f"source={config.source}", in_order(), num_seen, rules.max_bad_share, "max_bad_share"
+        )
+
+    def in_order() -> list[BadSample]:
+        return [sample for number in sorted(bad) for sample in bad[number]]
+
+    work = functools.partial(pack_shard, rules)
+    num_processes = config.num_processes or usable_cores()
+    parts = run_in_processes(work, unfinished(), num_processes, advance)
+    with contextlib.closing(parts):
+        for part in parts:
+            result.num_read += part.num_entries
+            count_in(part)
+    result.bad = in_order()
+    is_empty = num_seen == len(result.bad)
+    if is_empty or too_many(len(result.bad), num_seen, rules.max_bad_share):
+        for number, samples in bad.items():
+            # A shard that is too much by itself is not worth keeping: it must be repaired.
+            if is_empty or too_many(len(samples), num_seen, rules.max_bad_share):
+                part_path(rules.parts, number).unlink(missing_ok=True)
+        raise refused()
+    return num_shards
 
 
-@contextmanager
-def written_beside(output: Path) -> Iterator[Path]:
-    """Yields a new folder beside `output` that takes its name at the end, or vanishes."""
-    output = output.absolute()
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"output={output}: can't be written: {error.strerror}.") from None
-    try:
-        yield partial
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _write_index(rules: ShardRules, num_shards: int, result: PackResult) -> None:
+    """Numbers the shards that hold samples without gaps and writes their index."""
+    with disk_writes(), IndexWriter(rules.shards) as index:
+        paths: list[Path] = []
+        for number in range(num_shards):
+            part, records = read_part(part_path(rules.parts, number))
+            path = rules.shards / shard_name(number)
+            if not part.num_samples:
+                path.unlink(missing_ok=True)
+                continue
+            index.append(len(paths), records)
+            paths.append(rules.shards / shard_name(len(paths)))
+            if path != paths[-1]:
+                # Stopped from here on, the shards after the gap are written anew.
+                part_path(rules.parts, number).unlink()
+                path.replace(paths[-1])
+            result.num_bytes += part.num_bytes
+        for path in set(rules.shards.glob("*.tar")) - set(paths):
+            path.unlink()  # of a source that held more when the run began
+        index.close(paths, result.bad)
+        result.num_samples, result.num_shards = index.num_samples, len(paths)
 
 
-def _pack_one(
-    entry: CaptionedFile | BadSample,
-    shards: ShardWriter,
-    index: IndexWriter,
-    max_image_pixels: int,
-    bad: list[BadSample],
-) -> None:
-    if isinstance(entry, BadSample):
-        bad.append(entry)
-        return
-    try:
-        image_bytes, picture = _read(entry.path, max_image_pixels)
-    except BadImage as reason:
-        bad.append(BadSample(entry.name, str(reason)))
-        return
-    suffix = entry.path.suffix[1:].lower()
-    members = {suffix: image_bytes, "txt": entry.caption.encode()}
-    extra = entry.path.with_suffix(".json")
-    if extra.is_file():
-        members["json"] = extra.read_bytes()
-    spans = shards.write(entry.key, members)
-    index.add(len(shards.paths) - 1, entry.key, spans[suffix], spans["txt"], picture)
-
-
-def _read(path: Path, max_image_pixels: int) -> tuple[bytes, Image.Image]:
-    try:
-        image_bytes = path.read_bytes()
-    except OSError as error:
-        raise BadImage(f"can't be read: {error.strerror}") from None
-    return image_bytes, decode(image_bytes, max_image_pixels)
+def _failure(error: Exception, config: PackConfig, partial: Partial) -> RunFailed:
+    """Says what stopped the pack, how much of it is done and how to go on."""
+    num_shards, megabytes = partial.num_finished(), partial.megabytes()
+    reason, remedy = str(error), "Run the same command again; num_processes=1 needs least memory."
+    if isinstance(error, WriteFailed):
+        reason = f"can't be written: {error}"
+        remedy = "Make room and run the same command again, or name another output."
+    done = f"{num_shards} shards ({megabytes:.1f} MB) were finished and are kept"
+    done = done if num_shards else "no shard was finished, nothing is left behind"
+    return RunFailed(f"output={config.output}: {reason}; {done}. {remedy}")

@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.bad_samples import BadSample, listing
-from data.decode import MAX_IMAGE_PIXELS, BadImage, decode, decode_caption
+from data.decode import MAX_IMAGE_PIXELS, BadImage, decode, decode_caption, json_caption
 from data.errors import UserError
 from data.index import Index
 from data.permutation import permute
+from data.record import JSON
 from data.transform import CENTER, draw, transform
 
 MAX_REPLACEMENTS = 100
@@ -32,10 +34,11 @@ MAX_OPEN_SHARDS = 128
 
 @dataclass(frozen=True)
 class Place:
-    """Which sample of the index, and in which pass."""
+    """Which sample of the index, in which pass, and where in all passes laid end to end."""
 
     epoch: int
     index: int
+    position: int
 
 
 @dataclass
@@ -77,42 +80,44 @@ class Reader:
     def place(self, position: int) -> Place:
         """Returns which sample training reads at `position`, 0 the first of the first pass."""
         epoch, offset = divmod(position, len(self))
-        return Place(epoch, self.sample_index(permute(offset, len(self), self.seed, epoch)))
+        index = self.sample_index(permute(offset, len(self), self.seed, epoch))
+        return Place(epoch, index, position)
 
     def batch(self, positions: Iterable[int]) -> dict[str, Any]:
         """Returns the training batch of some positions, randomly cropped, captions dropped."""
         return self.collate([self.place(position) for position in positions], training=True)
 
     def collate(self, places: Sequence[Place], training: bool) -> dict[str, Any]:
-        """Returns image uint8 (B, 3, H, W), caption, key, epoch and index int64 (B,), replaced.
+        """Returns `stack`'s tensors, caption, key, epoch, index and position int64 (B,), replaced.
 
         `replaced` lists what could not be used, as (index, BadSample), and is mostly empty.
         """
-        size = self.resolution
-        images = np.empty((len(places), 3, size, size), np.uint8)
-        captions, keys, indices = [], [], []
+        contents, captions, indices = [], [], []
         replaced: list[tuple[int, BadSample]] = []
-        for row, place in enumerate(places):
-            index, pixels, caption = self._usable(place, training, replaced)
-            images[row] = pixels.transpose(2, 0, 1)
+        for place in places:
+            index, content, caption = self._usable(place, training, replaced)
+            contents.append(content)
             captions.append(caption)
-            keys.append(self.index.key(index))
             indices.append(index)
-        return {
-            "image": torch.from_numpy(images),
+        return self.stack(contents) | {
             "caption": captions,
-            "key": keys,
+            "key": [self.index.key(index) for index in indices],
             "epoch": torch.tensor([place.epoch for place in places]),
             "index": torch.tensor(indices),
+            "position": torch.tensor([place.position for place in places]),
             "replaced": replaced,
         }
 
-    def read(self, epoch: int, index: int, training: bool) -> tuple[np.ndarray, str]:
+    def stack(self, contents: Sequence[Any]) -> dict[str, Tensor]:
+        """Returns image uint8 (B, 3, H, W) of what `read` returned."""
+        images = np.empty((len(contents), 3, self.resolution, self.resolution), np.uint8)
+        for row, pixels in enumerate(contents):
+            images[row] = pixels.transpose(2, 0, 1)
+        return {"image": torch.from_numpy(images)}
+
+    def read(self, epoch: int, index: int, training: bool) -> tuple[Any, str]:
         """Returns pixels uint8 (H, W, 3) and caption of one sample; raises BadImage."""
-        record = self.index.record(index)
-        shard = int(record["shard"])
-        image_bytes = self._bytes(shard, record["image_offset"], record["image_size"])
-        caption_bytes = self._bytes(shard, record["caption_offset"], record["caption_size"])
+        image_bytes, caption_bytes = self.member_bytes(index)
         draws = draw(self.seed, epoch, index) if training else CENTER
         crop = draws if self.crop == "random" else CENTER
         image = decode(image_bytes, self.max_image_pixels)
@@ -121,9 +126,19 @@ class Reader:
         caption = decode_caption(caption_bytes)
         return pixels, "" if draws.caption_dropout < self.caption_dropout else caption
 
+    def member_bytes(self, index: int) -> tuple[bytes, bytes]:
+        """Returns the image's (or latents') and the caption's bytes; raises BadImage."""
+        record = self.index.record(index)
+        shard = int(record["shard"])
+        caption_bytes = self._bytes(shard, record["caption_offset"], record["caption_size"])
+        if record["caption_form"] == JSON:
+            caption_bytes = json_caption(caption_bytes)
+        image_bytes = self._bytes(shard, record["image_offset"], record["image_size"])
+        return image_bytes, caption_bytes
+
     def _usable(
         self, place: Place, training: bool, replaced: list[tuple[int, BadSample]]
-    ) -> tuple[int, np.ndarray, str]:
+    ) -> tuple[int, Any, str]:
         """Returns the sample at `place`, or the first usable of those that would replace it."""
         candidate = place.index
         for attempt in range(MAX_REPLACEMENTS):

@@ -9,6 +9,18 @@ from braceexpand import braceexpand
 from data.decode import IMAGE_SUFFIXES
 from data.errors import UserError
 
+ENCODING_FILE = "encoding.json"
+
+
+def folder_shards(folder: Path) -> list[Path]:
+    """Returns the .tar files of a folder, sorted, without hidden ones (`._x.tar` of macOS)."""
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
+def is_encoded(shard_folder: Path) -> bool:
+    """Tells whether the shards of a folder hold latents instead of images."""
+    return (shard_folder / ENCODING_FILE).exists()
+
 
 def find_shards(pattern: str, field: str = "data.shards") -> list[Path]:
     """Returns the shards that `pattern` names, sorted, all of one folder.
@@ -17,10 +29,8 @@ def find_shards(pattern: str, field: str = "data.shards") -> list[Path]:
     """
     if re.match(r"(pipe|[a-z0-9]{2,}):", pattern):
         raise UserError(f"{field}={pattern}: only local paths are read. Copy the shards here.")
-    if Path(pattern).is_dir():
-        shards = sorted(Path(pattern).glob("*.tar"))
-    else:
-        shards = _expand(pattern, field)
+    is_folder = Path(pattern).is_dir()
+    shards = folder_shards(Path(pattern)) if is_folder else _expand(pattern, field)
     if not shards:
         raise UserError(f"{field}={pattern}: {_what_is_there(Path(pattern))} {_remedy(pattern)}")
     absent = [path for path in shards if not path.is_file()]

@@ -1,5 +1,6 @@
 """blackpoint data pack: packs an image folder with captions into shards with an index."""
 
+import os
 import signal
 import sys
 from typing import Any
@@ -17,9 +18,17 @@ def run(config: PackConfig) -> int:
     """Packs, says what was found, packed and left out, and returns the exit status."""
     # Killed by a scheduler, we leave through the finally blocks that remove what is half-written.
     signal.signal(signal.SIGTERM, _stop)
+    # Each process computes alone: threads of numpy's own would only crowd a large machine.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     result = pack(config)
     print(f"captions from {result.caption_source}")
-    print(f"packed {result.num_samples} samples in {result.num_shards} shards: {config.output}")
+    if result.num_kept_shards:
+        print(f"kept {result.num_kept_shards} shards that an earlier run had finished")
+    print(
+        f"packed {result.num_samples} samples in {result.num_shards} shards: {config.output} "
+        f"({result.num_bytes / 1e6:.1f} MB, {result.num_read / max(result.seconds, 1e-9):.0f} "
+        f"images/s, {len(result.bad)} bad)"
+    )
     if result.bad:
         print(f"left out {len(result.bad)} (listed in {config.output}/index/bad_samples.jsonl):")
         print(listing(result.bad))

@@ -96,6 +96,22 @@ def test_workers_do_not_change_the_order(shards: Path, num_workers: int) -> None
     assert samples(take(module(shards, num_workers=num_workers).train_dataloader(), 8)) == alone
 
 
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (1, 2), (2, 0)])
+def test_positions_count_through_all_epochs(
+    shards: Path, world_size: int, num_workers: int
+) -> None:
+    found = []
+    for rank in range(world_size):
+        batches = TrainingBatches(reader(shards), 6, 24, rank, world_size)
+        loader = CaptionedImages._loader(batches, num_workers)
+        found += torch.cat([batch["position"] for batch in take(loader, 4)]).tolist()
+    assert sorted(found) == list(range(24, 48))
+    source = reader(shards)
+    for position in (0, 29, 30, 10**12):
+        place = source.place(position)
+        assert place.position == position and place.epoch == position // NUM_IMAGES
+
+
 def test_starting_late_equals_skipping(shards: Path) -> None:
     whole = samples(take(module(shards).train_dataloader(), 12))
     assert samples(take(module(shards, start=42).train_dataloader(), 5)) == whole[42:]
@@ -158,6 +174,8 @@ def test_validation_is_fixed_and_shared_out(shards: Path) -> None:
     first = samples(take(one, 99))
     assert first == samples(take(two, 99))
     assert [index for _, index, *_ in first] == list(range(10))
+    positions = torch.cat([batch["position"] for batch in take(one, 99)])
+    assert positions.tolist() == list(range(10))
     assert "" not in [caption for _, _, _, caption, _ in first]
     assert len(one) == 2
     assert module(shards).val_dataloader() == []

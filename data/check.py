@@ -1,0 +1,231 @@
+"""`blackpoint data check`: reads every sample of a data set and tells what is in it.
+
+The shards may be ours or anyone's (img2dataset's, say). What is counted is in data/check_report.py;
+here the shards are read, an index that exists is compared with what was read, and where there is
+none it is written, as training would do at its start.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from omegaconf import MISSING
+
+from data.bad_samples import BadSample, too_many, write_list
+from data.check_report import CheckReport, IndexState, summarize
+from data.decode import MAX_IMAGE_PIXELS
+from data.errors import RunFailed, UserError, WriteFailed, disk_writes
+from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
+from data.progress import progress
+from data.scan import FACT, scan_shards
+from data.shards import ENCODING_FILE, find_shards, folder_shards, is_encoded
+from data.workers import usable_cores
+
+REPORT_FILE = "report.json"
+BAD_FILE = "bad_samples.jsonl"
+
+
+@dataclass
+class CheckConfig:
+    """The shards to read, and where the report goes."""
+
+    shards: str = MISSING
+    """Shards, ours or made elsewhere: a folder, or a pattern such as shards/{00000..00009}.tar."""
+    output: str | None = None
+    """Folder for report.json and bad_samples.jsonl; null: the report is only printed."""
+    resolution: int | None = None
+    """Counts images whose shorter side is below this many pixels, which training would enlarge."""
+    num_processes: int = 0
+    """Processes that read shards, one shard at a time; 0: one a usable CPU core."""
+    max_bad_share: float = 0.01
+    """An index is written for shards without one if at most this share is bad, 0 to 1."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Images with more pixels are refused as decompression bombs."""
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and self.resolution < 1:
+            raise UserError(f"resolution={self.resolution}: must be at least 1.")
+        if self.num_processes < 0:
+            raise UserError(f"num_processes={self.num_processes}: must be 0 or more.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1.")
+        if self.max_image_pixels < 1:
+            raise UserError(f"max_image_pixels={self.max_image_pixels}: must be at least 1.")
+
+
+def check(config: CheckConfig) -> CheckReport:
+    """Reads the shards, whatever is wrong with them, and returns the report.
+
+    Writes it into `config.output`, and the index of shards that have none into their folder.
+    Raises UserError where there are no shards to read or the output can't be written.
+    """
+    shards = find_shards(config.shards, "shards")
+    folder = shards[0].parent
+    output = _prepared(config.output)
+    latents = is_encoded(folder)
+    num_processes = config.num_processes or usable_cores()
+    bad: list[BadSample] = []
+    try:
+        with _scratch(folder) as scratch:
+            with (
+                IndexWriter(scratch) as writer,
+                (scratch / "facts").open("wb") as facts_file,
+                progress("checking", len(shards)) as advance,
+            ):
+                scans = scan_shards(
+                    shards, config.max_image_pixels, num_processes, latents, advance
+                )
+                for number, scan in enumerate(scans):
+                    with disk_writes():
+                        writer.append(number, scan.records)
+                        facts_file.write(scan.facts.tobytes())
+                    bad += scan.bad
+                with disk_writes():
+                    writer.close(shards, bad)
+            found = Index(scratch)
+            facts = np.fromfile(scratch / "facts", FACT)
+            state = _index_state(found, folder, shards, latents)
+            # The size and luminance of what was encoded stand only in the index that it came with.
+            sizes = Index(folder) if latents and state.state == "valid" else found
+            report = summarize(config.shards, shards, found, sizes, facts, bad, config.resolution)
+            report.index = state
+            if latents:
+                report.encoding = _encoding(folder)
+            elif state.state == "absent":
+                _publish(scratch, folder, report, shards, config.max_bad_share)
+    except WriteFailed as error:
+        raise RunFailed(f"shards={config.shards}: the check could not write: {error}.") from None
+    if output:
+        _write(output, report)
+    return report
+
+
+def _prepared(output: str | None) -> Path | None:
+    if output is None:
+        return None
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output={output}: can't be written: {error.strerror}. Name a folder."
+        ) from None
+    return Path(output)
+
+
+def _write(output: Path, report: CheckReport) -> None:
+    """Writes both files beside their names first, so that neither is ever half there."""
+    try:
+        partial = output / f".{BAD_FILE}.partial-{os.getpid()}"
+        write_list(partial, report.bad)
+        partial.rename(output / BAD_FILE)
+        partial = output / f".{REPORT_FILE}.partial-{os.getpid()}"
+        partial.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+        partial.rename(output / REPORT_FILE)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunFailed(f"output={output}: can't be written: {error.strerror}.") from None
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Yields a new folder beside the shards, or among the system's if that can't be written."""
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=".check-", dir=folder))
+    except OSError:
+        scratch = Path(tempfile.mkdtemp(prefix="blackpoint-check-"))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _index_state(found: Index, folder: Path, shards: Sequence[Path], latents: bool) -> IndexState:
+    """Compares the index of `folder`, if there is one, with what was found in the shards."""
+    place = folder / INDEX_FOLDER
+    if not has_index(folder):
+        notes = ["Encode the images again with `blackpoint data encode`."] if latents else []
+        return IndexState("absent", str(place), notes)
+    remedy = f"Remove {place} and check again: it is then written anew."
+    if latents:
+        remedy = "Encode the images again with `blackpoint data encode`."
+    try:
+        index = Index(folder)
+        records = index.records
+        if len(records) != index.num_samples:
+            raise ValueError(f"{len(records)} records for {index.num_samples} samples")
+    except (UserError, OSError, ValueError) as error:
+        return IndexState("stale", str(place), [f"can't be read: {error}", remedy])
+    notes, num_damaged, num_new = [], 0, 0
+    for path in shards:
+        name, size = path.name, path.stat().st_size
+        if name not in index.shard_bytes:
+            notes.append(f"{name} is not in it")
+        elif index.shard_bytes[name] != size:
+            notes.append(f"{name} had {index.shard_bytes[name]} bytes when indexed, has {size}")
+        else:
+            before = _offsets(index, name)
+            now = _offsets(found, name)
+            num_damaged += len(np.setdiff1d(before, now))
+            num_new += len(np.setdiff1d(now, before))
+    if set(shards) == set(folder_shards(folder)):
+        absent = sorted(set(index.shard_names) - {path.name for path in shards})
+        notes += [f"{name} is in it but not in the folder" for name in absent]
+    if num_new:
+        notes.append(f"{num_new} usable samples are not in it")
+    if notes:
+        return IndexState("stale", str(place), [*notes, remedy])
+    if num_damaged:
+        notes = [f"{num_damaged} of its samples can't be used; training replaces them", remedy]
+    return IndexState("valid", str(place), notes)
+
+
+def _offsets(index: Index, shard: str) -> np.ndarray:
+    samples = index.shard_samples[shard]
+    if not len(samples):
+        return np.empty(0, np.uint64)
+    return index.records["image_offset"][samples.start : samples.stop]
+
+
+def _publish(
+    scratch: Path,
+    folder: Path,
+    report: CheckReport,
+    shards: Sequence[Path],
+    max_bad_share: float,
+) -> None:
+    """Moves the index that was made on the way to where training looks for it, if it may."""
+    state = report.index
+    num_seen = report.num_samples + len(report.bad)
+    if not report.num_samples:
+        state.notes.append("not written: no sample can be used")
+    elif too_many(len(report.bad), num_seen, max_bad_share):
+        state.notes.append(
+            f"not written: {len(report.bad)} of {num_seen} samples can't be used, above "
+            f"max_bad_share={max_bad_share:g}. Repair or remove them, or raise max_bad_share"
+        )
+    elif set(shards) != set(folder_shards(folder)):
+        state.notes.append(
+            f"not written: an index covers a whole folder. Check shards={folder} to write it"
+        )
+    else:
+        try:
+            (scratch / INDEX_FOLDER).rename(folder / INDEX_FOLDER)
+        except OSError as error:
+            if not has_index(folder):
+                state.notes.append(f"not written: {folder} can't be written to ({error.strerror})")
+                return
+        state.state = "written"
+
+
+def _encoding(folder: Path) -> dict[str, object]:
+    try:
+        encoding = json.loads((folder / ENCODING_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {"error": f"{ENCODING_FILE} can't be read: {error}"}
+    return encoding if isinstance(encoding, dict) else {"error": f"{ENCODING_FILE} is no object"}

@@ -1,0 +1,130 @@
+"""Shards of encoded samples: what `data encode` leaves behind, and how training reads it.
+
+Beside the shards and their index lie
+
+- encoding.json      what was encoded, by which weights and how: the fields of Encoding
+- empty.safetensors  prompt_embeds (L, D) of "", which stands in for dropped captions
+
+and a sample is key.safetensors, with moments (2C, H/f, W/f), mean and log variance of the
+autoencoder's posterior before its scaling factor, and prompt_embeds (L, D), beside key.txt.
+
+Shard k holds what is usable of the source's samples [k S, (k + 1) S), S = samples_per_shard: what
+belongs into a shard depends neither on the other shards nor on who writes them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save, save_file
+from torch import Tensor
+
+from data.decode import BadImage, decode_caption
+from data.errors import UserError
+from data.reader import Reader
+from data.shards import ENCODING_FILE
+from data.transform import CENTER, draw
+
+EMPTY_FILE = "empty.safetensors"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a folder of latents holds, and the weights and preprocessing that made them."""
+
+    source: str
+    checkpoint: str
+    vae: str
+    """Digest of the autoencoder's weights; equal latents need equal weights."""
+    text_encoder: str
+    """Digest of the text encoder's weights and its tokenizer."""
+    resolution: int
+    """Side of the square images, in pixels."""
+    crop: str
+    dtype: str
+    """Number format of what is stored."""
+    moments_shape: tuple[int, ...]
+    prompt_embeds_shape: tuple[int, ...]
+    scaling_factor: float
+    samples_per_shard: int
+    version: int = FORMAT_VERSION
+
+    def write(self, folder: Path, empty: Tensor) -> None:
+        """Writes encoding.json and the embedding of the empty caption, (L, D)."""
+        save_file({"prompt_embeds": empty.contiguous()}, folder / EMPTY_FILE)
+        text = json.dumps(dataclasses.asdict(self), indent=1)
+        (folder / ENCODING_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Encoding":
+        """Reads what `write` wrote; raises UserError if it is damaged or of another version."""
+        path = folder / ENCODING_FILE
+        remedy = "Encode the images again with `blackpoint data encode`."
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            version = found["version"]
+            if version == FORMAT_VERSION:
+                for name in ("moments_shape", "prompt_embeds_shape"):
+                    found[name] = tuple(found[name])
+                return cls(**found)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}). {remedy}") from None
+        raise UserError(f"{path}: is of version {version}. {remedy}")
+
+
+def to_bytes(moments: Tensor, prompt_embeds: Tensor) -> bytes:
+    """Returns the .safetensors member of one sample."""
+    return save({"moments": moments.contiguous(), "prompt_embeds": prompt_embeds.contiguous()})
+
+
+class LatentReader(Reader):
+    """Reads encoded samples; the crop and flip were settled when they were encoded."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        folder = self.index.shard_folder
+        self.encoding = Encoding.read(folder)
+        try:
+            self._empty = load_file(folder / EMPTY_FILE)["prompt_embeds"].float()
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UserError(
+                f"{folder / EMPTY_FILE}: cannot be read ({error}). "
+                "Encode the images again with `blackpoint data encode`."
+            ) from None
+
+    def read(self, epoch: int, index: int, training: bool) -> tuple[dict[str, Tensor], str]:
+        """Returns moments and prompt_embeds, as stored, and the caption; raises BadImage."""
+        content_bytes, caption_bytes = self.member_bytes(index)
+        content = self._tensors(content_bytes)
+        caption = decode_caption(caption_bytes)
+        draws = draw(self.seed, epoch, index) if training else CENTER
+        if draws.caption_dropout < self.caption_dropout:
+            return content | {"prompt_embeds": self._empty}, ""
+        return content, caption
+
+    def stack(self, contents: Sequence[Any]) -> dict[str, Tensor]:
+        """Returns moments (B, 2C, H/f, W/f) and prompt_embeds (B, L, D), float32."""
+        return {
+            name: torch.stack([content[name].float() for content in contents])
+            for name in ("moments", "prompt_embeds")
+        }
+
+    def _tensors(self, content_bytes: bytes) -> dict[str, Tensor]:
+        shapes = {
+            "moments": self.encoding.moments_shape,
+            "prompt_embeds": self.encoding.prompt_embeds_shape,
+        }
+        try:
+            content = load(content_bytes)
+        except (SafetensorError, ValueError) as error:
+            raise BadImage(f"damaged .safetensors: {error}") from None
+        found = {name: tuple(tensor.shape) for name, tensor in content.items()}
+        if found != shapes:
+            raise BadImage(f"holds {found}, not {shapes}")
+        return content

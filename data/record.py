@@ -1,0 +1,76 @@
+"""One record of the index: where a sample is in its shard, how large and how bright.
+
+A record has 52 bytes, whatever the sample. `caption_form` tells what the caption's bytes are: TEXT,
+a .txt member, or JSON, a .json member whose "caption" it is, as img2dataset writes.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+TEXT, JSON = 0, 1
+MAX_KEY_BYTES = 0xFFFF
+RECORD = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("image_size", "<u4"),  # bytes
+        ("image_offset", "<u8"),  # bytes from the start of the tar
+        ("caption_offset", "<u8"),
+        ("caption_size", "<u4"),
+        ("width", "<u4"),  # pixels, upright
+        ("height", "<u4"),
+        ("luminance", "<f4"),  # mean, 0 to 1
+        ("key_offset", "<u8"),
+        ("key_size", "<u2"),
+        ("caption_form", "<u2"),
+    ]
+)
+
+
+class Span(NamedTuple):
+    """Bytes [offset, offset + size) of a shard."""
+
+    offset: int
+    size: int
+
+
+class ShardRecords:
+    """The records and keys of one shard, as they are collected; small to send between processes.
+
+    Offsets of keys count from the shard's first key; IndexWriter.append moves them.
+    """
+
+    def __init__(self, records: bytes = b"", keys: bytes = b"") -> None:
+        self._records = bytearray(records)
+        self._keys = bytearray(keys)
+
+    def __len__(self) -> int:
+        return len(self._records) // RECORD.itemsize
+
+    def add(
+        self,
+        key: str,
+        image: Span,
+        caption: Span,
+        width: int,
+        height: int,
+        luminance: float,
+        caption_form: int = TEXT,
+    ) -> None:
+        """Appends a sample; width and height in pixels, luminance 0 to 1."""
+        key_bytes = key.encode("utf-8", "backslashreplace")
+        places = (0, image.size, image.offset, caption.offset, caption.size)
+        measures = (width, height, luminance)
+        row = (*places, *measures, len(self._keys), len(key_bytes), caption_form)
+        self._records += np.array(row, RECORD).tobytes()
+        self._keys += key_bytes
+
+    @property
+    def records(self) -> np.ndarray:
+        """RECORD (number of samples,), a copy."""
+        return np.frombuffer(bytes(self._records), RECORD).copy()
+
+    @property
+    def keys(self) -> bytes:
+        """The keys, UTF-8, one after the other."""
+        return bytes(self._keys)

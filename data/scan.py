@@ -1,0 +1,178 @@
+"""One shard, read once: its records for the index, what is bad, and facts that show duplicates.
+
+A sample is an image and its caption, of one key, one after the other in the tar: a .txt member or,
+where there is none, the "caption" of a .json, as img2dataset writes. Every image is decoded. Keys
+are unique within a shard: of several usable samples the first is kept and the others are named.
+Keys that return in another shard are kept: many writers number anew in each.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError, deserialize
+
+from data.bad_samples import BadSample
+from data.decode import (
+    IMAGE_SUFFIXES,
+    BadImage,
+    decode,
+    decode_caption,
+    json_caption,
+    luminance,
+)
+from data.record import JSON, TEXT, ShardRecords, Span
+from data.tar_samples import TarSample, tar_samples
+from data.workers import Advance, run_in_processes
+
+MAX_MEMBER_BYTES = (1 << 31) - 1
+LATENTS = ("moments", "prompt_embeds")
+FACT = np.dtype(
+    [
+        ("image_hash", "<u8"),  # of the file's bytes
+        ("gradient_hash", "<u8"),  # of the picture; 0: flat, or latents
+        ("caption_hash", "<u8"),
+        ("key_hash", "<u8"),
+        ("characters", "<u4"),  # of the caption
+        ("words", "<u4"),
+    ]
+)
+
+
+@dataclass
+class ShardScan:
+    """What one shard holds; `facts`, FACT, has a row for each of `records`."""
+
+    records: ShardRecords
+    facts: np.ndarray
+    bad: list[BadSample]
+
+
+def scan_shard(shard: Path, max_image_pixels: int, latents: bool = False) -> ShardScan:
+    """Reads a shard to its end, whatever is wrong with it.
+
+    With `latents` a sample is a .safetensors member instead of an image; its record has no size.
+    """
+    records, bad = ShardRecords(), list[BadSample]()
+    rows: list[tuple[int, ...]] = []
+    kept: set[str] = set()
+    file: BinaryIO | None = None
+    try:
+        for sample in tar_samples(shard, bad):
+            file = file or shard.open("rb")
+            try:
+                row = _add(records, sample, file, max_image_pixels, latents, kept)
+            except BadImage as reason:
+                shown = sample.key.encode("utf-8", "backslashreplace").decode()
+                bad.append(BadSample(f"{shard.name}:{shown}", str(reason)))
+                continue
+            rows.append(row)
+            kept.add(sample.key)
+    finally:
+        if file:
+            file.close()
+    return ShardScan(records, np.array(rows, FACT), bad)
+
+
+def scan_shards(
+    shards: Sequence[Path],
+    max_image_pixels: int,
+    num_processes: int,
+    latents: bool,
+    advance: Advance,
+) -> Iterator[ShardScan]:
+    """Yields the scan of each shard, in order, read by several processes, one shard at a time."""
+    jobs = ((number, shard, max_image_pixels, latents) for number, shard in enumerate(shards))
+    waiting: dict[int, ShardScan] = {}
+    following = 0
+    with closing(run_in_processes(_scan_job, jobs, num_processes, advance)) as results:
+        for number, scan in results:
+            waiting[number] = scan
+            while following in waiting:
+                yield waiting.pop(following)
+                following += 1
+
+
+def _scan_job(job: tuple[int, Path, int, bool], advance: Advance) -> tuple[int, ShardScan]:
+    number, *arguments = job
+    scan = scan_shard(*arguments)  # type: ignore[arg-type]
+    advance(1)
+    return number, scan
+
+
+def gradient_hash(picture: Image.Image) -> int:
+    """Returns 64 bits: where the picture, shrunk to 9 x 8 pixels, grows brighter to the right.
+
+    Rescaled and recompressed copies mostly agree in all of them; a flat picture gives 0.
+    """
+    small = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(int)
+    return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "little")
+
+
+def _add(
+    records: ShardRecords,
+    sample: TarSample,
+    file: BinaryIO,
+    max_image_pixels: int,
+    latents: bool,
+    kept: set[str],
+) -> tuple[int, ...]:
+    """Adds a usable sample and returns its FACT; raises BadImage."""
+    if sample.fault:
+        raise BadImage(sample.fault)
+    suffixes = ("safetensors",) if latents else IMAGE_SUFFIXES
+    image = next((sample.members[name] for name in suffixes if name in sample.members), None)
+    if image is None:
+        what = "latents" if latents else "image"
+        raise BadImage(f"no {what}: only {', '.join(sample.members)}")
+    form = TEXT if "txt" in sample.members else JSON
+    if form == JSON and "json" not in sample.members:
+        raise BadImage("no caption: no .txt and no .json member beside the image")
+    span = sample.members["txt" if form == TEXT else "json"]
+    caption_bytes = _read(file, span)
+    caption = decode_caption(caption_bytes if form == TEXT else json_caption(caption_bytes))
+    image_bytes = _read(file, image)
+    if latents:
+        _check_latents(image_bytes)
+        measures, gradient = (0, 0, 0.0), 0
+    else:
+        picture = decode(image_bytes, max_image_pixels)
+        measures, gradient = (*picture.size, luminance(picture)), gradient_hash(picture)
+    if sample.key in kept:
+        raise BadImage("duplicate key: an earlier sample of this shard has it")
+    records.add(sample.key, image, span, *measures, form)
+    hashes = (_hash(image_bytes), gradient, _hash(caption.encode()))
+    key_hash = _hash(sample.key.encode("utf-8", "backslashreplace"))
+    return (*hashes, key_hash, len(caption), len(caption.split()))
+
+
+def _check_latents(content_bytes: bytes) -> None:
+    try:
+        names = {name for name, _ in deserialize(content_bytes)}
+    except (SafetensorError, ValueError) as error:
+        raise BadImage(f"damaged .safetensors: {error}") from None
+    absent = [name for name in LATENTS if name not in names]
+    if absent:
+        raise BadImage(f"the .safetensors lacks {' and '.join(absent)}")
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+
+
+def _read(file: BinaryIO, span: Span) -> bytes:
+    there = os.fstat(file.fileno()).st_size - span.offset
+    if there < span.size:  # Asked first: a header may claim more than fits into memory.
+        raise BadImage(f"truncated: {max(there, 0)} of {span.size} bytes")
+    if span.size > MAX_MEMBER_BYTES:
+        raise BadImage(f"too large: {span.size} bytes")
+    try:
+        return os.pread(file.fileno(), span.size, span.offset)
+    except OSError as error:
+        raise BadImage(f"can't be read: {error.strerror}") from None
