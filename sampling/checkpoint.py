@@ -6,13 +6,13 @@ Nothing is ever unpickled: folders must hold safetensors, checkpoints load with 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from sampling.choices import Weights
 from sampling.errors import UserError
 
-Weights = Literal["ema", "raw"]
 MODELS = ("unet", "vae", "text_encoder")
 SMALL_FILES = ["*.json", "*.txt", "tokenizer/*"]
 COMMUNITY_IDS = (
@@ -26,6 +26,7 @@ class Resolved:
     """A pipeline folder and, for a Lightning checkpoint, what replaces its UNet and process."""
 
     folder: Path
+    checkpoint: str | Path = ""
     unet_state: dict[str, torch.Tensor] | None = None
     scheduler_config: dict[str, Any] | None = None
 
@@ -88,17 +89,21 @@ def _lightning_checkpoint(path: Path, weights: Weights) -> Resolved:
         state = stored.get("current_model_state", state)
     unet = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
     base = resolve(record["base"])
-    return Resolved(base.folder, unet, record["process"])
+    return Resolved(base.folder, path, unet, record["process"])
 
 
 def variant_of(folder: Path, model: str) -> str | None:
     """Returns None or "fp16" for the safetensors in folder/model; refuses pickle-only folders."""
-    files = sorted(file.name for file in (folder / model).glob("*.safetensors"))
-    plain = [name for name in files if not re.search(r"\.(fp16|non_ema)\b", name)]
-    if plain:
-        return None
-    if any(".fp16." in name for name in files):
-        return "fp16"
+    return "fp16" if ".fp16." in weight_files(folder, model)[0].name else None
+
+
+def weight_files(folder: Path, model: str) -> list[Path]:
+    """Returns the safetensors that are loaded from folder/model: the plain ones, else fp16."""
+    files = sorted((folder / model).glob("*.safetensors"))
+    plain = [path for path in files if not re.search(r"\.(fp16|non_ema)\b", path.name)]
+    half = [path for path in files if ".fp16." in path.name]
+    if plain or half:
+        return plain or half
     pickles = sorted(file.name for file in (folder / model).glob("*.bin"))
     if pickles:
         raise UserError(

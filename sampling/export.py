@@ -10,41 +10,21 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from omegaconf import MISSING
 
+from sampling.choices import Dtype, Weights
 from sampling.errors import UserError
 from sampling.export_check import check_against_diffusers
 from sampling.model import DiffusionModel
 from sampling.model_card import model_card
 
-Dtype = Literal["float32", "float16", "bfloat16"]
-
-
-@dataclass
-class ExportConfig:
-    """From a trained checkpoint to a diffusers folder."""
-
-    checkpoint: str = MISSING
-    """What to export: a run directory, a Lightning .ckpt, a diffusers folder or a hub id."""
-    output: str = MISSING
-    """Folder to write; must be empty or not exist."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Which weights of a training checkpoint: their moving average or the last step's."""
-    dtype: Dtype = "float32"
-    """Number format of the written weights."""
-    verify: bool = True
-    """Reload the folder with stock diffusers and compare latents with our own samplers."""
-
 
 def export(
     checkpoint: str | Path,
     output: str | Path,
-    weights: Literal["ema", "raw"] = "ema",
+    weights: Weights = "ema",
     verify: bool = True,
     dtype: Dtype = "float32",
 ) -> Path:
@@ -85,7 +65,7 @@ def moved_into_place(output: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         yield folder
-        folder.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the export from colleagues
+        _open_to_colleagues(folder)
         _flush_to_disk(folder)
         os.replace(folder, output)  # also replaces an empty folder
     except BaseException:
@@ -93,10 +73,12 @@ def moved_into_place(output: Path) -> Iterator[Path]:
         raise
 
 
-def _umask() -> int:
+def _open_to_colleagues(folder: Path) -> None:
+    """Gives the usual rights: mkdtemp makes folders 0700, safetensors files 0600."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _flush_to_disk(folder: Path) -> None:

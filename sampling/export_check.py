@@ -6,10 +6,12 @@ StableDiffusionPipeline and both sides sample the same noise with DDIM, Euler an
 prompt on; UniPC, which we do not have, must come out finite and not constant.
 
 Everything runs in float32, whatever the number format of the files, on few steps and small
-latents: what is compared is arithmetic, and a wrong setting shows at the first step.
+latents: what is compared is arithmetic, and a wrong setting shows at the first step. Our samplers
+run first and their model leaves before the folder is loaded: two never share the memory.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +36,7 @@ from sampling.samplers import SampleState, SamplingGrid, run
 
 PROMPT, SEED = "a photo on a black background", 0
 GUIDANCE = Guidance(scale=3.0, rescale=0.7)
-MAX_NUM_STEPS, MAX_LATENT_SIZE = 5, 32
+MAX_NUM_STEPS, MAX_LATENT_SIZE = 5, 16
 GPU_SLACK = 10  # attention and convolution kernels there round in another order each time
 
 STAND_IN = 2**-24
@@ -67,9 +69,9 @@ COMPARISONS = {
 def check_against_diffusers(model: DiffusionModel, folder: Path) -> dict[str, float]:
     """Returns the largest difference of the latents by scheduler; raises RunFailed on a mismatch.
 
-    Turns `model` to float32 in place.
+    Uses `model` up: it is turned to float32, and its weights are dropped.
     """
-    process = model.process
+    process, device = model.process, model.device
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     failures = config_failures(process, dict(scheduler.config))
     alpha_bar_error = _largest(scheduler.alphas_cumprod.double() - process.schedule.alpha_bar)
@@ -77,39 +79,60 @@ def check_against_diffusers(model: DiffusionModel, folder: Path) -> dict[str, fl
         failures.append(f"alpha_bar differs by {alpha_bar_error:.2g}, more than 1e-06")
     if failures:
         _fail(failures)
-    for part in (model.unet, model.text_encoder):
-        part.float()
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        use_safetensors=True,
-        local_files_only=True,
-    ).to(model.device, torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
+    noise = _noise(model)
     differences: dict[str, float] = {}
     with _full_float32(), torch.no_grad():
-        for name, comparison in COMPARISONS.items():
-            if name == "DDIM" and process.timestep_spacing == "linspace":
-                continue  # diffusers' DDIM steps by T // S and so leaves a linspace list
-            theirs, ours = _both_latents(model, pipeline, comparison)
-            differences[name] = _largest(theirs - ours)
+        ours = our_latents(model, scheduler, noise)
+        for part in (model.unet, model.vae, model.text_encoder):
+            part.to("meta")
+        pipeline = _stock_pipeline(folder, device)
+        for name, latents in ours.items():
+            comparison = COMPARISONS[name]
+            theirs = _stock_latents(pipeline, comparison.scheduler, noise, num_check_steps(process))
+            differences[name] = _largest(theirs - latents)
             at_zero_snr = process.schedule.is_zero_terminal_snr
             tolerance = comparison.zero_snr_tolerance if at_zero_snr else comparison.tolerance
-            tolerance *= max(1.0, _largest(ours)) * (1 if model.device.type == "cpu" else GPU_SLACK)
+            tolerance *= max(1.0, _largest(latents)) * (1 if device.type == "cpu" else GPU_SLACK)
             if not differences[name] <= tolerance:
                 failures.append(
                     f"{name}: latents differ by {differences[name]:.2g}, more than {tolerance:.2g}"
                 )
-        latents = _stock_latents(
-            pipeline, UniPCMultistepScheduler, _noise(model), num_check_steps(process)
-        )
+        latents = _stock_latents(pipeline, UniPCMultistepScheduler, noise, num_check_steps(process))
         if not (torch.isfinite(latents).all() and latents.std() > 1e-3):
             failures.append("UniPC: latents are not finite, or constant")
     if failures:
         _fail(failures)
     return differences
+
+
+def our_latents(model: DiffusionModel, scheduler: Any, noise: Tensor) -> dict[str, Tensor]:
+    """Samples `noise` with each sampler of ours, on the timesteps of its diffusers scheduler.
+
+    Returns latents by name in COMPARISONS. Turns `model` to float32 in place.
+    """
+    process = model.process
+    for part in (model.unet, model.text_encoder):
+        part.float()
+    condition, empty = model.encode_prompts([PROMPT]), model.encode_prompts([""])
+    latents = {}
+    for name, comparison in COMPARISONS.items():
+        if name == "DDIM" and process.timestep_spacing == "linspace":
+            continue  # diffusers' DDIM steps by T // S and so leaves a linspace list
+        # Read from the scheduler: for leading and linspace their DPM++ has a list of its own.
+        theirs = comparison.scheduler.from_config(scheduler.config)
+        theirs.set_timesteps(num_check_steps(process))
+        schedule = process.schedule
+        if comparison.has_stand_in and schedule.is_zero_terminal_snr:
+            schedule = schedule.with_terminal_alpha_bar(STAND_IN)
+        grid = SamplingGrid.of(schedule, [int(t) for t in theirs.timesteps])
+        start = noise
+        if comparison.sampler == "euler" and process.timestep_spacing != "leading":
+            start = noise * grid.sigma[0]  # their Euler starts at x_t = sigma_t eps
+        walker = copy.copy(model)
+        walker.process = replace(process, schedule=schedule)
+        denoise = walker.denoiser(condition, empty, GUIDANCE)
+        latents[name] = run(comparison.sampler, denoise, grid, SampleState(start)).x
+    return latents
 
 
 def config_failures(process: Process, config: dict[str, Any]) -> list[str]:
@@ -142,31 +165,18 @@ def num_check_steps(process: Process) -> int:
     return 1
 
 
-def _both_latents(
-    model: DiffusionModel, pipeline: StableDiffusionPipeline, comparison: Comparison
-) -> tuple[Tensor, Tensor]:
-    process, noise = model.process, _noise(model)
-    num_steps = num_check_steps(process)
-    theirs = _stock_latents(pipeline, comparison.scheduler, noise, num_steps)
-    # Read from the scheduler: for leading and linspace their DPM++ has a list of its own.
-    timesteps = [int(t) for t in pipeline.scheduler.timesteps]
-    schedule = process.schedule
-    if comparison.has_stand_in and schedule.is_zero_terminal_snr:
-        schedule = schedule.with_terminal_alpha_bar(STAND_IN)
-    grid = SamplingGrid.of(schedule, timesteps)
-    if comparison.sampler == "euler" and process.timestep_spacing != "leading":
-        noise = noise * grid.sigma[0]  # their Euler starts at x_t = sigma_t eps
-    walker = DiffusionModel(
-        model.unet,
-        model.vae,
-        model.text_encoder,
-        model.tokenizer,
-        replace(process, schedule=schedule),
-    )
-    denoise = walker.denoiser(
-        walker.encode_prompts([PROMPT]), walker.encode_prompts([""]), GUIDANCE
-    )
-    return theirs, run(comparison.sampler, denoise, grid, SampleState(noise)).x
+def _stock_pipeline(folder: Path, device: torch.device) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        use_safetensors=True,
+        local_files_only=True,
+        dtype=torch.float32,
+    ).to(device, torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _stock_latents(

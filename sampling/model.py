@@ -1,25 +1,28 @@
 """The bundle that samples: UNet, autoencoder, text encoder and the process they were trained for.
 
 Loads any Stable Diffusion 1.x or 2.x, samples it by its own schedule, and saves a diffusers folder.
+The autoencoder and the text encoder are loaded on first use: training from cached latents needs
+neither.
 """
 
 import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sampling.checkpoint import Weights, resolve, variant_of
+from sampling.checkpoint import Weights, resolve
 from sampling.errors import UserError
 from sampling.guidance import NO_GUIDANCE, Guidance, guided_output
+from sampling.loading import Part, empty_unet, load_tokenizer, load_unet, read_json, save_tokenizer
 from sampling.noise import initial_noise, step_noise
 from sampling.prediction import to_eps, to_x0
 from sampling.process import Process
@@ -58,16 +61,21 @@ class DiffusionModel:
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
+        vae: AutoencoderKL | Part,
+        text_encoder: CLIPTextModel | Part,
         tokenizer: CLIPTokenizer,
         process: Process,
         source: str = "",
+        folder: Path | None = None,
     ) -> None:
-        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
-        self.tokenizer, self.process, self.source = tokenizer, process, source
-        self.vae_scale = 2 ** (len(vae.config.block_out_channels) - 1)
-        for part in (unet, vae, text_encoder):
+        self.unet, self.tokenizer, self.process, self.source = unet, tokenizer, process, source
+        self.folder = folder  # where the encoders were read
+        self._device = unet.device
+        self._encoders: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder}
+        setting = vae.setting if isinstance(vae, Part) else partial(getattr, vae.config)
+        self.vae_scale = 2 ** (len(setting("block_out_channels")) - 1)
+        self.scaling_factor = float(setting("scaling_factor"))
+        for part in (unet, *self._loaded_encoders()):
             part.requires_grad_(False).eval()
 
     @classmethod
@@ -77,49 +85,71 @@ class DiffusionModel:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         weights: Weights = "ema",
+        with_unet: bool = True,
     ) -> "DiffusionModel":
         """Loads a diffusers folder, hub id, run directory or .ckpt; keys must match exactly.
 
-        `weights` chooses the averaged or the raw UNet of a .ckpt or run directory. Raises UserError
-        for what is not there, not a Stable Diffusion 1.x / 2.x, or only a pickle.
+        `weights` chooses the averaged or the raw UNet of a .ckpt or run directory; without the
+        UNet's weights the model only encodes and decodes. Raises UserError for what is not there,
+        not a Stable Diffusion 1.x / 2.x, or only a pickle.
         """
         found = resolve(checkpoint, weights)
         folder = found.folder
-        index = _read_json(folder / "model_index.json")
+        index = read_json(folder / "model_index.json")
         if "text_encoder_2" in index or "transformer" in index or "unet" not in index:
             raise UserError(
                 f"checkpoint={checkpoint} is a {index.get('_class_name')}; this version takes "
                 "Stable Diffusion 1.x and 2.x (one UNet, one CLIP text encoder)"
             )
-        unet = _load_part(UNet2DConditionModel, folder, "unet", dtype)
-        if found.unet_state is not None:
-            try:
-                unet.load_state_dict(found.unet_state, strict=True)
-            except RuntimeError as error:
-                raise UserError(
-                    f"checkpoint={checkpoint} does not fit the UNet of its base {folder}: {error}"
-                ) from error
         process = Process.from_diffusers(
-            found.scheduler_config or _read_json(folder / "scheduler" / "scheduler_config.json")
+            found.scheduler_config or read_json(folder / "scheduler" / "scheduler_config.json")
         )
         if process.unsound():
             log.warning("note: %s: %s", checkpoint, process.unsound())
-        model = cls(
-            unet,
-            _load_part(AutoencoderKL, folder, "vae", dtype),
-            _load_part(CLIPTextModel, folder, "text_encoder", dtype),
-            _load_tokenizer(folder),
-            process,
-            str(checkpoint),
-        )
+        vae = Part(AutoencoderKL, folder, "vae", dtype)
+        text_encoder = Part(CLIPTextModel, folder, "text_encoder", dtype)
+        tokenizer = load_tokenizer(folder)
+        unet = load_unet(found, dtype) if with_unet else empty_unet(folder)
+        model = cls(unet, vae, text_encoder, tokenizer, process, str(checkpoint), folder)
         return model.to(device)
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder, loaded when it is first asked for."""
+        return self._encoder("vae")
+
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        """The text encoder, loaded when it is first asked for."""
+        return self._encoder("text_encoder")
+
+    def load_encoders(self) -> None:
+        """Loads now what would be loaded on first use, so that its faults show now."""
+        for name in self._encoders:
+            self._encoder(name)
+
+    def _encoder(self, name: str) -> Any:
+        found = self._encoders[name]
+        if isinstance(found, Part):
+            found = found.load().requires_grad_(False).eval().to(self.device)
+            self._encoders[name] = found
+        return found
+
+    def _loaded_encoders(self) -> list[Any]:
+        return [part for part in self._encoders.values() if not isinstance(part, Part)]
 
     def save(self, folder: str | Path) -> None:
         """Writes a diffusers folder (StableDiffusionPipeline) that any tool reads."""
         folder = Path(folder)
-        for name in ("unet", "vae", "text_encoder"):
-            getattr(self, name).save_pretrained(folder / name, safe_serialization=True)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
+        for part, name in ((self.unet, "unet"), (self.vae, "vae")):
+            part.save_pretrained(folder / name, safe_serialization=True)
+        # transformers 5 drops the prefix that all published files have and other tools look for.
+        published = {
+            f"text_model.{name.removeprefix('text_model.')}": tensor
+            for name, tensor in self.text_encoder.state_dict().items()
+        }
+        self.text_encoder.save_pretrained(folder / "text_encoder", state_dict=published)
+        save_tokenizer(self.tokenizer, folder)
         _write_json(folder / "scheduler" / "scheduler_config.json", self.process.to_diffusers())
         _write_json(
             folder / "model_index.json",
@@ -138,14 +168,17 @@ class DiffusionModel:
         )
 
     def to(self, device: str | torch.device) -> "DiffusionModel":
-        """Moves all parts; returns itself."""
-        for part in (self.unet, self.vae, self.text_encoder):
-            part.to(device)
+        """Moves all parts, those not yet loaded when they are; returns itself."""
+        self._device = torch.device(device)
+        for part in (self.unet, *self._loaded_encoders()):
+            if part.device.type != "meta":
+                part.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        device = next(self.unet.parameters()).device
+        return self._device if device.type == "meta" else device
 
     @property
     def image_size(self) -> int:
@@ -193,32 +226,51 @@ class DiffusionModel:
         `noise` is unit noise of the latents' shape that draws from the posterior; None takes its
         mean.
         """
-        moments = self._by_slices(
+        return self.draw_latents(self.encode_moments(images), noise)
+
+    @torch.no_grad()
+    def encode_moments(self, images: Float[Tensor, "n 3 h w"]) -> Tensor:
+        """Encodes images in [0, 1] to mean and log variance, (N, 2C, H/f, W/f) float32, unscaled.
+
+        They describe the posterior of the latents, before the scaling factor.
+        """
+        return self._by_slices(
             lambda pixels: self.vae.encode(pixels).latent_dist.parameters, 2 * images - 1
         )
+
+    def draw_latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Draws scaled latents from posteriors by unit noise; needs no autoencoder."""
         mean, log_variance = moments.chunk(2, dim=1)
         if noise is not None:
             mean = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise.to(mean)
-        return mean * self.vae.config.scaling_factor
+        return mean * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
         """Decodes scaled latents to images in [0, 1], float32."""
-        images = self._by_slices(
-            lambda x: self.vae.decode(x).sample, latents / self.vae.config.scaling_factor
-        )
+        images = self._by_slices(lambda x: self.vae.decode(x).sample, latents / self.scaling_factor)
         return (images / 2 + 0.5).clamp(0, 1)
 
     def _by_slices(self, part: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        """Runs the autoencoder on a few images at a time, in float32 where fp16 overflows."""
+        """Runs the autoencoder on a few images at a time, in float32 where fp16 overflows.
+
+        It runs in the format of its own weights: previews of a run in mixed precision come here
+        under autocast, which would compute it in fp16 unseen.
+        """
         results = []
-        for rows in batch.split(VAE_SLICE_IMAGES):
-            result = part(rows.to(self.device, self.vae.dtype)).float()
-            if self.vae.dtype == torch.float16 and not torch.isfinite(result).all():
-                log.warning("note: the autoencoder overflows in fp16; it runs in float32 from here")
-                self.vae.float()
-                result = part(rows.to(self.device, torch.float32))
-            results.append(result)
+        device, dtype = self.device, _dtype_of(self.vae)
+        with torch.autocast(device.type, enabled=False):
+            for rows in batch.split(VAE_SLICE_IMAGES):
+                result = part(rows.to(device, dtype)).float()
+                if dtype == torch.float16 and _overflowed(rows, result):
+                    log.warning(
+                        "note: the autoencoder overflows in fp16 (dtype=float16); it runs in "
+                        "float32 from here on"
+                    )
+                    self.vae.float()  # for good: what overflowed once will again
+                    dtype = torch.float32
+                    result = part(rows.to(device, dtype))
+                results.append(result)
         return torch.cat(results)
 
     def denoiser(
@@ -233,13 +285,12 @@ class DiffusionModel:
         alphas, sigmas = schedule.alpha.tolist(), schedule.sigma.tolist()
         condition = conditioning.prompt_embeds
         empty = None if unconditional is None else unconditional.prompt_embeds
+        dtype = _dtype_of(self.unet)
 
         def denoise(x_t: Tensor, t: int) -> Prediction:
             def predict(x: Tensor, embeds: Tensor) -> Tensor:
                 steps = torch.full((len(x),), t, device=x.device)
-                return self.unet(
-                    x.to(self.unet.dtype), steps, embeds.to(self.unet.dtype), return_dict=False
-                )[0]
+                return self.unet(x.to(dtype), steps, embeds.to(dtype), return_dict=False)[0]
 
             output = guided_output(predict, x_t, t, condition, empty, guidance)
             alpha, sigma = alphas[t], sigmas[t]
@@ -304,48 +355,17 @@ class DiffusionModel:
         return torch.cat(images) if images else torch.empty(0, 3, *shape[1:])
 
 
-def _load_part(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """Loads one model from safetensors and refuses missing or unexpected keys."""
-    if not (folder / name / "config.json").is_file():
-        raise UserError(f"{folder} is incomplete: {name}/config.json is missing")
-    variant = variant_of(folder, name)
-    try:
-        part, info = kind.from_pretrained(
-            folder / name,
-            use_safetensors=True,
-            local_files_only=True,
-            variant=variant,
-            output_loading_info=True,
-            dtype=dtype,
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder / name} cannot be loaded: {error}") from error
-    unexpected = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
-    wrong = {"missing": sorted(info["missing_keys"]), "unexpected": sorted(unexpected)}
-    wrong["of another shape"] = sorted(str(key) for key in info.get("mismatched_keys") or [])
-    for what, keys in wrong.items():
-        if keys:
-            raise UserError(
-                f"{folder / name}: {len(keys)} {what} weights, such as {keys[0]}; the file does "
-                "not belong to its config.json"
-            )
-    return part
+def _dtype_of(part: torch.nn.Module) -> torch.dtype:
+    """Returns the format of a part's weights.
+
+    Part.dtype and part.device of diffusers look for hooks in all modules: milliseconds a call.
+    """
+    return next(part.parameters()).dtype
 
 
-def _load_tokenizer(folder: Path) -> CLIPTokenizer:
-    try:
-        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'tokenizer'} cannot be loaded: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; the pipeline folder is incomplete") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+def _overflowed(given: Tensor, result: Tensor) -> bool:
+    """Whether the result is not finite though what it was made of is."""
+    return not torch.isfinite(result).all() and bool(torch.isfinite(given).all())
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

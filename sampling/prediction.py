@@ -10,12 +10,11 @@ which the samplers do not invert cannot be written.
 Shapes: x0, eps, x_t, v are (B, ...); alpha and sigma broadcast against them, such as (B, 1, 1, 1).
 """
 
-from typing import Literal
-
 from jaxtyping import Float
 from torch import Tensor
 
-PredictionType = Literal["v_prediction", "epsilon", "sample"]  # named as in diffusers
+from sampling.choices import PredictionType
+
 Latent = Float[Tensor, "b *chw"]
 Coefficient = Float[Tensor, "..."] | float
 

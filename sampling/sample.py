@@ -1,68 +1,23 @@
 """Samples prompts to a folder: pictures, one JSON row a picture, and a grid with captions."""
 
 import json
-from dataclasses import dataclass, field
+import logging
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from omegaconf import MISSING
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sampling.config import SampleConfig
 from sampling.errors import UserError
 from sampling.export import require_empty
 from sampling.model import DiffusionModel
 from sampling.pictures import caption_grid, to_picture
+from sampling.speed import check_dtype, prepare_unet
+
+log = logging.getLogger(__name__)
 
 GRID_MAX_PROMPTS, GRID_MAX_SEEDS = 32, 8
-
-
-@dataclass
-class SampleConfig:
-    """From prompts to pictures."""
-
-    checkpoint: str = MISSING
-    """What to sample: a folder, hub id, run directory or .ckpt."""
-    prompts: Any = MISSING
-    """A prompt, a list of prompts, or a .txt file with one prompt a line."""
-    output: str = MISSING
-    """Folder to write; must be empty or not exist."""
-    seed: int = 0
-    """First seed; the pictures of each prompt use seed, seed + 1, ... (ignored if seeds is set)."""
-    num_images: int = 1
-    """Pictures a prompt (ignored if seeds is set)."""
-    seeds: list[int] = field(default_factory=list)
-    """Seeds of each prompt's pictures. Seed N is diffusers' torch.Generator("cpu") at N."""
-    sampler: str = "ddim"
-    """ddim, euler, euler_ancestral, heun or dpmpp_2m."""
-    num_steps: int = 25
-    """Sampling steps, from 1 to the number of training timesteps."""
-    guidance_scale: float = 7.5
-    """Weight of the prompt; 1 is off."""
-    guidance_rescale: float = 0.7
-    """Share of the guided output's standard deviation that is set back; 0 to 1."""
-    negative_prompt: str = ""
-    """What guidance steers away from."""
-    height: int | None = None
-    """Height in px; the model's own if not set."""
-    width: int | None = None
-    """Width in px; the model's own if not set."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Which weights of a training checkpoint: their moving average or the last step's."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Number format of the weights; half the memory and more speed for float16 on a GPU."""
-    device: str = "auto"
-    """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
-    batch_size: int = 16
-    """Pictures sampled at once; does not change them."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_images", "batch_size", "num_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.seed < 0 or min(self.seeds, default=0) < 0:
-            raise UserError("seed and seeds must be 0 or more")
 
 
 def sample_to_folder(config: SampleConfig) -> Path:
@@ -77,7 +32,11 @@ def sample_to_folder(config: SampleConfig) -> Path:
     seeds = seeds or list(range(config.seed, config.seed + config.num_images))
     dtype = getattr(torch, config.dtype)
     device = find_device(config.device)
+    check_dtype(device, dtype)
     model = DiffusionModel.load(config.checkpoint, device, dtype, config.weights)
+    choice = prepare_unet(model.unet, config.attention, config.channels_last, config.compile)
+    if choice:
+        log.warning("note: %s", choice)
     jobs = [(index, seed) for index in range(len(prompts)) for seed in seeds]
     width = len(str(len(prompts) - 1))
     files: dict[tuple[int, int], str] = {}
@@ -93,6 +52,8 @@ def sample_to_folder(config: SampleConfig) -> Path:
                 guidance_scale=config.guidance_scale,
                 guidance_rescale=config.guidance_rescale,
                 sampler=config.sampler,
+                eta=config.eta,
+                guidance_interval=config.guidance().interval,
                 height=config.height,
                 width=config.width,
                 negative_prompt=config.negative_prompt,

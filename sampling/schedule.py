@@ -6,19 +6,19 @@ A schedule is the pair (alpha, sigma). The ratio sigma / alpha is never stored: 
 the last step of a zero-terminal-SNR schedule (Lin et al. 2023, arXiv 2305.08891).
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sampling.choices import Spacing
 from sampling.errors import UserError
-
-Spacing = Literal["trailing", "leading", "linspace"]
 
 SD_BETA_START, SD_BETA_END, SD_NUM_STEPS = 0.00085, 0.012, 1000
 
@@ -149,10 +149,15 @@ class NoiseSchedule:
         return NoiseSchedule.from_betas(rescale_zero_terminal_snr(self.betas))
 
     def with_terminal_alpha_bar(self, value: float) -> "NoiseSchedule":
-        """Replaces the last alpha_bar; diffusers stands in 2^-24 for 0 in some schedulers."""
+        """Replaces the last alpha_bar; diffusers stands in 2^-24 for 0 in some schedulers.
+
+        As there, it may exceed the one before it (rescaled linear betas: 4e-9 at T - 2).
+        """
         bar = self.alpha_bar.clone()
         bar[-1] = value
-        return NoiseSchedule(bar)
+        stand_in = copy.copy(self)
+        object.__setattr__(stand_in, "alpha_bar", bar)
+        return stand_in
 
     def at(self, t: Int[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Returns (alpha_t, sigma_t) in float32, on the device of `t`."""

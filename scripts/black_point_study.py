@@ -9,13 +9,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from sampling.evaluation.black_point import BlackPointConfig
-from sampling.evaluation.black_point_study import image_path
+from sampling.evaluation.black_point import BlackPointConfig, image_path
 from sampling.evaluation.rows import Row
 from sampling.pictures import caption_grid
-from scripts import run_evaluate
+from scripts import evaluation
 from scripts.config import load
-from scripts.run_demo import DemoConfig, fine_tune, pack_digits
+from scripts.demo_steps import fine_tune, pack_digits
+from scripts.run_demo import DemoConfig
 
 RUNS = {
     "fine_tuned": "configs/tiny_zero_snr.yaml",
@@ -35,7 +35,7 @@ def main() -> None:
     for name, yaml in RUNS.items():
         fine_tune(demo, yaml, Path(demo.run_dir) / name, f"train {name}")
     study = load(BlackPointConfig, ["configs/black_point.yaml"])
-    rows, _ = run_evaluate.evaluate(study)
+    rows, _ = evaluation.evaluate(study)
     DOCS.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copy(Path(study.output) / name, DOCS / name)

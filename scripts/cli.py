@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
+from data.errors import RunFailed as DataRunFailed
 from data.errors import UserError as DataUserError
 from sampling.errors import Resumable, RunFailed, UserError
 
@@ -20,7 +21,7 @@ from sampling.errors import Resumable, RunFailed, UserError
 VERBS: dict[str, tuple[str, str]] = {
     "train": (
         "scripts.run_train",
-        "Fine-tunes a Stable Diffusion UNet, to zero terminal SNR with v-prediction by default.",
+        "Fine-tunes a Stable Diffusion UNet to zero terminal SNR and v-prediction by default.",
     ),
     "sample": ("scripts.run_sample", "Paints images from prompts and seeds with a checkpoint."),
     "evaluate": (
@@ -34,6 +35,14 @@ VERBS: dict[str, tuple[str, str]] = {
     "data pack": (
         "scripts.data_pack",
         "Packs a folder of captioned images into WebDataset shards with an index.",
+    ),
+    "data encode": (
+        "scripts.data_encode",
+        "Encodes shards into latents and prompt embeddings, to train without the encoders.",
+    ),
+    "data check": (
+        "scripts.data_check",
+        "Reports what shards hold and what in them is bad; indexes shards made elsewhere.",
     ),
     "demo": (
         "scripts.run_demo",
@@ -67,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Resumable as error:
         _complain(str(error))
         return 75
-    except RunFailed as error:
+    except (RunFailed, DataRunFailed) as error:
         _complain(str(error))
         return 1
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@ import signal
 import sys
 from typing import Any
 
-from sampling.export import ExportConfig, export
+from sampling.config import ExportConfig
 
 
 def config_class() -> type[ExportConfig]:
@@ -14,6 +14,8 @@ def config_class() -> type[ExportConfig]:
 
 def run(config: ExportConfig) -> int:
     """Exports and returns the exit status."""
+    from sampling.export import export
+
     # Killed by a scheduler, we leave through the finally blocks that remove what is half-written.
     before = signal.signal(signal.SIGTERM, _stop)
     try:

@@ -1,28 +1,8 @@
-"""`blackpoint report`: one HTML page from what a run directory holds."""
+"""`blackpoint report`: one HTML page from what a run directory holds, finished or under way."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING
-
-from sampling.errors import UserError
-from sampling.evaluation.black_point_summary import summary
-from sampling.evaluation.report import Control, ReportContent, write_report
-from sampling.evaluation.rows import DATA, Row, read_rows
-from train.metrics import read_metrics
-
-CONTROL = "control"
-CONTROL_COMMAND = "blackpoint demo control=true"
-INTRODUCTION = (
-    "Stable Diffusion cannot paint true black or true white. Its noise schedule never reaches pure "
-    "noise: at the last training step the image's mean still shines through, and sampling then "
-    "starts from noise without it, so every image is drawn towards a middle gray.\n\n"
-    "The cure (Lin et al. 2023): rescale the schedule to zero terminal SNR, train with "
-    "v-prediction, start sampling at the last timestep, rescale the guidance. Below, the same "
-    "prompts and seeds before and after."
-)
 
 
 @dataclass
@@ -45,82 +25,7 @@ def config_class() -> type[ReportConfig]:
 
 def run(config: ReportConfig) -> int:
     """Writes the page and says where it is."""
+    from scripts.report_content import write
+
     print(write(config))
     return 0
-
-
-def write(config: ReportConfig) -> Path:
-    """Writes the page and returns its path."""
-    run_dir = Path(config.run_dir)
-    study = Path(config.evaluation) if config.evaluation else run_dir / "black_point"
-    content = collect(run_dir, study, Path(config.committed_rows))
-    return write_report(Path(config.output) if config.output else run_dir / "report.html", content)
-
-
-def collect(run_dir: Path, study: Path, committed: Path) -> ReportContent:
-    """Gathers what the run directory and its study hold."""
-    metrics, rows_file = run_dir / "metrics.csv", study / "rows.csv.gz"
-    if not metrics.is_file() and not rows_file.is_file():
-        raise UserError(
-            f"run_dir={run_dir} holds neither metrics.csv nor black_point/rows.csv.gz; name a run "
-            "directory, or evaluate it first"
-        )
-    content = ReportContent(title=f"blackpoint: {run_dir.name}")
-    if metrics.is_file():
-        content.metrics = read_metrics(metrics)
-    if rows_file.is_file():
-        content.introduction = INTRODUCTION
-        content.rows = read_rows(rows_file)
-        content.images = study
-        content.checkpoints = study_checkpoints(study, content.rows)
-        record = _read_json(study / "study.json")
-        content.notes = record.get("notes", [])
-        content.guidance_scale = record.get("read_guidance_scale", content.guidance_scale)
-        content.findings = summary(content.rows, content.checkpoints, content.guidance_scale)
-        if CONTROL not in content.checkpoints and committed.is_file():
-            content.control = committed_control(committed)
-    content.previews = last_previews(run_dir / "previews")
-    content.environment = environment(run_dir)
-    content.timings = list(_read_json(run_dir / "timings.json").items())
-    return content
-
-
-def study_checkpoints(study: Path, rows: list[Row]) -> list[str]:
-    """Lists the checkpoints of a study in the order in which they were given."""
-    present = {row.checkpoint for row in rows} - {DATA}
-    named = _read_json(study / "study.json").get("checkpoints", {})
-    return [name for name in named if name in present] or sorted(present)
-
-
-def committed_control(path: Path) -> Control | None:
-    """Reads the control's rows from those kept in the repository."""
-    rows = [row for row in read_rows(path) if row.checkpoint in (CONTROL, DATA)]
-    own = [row for row in rows if row.checkpoint == CONTROL]
-    if not own:
-        return None
-    findings = [found for found in summary(rows, [CONTROL]) if found.checkpoint == CONTROL]
-    has_images = (path.parent / "images" / CONTROL).is_dir()
-    return Control(CONTROL, findings, CONTROL_COMMAND, own, path.parent if has_images else None)
-
-
-def last_previews(folder: Path) -> list[tuple[str, Path]]:
-    """Chooses the first and the last preview grid."""
-    grids = sorted(folder.glob("*.png"))
-    return [
-        (path.stem.replace("_", " "), path) for path in dict.fromkeys([*grids[:1], *grids[-1:]])
-    ]
-
-
-def environment(run_dir: Path) -> dict[str, str]:
-    """Reads environment.json as flat lines of text."""
-    lines: dict[str, str] = {}
-    for name, value in _read_json(run_dir / "environment.json").items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {item}" for key, item in value.items())
-        if value not in (None, ""):
-            lines[name.replace("_", " ")] = str(value)
-    return lines
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

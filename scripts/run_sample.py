@@ -1,6 +1,6 @@
 """blackpoint sample: samples prompts to a folder of pictures."""
 
-from sampling.sample import SampleConfig, sample_to_folder
+from sampling.config import SampleConfig
 
 
 def config_class() -> type[SampleConfig]:
@@ -10,5 +10,7 @@ def config_class() -> type[SampleConfig]:
 
 def run(config: SampleConfig) -> int:
     """Samples and returns the exit status."""
+    from sampling.sample import sample_to_folder
+
     print(f"pictures, samples.jsonl and grid.png are in {sample_to_folder(config)}")
     return 0

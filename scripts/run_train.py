@@ -1,7 +1,6 @@
 """`blackpoint train`: fine-tunes a checkpoint as its config says."""
 
 from train.config import TrainConfig
-from train.run import fit
 
 
 def config_class() -> type[TrainConfig]:
@@ -9,4 +8,6 @@ def config_class() -> type[TrainConfig]:
 
 
 def run(config: TrainConfig) -> int:
+    from train.run import fit
+
     return fit(config)

@@ -1,26 +1,80 @@
-"""The benchmark measures pairs and writes a table with its raw seconds."""
+"""The benchmark times contestants in turn, compares them within a round, and says what it saw."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
-from scripts.bench import main
+from scripts.bench import BenchConfig, main, table
+from scripts.bench_startup import commands, required_keys
+from scripts.bench_timing import Seconds, ratio_row, row, time_round
+from scripts.cli import VERBS
 from scripts.config import to_yaml
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import make_tiny_shards, tiny_config
 
 
+def test_every_contestant_runs_once_a_round_and_each_comes_first_in_turn() -> None:
+    order: list[str] = []
+    parts = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds: Seconds = {}
+    for number in range(3):
+        time_round(parts, number, seconds)
+    assert order == [*"abc", *"bca", *"cab"]
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 3)
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    """A machine that slows down tenfold between rounds leaves the ratio as it is."""
+    found = ratio_row("g", "a / b", [1.0, 10.0, 100.0], [2.0, 20.0, 200.0], at_most=0.6)
+    assert found.median == found.lowest == found.highest == 0.5
+    assert found.interval is not None
+    assert all(math.isclose(edge, 0.5) for edge in found.interval)
+    assert found.n == 3 and found.met and found.wanted == "<= 0.6"
+
+
+def test_interval_of_a_ratio_holds_its_geometric_mean() -> None:
+    found = ratio_row("g", "a / b", [1.0, 4.0, 2.0, 8.0], [1.0] * 4)
+    assert found.interval is not None
+    assert found.interval[0] < (1 * 4 * 2 * 8) ** 0.25 < found.interval[1]
+
+
+def test_bounds_that_are_not_kept_are_said_so() -> None:
+    rows = [
+        row("speed", "kept", "s", [1.0, 2.0], at_least=1.0),
+        row("speed", "missed", "s", [1.0, 2.0], at_most=1.0),
+        row("memory", "no bound", "MB", [1.0]),
+    ]
+    assert [found.met for found in rows] == [True, False, None]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_start_up_of_every_verb_is_timed_with_its_required_keys(verb: str) -> None:
+    timed = commands([verb])
+    assert {f"blackpoint {verb} --help", f"blackpoint {verb} --print-config"} < timed.keys()
+    assert all("=" in argument for argument in required_keys(verb))
+
+
 @pytest.mark.slow
-def test_bench_writes_table_and_raw_seconds(tmp_path: Path) -> None:
+def test_quick_bench_writes_the_table_and_every_raw_second(tmp_path: Path) -> None:
     base, shards = make_tiny_pipeline(tmp_path / "base"), make_tiny_shards(tmp_path / "images")
     config = tmp_path / "tiny.yaml"
     config.write_text(to_yaml(tiny_config(tmp_path / "unused", base, shards)))
-    settings = {"config": config, "output": tmp_path / "out", "blocks": 2, "block_steps": 1}
-    settings |= {"warmup_blocks": 1}
-    settings |= {"sample_repeats": 1, "sample_images": 2, "num_steps": 2}
-    main([f"{key}={value}" for key, value in settings.items()])
-    result = json.loads((tmp_path / "out" / "benchmarks.json").read_text())
-    assert len(result["raw"]["training_pairs_s"]) == 2
-    assert result["training_over_bare"]["median"] > 0
-    assert "bare training loop" in (tmp_path / "out" / "benchmarks.md").read_text()
+    output = tmp_path / "out"
+    main([f"config={config}", f"output={output}", "quick=true"])
+    result = json.loads((output / "benchmarks.json").read_text())
+    page = (output / "benchmarks.md").read_text()
+    assert page == table(result)
+    for group in ("training, encoders in the loop", "training, cached latents"):
+        assert {name: len(values) for name, values in result["raw"][group].items()} == {
+            "ours": 2,
+            "bare": 2,
+            "accelerate": 2,
+            "accelerate_ema": 2,
+        }
+    whats = {row["what"] for row in result["rows"]}
+    assert {"ours / bare loop", "ours / accelerate loop, with EMA", "blackpoint --help"} <= whats
+    assert all(row["median"] > 0 for row in result["rows"])
+    assert result["versions"]["diffusers"] in page
+    assert BenchConfig(**result["settings"]).quick

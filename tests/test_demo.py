@@ -10,7 +10,8 @@ import torch
 from sampling.errors import UserError
 from sampling.evaluation.digit_reader import DigitReader
 from sampling.evaluation.rows import read_rows
-from scripts.run_demo import EXPECTED, DemoConfig, outcome, run
+from scripts.demo_steps import EXPECTED, outcome
+from scripts.run_demo import DemoConfig, run
 from tests.tiny_pipeline import make_tiny_pipeline
 
 FINE_TUNE = """

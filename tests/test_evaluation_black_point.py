@@ -28,7 +28,7 @@ from sampling.evaluation.black_point_summary import (
 from sampling.evaluation.digit_reader import DigitReader
 from sampling.evaluation.rows import DATA, Row, read_rows, write_rows
 from sampling.evaluation.statistics import Estimate
-from scripts.run_evaluate import digit_captions
+from scripts.evaluation import digit_captions
 from tests.digit_painter import SquarePainter, load_square_painter
 
 IDENTITIES = {"base": Identity("a"), "fine_tuned": Identity("b")}
@@ -44,6 +44,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BlackPointConfig:
         output=str(tmp_path / "study"),
         digit_reader=str(tmp_path / "reader"),
         num_images=20,
+        border_images=20,
         beside_images=20,
         read_images=50,
         guidance_scales=[1.0, 3.0],
@@ -161,7 +162,9 @@ def test_a_larger_study_keeps_the_images_of_the_smaller(config: BlackPointConfig
     small = set(study(config))
     calls: list[int] = []
     large = study(
-        dataclasses.replace(config, num_images=25, beside_images=25, read_images=65),
+        dataclasses.replace(
+            config, num_images=25, border_images=25, beside_images=25, read_images=65
+        ),
         lambda checkpoint: counted(checkpoint, calls),
     )
     assert small <= set(large)
@@ -170,7 +173,7 @@ def test_a_larger_study_keeps_the_images_of_the_smaller(config: BlackPointConfig
 
 @pytest.mark.slow
 def test_processes_give_the_rows_of_one(config: BlackPointConfig, tmp_path: Path) -> None:
-    small = dataclasses.replace(config, num_images=10, read_images=25)
+    small = dataclasses.replace(config, num_images=10, border_images=10, read_images=25)
     one = study(small)
     two = study(dataclasses.replace(small, output=str(tmp_path / "two"), num_processes=2))
     assert sorted(one, key=lambda row: row.key) == sorted(two, key=lambda row: row.key)

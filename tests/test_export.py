@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import CLIPTokenizer
 
 from sampling.errors import RunFailed, UserError
 from sampling.export import export, moved_into_place
@@ -96,6 +97,22 @@ def test_betas_of_no_stock_scheme_are_written_out(tmp_path):
     assert_close(betas[:-1], schedule.betas[:-1], rtol=1e-5, atol=0)
 
 
+def test_text_encoder_has_the_names_of_published_files(exported):
+    names = load_file(exported / "text_encoder" / "model.safetensors")
+    assert names and all(name.startswith("text_model.") for name in names)
+
+
+def test_tokenizer_is_written_for_older_readers_too(checkpoint, exported):
+    folder = exported / "tokenizer"
+    ours = DiffusionModel.load(checkpoint).tokenizer
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    assert vocabulary == ours.get_vocab()
+    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines()[1:]]
+    again = CLIPTokenizer(vocabulary, merges)
+    text = "a red three on a black background"
+    assert again(text).input_ids == ours(text).input_ids
+
+
 def test_untouched_epsilon_model_is_exported_truthfully(tmp_path):
     folder = make_tiny_pipeline(tmp_path / "sd")
     out = export(folder, tmp_path / "out")
@@ -105,6 +122,19 @@ def test_untouched_epsilon_model_is_exported_truthfully(tmp_path):
     assert not config["rescale_betas_zero_snr"]
     card = (out / "README.md").read_text()
     assert "not zero" in card and "v_pred" not in card and "guidance_rescale" not in card
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+        {"beta_schedule": "squaredcos_cap_v2"},
+    ],
+)
+def test_zero_snr_of_the_other_named_betas_is_verified(tmp_path, scheme):
+    # The stand-in 2^-24 for 0 is above alpha_bar[T - 2] = 4e-9 of the rescaled linear betas.
+    folder = make_tiny_pipeline(tmp_path / "sd", scheduler=ZERO_SNR | scheme)
+    assert export(folder, tmp_path / "out").is_dir()
 
 
 @pytest.mark.slow

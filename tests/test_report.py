@@ -7,16 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from sampling.errors import UserError
-from sampling.evaluation import plots
+from sampling.evaluation import run_plots
 from sampling.evaluation.black_point import BlackPointConfig
 from sampling.evaluation.black_point_study import Identity, reference_rows, run_study
 from sampling.evaluation.black_point_summary import write_summary
 from sampling.evaluation.digit_reader import DigitReader
+from sampling.evaluation.prompt_luminance import prompt_slugs
 from sampling.evaluation.rows import read_rows, write_rows
-from scripts.run_evaluate import digit_captions
-from scripts.run_report import ReportConfig, collect, write
+from sampling.evaluation.run_page import WIDEST_PX, at_a_glance, chosen_grids, embedded
+from sampling.evaluation.run_series import (
+    NUM_STRETCHES,
+    bin_label,
+    bin_order,
+    extremes,
+    preview_luminance,
+    smoothed,
+)
+from scripts.evaluation import digit_captions
+from scripts.report_content import collect, write
+from scripts.run_report import ReportConfig
 from tests.digit_painter import load_square_painter
 
 
@@ -29,6 +41,7 @@ def make_run(run_dir: Path, checkpoints: dict[str, str]) -> Path:
         output=str(run_dir / "black_point"),
         digit_reader=str(run_dir / "reader"),
         num_images=12,
+        border_images=12,
         read_images=30,
         guidance_scales=[1.0, 3.0],
         num_processes=1,
@@ -90,7 +103,7 @@ def test_page_is_whole_and_refers_to_nothing_outside(run_dir: Path, tmp_path: Pa
     text = page.read_text(encoding="utf-8")
     elements = Elements(text)
     assert not elements.open
-    assert elements.counts["svg"] == 5  # open, black, white, guidance, loss
+    assert elements.counts["svg"] == 6  # open, black, white, guidance, loss, loss by SNR
     assert elements.counts["img"] == 2 * (8 + 8 + 8 + 6)
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in elements.links)
     assert not re.search(r"(?:src|href)=\"https?:|@import|url\(http", text)
@@ -120,10 +133,100 @@ def test_control_comes_from_committed_rows(run_dir: Path, tmp_path: Path) -> Non
     assert "<th>control</th>" in text.read_text(encoding="utf-8")
 
 
+def write_run(run_dir: Path, num_rows: int = 40) -> Path:
+    """Writes what a run under way leaves: every kind of series, two grids, a config, a torn row."""
+    lines = ["step,name,value"]
+    for step in range(10, 10 * num_rows + 1, 10):
+        for name in ("loss", "loss_log_snr_0_2", "loss_terminal", "gradient_norm"):
+            lines.append(f"{step},train/{name},{5 / step}")
+        lines += [f"{step},train/learning_rate,1e-5", f"{step},train/images_per_s,{20 + step % 3}"]
+        lines += [f"{step},train/data_wait_share,0.25", f"{step},memory/process_peak_gb,1.5"]
+        if step % 100 == 0:
+            lines += [f"{step},weights/{name},{step}" for name in ("norm", "norm_conv_in")]
+            lines += [f"{step},weights/ema_distance,0.01", f"{step},validation/loss,{2 / step}"]
+            lines += [f"{step},validation/loss_terminal,{3 / step}"]
+            for slug in ("a_red_one_on_a_black_background", "a_cat"):
+                lines += [f"{step},preview/luminance_{slug},0.3"]
+                lines += [f"{step},preview/border_luminance_{slug},{10 / step}"]
+            lines += [f"{step},preview/luminance_error,{10 / step}"]
+    (run_dir / "previews").mkdir(parents=True)
+    for step in (100, 200):
+        Image.new("RGB", (20, 10)).save(run_dir / "previews" / f"step_{step:08d}.png")
+    (run_dir / "metrics.csv").write_text("\n".join(lines) + "\n9000,train/lo")
+    (run_dir / "config.yaml").write_text(
+        "preview: {prompts: [a red one on a black background, a cat]}\n"
+        "trainer: {max_steps: 900}\nseed: null\n"
+    )
+    return run_dir
+
+
+def test_page_of_a_run_shows_every_series(tmp_path: Path) -> None:
+    text = write(ReportConfig(str(write_run(tmp_path / "run")))).read_text(encoding="utf-8")
+    elements = Elements(text)
+    assert not elements.open
+    assert elements.counts["svg"] == 7
+    assert elements.counts["img"] == 2
+    for words in (
+        "400 of 900",
+        "The black point as it trains",
+        "Loss of the fine-tune",
+        "Loss by signal-to-noise ratio",
+        "Gradient and learning rate",
+        "Weights and their average",
+        "25.0% of the time",
+        "1.50 GB",
+        "0.1 \u2192 0.025",
+        "step 200",
+        "trainer.max_steps",
+        "a red one on a black background; a cat",
+        "not set",
+    ):
+        assert words in text
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in elements.links)
+
+
+def test_previews_are_drawn_where_their_prompts_fix_luminance() -> None:
+    slugs = ("a_red_one_on_a_black_background", "a_cat")
+    metrics = {f"preview/luminance_{slug}": [(1, 0.5)] for slug in slugs}
+    metrics |= {f"preview/border_luminance_{slug}": [(1, 0.1)] for slug in slugs}
+    metrics["preview/luminance_error"] = [(1, 0.1)]
+    expected = {"a red one on a black background": [(1, 0.1)], "A cat!": [(1, 0.5)]}
+    assert preview_luminance(metrics, ["a red one on a black background", "A cat!"]) == expected
+    assert list(preview_luminance(metrics, [])) == ["a red one on a black background", "a cat"]
+
+
+def test_long_series_keep_their_spikes() -> None:
+    series = [(step, 1.0) for step in range(5000)]
+    series[1234] = (1234, 99.0)
+    thinned = extremes(series)
+    assert len(thinned) <= 2 * NUM_STRETCHES and (1234, 99.0) in thinned
+    assert thinned == sorted(thinned)
+    assert extremes(series[:50]) == series[:50]
+
+
+def test_running_mean_passes_over_what_is_not_finite() -> None:
+    assert smoothed([2.0, float("nan"), 2.0, float("inf")]) == pytest.approx([2.0] * 4)
+
+
+def test_wide_grids_are_embedded_smaller(tmp_path: Path) -> None:
+    Image.new("RGB", (WIDEST_PX + 1, 100)).save(tmp_path / "step_00000001.png")
+    assert embedded(tmp_path / "step_00000001.png").startswith("data:image/jpeg;base64,")
+    for step in range(2, 30):
+        (tmp_path / f"step_{step:08d}.png").touch()
+    labels = [label for label, _ in chosen_grids(tmp_path)]
+    assert labels == ["step 1", "step 8", "step 15", "step 22", "step 29"]
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,name,value\n")
+    assert "holds no rows yet" in write(ReportConfig(str(tmp_path))).read_text(encoding="utf-8")
+    assert at_a_glance({}) == {}
+
+
 def test_a_run_without_a_study_has_its_losses(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_bytes((run_dir / "metrics.csv").read_bytes())
     text = write(ReportConfig(str(tmp_path))).read_text(encoding="utf-8")
-    assert Elements(text).counts["svg"] == 1
+    assert Elements(text).counts["svg"] == 2
     assert "The numbers" not in text
 
 
@@ -133,8 +236,27 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_losses_that_are_not_there_are_not_drawn() -> None:
-    assert plots.loss_curves({"train/images_per_s": [(1, 2.0)]}) is None
-    assert plots.loss_curves({"train/loss": [(1, 0.5)]}) is not None
-    assert plots.bin_label("validation/loss_log_snr_-inf_-2") == "log SNR -inf to -2"
-    assert plots.bin_label("validation/loss_terminal") == "terminal"
+def test_what_is_not_there_is_not_drawn() -> None:
+    speed = {"train/images_per_s": [(1, 2.0)]}
+    assert run_plots.loss_curves(speed) is None
+    assert run_plots.loss_by_snr(speed) is None
+    assert run_plots.black_point(speed) is None
+    assert run_plots.weight_curves(speed) is None
+    assert run_plots.optimizer_curves(speed) is None
+    assert run_plots.memory_curves(speed) is None
+    assert run_plots.speed_curves(speed) is not None
+    assert run_plots.loss_curves({"train/loss": [(1, 0.5)]}) is not None
+
+
+def test_any_prompt_can_be_drawn() -> None:
+    prompts = [f"{number} times $x^2 \\frac$ _ on a white background" for number in range(7)]
+    metrics = {f"preview/luminance_{slug}": [(1, 0.5)] for slug in prompt_slugs(prompts)}
+    metrics |= {f"preview/border_luminance_{slug}": [(1, 0.9)] for slug in prompt_slugs(prompts)}
+    assert run_plots.black_point(metrics, prompts) is not None
+
+
+def test_ranges_of_snr_are_named_and_ordered_by_noise() -> None:
+    assert bin_label("validation/loss_log_snr_-inf_-2") == "log SNR -inf to -2"
+    assert bin_label("validation/loss_terminal") == "terminal"
+    names = ["loss_log_snr_6_inf", "loss_log_snr_-2_0", "loss_log_snr_-inf_-6", "loss_terminal"]
+    assert sorted(reversed(names), key=bin_order) == names

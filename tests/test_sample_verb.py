@@ -1,6 +1,7 @@
 """Laws of `blackpoint sample`: what it writes, and what it refuses before writing anything."""
 
 import json
+import sys
 
 import numpy
 import pytest
@@ -56,6 +57,37 @@ def test_pictures_rows_and_grid_are_written(zero_snr_checkpoint, tmp_path, capsy
     assert Image.open(output / "grid.png").width > 2 * 16
 
 
+def test_eta_interval_and_speed_options_reach_the_sampler(zero_snr_checkpoint, tmp_path):
+    config = SampleConfig(
+        checkpoint=str(zero_snr_checkpoint),
+        prompts="a one",
+        output=str(tmp_path / "out"),
+        num_steps=4,
+        eta=0.5,
+        guidance_interval=[300, 800],
+        channels_last=True,
+        attention="sdpa",
+    )
+    sample_to_folder(config)
+    painted = numpy.asarray(Image.open(tmp_path / "out/images/0_0.png")).astype(int)
+    model = DiffusionModel.load(zero_snr_checkpoint)
+
+    def distance(**options):
+        expected = model.sample("a one", [0], num_steps=4, **options)[0]
+        return abs(painted - numpy.asarray(to_picture(expected)).astype(int)).max()
+
+    assert distance(eta=0.5, guidance_interval=(300, 800)) <= 1
+    assert distance(eta=0.5) > 1
+    assert distance(guidance_interval=(300, 800)) > 1
+
+
+def test_auto_says_once_what_attention_it_took(zero_snr_checkpoint, tmp_path, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    arguments = [f"checkpoint={zero_snr_checkpoint}", "prompts=[a one,a two]", "num_steps=1"]
+    assert main(["sample", *arguments, f"output={tmp_path / 'out'}", "batch_size=1"]) == 0
+    assert caplog.text.count("attention=auto took sdpa") == 1
+
+
 def test_prompts_come_from_a_text_file_and_seeds_from_a_list(checkpoint, tmp_path):
     (tmp_path / "prompts.txt").write_text("a one\n\n  a two  \n")
     config = SampleConfig(
@@ -94,6 +126,15 @@ def test_prompts_come_from_a_text_file_and_seeds_from_a_list(checkpoint, tmp_pat
         (["prompts=nowhere.txt"], "nowhere.txt: no such file"),
         (["device=toaster"], "device.*toaster"),
         (["checkpoint=/nowhere/at/all"], "/nowhere/at/all"),
+        (["eta=2"], r"eta=2.*0\.\.1"),
+        (["eta=0.5", "sampler=euler"], "eta=0.5 goes with sampler=ddim alone"),
+        (["guidance_interval=[200]"], r"guidance_interval=\[200\] must be two timesteps"),
+        (["guidance_interval=[800,200]"], r"guidance_interval=.*the lower first"),
+        (["guidance_interval=often"], r"guidance_interval.*often"),
+        (["guidance_scale=-1"], "guidance_scale=-1"),
+        (["guidance_rescale=2"], "guidance_rescale=2"),
+        (["attention=flash"], r"attention.*flash"),
+        (["attention=xformers"], r"attention=xformers cannot run here.*use attention=sdpa"),
     ],
 )
 def test_wrong_input_exits_2_with_a_remedy_and_writes_nothing(

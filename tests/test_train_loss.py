@@ -1,16 +1,26 @@
-"""Laws of the training loss and of the draws that it is averaged over."""
+"""Laws of the training loss, and of a training step with each of its options."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch.testing import assert_close
 
+import train.run
+from sampling.errors import UserError
+from sampling.model import DiffusionModel
 from sampling.prediction import add_noise, training_target, v_to_x0
 from sampling.schedule import NoiseSchedule
-from train.draws import draw, draw_validation
-from train.loss import squared_error, uniform_weights
-from train.validation import snr_bins
+from tests.tiny_pipeline import make_tiny_pipeline
+from tests.tiny_run import make_tiny_shards, tiny_config
+from train.draws import draw
+from train.loss import squared_error
+from train.loss_config import LossConfig
+from train.metrics_file import read_metrics
+from train.module import FineTuner
+from train.snr_bins import snr_bins
 
 SHAPE = (4, 8, 8)
 SD = NoiseSchedule.scaled_linear()
@@ -44,45 +54,6 @@ def test_target_at_the_last_step_is_minus_x0() -> None:
     assert_close(v_to_x0(target, eps, alpha, sigma), x0, rtol=0, atol=0)
 
 
-def test_the_last_step_carries_full_weight() -> None:
-    weights = uniform_weights(1000)
-    assert weights[-1] == 1
-    assert_close(weights.mean(), torch.tensor(1.0))
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    places=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 10**7)), min_size=1, max_size=6),
-)
-def test_draws_depend_on_seed_epoch_and_index_only(
-    seed: int, places: list[tuple[int, int]]
-) -> None:
-    epochs, indices = [epoch for epoch, _ in places], [index for _, index in places]
-    batch = draw(seed, epochs, indices, SHAPE, 1000)
-    for row, (epoch, index) in enumerate(places):
-        alone = draw(seed, [epoch], [index], SHAPE, 1000)
-        for name in ("posterior_noise", "t", "eps"):
-            assert_close(getattr(batch, name)[row], getattr(alone, name)[0], rtol=0, atol=0)
-
-
-def test_draws_of_another_seed_epoch_or_index_differ() -> None:
-    draws = [draw(*place, SHAPE, 1000) for place in ((0, [0], [0]), (1, [0], [0]))]
-    draws += [draw(0, [1], [0], SHAPE, 1000), draw(0, [0], [1], SHAPE, 1000)]
-    assert len({float(each.eps.sum()) for each in draws}) == 4
-    assert not torch.equal(draws[0].eps, draws[0].posterior_noise)
-
-
-def test_draws_have_the_right_distribution() -> None:
-    num_samples = 4000
-    draws = draw(3, [0] * num_samples, list(range(num_samples)), (1, 2, 2), 1000)
-    assert draws.t.min() < 5 and draws.t.max() == 999
-    # Five standard errors: 1000 / sqrt(12 n) for t, 1 / sqrt(4 n) for eps.
-    assert abs(draws.t.float().mean() - 499.5) < 5 * 1000 / (12 * num_samples) ** 0.5
-    assert abs(draws.eps.mean()) < 5 / (4 * num_samples) ** 0.5
-    assert abs(draws.eps.std() - 1) < 5 / (8 * num_samples) ** 0.5
-
-
 @pytest.mark.parametrize("schedule", [SD, ZERO_SNR, NoiseSchedule.cosine_discrete()])
 def test_snr_bins_are_a_partition_with_the_last_step_by_itself(schedule: NoiseSchedule) -> None:
     bins = snr_bins(schedule)
@@ -97,7 +68,177 @@ def test_snr_bins_are_a_partition_with_the_last_step_by_itself(schedule: NoiseSc
             ).all()
 
 
-def test_validation_draws_stay_in_their_range() -> None:
-    ranges = list(snr_bins(ZERO_SNR).values())
-    draws = draw_validation(0, list(range(len(ranges))), ranges, SHAPE)
-    assert all(low <= t < high for t, (low, high) in zip(draws.t.tolist(), ranges, strict=True))
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("floor", -0.1, ">= 0 and <= 1"),
+        ("floor", 1.5, ">= 0 and <= 1"),
+        ("snr_gamma", 0.0, "> 0"),
+        ("p2_k", 0.0, "> 0"),
+        ("p2_gamma", -1.0, ">= 0"),
+        ("sigmoid_bias", float("inf"), ">= -20 and <= 20"),
+        ("uncertainty_learning_rate", 0.0, "> 0"),
+        ("terminal_share", 1.0, ">= 0 and < 1"),
+        ("offset_noise", -0.1, ">= 0"),
+        ("input_perturbation", float("nan"), ">= 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(field: str, value: float, rule: str) -> None:
+    with pytest.raises(UserError, match=f"loss.{field}={value} is out of range; it must be {rule}"):
+        LossConfig(**{field: value})
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+def tuner(pipeline: Path, **overrides: Any) -> FineTuner:
+    config = tiny_config(Path("run"), pipeline, Path("shards"), **overrides)
+    model = DiffusionModel.load(pipeline)
+    model.process = train.run.fine_tuned_process(config, model.process)
+    return FineTuner(model, config)
+
+
+def batch_of(numbers: list[int]) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (len(numbers), 3, 16, 16), generator=generator)
+    return {
+        "image": images.to(torch.uint8),
+        "caption": ["a black background", "a photo of snow", ""][: len(numbers)],
+        "key": [str(number) for number in numbers],
+        "epoch": torch.zeros(len(numbers), dtype=torch.long),
+        "index": torch.tensor(numbers),
+        "position": torch.tensor(numbers),
+    }
+
+
+class Killed(Exception):
+    """Stands in for SIGKILL."""
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"loss.weighting": "min_snr"},
+    {"loss.weighting": "soft_min_snr", "loss.floor": 0.3},
+    {"loss.weighting": "p2", "loss.prediction_type": "sample"},
+    {"loss.weighting": "sigmoid", "loss.uncertainty": True},
+    {"loss.timesteps": "stratified", "loss.terminal_share": 0.9},
+    {"loss.input_perturbation": 0.1},
+    {"loss.offset_noise": 0.1, "schedule.zero_terminal_snr": False},
+]
+
+
+@pytest.mark.parametrize("overrides", OPTIONS, ids=str)
+def test_two_steps_with_each_option_are_finite_and_move_the_weights(
+    pipeline: Path, overrides: dict[str, Any]
+) -> None:
+    module = tuner(pipeline, **overrides)
+    configured: Any = module.configure_optimizers()
+    optimizer = configured["optimizer"]
+    before = module.unet.conv_in.weight.clone()
+    for step in range(2):
+        outputs = module.training_step(batch_of([3 * step, 3 * step + 1, 3 * step + 2]), step)
+        assert outputs["losses"].shape == (3,) and torch.isfinite(outputs["losses"]).all()
+        assert_close(outputs["loss"].detach(), outputs["objective"], rtol=0, atol=0)
+        optimizer.zero_grad()
+        outputs["loss"].backward()
+        assert all(torch.isfinite(p.grad).all() for p in module.parameters())
+        optimizer.step()
+    assert not torch.equal(before, module.unet.conv_in.weight)
+
+
+def test_by_default_the_objective_is_the_mean_squared_error_bit_for_bit(pipeline: Path) -> None:
+    module = tuner(pipeline)
+    outputs = module.training_step(batch_of([0, 1, 2]), 0)
+    assert torch.equal(outputs["loss"], outputs["losses"].mean())
+    assert [name for name, _ in module.named_children()] == ["unet"]
+
+
+def test_the_logged_losses_have_neither_weight_nor_uncertainty(pipeline: Path) -> None:
+    plain = tuner(pipeline).training_step(batch_of([0, 1, 2]), 0)
+    other = tuner(pipeline, **{"loss.weighting": "min_snr", "loss.uncertainty": True})
+    outputs = other.training_step(batch_of([0, 1, 2]), 0)
+    assert_close(outputs["losses"], plain["losses"], rtol=0, atol=0)
+    assert not torch.equal(outputs["objective"], plain["objective"])
+
+
+@pytest.mark.parametrize("overrides", OPTIONS[:5], ids=str)
+def test_the_last_timestep_is_trained_under_every_weight(
+    pipeline: Path, overrides: dict[str, Any]
+) -> None:
+    """The gradient of the objective at t = T - 1 is w(T-1) > 0 times that of the plain loss."""
+    module = tuner(pipeline, **overrides)
+    losses = torch.tensor([0.7, 0.9], requires_grad=True)
+    objective = module.objective(losses, torch.tensor([999, 999]))
+    (gradient,) = torch.autograd.grad(objective.sum(), losses)
+    assert (gradient > 0).all()
+    assert_close(gradient.double(), module.weights[999].expand(2))
+
+
+def test_an_ideal_answer_at_the_last_timestep_survives_input_perturbation(pipeline: Path) -> None:
+    """The target there is -x0 whatever the noise, so answering -x0 costs nothing."""
+    module = tuner(pipeline, **{"loss.input_perturbation": 0.5})
+    loss = module.config.loss
+    draws = draw(0, [0], [0], SHAPE, 1000, loss=loss)
+    x0 = torch.randn(1, *SHAPE)
+    alpha, sigma = ZERO_SNR.at(torch.tensor([999]))
+    x_t = add_noise(x0, draws.perturbed(draws.eps), alpha, sigma)
+    assert not torch.equal(x_t, draws.eps)
+    target = training_target("v_prediction", x0, draws.eps, alpha, sigma)
+    assert squared_error(-x0, target).item() == 0
+
+
+def test_uncertainty_is_trained_by_the_same_optimizer_without_weight_decay(pipeline: Path) -> None:
+    module = tuner(pipeline, **{"loss.uncertainty": True})
+    optimizer: Any = module.configure_optimizers()["optimizer"]  # type: ignore[index,call-overload]
+    unet, uncertainty = optimizer.param_groups
+    assert len(unet["params"]) == len(list(module.unet.parameters()))
+    assert uncertainty["params"] == list(module.uncertainty.parameters())  # type: ignore[union-attr]
+    assert (unet["weight_decay"], uncertainty["weight_decay"]) == (0.01, 0.0)
+    assert uncertainty["initial_lr"] == 1e-3
+
+
+def test_killed_and_resumed_run_with_every_option_equals_an_unbroken_one(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = make_tiny_shards(tmp_path / "images")
+    overrides = {
+        "loss.weighting": "min_snr",
+        "loss.uncertainty": True,
+        "loss.timesteps": "stratified",
+        "loss.terminal_share": 0.2,
+        "loss.input_perturbation": 0.1,
+        "trainer.max_steps": 2,
+        "trainer.checkpoint_every_steps": 1,
+        "trainer.validate_every_steps": 0,
+    }
+    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    runs = [tmp_path / "unbroken", tmp_path / "resumed"]
+    original = FineTuner.training_step
+
+    def killed(self: FineTuner, batch: Any, batch_index: int) -> Any:
+        if self.global_step == 1:
+            raise Killed
+        return original(self, batch, batch_index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FineTuner, "training_step", killed)
+        with pytest.raises(Killed):
+            train.run.fit(tiny_config(runs[1], pipeline, shards, **overrides))
+    assert not (runs[1] / "export").exists()
+    for run_dir in runs:
+        assert train.run.fit(tiny_config(run_dir, pipeline, shards, **overrides)) == 0
+    name = "checkpoints/step_00000002.ckpt"
+    one, two = (torch.load(run_dir / name, weights_only=True) for run_dir in runs)
+    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
+        assert_close(one[key], two[key], rtol=0, atol=0)
+    learned = one["current_model_state"]["uncertainty.coefficients"]
+    assert (learned != 0).all()
+    rows = [read_metrics(run_dir / "metrics.csv")["train/loss"] for run_dir in runs]
+    assert rows[0] == rows[1]
+    model = DiffusionModel.load(runs[0] / name)  # what is sampled and exported has the UNet only
+    assert set(model.unet.state_dict()) == {
+        key.removeprefix("unet.") for key in one["state_dict"] if not key.startswith("uncertainty.")
+    }
+    assert OmegaConf.load(runs[0] / "config.yaml").loss.weighting == "min_snr"

@@ -1,10 +1,14 @@
 """Checkpoints of a run: `checkpoints/step_00000500.ckpt`, whole or not there at all.
 
-They hold tensors and plain containers only, and are read with weights_only=True.
+They hold tensors and plain containers only, and are read with weights_only=True, mapped: a tensor
+is read when it is copied to where it is used, and its pages of the file leave memory again.
 """
 
+import ctypes
+import mmap
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 
 from train.watch import Watch
 
@@ -29,7 +34,7 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Streams a checkpoint beside its place, syncs it to disk and renames it.
+    """Streams a checkpoint beside its place, syncs it to disk and renames it; reads it mapped.
 
     Lightning's own first builds the whole file in memory, and loads with pickle allowed.
     """
@@ -75,3 +80,38 @@ class SaveCheckpoints(Checkpoint):
             if trainer.is_global_zero:
                 for path in list(checkpoint_steps(self.folder).values())[: -self.keep]:
                     path.unlink()
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lets go of the file: by now the module and its average hold copies of their weights.
+
+        On a CPU the optimizer would go on with the mapped tensors, which keep the file's place on
+        disk after its removal, so it gets copies, made one by one.
+        """
+        for state in (checkpoint["state_dict"], checkpoint.get("current_model_state", {})):
+            for tensor in state.values():
+                forget_pages(tensor)
+        if trainer.strategy.root_device.type != "cpu":
+            return
+        for optimizer_state in checkpoint["optimizer_states"]:
+            for values in optimizer_state["state"].values():
+                for name, value in values.items():
+                    if isinstance(value, Tensor):
+                        values[name] = value.clone()
+                        forget_pages(value)
+
+
+def forget_pages(mapped: Tensor) -> None:
+    """Drops the pages of a tensor that maps a file, unwritten, from this process's memory (Linux).
+
+    They are read again where the tensor is used again.
+    """
+    if sys.platform != "linux":
+        return
+    storage = mapped.untyped_storage()
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

@@ -1,16 +1,18 @@
-"""The configuration of a fine-tune: one dataclass for each part, composed by TrainConfig."""
+"""The configuration of a fine-tune: one dataclass for each part, composed by TrainConfig.
 
-import math
+No import of torch at the top, so that the help is instant.
+"""
+
 from dataclasses import dataclass, field
 from typing import Literal
 
 from omegaconf import MISSING
 
-from data.module import DataConfig
+from data.config import DataConfig
+from sampling.choices import Attention, Spacing
 from sampling.errors import UserError
-from sampling.prediction import PredictionType
-from sampling.process import Process
-from sampling.schedule import NoiseSchedule, Spacing
+from train.loss_config import LossConfig
+from train.ranges import check_range as _check
 
 Betas = Literal["checkpoint", "scaled_linear", "linear", "cosine_discrete"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -29,17 +31,11 @@ class ScheduleConfig:
 
 
 @dataclass
-class LossConfig:
-    """The training target; the weight of every timestep is 1, lambda_t = 1 in the paper."""
-
-    prediction_type: PredictionType = "v_prediction"
-    """What the network predicts: v_prediction, epsilon, or sample (x0)."""
-
-
-@dataclass
 class OptimizerConfig:
-    """AdamW (fused), with a linear warm-up to a constant learning rate."""
+    """AdamW, with a linear warm-up to a constant learning rate."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw is fused; adamw_8bit keeps its state in 8 bits (needs the extra eight-bit)."""
     learning_rate: float = 1e-5
     """Learning rate after the warm-up."""
     warmup_steps: int = 500
@@ -87,6 +83,15 @@ class TrainerConfig:
     """Machines."""
     precision: Precision = "32-true"
     """Precision of the UNet's forward and backward pass; weights and loss stay in float32."""
+    tf32: bool = False
+    """Compute float32 products and convolutions in TensorFloat-32 (10 bits of mantissa); needs a
+    GPU of compute capability 8.0 or newer."""
+    attention: Attention = "auto"
+    """Attention kernel of the UNet: auto takes xformers where it runs, else sdpa (torch's own)."""
+    channels_last: bool = False
+    """Hold the convolutions' weights in channels-last order."""
+    compile: bool = False
+    """Compile the UNet with torch.compile, at the first step of each batch shape."""
     accumulate_grad_batches: int = 1
     """Batches whose gradients are averaged into one optimizer step."""
     gradient_clip: float = 1.0
@@ -131,7 +136,8 @@ class PreviewConfig:
     )
     """Prompts, one row of the grid each; an empty list switches previews off."""
     every_steps: int = 500
-    """Optimizer steps between grids; 0 switches them off."""
+    """Optimizer steps between grids; 0 switches them off, and with cached latents the encoders
+    then stay out of memory."""
     num_images: int = 4
     """Columns of the grid: seeds 0, 1, 2, ..."""
     num_steps: int = 25
@@ -146,6 +152,18 @@ class PreviewConfig:
         _check("preview.num_images", self.num_images, at_least=1)
         _check("preview.num_steps", self.num_steps, at_least=1)
         _check("preview.guidance_rescale", self.guidance_rescale, at_least=0, at_most=1)
+
+
+@dataclass
+class WatchConfig:
+    """What is measured beside the losses."""
+
+    weights_every_steps: int = 100
+    """Optimizer steps between norms of the weights, and their distance to the average; 0 switches
+    them off."""
+
+    def __post_init__(self) -> None:
+        _check("watch.weights_every_steps", self.weights_every_steps, at_least=0)
 
 
 @dataclass
@@ -174,13 +192,14 @@ class TrainConfig:
     """Images a batch, over all processes together; an optimizer step takes
     accumulate_grad_batches of them."""
     allow_unsound: bool = False
-    """Allow pairs that cannot work, for study: epsilon or leading timesteps with zero SNR."""
+    """Allow pairs that cannot work, for study: epsilon, leading timesteps, offset noise or a weight
+    of 0 at the last timestep with zero SNR."""
     data: DataConfig = field(default_factory=DataConfig)
     """Shards and how images are read."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The noise schedule."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """The training target."""
+    """The training target, the weight of each timestep, and the draws of t and eps."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its warm-up."""
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -189,6 +208,8 @@ class TrainConfig:
     """Length, devices, intervals."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     """Preview grids."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """Measurements of the weights."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Tracking."""
 
@@ -201,28 +222,18 @@ class TrainConfig:
                 f"batch_size={self.batch_size} cannot be divided among {world_size} processes "
                 "(trainer.devices * trainer.num_nodes); choose a multiple"
             )
+        if self.optimizer.name == "adamw_8bit" and self.trainer.channels_last:
+            raise UserError(
+                "optimizer.name=adamw_8bit and trainer.channels_last=true do not combine: "
+                "bitsandbytes puts the weights back in its own order at every step; drop one"
+            )
         if self.schedule.zero_terminal_snr:
+            # torch: for a config, not for its help
+            from sampling.process import Process
+            from sampling.schedule import NoiseSchedule
+            from train.weighting import check_sound
+
             zero_snr = NoiseSchedule.scaled_linear().zero_terminal_snr()
             process = Process(zero_snr, self.loss.prediction_type, self.schedule.timestep_spacing)
             process.check_sound(self.allow_unsound)
-
-
-def _check(
-    name: str,
-    value: float,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> None:
-    rules = [
-        (at_least, f">= {at_least}", lambda limit: value >= limit),
-        (above, f"> {above}", lambda limit: value > limit),
-        (at_most, f"<= {at_most}", lambda limit: value <= limit),
-        (below, f"< {below}", lambda limit: value < limit),
-    ]
-    broken = [text for limit, text, holds in rules if limit is not None and not holds(limit)]
-    if broken or not math.isfinite(value):
-        wanted = " and ".join(text for limit, text, _ in rules if limit is not None)
-        raise UserError(f"{name}={value} is out of range; it must be {wanted}")
+            check_sound(self.loss, zero_snr, self.allow_unsound)

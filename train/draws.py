@@ -1,10 +1,22 @@
 """The random draws of one training sample, as functions of (seed, epoch, sample index) alone.
 
-A generator for each sample draws, in this order, the noise of the VAE posterior, t, and eps. So
-the draws depend neither on the batch that the sample came in, nor on the number of processes, nor
-on whether the run was interrupted.
+A generator for each sample draws, in this order, the noise of the VAE posterior, t, eps and then
+what the options ask for: whether to train the last timestep instead, the offset of each channel,
+the input's perturbation. So the draws depend neither on the batch that the sample came in, nor on
+the number of processes, nor on whether the run was interrupted; and an option that is off, or the
+choice between uniform and stratified t, leaves posterior noise and eps as they were.
+
+Stratified timesteps are a function of (seed, position) instead, the position being the sample's
+place in the endless concatenation of epochs:
+
+    t = floor(T frac(u + position phi)),   phi = (sqrt(5) - 1) / 2
+
+Multiples of the golden ratio cut the circle into gaps of at most three lengths (the three-distance
+theorem), so any run of consecutive positions, such as a global batch on any number of processes, is
+spread evenly. Kingma et al. 2021 (VDM) spread the t of each batch to the same end.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +25,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sampling.noise import derive_seed
+from train.loss_config import LossConfig
+
+# Fractions of the circle in fixed point: exact for positions that no floating point could hold.
+BITS = 128
+PHI = (math.isqrt(5 << 2 * BITS) - (1 << BITS)) >> 1
 
 
 @dataclass(frozen=True)
@@ -22,38 +39,88 @@ class Draws:
     posterior_noise: Float[Tensor, "b c h w"]
     t: Int[Tensor, " b"]
     eps: Float[Tensor, "b c h w"]
+    perturbation: Float[Tensor, "b c h w"] | None = None
+
+    def perturbed(self, eps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Returns the noise that the network's input is made with; the target keeps `eps`.
+
+        At t = T - 1 of a zero-SNR schedule the target is -x0 and an ideal answer depends on no
+        noise, perturbed or not: unlike offset noise, a perturbation asks for nothing there that
+        sampling, which starts from plain noise, does not.
+        """
+        return eps if self.perturbation is None else eps + self.perturbation.to(eps.device)
 
 
 def draw(
-    seed: int, epochs: Sequence[int], indices: Sequence[int], shape: Sequence[int], bound: int
+    seed: int,
+    epochs: Sequence[int],
+    indices: Sequence[int],
+    shape: Sequence[int],
+    bound: int,
+    positions: Sequence[int] | None = None,
+    loss: LossConfig | None = None,
 ) -> Draws:
-    """Draws for samples `indices` in their `epochs`; latents of `shape` (C, H, W), t < bound."""
+    """Draws for samples `indices` in their `epochs`; latents of `shape` (C, H, W), t < bound.
+
+    `positions` are needed where `loss.timesteps` is stratified; without `loss`, its defaults hold.
+    """
+    loss = loss or LossConfig()
     sample_seeds = [
         derive_seed(seed, "train", epoch, index)
         for epoch, index in zip(epochs, indices, strict=True)
     ]
-    ranges = [(0, bound)] * len(sample_seeds)
-    return _draw(sample_seeds, ranges, shape)
+    timesteps = None
+    if loss.timesteps == "stratified":
+        assert positions is not None, "stratified timesteps need the samples' positions"
+        timesteps = stratified_timesteps(seed, positions, bound)
+    return _draw(sample_seeds, [(0, bound)] * len(sample_seeds), shape, loss, timesteps)
 
 
 def draw_validation(
     seed: int, indices: Sequence[int], ranges: Sequence[tuple[int, int]], shape: Sequence[int]
 ) -> Draws:
-    """Draws for validation samples, the same at every validation; t in ranges[i] = [low, high)."""
+    """Draws for validation samples, the same at every validation; t in ranges[i] = [low, high).
+
+    No option of the loss changes them, so that validation losses compare between runs.
+    """
     sample_seeds = [derive_seed(seed, "validation", index) for index in indices]
-    return _draw(sample_seeds, ranges, shape)
+    return _draw(sample_seeds, ranges, shape, LossConfig())
+
+
+def stratified_timesteps(seed: int, positions: Sequence[int], num_timesteps: int) -> list[int]:
+    """Returns floor(T frac(u_seed + position phi)) for each position, in exact integers."""
+    start = derive_seed(seed, "timesteps") << (BITS - 63)
+    circle = (1 << BITS) - 1
+    return [
+        ((start + position * PHI) & circle) * num_timesteps >> BITS
+        for position in map(int, positions)
+    ]
 
 
 def _draw(
-    sample_seeds: Sequence[int], ranges: Sequence[tuple[int, int]], shape: Sequence[int]
+    sample_seeds: Sequence[int],
+    ranges: Sequence[tuple[int, int]],
+    shape: Sequence[int],
+    loss: LossConfig,
+    timesteps: Sequence[int] | None = None,
 ) -> Draws:
     posterior_noise = torch.empty(len(sample_seeds), *shape)
     t = torch.empty(len(sample_seeds), dtype=torch.long)
     eps = torch.empty(len(sample_seeds), *shape)
+    perturbation = torch.empty_like(eps) if loss.input_perturbation else None
     generator = torch.Generator("cpu")
     for row, (sample_seed, (low, high)) in enumerate(zip(sample_seeds, ranges, strict=True)):
         generator.manual_seed(sample_seed)
         torch.randn(tuple(shape), generator=generator, out=posterior_noise[row])
         t[row] = torch.randint(low, high, (), generator=generator)
+        if timesteps is not None:
+            t[row] = timesteps[row]
         torch.randn(tuple(shape), generator=generator, out=eps[row])
-    return Draws(posterior_noise, t, eps)
+        if loss.terminal_share and torch.rand((), generator=generator) < loss.terminal_share:
+            t[row] = high - 1
+        if loss.offset_noise:
+            eps[row] += loss.offset_noise * torch.randn((shape[0], 1, 1), generator=generator)
+        if perturbation is not None:
+            torch.randn(tuple(shape), generator=generator, out=perturbation[row])
+            perturbation[row] *= loss.input_perturbation
+    return Draws(posterior_noise, t, eps, perturbation)

@@ -1,12 +1,13 @@
-"""The training loss, in pure functions.
+"""What the fine-tune minimises, in pure functions; train/loss_config.py has its options.
 
-    L = E_t w(t) || target - output ||^2 / (C H W),   w(t) = 1  (lambda_t = 1, Lin et al. 2023)
+    L = E_t w(t) || target - output ||^2 / (C H W),   w(t) = 1 by default (Lin et al. 2023)
 
 The target is v, eps or x0 (`sampling.prediction.training_target`), and v by default: with v the
-last timestep of a zero-terminal-SNR schedule carries full weight, its target being -x0.
+last timestep of a zero-terminal-SNR schedule carries full weight, its target being -x0. Other
+weights are in `train.weighting`, the learned one in `train.uncertainty`, the draws of t and eps in
+`train.draws`.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,8 +17,3 @@ def squared_error(
 ) -> Float[Tensor, " b"]:
     """Returns each sample's mean squared error over channel, height and width, in float32."""
     return (output.float() - target.float()).square().flatten(1).mean(dim=1)
-
-
-def uniform_weights(num_timesteps: int) -> Float[Tensor, " T"]:
-    """Returns w(t) = 1 for every timestep, the last one included."""
-    return torch.ones(num_timesteps)

@@ -1,7 +1,8 @@
 """The LightningModule: the training step of Lin et al. 2023, and the optimizer.
 
-It owns the UNet and nothing else. The frozen VAE and text encoder stay in the DiffusionModel, which
-is no nn.Module, so they are neither saved, averaged, wrapped nor counted.
+It owns the UNet and, where it is asked for, the learned uncertainty. The frozen VAE and text
+encoder stay in the DiffusionModel, which is no nn.Module, so they are neither saved, averaged,
+wrapped nor counted.
 """
 
 from collections import OrderedDict
@@ -12,21 +13,28 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from sampling.model import DiffusionModel
 from sampling.prediction import add_noise, training_target
 from train.config import TrainConfig
 from train.draws import Draws, draw
-from train.loss import squared_error, uniform_weights
+from train.loss import squared_error
+from train.optimizer import build_optimizer
+from train.uncertainty import LearnedUncertainty
+from train.weighting import loss_weights
 
 Batch = dict[str, Any]
 CAPTION_CACHE_BYTES = 64 * 2**20
 
 
 class FineTuner(LightningModule):
-    """Fine-tunes `model.unet` to `model.process`; see `losses` for the training step."""
+    """Fine-tunes `model.unet` to `model.process`; see `losses` and `objective`.
+
+    The training step gives callbacks `losses`, each sample's loss without weight or uncertainty, so
+    that runs of different weights compare; `t`; and `objective`, the number that is minimised.
+    """
 
     def __init__(self, model: DiffusionModel, config: TrainConfig) -> None:
         super().__init__()
@@ -36,7 +44,12 @@ class FineTuner(LightningModule):
         self.unet.requires_grad_(True).train()
         if config.trainer.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.weights = uniform_weights(model.process.schedule.num_steps)
+        self.weights = loss_weights(config.loss, model.process.schedule)
+        self.uncertainty = (
+            LearnedUncertainty(model.process.schedule.num_steps)
+            if config.loss.uncertainty
+            else None
+        )
         self.gradient_norm: Tensor | None = None
         self._captions: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -44,30 +57,67 @@ class FineTuner(LightningModule):
         self.model.to(self.device)
 
     def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
-        shape = self.model.latent_shape(*batch["image"].shape[-2:])
+        shape = self.latent_shape(batch)
         num_timesteps = self.model.process.schedule.num_steps
         epochs, indices = batch["epoch"].tolist(), batch["index"].tolist()
-        draws = draw(self.config.seed, epochs, indices, shape, num_timesteps)
+        stratified = self.config.loss.timesteps == "stratified"
+        positions = batch["position"].tolist() if stratified else None
+        draws = draw(
+            self.config.seed, epochs, indices, shape, num_timesteps, positions, self.config.loss
+        )
         losses = self.losses(batch, draws)
-        return {"loss": losses.mean(), "losses": losses.detach()}
+        loss = self.objective(losses, draws.t).mean()
+        return {"loss": loss, "objective": loss.detach(), "losses": losses.detach(), "t": draws.t}
 
     def losses(self, batch: Batch, draws: Draws) -> Tensor:
-        """Returns w(t) ||target - output||^2 / (CHW) for each sample, (B,) float32."""
+        """Returns ||target - output||^2 / (CHW) for each sample, (B,) float32."""
         process, t = self.model.process, draws.t.to(self.device)
-        x0 = self.encode(batch["image"], draws.posterior_noise)  # (B, C, H/8, W/8)
-        prompt_embeds = self.embed(batch["caption"])  # (B, L, D)
+        x0 = self.encode(batch, draws.posterior_noise)  # (B, C, H/8, W/8)
+        prompt_embeds = self.condition(batch)  # (B, L, D)
         eps = draws.eps.to(self.device)
         alpha, sigma = (c.to(self.device).view(-1, 1, 1, 1) for c in process.schedule.at(draws.t))
-        x_t = add_noise(x0, eps, alpha, sigma)
+        x_t = add_noise(x0, draws.perturbed(eps), alpha, sigma)
         output = self.unet(x_t, t, encoder_hidden_states=prompt_embeds).sample
         target = training_target(process.prediction_type, x0, eps, alpha, sigma)
-        return self.weights[draws.t].to(self.device) * squared_error(output, target)
+        return squared_error(output, target)
+
+    def objective(self, losses: Tensor, t: Tensor) -> Tensor:
+        """Returns w(t) L, or w(t) L / exp(u(t)) + u(t), of losses (B,) and t (B,) on the CPU."""
+        weighted = self.weights[t].float().to(losses.device) * losses
+        if self.uncertainty is None:
+            return weighted
+        uncertainty = self.uncertainty(t)
+        return weighted / uncertainty.exp() + uncertainty
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the objective differs from the plain mean of the losses."""
+        return self.uncertainty is not None or bool((self.weights != 1).any())
+
+    def latent_shape(self, batch: Batch) -> tuple[int, ...]:
+        """Returns (C, H/8, W/8) of a batch of images or of moments."""
+        if "moments" in batch:
+            _, channels, height, width = batch["moments"].shape
+            return channels // 2, height, width
+        return self.model.latent_shape(*batch["image"].shape[-2:])
 
     @torch.no_grad()
-    def encode(self, images: Tensor, posterior_noise: Tensor) -> Tensor:
-        """Returns scaled latents, float32, of uint8 images; the VAE runs in its own precision."""
+    def encode(self, batch: Batch, posterior_noise: Tensor) -> Tensor:
+        """Returns scaled latents, float32, of moments, or of uint8 images by the VAE.
+
+        The VAE runs in its own precision.
+        """
+        noise = posterior_noise.to(self.device)
         with torch.autocast(self.device.type, enabled=False):
-            return self.model.encode(images.float() / 255, posterior_noise.to(self.device))
+            if "moments" in batch:
+                return self.model.draw_latents(batch["moments"], noise)
+            return self.model.encode(batch["image"].float() / 255, noise)
+
+    def condition(self, batch: Batch) -> Tensor:
+        """Returns prompt embeddings (B, L, D), those of the batch or of its captions."""
+        if "prompt_embeds" in batch:
+            return batch["prompt_embeds"]
+        return self.embed(batch["caption"])
 
     @torch.no_grad()
     def embed(self, captions: list[str]) -> Tensor:
@@ -95,20 +145,18 @@ class FineTuner(LightningModule):
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
-        """Moves the images; what identifies the samples stays on the CPU, where it is read."""
-        return batch | {"image": batch["image"].to(device, non_blocking=True)}
+        """Moves what is encoded; what identifies the samples stays on the CPU, where it is read."""
+        names = [name for name in ("image", "moments", "prompt_embeds") if name in batch]
+        return batch | {name: batch[name].to(device, non_blocking=True) for name in names}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Builds fused AdamW and the warm-up; fused needs no temporaries the size of the model."""
+        """Builds AdamW (train/optimizer.py) and the warm-up."""
         settings = self.config.optimizer
-        optimizer = AdamW(
-            self.parameters(),
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        optimizer = build_optimizer(self.unet.parameters(), settings)
+        if self.uncertainty is not None:
+            rate = self.config.loss.uncertainty_learning_rate
+            coefficients = list(self.uncertainty.parameters())
+            optimizer.add_param_group({"params": coefficients, "lr": rate, "weight_decay": 0.0})
         warmup = LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / (settings.warmup_steps + 1))
         )
@@ -123,15 +171,17 @@ class FineTuner(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the global norm, and keeps that norm, computed once, for the metrics."""
+        """Clips by the UNet's norm, and keeps that norm, computed once, for the metrics."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:  # Lightning leaves unscaling to a fused optimizer: too late to clip
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if scaler is not None and fused:  # Lightning leaves unscaling to it: too late to clip
             scaler.unscale_(optimizer)
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        parameters = optimizer.param_groups[0]["params"]  # the UNet's, without walking its modules
+        gradients = [p.grad for p in parameters if p.grad is not None]
         self.gradient_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(
-                self.parameters(), gradient_clip_val, self.gradient_norm, foreach=True
+                parameters, gradient_clip_val, self.gradient_norm, foreach=True
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,7 +1,14 @@
-"""Preview grids: the training model's pictures at fixed prompts and seeds, as it learns."""
+"""Preview grids: the training model's pictures at fixed prompts and seeds, as it learns.
+
+Their luminance is logged beside them, so that a run shows its black point moving: of each prompt
+preview/luminance_<prompt> (whole image) and preview/border_luminance_<prompt>, and as one number
+preview/luminance_error, the mean distance to what the prompts ask for, where they do.
+"""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -9,11 +16,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from sampling.evaluation.luminance import border_luminance, image_luminance
+from sampling.evaluation.prompt_luminance import luminance_target, prompt_slugs
 from sampling.pictures import caption_grid, to_picture
 from train.config import PreviewConfig
 from train.ema import Ema
+from train.metrics import log_metrics
 from train.module import FineTuner
 from train.watch import Watch
+
+CAPTION_LENGTH = 100
 
 
 class Previews(Callback):
@@ -33,14 +45,18 @@ class Previews(Callback):
         with self.watch.paused():
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"step_{step:08d}.png"
-            pictures = [to_picture(image) for image in self._sample(trainer, pl_module)]
+            images = self._sample(trainer, pl_module)
+            pictures = [to_picture(image) for image in images]
+            metrics, captions = measure(images, self.config.prompts)
+            log_metrics(trainer, metrics)
             columns = self.config.num_images
             rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
             titles = [f"step {step}, seed {seed}" for seed in range(columns)]
-            caption_grid(self.config.prompts, rows, titles).save(path)
+            caption_grid(captions, rows, titles).save(path)
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    logger.log_image("previews", [str(path)], step=step)
+                    caption = "; ".join(captions)
+                    logger.log_image("previews", [str(path)], step=step, caption=[caption])
 
     def _sample(self, trainer: Trainer, module: FineTuner) -> Tensor:
         prompts, columns = self.config.prompts, range(self.config.num_images)
@@ -59,3 +75,26 @@ class Previews(Callback):
             )
             module.unet.train()
         return images
+
+
+def measure(images: Tensor, prompts: Sequence[str]) -> tuple[dict[str, float], list[str]]:
+    """Returns the metrics of images (N, 3, H, W) in [0, 1], as many for each prompt in turn, and
+    the prompts with their luminance as captions."""
+    by_prompt = images.float().cpu().unflatten(0, (len(prompts), -1))
+    metrics: dict[str, float] = {}
+    captions, errors = [], []
+    for prompt, slug, own in zip(prompts, prompt_slugs(prompts), by_prompt, strict=True):
+        luminance = {"image": image_luminance(own), "border": border_luminance(own)}
+        metrics[f"preview/luminance_{slug}"] = luminance["image"].mean().item()
+        metrics[f"preview/border_luminance_{slug}"] = luminance["border"].mean().item()
+        target = luminance_target(prompt)
+        where = target.where if target else "image"
+        caption = f"{shorten(prompt, CAPTION_LENGTH)}: {where} luminance "
+        caption += f"{luminance[where].mean():.3f}"
+        if target:
+            errors.append((luminance[where] - target.value).abs().mean().item())
+            caption += f", wanted {target.value:g}"
+        captions.append(caption)
+    if errors:
+        metrics["preview/luminance_error"] = sum(errors) / len(errors)
+    return metrics, captions

@@ -5,6 +5,7 @@ import dataclasses
 from sampling.process import Process
 from sampling.schedule import NoiseSchedule
 from train.config import TrainConfig
+from train.weighting import check_sound
 
 
 def fine_tuned_process(config: TrainConfig, base: Process) -> Process:
@@ -35,4 +36,5 @@ def fine_tuned_process(config: TrainConfig, base: Process) -> Process:
     )
     # Again, now of the schedule itself: a base may be zero-terminal where the config is not.
     process.check_sound(config.allow_unsound)
+    check_sound(config.loss, schedule, config.allow_unsound)
     return process

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from train.watch import Watch
 
 LINE_EVERY_S = 30.0
+SLOW_DATA = 0.1  # a share of waiting worth a word: more data.num_workers would help
 
 
 class Progress(Callback):
@@ -54,4 +55,6 @@ class Progress(Callback):
     def _numbers(self) -> str:
         if self.watch.loss is None:
             return ""
-        return f"loss {self.watch.loss:.4f}, {self.watch.images_per_s:.1f} images/s"
+        numbers = f"loss {self.watch.loss:.4f}, {self.watch.images_per_s:.1f} images/s"
+        waiting = self.watch.data_wait_share or 0.0
+        return numbers + (f", {waiting:.0%} waiting for data" if waiting >= SLOW_DATA else "")

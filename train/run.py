@@ -1,22 +1,26 @@
 """One run, from its config to an exported pipeline; started again, it goes on where it stopped."""
 
+import gc
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from data.module import CaptionedImages
-from sampling.errors import Resumable, UserError
+from sampling.errors import Resumable
 from sampling.export import export
 from sampling.model import DiffusionModel
+from sampling.speed import prepare_unet
 from train.checkpoints import AtomicCheckpointIO, SaveCheckpoints, checkpoint_steps
 from train.config import TrainConfig
+from train.device import COMPUTE_DTYPE, check_device, set_tf32, training_device
 from train.ema import Ema
+from train.encoders import ready_encoders
 from train.interruption import StopOnSignal
 from train.metrics import CsvMetrics, is_first_process
 from train.module import FineTuner
@@ -27,6 +31,7 @@ from train.run_directory import check_continues, write_records
 from train.tracking import wandb_logger
 from train.validation import ValidationLoss
 from train.watch import Watch
+from train.weights_watch import WeightsWatch
 
 # What Lightning warns of and what is meant here.
 LIGHTNING_NOTES = (
@@ -51,6 +56,9 @@ def fit(config: TrainConfig) -> int:
         return 0
     if last_step < config.trainer.max_steps:
         train(config, run_dir, last_step)
+        # Trainer, module and callbacks hold each other: only this frees weights, moments and
+        # average, before the export loads the model anew.
+        gc.collect()
     if is_first_process():
         say(f"exporting to {run_dir / 'export'} and checking it against diffusers")
         newest = list(checkpoint_steps(run_dir / "checkpoints").values())[-1]
@@ -59,25 +67,45 @@ def fit(config: TrainConfig) -> int:
     return 0
 
 
-def train(config: TrainConfig, run_dir: Path, resume_step: int) -> None:
-    """Trains from the checkpoint of `resume_step` (0: from config.checkpoint) to max_steps."""
-    if config.trainer.precision == "16-mixed" and not torch.cuda.is_available():
-        raise UserError(
-            "trainer.precision=16-mixed needs a GPU, and none is here; use 32-true or bf16-mixed"
-        )
+def train(
+    config: TrainConfig, run_dir: Path, resume_step: int, watchers: Sequence[Callback] = ()
+) -> None:
+    """Trains from the checkpoint of `resume_step` (0: from config.checkpoint) to max_steps.
+
+    `watchers` are called after the run's own callbacks, such as a benchmark's clock.
+    """
+    device = training_device()
+    check_device(config, device)
+    set_tf32(config.trainer.tf32)
     model = DiffusionModel.load(config.checkpoint)
     model.process = fine_tuned_process(config, model.process)
     model.latent_shape(config.data.resolution, config.data.resolution)
+    choice = prepare_unet(
+        model.unet,
+        config.trainer.attention,
+        config.trainer.channels_last,
+        config.trainer.compile,
+        device=device,
+        dtype=COMPUTE_DTYPE[config.trainer.precision],
+        training=True,
+    )
+    if choice:
+        say(f"note: {choice}")
     images = CaptionedImages(config.data, config.seed, config.batch_size)
     if is_first_process():
         images.prepare_data()
         images.setup("fit")
+    previews = bool(config.preview.every_steps and config.preview.prompts)
+    note = ready_encoders(model, images.encodings(), previews)
+    if note:
+        say(f"note: {note}")
+    if is_first_process():
         write_records(run_dir, config)
     loggers: list[Logger] = [CsvMetrics(run_dir / "metrics.csv", resume_step)]
     if config.wandb.enabled and is_first_process():
         loggers.append(wandb_logger(config, run_dir))
     stop, callbacks = build_callbacks(config, run_dir)
-    trainer = build_trainer(config, run_dir, loggers, callbacks)
+    trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers])
     if resume_step:
         say(f"resuming {run_dir} at step {resume_step}")
     checkpoint = checkpoint_steps(run_dir / "checkpoints").get(resume_step)
@@ -106,6 +134,8 @@ def build_callbacks(config: TrainConfig, run_dir: Path) -> tuple[StopOnSignal, l
     stop = StopOnSignal(watch)
     callbacks: list[Callback] = [ema] if ema else []
     callbacks += [watch, Progress(watch)]
+    if config.watch.weights_every_steps:
+        callbacks.append(WeightsWatch(config.watch.weights_every_steps, watch, ema))
     if config.trainer.validate_every_steps and config.data.validation_shards:
         callbacks.append(ValidationLoss(config.trainer.validate_every_steps, watch, ema))
     if config.preview.every_steps and config.preview.prompts:

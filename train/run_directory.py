@@ -22,7 +22,14 @@ from train.config import TrainConfig
 
 PACKAGES = ("blackpoint", "torch", "lightning", "diffusers", "transformers", "webdataset", "wandb")
 # Keys that change where and how a run is computed or watched, and not what it computes.
-FREE_KEYS = ("run_dir", "trainer.devices", "trainer.num_nodes", "data.num_workers", "wandb.")
+FREE_KEYS = (
+    "run_dir",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "data.num_workers",
+    "watch.",
+    "wandb.",
+)
 ABSENT = "(not set)"
 # What a run writes; other files, such as shards, may lie in its directory from the start.
 WRITTEN = ("checkpoints", "metrics.csv", "previews", "export")
@@ -43,7 +50,9 @@ def check_continues(run_dir: Path, config: TrainConfig) -> None:
                 "is overwritten: choose another run_dir"
             )
         return
-    old, new = _flat(OmegaConf.load(saved)), _flat(OmegaConf.structured(config))
+    # A key that came after the run was started had its default then.
+    old = _flat(OmegaConf.structured(TrainConfig)) | _flat(OmegaConf.load(saved))
+    new = _flat(OmegaConf.structured(config))
     differing = [key for key in sorted(old.keys() | new.keys()) if not _same(key, old, new)]
     if differing:
         rows = [f"  {k}: {old.get(k, ABSENT)} there, {new.get(k, ABSENT)} now" for k in differing]

@@ -3,7 +3,8 @@
 Every held-out sample has one t and one eps, the same at each validation, so that curves show the
 model and not the draws. The samples take turns over the ranges, and the last timestep is a range of
 its own: at zero terminal SNR the fine-tune is won or lost there. The one number weighs each range
-by its share of timesteps; it estimates the training loss.
+by its share of timesteps; it estimates the training loss without loss weights, learned uncertainty
+or options of the draws, so that runs which differ in those compare.
 """
 
 from typing import Any
@@ -11,34 +12,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sampling.schedule import NoiseSchedule
 from train.draws import draw_validation
 from train.ema import Ema
 from train.metrics import log_metrics
 from train.module import FineTuner
+from train.snr_bins import snr_bins
 from train.watch import Watch
-
-LOG_SNR_EDGES = (6, 4, 2, 0, -2, -4, -6)  # natural logarithm; falls as t rises
-
-
-def snr_bins(schedule: NoiseSchedule) -> dict[str, tuple[int, int]]:
-    """Returns name -> [low, high) of timesteps, low noise first; empty ranges are left out.
-
-    `terminal` is t = T - 1 alone, whatever its SNR.
-    """
-    last = schedule.num_steps - 1
-    bins = {}
-    low = 0
-    upper = "inf"
-    for edge in LOG_SNR_EDGES:
-        high = min(int((schedule.log_snr >= edge).sum()), last)
-        if high > low:
-            bins[f"log_snr_{edge}_{upper}"] = (low, high)
-        low, upper = max(low, high), str(edge)
-    if last > low:
-        bins[f"log_snr_-inf_{upper}"] = (low, last)
-    bins["terminal"] = (last, last + 1)
-    return bins
 
 
 class ValidationLoss(Callback):
@@ -75,7 +54,7 @@ class ValidationLoss(Callback):
                 trainer.datamodule.account(batch["replaced"], training=False)  # type: ignore[attr-defined]
                 indices = batch["index"].tolist()
                 which = torch.tensor([index % len(ranges) for index in indices])
-                shape = module.model.latent_shape(*batch["image"].shape[-2:])
+                shape = module.latent_shape(batch)
                 chosen = [ranges[row] for row in which.tolist()]
                 draws = draw_validation(module.config.seed, indices, chosen, shape)
                 batch = module.transfer_batch_to_device(batch, module.device, 0)

@@ -1,6 +1,8 @@
-"""What is watched at every step: the loss (which must stay finite), its gradient, and the speed.
+"""What is watched at every step: the loss (which must stay finite), its gradient, speed and memory.
 
 Numbers stay on the device until a row is due, so that a GPU is never made to wait for them.
+`train/loss` is without loss weights, so that runs compare; where there are weights or a learned
+uncertainty, what is minimised is `train/objective`.
 """
 
 import contextlib
@@ -15,7 +17,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sampling.errors import RunFailed
+from train.loader_clock import LoaderClock
+from train.memory import memory_metrics
 from train.metrics import log_metrics
+from train.module import FineTuner
+from train.snr_bins import snr_bins, totals_by_bin
 
 REMEDY = (
     "No checkpoint was written after it, so the last one is good. Remedies: look at these samples, "
@@ -24,9 +30,11 @@ REMEDY = (
 
 
 class Watch(Callback):
-    """Logs loss, gradient norm, learning rate and images/s; stops on a loss that is not finite.
+    """Logs what a step tells, by itself and by SNR; stops on a loss that is not finite.
 
-    Rows are means over the micro-batches since the row before. Must come after the callback that
+    Rows are means over the micro-batches since the row before; a range of SNR that none of their
+    samples fell into has no row. `train/data_wait_share` is the share of the time, pauses left
+    out, that training stood waiting for the loader. Must come after the callback that
     averages the weights and before all others, which ask it whether an optimizer step has just
     ended (`at_step_end`) and let its clock rest while they work (`paused`).
     """
@@ -36,16 +44,19 @@ class Watch(Callback):
         self.batch_size = batch_size
         self.at_step_end = False
         self.images_per_s: float | None = None
+        self.data_wait_share: float | None = None
         self.loss: float | None = None
         self._step = 0
         self._learning_rate = 0.0
         self._pending: list[tuple[int, list[str], Tensor]] = []  # step, sample keys, losses
-        self._losses: list[Tensor] = []
+        self._outputs: list[dict[str, Tensor]] = []  # since the last row
         self._num_images = 0
+        self._clock = LoaderClock()
         self._started_s = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        trainer.profiler = self._clock  # type: ignore[attr-defined]
         self._started_s = time.perf_counter()
 
     def on_before_optimizer_step(
@@ -59,7 +70,7 @@ class Watch(Callback):
         step = trainer.global_step
         self.at_step_end = step != self._step
         self._pending.append((self._step + 1, batch["key"], outputs["losses"]))
-        self._losses.append(outputs["losses"].mean())
+        self._outputs.append(outputs)
         self._num_images += self.batch_size
         self._step = step
         due = step % self.log_every_steps == 0 or step == trainer.max_steps
@@ -104,22 +115,48 @@ class Watch(Callback):
         self._started_s += time.perf_counter() - begun_s
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, FineTuner)
         self.check_finite(trainer, pl_module)
-        means = torch.stack([torch.stack(self._losses).mean(), _gradient_norm(pl_module)])
-        loss, norm = trainer.strategy.reduce(means, reduce_op="mean").tolist()
-        self.loss = loss
-        self.images_per_s = self._num_images / (time.perf_counter() - self._started_s)
-        log_metrics(
-            trainer,
-            {
-                "train/loss": loss,
-                "train/gradient_norm": norm,
-                "train/learning_rate": self._learning_rate,
-                "train/images_per_s": self.images_per_s,
-            },
-        )
-        self._losses, self._num_images = [], 0
-        self._started_s = time.perf_counter()
+        outputs, self._outputs = self._outputs, []
+        means = [
+            torch.stack([output["losses"].mean() for output in outputs]).mean(),
+            torch.stack([output["objective"] for output in outputs]).mean(),
+            _gradient_norm(pl_module),
+        ]
+        reduced = trainer.strategy.reduce(torch.stack(means), reduce_op="mean").tolist()
+        self.loss, objective, gradient_norm = reduced
+        by_snr = self._loss_by_snr(trainer, pl_module, outputs)
+        now_s = time.perf_counter()
+        elapsed_s = now_s - self._started_s
+        self.images_per_s = self._num_images / elapsed_s
+        self.data_wait_share = min(1.0, self._clock.take() / elapsed_s)
+        metrics = {"train/loss": self.loss}
+        if pl_module.is_weighted:
+            metrics["train/objective"] = objective
+        metrics |= {
+            "train/gradient_norm": gradient_norm,
+            "train/learning_rate": self._learning_rate,
+            "train/images_per_s": self.images_per_s,
+            "train/data_wait_share": self.data_wait_share,
+        }
+        log_metrics(trainer, metrics | by_snr | memory_metrics(pl_module.device))
+        self._num_images = 0
+        self._started_s = now_s
+
+    @staticmethod
+    def _loss_by_snr(
+        trainer: Trainer, module: FineTuner, outputs: list[dict[str, Tensor]]
+    ) -> dict[str, float]:
+        schedule = module.model.process.schedule
+        t = torch.cat([output["t"] for output in outputs])
+        totals = totals_by_bin(schedule, t, torch.cat([output["losses"] for output in outputs]))
+        totals = trainer.strategy.reduce(totals.to(module.device), reduce_op="sum").cpu()
+        names, (sums, counts) = snr_bins(schedule), totals.tolist()
+        return {
+            f"train/loss_{name}": total / count
+            for name, total, count in zip(names, sums, counts, strict=True)
+            if count
+        }
 
 
 def _gradient_norm(pl_module: LightningModule) -> Tensor:

@@ -16,6 +16,7 @@ This file says what is sampled; black_point_study.py samples it, black_point_sum
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from omegaconf import MISSING
 
@@ -37,7 +38,9 @@ class BlackPointConfig:
     digit_reader: str = "assets/digit_reader"
     """Folder of the digit classifier."""
     num_images: int = 500
-    """Images in the open cell of (a), and in black and in white at read_guidance_scale."""
+    """Images in the open cell of (a)."""
+    border_images: int = 500
+    """Images in black and in white at read_guidance_scale."""
     beside_images: int = 250
     """Images in black and in white at each other guidance scale, which are shown beside."""
     read_images: int = 2000
@@ -82,6 +85,7 @@ class BlackPointConfig:
             )
         for name in (
             "num_images",
+            "border_images",
             "beside_images",
             "read_images",
             "num_steps",
@@ -136,9 +140,9 @@ def study_cells(config: BlackPointConfig, captions: Captions, checkpoint: str) -
         return cells
     for scale in config.guidance_scales:
         at_read = scale == config.read_guidance_scale
-        count = config.num_images if at_read else config.beside_images
+        count = config.border_images if at_read else config.beside_images
         cells += [cell(group, scale, count) for group in ("black", "white")]
-    num_other = config.read_images - 2 * config.num_images
+    num_other = config.read_images - 2 * config.border_images
     if num_other > 0:
         cells.append(cell("other", config.read_guidance_scale, num_other))
     return cells
@@ -152,3 +156,8 @@ def wanted_keys(config: BlackPointConfig, captions: Captions) -> set[tuple[str, 
         for cell in study_cells(config, captions, name)
         for index in range(cell.num_images)
     }
+
+
+def image_path(output: Path, checkpoint: str, cell: str, index: int) -> Path:
+    """Says where a kept image of a study lies."""
+    return output / "images" / checkpoint / cell / f"{index:04d}.png"

@@ -22,6 +22,7 @@ from sampling.evaluation.black_point import (
     Caption,
     Captions,
     Cell,
+    image_path,
     study_cells,
     wanted_keys,
 )
@@ -131,11 +132,6 @@ def paint_chunk(
             path.parent.mkdir(parents=True, exist_ok=True)
             to_picture(images[index - chunk.indices[0]]).save(path)
     return rows
-
-
-def image_path(output: Path, checkpoint: str, cell: str, index: int) -> Path:
-    """Says where a kept image lies."""
-    return output / "images" / checkpoint / cell / f"{index:04d}.png"
 
 
 def run_study(

@@ -1,12 +1,10 @@
-"""The plots of the report page, as SVG text without any reference to the outside.
+"""The plots of a black-point study, and what all plots share, as SVG text.
 
-Every axis is labelled with its quantity and unit, and a checkpoint keeps its color from plot to
-plot.
+Nothing refers to the outside, every axis is labelled with its quantity and unit, and a checkpoint
+keeps its color from plot to plot.
 """
 
 import io
-import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +30,6 @@ STYLE: dict[Any, Any] = {
     "ytick.color": "#555555",
     "legend.frameon": False,
 }
-Series = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def color_of(checkpoint: str, checkpoints: Sequence[str]) -> str:
@@ -46,7 +43,7 @@ def color_of(checkpoint: str, checkpoints: Sequence[str]) -> str:
 def luminance_histograms(groups: Mapping[str, Sequence[Row]], checkpoints: Sequence[str]) -> str:
     """Draws how border luminance is distributed, one panel for each set of rows."""
     edges = np.linspace(0, 1, 21)
-    figure, axes = _panels(len(groups), 1, width=2.6, height=2.5)
+    figure, axes = panels(len(groups), 1, width=2.6, height=2.5)
     for axis, (label, rows) in zip(axes, groups.items(), strict=True):
         values = np.clip([row.border_luminance for row in rows], 0, 1)
         shares = np.histogram(values, edges)[0] / max(1, len(values))
@@ -66,13 +63,13 @@ def luminance_histograms(groups: Mapping[str, Sequence[Row]], checkpoints: Seque
         axis.set_xlabel("border luminance")
     axes[0].set_ylabel("share of images")
     _share_y(axes)
-    return _svg(figure, "histograms")
+    return svg_text(figure, "histograms")
 
 
 @matplotlib.rc_context(STYLE)
 def border_by_guidance(rows: Sequence[Row], checkpoints: Sequence[str]) -> str:
     """Draws mean border luminance against guidance scale for black and white captions."""
-    figure, (axis,) = _panels(1, 1, width=7.2, height=3.2)
+    figure, (axis,) = panels(1, 1, width=7.2, height=3.2)
     for place, name in enumerate(checkpoints):
         for group, marker, line in (("white", "o", "-"), ("black", "s", "--")):
             own = [row for row in rows if row.checkpoint == name and row.group == group]
@@ -105,72 +102,11 @@ def border_by_guidance(rows: Sequence[Row], checkpoints: Sequence[str]) -> str:
     axis.set_xlabel("guidance scale (1 is off)")
     axis.set_ylabel("mean border luminance")
     axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
-    return _svg(figure, "guidance")
+    return svg_text(figure, "guidance")
 
 
-@matplotlib.rc_context(STYLE)
-def loss_curves(metrics: Series) -> str | None:
-    """Draws training and validation loss, and validation loss by SNR where there are bins; None
-    without a loss."""
-    main = {name: metrics[name] for name in ("train/loss", "validation/loss") if metrics.get(name)}
-    bins = {
-        name: series
-        for name, series in metrics.items()
-        if name not in main
-        and "loss" in name
-        and name.startswith("validation/")
-        and len(series) > 1
-    }
-    if not main:
-        return None
-    figure, axes = _panels(2 if bins else 1, 1, width=4.6, height=3.0)
-    for (name, series), color in zip(main.items(), COLORS[1:], strict=False):
-        steps, values = zip(*series, strict=True)
-        if name == "train/loss" and len(values) > 30:
-            axes[0].plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            axes[0].plot(steps, smoothed(values), color=color, label="training (smoothed)")
-        else:
-            label = name.replace("/", " ").replace("train ", "training ")
-            axes[0].plot(
-                steps, values, color=COLORS[0] if "val" in name else color, marker=".", label=label
-            )
-    axes[0].set_title("loss", loc="left")
-    if bins:
-        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(bins)))
-        for (name, series), shade in zip(bins.items(), shades, strict=True):
-            steps, values = zip(*series, strict=True)
-            axes[1].plot(steps, values, color=shade, marker=".", label=bin_label(name))
-        axes[1].set_title("validation loss by SNR", loc="left")
-    for axis in axes:
-        axis.set_xlabel("optimizer steps")
-        axis.set_ylabel("mean squared error")
-        drawn = np.concatenate([np.asarray(line.get_ydata()) for line in axis.get_lines()])
-        if drawn.min() > 0 and drawn.max() > 10 * drawn.min():
-            axis.set_yscale("log")
-        axis.legend(fontsize=8)
-    return _svg(figure, "loss")
-
-
-def bin_label(name: str) -> str:
-    """Writes `validation/loss_log_snr_2_4` as `log SNR 2 to 4`; other names as they are."""
-    found = re.search(r"log_snr_(-?\w+)_(-?\w+)$", name)
-    if found:
-        return f"log SNR {found[1]} to {found[2]}"
-    return name.split("/")[-1].removeprefix("loss_").replace("_", " ")
-
-
-def smoothed(values: Sequence[float]) -> np.ndarray:
-    """Averages each value with those before it: an exponential average over about 3 % of the
-    series."""
-    keep = 1 - 1 / max(5, len(values) // 30)
-    averages, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        averages.append(total / weight if math.isfinite(total) else math.nan)
-    return np.asarray(averages)
-
-
-def _panels(num_columns: int, num_rows: int, width: float, height: float) -> tuple[Figure, list]:
+def panels(num_columns: int, num_rows: int, width: float, height: float) -> tuple[Figure, list]:
+    """Makes a figure of panels, each `width` by `height` inches, and returns it with its axes."""
     figure = Figure(figsize=(width * num_columns, height * num_rows), layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False)
     return figure, list(axes.flat)
@@ -182,7 +118,7 @@ def _share_y(axes: Sequence) -> None:
         axis.set_ylim(0, top)
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg_text(figure: Figure, name: str) -> str:
     """Writes a figure as an <svg> element; `name` keeps the ids of several on one page apart."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):

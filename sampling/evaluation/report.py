@@ -1,10 +1,10 @@
-"""One self-contained HTML page about a run: pictures side by side, distributions, losses, numbers.
+"""One self-contained HTML page about a run: its curves, previews and, after a study, the pictures,
+distributions and numbers of its black point.
 
 The page refers to nothing outside itself (plots are inline SVG, pictures data URIs), so it can be
 mailed or archived. What a run lacks is left out of its page.
 """
 
-import base64
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +13,11 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from sampling.evaluation import plots
-from sampling.evaluation.black_point_study import image_path
+from sampling.evaluation.black_point import image_path
 from sampling.evaluation.black_point_summary import Finding, table
 from sampling.evaluation.rows import DATA, Row
+from sampling.evaluation.run_page import at_a_glance, embedded, run_figures
+from sampling.evaluation.run_series import Series
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 NUM_COLUMNS = 8
@@ -53,8 +55,13 @@ class ReportContent:
     guidance_scale: float = 3.0
     """The guidance that pictures and distributions of black and white captions are shown at."""
     control: Control | None = None
-    metrics: plots.Series = field(default_factory=dict)
+    metrics: Series = field(default_factory=dict)
+    prompts: Sequence[str] = ()
+    """Prompts of the previews."""
+    max_steps: int | None = None
+    """Optimizer steps of the whole run."""
     previews: Sequence[tuple[str, Path]] = ()
+    config: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     timings: Sequence[tuple[str, float]] = ()
     notes: Sequence[str] = ()
@@ -91,17 +98,19 @@ def render(content: ReportContent) -> str:
     header, lines = table(findings) if findings else ([], [])
     return template.render(
         content=content,
+        glance=at_a_glance(content.metrics, content.max_steps),
         figures=figures(content),
+        run_figures=run_figures(content.metrics, content.prompts),
         galleries=galleries(content),
         header=header,
         lines=[[line[0], *(_cell(text) for text in line[1:])] for line in lines],
-        previews=[(label, data_uri(path)) for label, path in content.previews],
+        previews=[(label, embedded(path)) for label, path in content.previews],
         total_s=sum(seconds for _, seconds in content.timings),
     )
 
 
 def figures(content: ReportContent) -> list[tuple[str, str, str]]:
-    """Draws the plots as (title, caption, SVG)."""
+    """Draws the plots of a study as (title, caption, SVG)."""
     drawn = []
     extra = list(content.control.rows) if content.control is not None else []
     rows = [*content.rows, *extra]
@@ -136,9 +145,6 @@ def figures(content: ReportContent) -> list[tuple[str, str, str]]:
                 plots.border_by_guidance(rows, names),
             )
         )
-    curves = plots.loss_curves(content.metrics)
-    if curves is not None:
-        drawn.append(("Loss of the fine-tune", "", curves))
     return drawn
 
 
@@ -178,7 +184,7 @@ def galleries(content: ReportContent) -> list[Gallery]:
             }
             paths = [image_path(images, name, key[3], key[0]) for key in reference]
             if all(key in made for key in reference) and all(path.is_file() for path in paths):
-                lines.append((name, [data_uri(path) for path in paths]))
+                lines.append((name, [embedded(path) for path in paths]))
         if lines:
             guidance = "guidance off" if scale == 1 else f"guidance {scale:g}"
             captions = [f"{prompt} \u00b7 seed {seed}" for _, prompt, seed, _ in reference]
@@ -188,11 +194,6 @@ def galleries(content: ReportContent) -> list[Gallery]:
 
 def _shown(scales: Sequence[float], preferred: float) -> float:
     return preferred if preferred in scales else scales[0]
-
-
-def data_uri(path: Path) -> str:
-    """Embeds a PNG file."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 def _cell(text: str) -> tuple[str, str]:

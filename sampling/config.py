@@ -1,0 +1,104 @@
+"""The configuration of the verbs that need no more than a trained model: sample and export.
+
+No import of torch at the top, so that their help is instant.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from sampling.choices import Attention, Dtype, Weights
+from sampling.errors import UserError
+
+if TYPE_CHECKING:
+    from sampling.guidance import Guidance
+
+
+@dataclass
+class SampleConfig:
+    """From prompts to pictures."""
+
+    checkpoint: str = MISSING
+    """What to sample: a folder, hub id, run directory or .ckpt."""
+    prompts: Any = MISSING
+    """A prompt, a list of prompts, or a .txt file with one prompt a line."""
+    output: str = MISSING
+    """Folder to write; must be empty or not exist."""
+    seed: int = 0
+    """First seed; the pictures of each prompt use seed, seed + 1, ... (ignored if seeds is set)."""
+    num_images: int = 1
+    """Pictures a prompt (ignored if seeds is set)."""
+    seeds: list[int] = field(default_factory=list)
+    """Seeds of each prompt's pictures. Seed N is diffusers' torch.Generator("cpu") at N."""
+    sampler: str = "ddim"
+    """ddim, euler, euler_ancestral, heun or dpmpp_2m."""
+    eta: float | None = None
+    """Share of fresh noise in a step of ddim: 0 (also if not set) is deterministic, 1 ancestral."""
+    num_steps: int = 25
+    """Sampling steps, from 1 to the number of training timesteps."""
+    guidance_scale: float = 7.5
+    """Weight of the prompt; 1 is off."""
+    guidance_rescale: float = 0.7
+    """Share of the guided output's standard deviation that is set back; 0 to 1."""
+    guidance_interval: list[int] | None = None
+    """Timesteps [low, high], both included, at which guidance is on; all if not set."""
+    negative_prompt: str = ""
+    """What guidance steers away from."""
+    height: int | None = None
+    """Height in px; the model's own if not set."""
+    width: int | None = None
+    """Width in px; the model's own if not set."""
+    weights: Weights = "ema"
+    """Which weights of a training checkpoint: their moving average or the last step's."""
+    dtype: Dtype = "float32"
+    """Number format of the weights; float16 and bfloat16 take half the memory."""
+    device: str = "auto"
+    """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
+    batch_size: int = 16
+    """Pictures sampled at once; does not change them."""
+    attention: Attention = "auto"
+    """Attention kernel of the UNet: auto takes xformers where it runs, else sdpa (torch's own)."""
+    channels_last: bool = False
+    """Hold the convolutions' weights in channels-last order."""
+    compile: bool = False
+    """Compile the UNet with torch.compile, at the first step of each batch size."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size", "num_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0 or min(self.seeds, default=0) < 0:
+            raise UserError("seed and seeds must be 0 or more")
+        from sampling.samplers import check_sampler  # torch: for a config, not for its help
+
+        check_sampler(self.sampler, self.eta)
+        if self.guidance_interval is not None and len(self.guidance_interval) != 2:
+            raise UserError(
+                f"guidance_interval={self.guidance_interval} must be two timesteps, [low, high]"
+            )
+        self.guidance()
+
+    def guidance(self) -> "Guidance":
+        """Returns the guidance that these fields ask for; raises UserError where they cannot be."""
+        from sampling.guidance import Guidance
+
+        low_high = self.guidance_interval
+        interval = None if low_high is None else (low_high[0], low_high[1])
+        return Guidance(self.guidance_scale, self.guidance_rescale, interval)
+
+
+@dataclass
+class ExportConfig:
+    """From a trained checkpoint to a diffusers folder."""
+
+    checkpoint: str = MISSING
+    """What to export: a run directory, a Lightning .ckpt, a diffusers folder or a hub id."""
+    output: str = MISSING
+    """Folder to write; must be empty or not exist."""
+    weights: Weights = "ema"
+    """Which weights of a training checkpoint: their moving average or the last step's."""
+    dtype: Dtype = "float32"
+    """Number format of the written weights."""
+    verify: bool = True
+    """Reload the folder with stock diffusers and compare latents with our own samplers."""

@@ -1,0 +1,223 @@
+"""Laws of the full-size runs: published sizes, one copy of the weights, figures that are right."""
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from lightning.pytorch import LightningModule
+from torch.testing import assert_close
+
+from sampling.errors import UserError
+from sampling.export import moved_into_place
+from sampling.model import DiffusionModel
+from scripts import full_architecture, make_random_base
+from scripts.full_architecture_table import describe_machine, markdown
+from scripts.make_random_base import ARCHITECTURES, RandomBaseConfig, build_on_meta
+from scripts.measured_process import run_measured
+from tests.tiny_pipeline import make_tiny_pipeline
+from tests.tiny_run import make_tiny_shards, tiny_config
+from train import run
+from train.checkpoints import forget_pages
+from train.ema import Ema
+
+PUBLISHED = {
+    "sd15": (859_520_964, 83_653_863, 123_060_480),
+    "sd21_base": (865_910_724, 83_653_863, 340_387_840),
+    "sd21": (865_910_724, 83_653_863, 340_387_840),
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random") / "small"
+    return make_random_base.make(RandomBaseConfig("small", str(folder)))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_architectures_have_the_published_number_of_parameters(name):
+    architecture = ARCHITECTURES[name]
+    parts = [build_on_meta(architecture, part) for part in ("unet", "vae", "text_encoder")]
+    counts = tuple(sum(weight.numel() for weight in part.parameters()) for part in parts)
+    assert counts == PUBLISHED[name]
+
+
+def test_random_base_paints_something_and_has_prompts_of_clips_length(small):
+    model = DiffusionModel.load(small)
+    assert model.encode_prompts(["a cat"]).prompt_embeds.shape == (1, 77, 64)
+    assert len(model.tokenizer) == 49_408
+    assert model.tokenizer("").input_ids == [49_406, 49_407]
+    picture = model.sample(["a cat"], seeds=[0], num_steps=1, height=64, width=64)
+    assert torch.isfinite(picture).all() and picture.std() > 0.01
+    for weight in model.unet.parameters():
+        assert weight.half().isfinite().all()
+    assert full_architecture.count_parameters(small)["unet"] == model.unet.num_parameters()
+
+
+def test_taken_folder_is_refused(small, capsys):
+    assert make_random_base.main([f"output={small}"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_written_files_are_open_to_colleagues(tmp_path):
+    with moved_into_place(tmp_path / "out") as folder:
+        (folder / "unet").mkdir(mode=0o700)
+        (folder / "unet" / "weights").touch(mode=0o600)
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    assert (tmp_path / "out" / "unet" / "weights").stat().st_mode == usual
+
+
+def test_a_mapped_tensor_is_read_again_after_its_pages_are_dropped(tmp_path):
+    value = torch.randn(5000)
+    torch.save({"a": value, "b": torch.ones(3)}, tmp_path / "x.ckpt")
+    loaded = torch.load(tmp_path / "x.ckpt", weights_only=True, mmap=True)
+    for _ in range(2):
+        assert_close(loaded["a"], value, rtol=0, atol=0)
+        forget_pages(loaded["a"])
+    assert_close(loaded["b"], torch.ones(3), rtol=0, atol=0)
+
+
+def test_average_is_where_the_weights_will_be():
+    """Lightning moves the weights after it sets up callbacks: the average stayed on the CPU."""
+    module = LightningModule()
+    module.unet = torch.nn.Linear(2, 1)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    ema = Ema(0.9)
+    ema.setup(trainer, module, "fit")
+    assert all(weight.is_meta for weight in ema._average_model.module.parameters())
+    assert not ema._average_model.n_averaged.is_meta
+
+
+def test_training_has_left_memory_when_the_export_starts(tmp_path, monkeypatch):
+    def num_unets():
+        gc.collect()
+        return sum(isinstance(thing, UNet2DConditionModel) for thing in gc.get_objects())
+
+    before, during = num_unets(), []
+    monkeypatch.setattr(run, "export", lambda *_, **__: during.append(num_unets()))
+    pipeline = make_tiny_pipeline(tmp_path / "sd")
+    shards = make_tiny_shards(tmp_path / "images")
+    config = tiny_config(tmp_path / "run", pipeline, shards, **{"trainer.max_steps": 1})
+    run.fit(config)
+    assert during == [before]
+
+
+def test_a_command_is_measured(tmp_path):
+    code = "import sys; held = bytearray(200_000_000); held[::4096] = b'1' * len(held[::4096])"
+    code += "; import time; time.sleep(.5); sys.exit(3)"
+    measured = run_measured([sys.executable, "-c", code], tmp_path / "log")
+    assert measured.status == 3 and measured.seconds >= 0.5
+    assert 0.2e9 < measured.peak_rss_bytes < 0.5e9
+    assert sys.platform != "linux" or 0.2e9 < measured.peak_anonymous_bytes < 0.5e9
+
+
+def test_too_little_memory_or_disk_is_said_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(full_architecture, "available_memory", lambda: int(10e9))
+    with pytest.raises(UserError, match="18.7 GB of memory and 10.0 GB"):
+        full_architecture.check_room(tmp_path, {}, PUBLISHED["sd15"][0])
+    full_architecture.check_room(tmp_path, {"train, resumed for 2 more": {}}, PUBLISHED["sd15"][0])
+    monkeypatch.setattr(full_architecture, "available_memory", lambda: None)
+    monkeypatch.setattr(full_architecture.shutil, "disk_usage", lambda _: SimpleNamespace(free=5e9))
+    with pytest.raises(UserError, match="34 GB of disk and 5 GB"):
+        full_architecture.check_room(tmp_path, {}, PUBLISHED["sd15"][0])
+
+
+def test_wrong_key_ends_with_status_2(capsys):
+    assert full_architecture.main(["architecture=sdxl"]) == 2
+    assert "architecture" in capsys.readouterr().err
+
+
+def test_table_sets_the_peak_beside_the_arithmetic():
+    row = {"seconds": 9.6, "peak_anonymous_gb": 1.0, "holds": "weights", "command": ""}
+    verbs = {
+        "imports alone": row | {"peak_rss_gb": 0.5, "arithmetic_gb": 0.0},
+        "train": row | {"peak_rss_gb": 2.7, "arithmetic_gb": 2.0},
+    }
+    found = {"settings": {"dtype": "float16"}, "parameters": {"unet": 1000}, "verbs": verbs}
+    text = markdown({"small": found | describe_machine()})
+    assert "| train | 10 | 2.70 | 1.00 | 2.00 | 1.10 | weights |" in text
+    assert "unet 1,000" in text and "dtype=float16" in text
+
+
+MEMORY = """
+import dataclasses, gc, json, shutil, sys
+from pathlib import Path
+import torch
+from scripts import make_random_base as bases
+from sampling.export import export
+from sampling.model import DiffusionModel
+from tests.tiny_run import make_tiny_shards, tiny_config
+from train.ema import Ema
+from train.run import fit
+
+def rss(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+def peak_over(action, weights):
+    gc.collect()
+    before = rss("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    result = action()
+    found.append((rss("VmHWM") - before) / weights)
+    return result
+
+found, work = [], Path(sys.argv[1])
+if not (work / "base").exists():
+    wide = bases.UNET | {"block_out_channels": (96, 192, 384, 384), "cross_attention_dim": 64}
+    small = bases.ARCHITECTURES["small"]
+    bases.ARCHITECTURES["small"] = dataclasses.replace(small, unet=wide)
+    bases.make(bases.RandomBaseConfig("small", str(work / "base"), "float32"))
+    make_tiny_shards(work)
+weights = (work / "base/unet/diffusion_pytorch_model.safetensors").stat().st_size
+config = tiny_config(work / "run", work / "base", work / "shards", **{
+    "batch_size": 1, "data.resolution": 64, "trainer.max_steps": 2, "trainer.log_every_steps": 1,
+    "trainer.checkpoint_every_steps": 1, "trainer.gradient_checkpointing": True})
+match sys.argv[2]:
+    case "load":
+        model = peak_over(lambda: DiffusionModel.load(work / "base"), weights)
+        peak_over(lambda: sum(weight.sum() for weight in model.unet.parameters()), weights)
+        peak_over(lambda: model.save(work / "saved"), weights)
+    case "fit":
+        peak_over(lambda: fit(config), weights)
+    case "resume":
+        shutil.rmtree(work / "run/export")
+        (work / "run/checkpoints/step_00000002.ckpt").unlink()
+        peak_over(lambda: fit(config), weights)
+    case "export":
+        newest = work / "run/checkpoints/step_00000002.ckpt"
+        peak_over(lambda: export(newest, work / "out"), weights)
+print(json.dumps(found))
+"""
+
+
+def peaks(work: Path, action: str) -> list[float]:
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(work), action],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_verb_holds_a_second_copy_of_the_weights(tmp_path):
+    """Peak memory over that of the imports, in units of the UNet's weights (305 MB)."""
+    load, touch, save = peaks(tmp_path, "load")
+    assert load < 1.3 and touch < 1.3
+    assert save < 0.3
+    [fit] = peaks(tmp_path, "fit")  # weights, gradients, two moments, average, and activations
+    assert fit < 5.8
+    [resume] = peaks(tmp_path, "resume")
+    assert resume < 5.8
+    [exported] = peaks(tmp_path, "export")
+    assert exported < 1.7

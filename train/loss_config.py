@@ -1,0 +1,59 @@
+"""What the fine-tune minimises, as its config says it; free of torch.
+
+The weightings are in train/weighting.py, the learned one in train/uncertainty.py, the draws of t
+and eps in train/draws.py.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sampling.choices import PredictionType
+from train.ranges import check_range
+
+Weighting = Literal["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"]
+Timesteps = Literal["uniform", "stratified"]
+
+
+@dataclass
+class LossConfig:
+    """The training target, the weight of every timestep, and how t and eps are drawn."""
+
+    prediction_type: PredictionType = "v_prediction"
+    """What the network predicts: v_prediction, epsilon, or sample (x0)."""
+    weighting: Weighting = "uniform"
+    """Weight of a timestep: 1 for all (lambda_t = 1 in the paper), or a function of its SNR."""
+    floor: float | None = None
+    """Least weight of a timestep, for an error in v. null: 0.1 with zero terminal SNR, where every
+    weighting but uniform would be 0 at the last timestep, and 0 (as published) without."""
+    snr_gamma: float = 5.0
+    """Where min_snr and soft_min_snr stop growing with the SNR."""
+    p2_k: float = 1.0
+    """k of p2's 1 / (k + SNR)^gamma."""
+    p2_gamma: float = 1.0
+    """gamma of p2's 1 / (k + SNR)^gamma; 0 is the published loss of epsilon models."""
+    sigmoid_bias: float = 0.0
+    """Bias of sigmoid(bias - log SNR); above 0 low noise weighs more, below 0 high noise does."""
+    uncertainty: bool = False
+    """Learn how uncertain each timestep is, u(t), and train w L / exp(u) + u (EDM2)."""
+    uncertainty_learning_rate: float = 1e-3
+    """Learning rate of u(t) after the warm-up; it has 16 parameters and must outrun the UNet."""
+    timesteps: Timesteps = "uniform"
+    """Draw t independently, or spread it evenly over any consecutive samples (stratified)."""
+    terminal_share: float = 0.0
+    """Share of samples that train the last timestep, beside those that draw it anyway."""
+    offset_noise: float = 0.0
+    """Standard deviation of a constant added to each channel of eps; not with zero SNR."""
+    input_perturbation: float = 0.0
+    """Noise added to eps in the network's input but not in its target (Ning et al. 2023: 0.1)."""
+
+    def __post_init__(self) -> None:
+        if self.floor is not None:
+            check_range("loss.floor", self.floor, at_least=0, at_most=1)
+        check_range("loss.snr_gamma", self.snr_gamma, above=0)
+        check_range("loss.p2_k", self.p2_k, above=0)
+        check_range("loss.p2_gamma", self.p2_gamma, at_least=0)
+        check_range("loss.sigmoid_bias", self.sigmoid_bias, at_least=-20, at_most=20)
+        check_range("loss.uncertainty_learning_rate", self.uncertainty_learning_rate, above=0)
+        check_range("loss.terminal_share", self.terminal_share, at_least=0, below=1)
+        check_range("loss.offset_noise", self.offset_noise, at_least=0)
+        check_range("loss.input_perturbation", self.input_perturbation, at_least=0)

@@ -1,0 +1,132 @@
+"""Batches of decoded images -> shards of latents: the inner loop of `blackpoint data encode`.
+
+What becomes of a batch depends on its samples alone, and a batch never reaches over two shards of
+the output: shards can be written in any order, by any process.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from data.bad_samples import BadSample
+from data.decode import BadImage, luminance
+from data.latents import to_bytes
+from data.reader import Reader
+from data.record import ShardRecords
+from data.shard_file import ShardFile
+from sampling.errors import UserError
+from sampling.model import DiffusionModel
+
+
+@dataclass
+class Decoded:
+    """A batch of the source: pixels uint8 (B, 3, H, W) of the usable samples, None without any."""
+
+    shard: int
+    keys: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    pixels: Tensor | None = None
+    bad: list[BadSample] = field(default_factory=list)
+
+
+class SampleEncoder:
+    """Encodes decoded batches and writes them as shards."""
+
+    def __init__(self, model: DiffusionModel, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+
+    def write_shard(self, path: Path, batches: Iterable[Decoded]) -> ShardRecords:
+        """Writes one shard and returns its records; what has no finite latent becomes bad."""
+        records, shard = ShardRecords(), ShardFile(path)
+        try:
+            for batch in batches:
+                self._write_batch(batch, records, shard)
+            shard.close()
+        finally:
+            shard.abandon()
+        return records
+
+    def embed(self, captions: list[str]) -> Tensor:
+        """Returns prompt embeddings (N, L, D) as they are stored, on the CPU."""
+        embeds = self.model.encode_prompts(captions).prompt_embeds
+        return self._stored(embeds, [f"the caption {caption!r:.60}" for caption in captions])
+
+    def _write_batch(self, batch: Decoded, records: ShardRecords, shard: ShardFile) -> None:
+        if batch.pixels is None:
+            return
+        moments = self.model.encode_moments(batch.pixels.float() / 255)
+        finite = moments.flatten(1).isfinite().all(dim=1).tolist()
+        moments[~torch.tensor(finite)] = 0
+        rows = zip(
+            finite,
+            batch.keys,
+            batch.captions,
+            batch.pixels.permute(0, 2, 3, 1).numpy(),
+            self._stored(moments, batch.keys),
+            self.embed(batch.captions),
+            strict=True,
+        )
+        for usable, key, caption, pixels, latent, embeds in rows:
+            if not usable:
+                batch.bad.append(BadSample(key, "the autoencoder gives no finite latent"))
+                continue
+            members = {"safetensors": to_bytes(latent, embeds), "txt": caption.encode()}
+            spans = shard.write(key, members)
+            height, width, _ = pixels.shape
+            brightness = luminance(Image.fromarray(pixels))
+            records.add(key, spans["safetensors"], spans["txt"], width, height, brightness)
+
+    def _stored(self, values: Tensor, names: list[str]) -> Tensor:
+        """Returns the values in the stored format; raises UserError where it can't hold them."""
+        result = values.to("cpu", self.dtype)
+        beyond = ~result.flatten(1).isfinite().all(dim=1)
+        if beyond.any():
+            row = int(beyond.nonzero()[0])
+            largest = values[row].abs().max().item()
+            raise UserError(
+                f"dtype={str(self.dtype).removeprefix('torch.')}: can't hold the values of "
+                f"{names[row]}, up to {largest:.3g}. Encode with dtype=bfloat16 or float32."
+            )
+        return result
+
+
+class SourceBatches(IterableDataset):
+    """The source in order, as batches that never reach over two shards of the output."""
+
+    def __init__(self, reader: Reader, batch_size: int, samples_per_shard: int) -> None:
+        self.reader, self.batch_size, self.samples_per_shard = reader, batch_size, samples_per_shard
+
+    def __iter__(self) -> Iterator[Decoded]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for shard, start, stop in itertools.islice(self._ranges(), first, None, step):
+            yield self._decode(shard, range(start, stop))
+
+    def _ranges(self) -> Iterator[tuple[int, int, int]]:
+        """Yields (shard, start, stop) of each batch, in samples of the source."""
+        for shard, begin in enumerate(range(0, len(self.reader), self.samples_per_shard)):
+            end = min(begin + self.samples_per_shard, len(self.reader))
+            for start in range(begin, end, self.batch_size):
+                yield shard, start, min(start + self.batch_size, end)
+
+    def _decode(self, shard: int, numbers: range) -> Decoded:
+        batch, contents = Decoded(shard), []
+        for number in numbers:
+            index = self.reader.sample_index(number)
+            key = self.reader.index.key(index)
+            try:
+                pixels, caption = self.reader.read(0, index, training=False)
+            except BadImage as reason:
+                batch.bad.append(BadSample(key, str(reason)))
+                continue
+            contents.append(pixels)
+            batch.keys.append(key)
+            batch.captions.append(caption)
+        batch.pixels = self.reader.stack(contents)["image"] if contents else None
+        return batch
