@@ -110,6 +110,10 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """
     folder = folder / "tokenizer"
     tokenizer.save_pretrained(folder)
+    settings = read_json(folder / "tokenizer_config.json")
+    for how_it_was_loaded in ("is_local", "local_files_only"):
+        settings.pop(how_it_was_loaded, None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     model = read_json(folder / "tokenizer.json")["model"]
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")

@@ -238,18 +238,18 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path, how: int) -> None:
-    source = write_folder(tmp_path / "in", 80, (120, 80))
+    source = write_folder(tmp_path / "in", 80, (640, 480))
     run = command(source, tmp_path / "out", "num_processes=2")
     packed(source, tmp_path / "unbroken")
     rng = random.Random(int(how))
     num_stopped = 0
     for _ in range(40):
         process = subprocess.Popen(run, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
-        wanted = rng.randrange(4, 9)
+        wanted = rng.randrange(2, 6)
         done_before = len(list((tmp_path / ".out.partial/parts").glob("*")))
         while process.poll() is None:
             if len(list((tmp_path / ".out.partial/parts").glob("*"))) >= done_before + wanted:
-                time.sleep(rng.random() * 0.05)
+                time.sleep(rng.random() * 0.02)
                 if how == signal.SIGKILL:
                     process.kill()
                 else:
@@ -258,13 +258,14 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path, how: i
             time.sleep(0.002)
         stderr = process.communicate()[1].decode()
         assert "Traceback" not in stderr, stderr
-        if process.returncode == 0:
+        num_stopped += process.returncode != 0
+        if (tmp_path / "out").exists():  # whole, also where the kill came before the cleanup
             break
-        num_stopped += 1
-        assert process.returncode == {2: 130, 15: 143, 9: -9}[how], stderr
-    assert num_stopped >= 2
+        # -how: it came when the handlers were not there yet, or no longer.
+        assert process.returncode in ({2: 130, 15: 143, 9: -9}[how], -how), stderr
+    assert num_stopped >= 1
     assert tree(tmp_path / "out") == tree(tmp_path / "unbroken")
-    assert not (tmp_path / ".out.partial").exists()
+    assert process.returncode == -how or not (tmp_path / ".out.partial").exists()
 
 
 def test_workers_do_each_job_once_and_end() -> None:

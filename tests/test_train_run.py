@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -373,6 +374,7 @@ def test_wandb_runs_offline_and_keeps_its_run_id(
         stop_in_step(patch, 1, kill)
         with pytest.raises(Killed):
             train.run.fit(config)
+    time.sleep(1.1)  # wandb names its folders by the second
     assert train.run.fit(config) == 0
     assert "wandb is offline" in capsys.readouterr().err
     run_id = (run_dir / "wandb" / "run_id").read_text()
