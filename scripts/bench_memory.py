@@ -78,7 +78,19 @@ def _run(task: dict) -> None:
         contestants(config, task["num_images"], task["num_steps"])[part]()
 
 
+def _peak_bytes() -> int:
+    """Returns the peak of this process's own resident memory.
+
+    On Linux ru_maxrss starts at the peak of the process that started this one; VmHWM does not.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
 if __name__ == "__main__":
     _run(json.loads(sys.argv[1]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(peak if sys.platform == "darwin" else 1024 * peak)
+    print(_peak_bytes())
