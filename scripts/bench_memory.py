@@ -5,7 +5,6 @@ carries Lightning and one more copy of the weights, the EMA.
 """
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from sampling.errors import RunFailed
 from scripts.bench_inputs import Inputs, training_config
 from scripts.bench_timing import Row, ratio_row, row
+from train.memory import process_peak_bytes
 
 PARTS = ("train", "bare_train", "train_cached", "bare_train_cached", "sample", "unet_calls")
 PAIRS = {
@@ -78,19 +78,6 @@ def _run(task: dict) -> None:
         contestants(config, task["num_images"], task["num_steps"])[part]()
 
 
-def _peak_bytes() -> int:
-    """Returns the peak of this process's own resident memory.
-
-    On Linux ru_maxrss starts at the peak of the process that started this one; VmHWM does not.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
 if __name__ == "__main__":
     _run(json.loads(sys.argv[1]))
-    print(_peak_bytes())
+    print(process_peak_bytes())

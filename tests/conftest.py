@@ -4,6 +4,7 @@ Shapes and types that the mathematical core annotates are checked at every call.
 """
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -20,3 +21,19 @@ install_import_hook([f"sampling.{name}" for name in CORE], "beartype.beartype")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random pipeline folder."""
+    from tests.tiny_pipeline import make_tiny_pipeline  # after the hook above, and only if needed
+
+    return make_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of twelve tiny captioned images."""
+    from tests.tiny_run import make_tiny_shards
+
+    return make_tiny_shards(tmp_path_factory.mktemp("images"))

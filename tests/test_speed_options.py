@@ -21,8 +21,7 @@ from sampling.errors import UserError
 from sampling.model import DiffusionModel
 from sampling.speed import prepare_unet
 from tests.speed_stand_ins import EightBitStandIn, attention_stand_in, calls, install
-from tests.tiny_pipeline import make_tiny_pipeline
-from tests.tiny_run import make_tiny_shards, tiny_config
+from tests.tiny_run import tiny_config
 from train.metrics_file import read_metrics
 from train.module import FineTuner
 
@@ -46,16 +45,6 @@ PAIRS = [
 ]
 DOCS = Path(__file__).parents[1] / "docs" / "speed_options.md"
 NO_COMPILER = "there is no C++ compiler (g++) for torch.compile"
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_shards(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(autouse=True)

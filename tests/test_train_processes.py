@@ -11,22 +11,11 @@ import pytest
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-from tests.tiny_pipeline import make_tiny_pipeline
-from tests.tiny_run import make_tiny_shards, tiny_config
+from tests.tiny_run import tiny_config
 from train.checkpoints import checkpoint_steps
 from train.metrics_file import read_metrics
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_shards(tmp_path_factory.mktemp("images"))
 
 
 def start(

@@ -15,22 +15,11 @@ from torch.testing import assert_close
 import train.run
 from sampling.errors import Resumable, RunFailed, UserError
 from sampling.model import DiffusionModel
-from tests.tiny_pipeline import make_tiny_pipeline
-from tests.tiny_run import make_tiny_shards, tiny_config
+from tests.tiny_run import tiny_config
 from train.config import TrainConfig
 from train.metrics_file import read_metrics
 from train.module import FineTuner
 from train.run_directory import check_continues
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_shards(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from data.config import DataConfig
 from sampling.choices import Attention, Spacing
 from sampling.errors import UserError
 from train.loss_config import LossConfig
-from train.ranges import check_range as _check
+from train.ranges import check_range
 
 Betas = Literal["checkpoint", "scaled_linear", "linear", "cosine_discrete"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -50,12 +50,12 @@ class OptimizerConfig:
     """Added to the denominator of the update."""
 
     def __post_init__(self) -> None:
-        _check("optimizer.learning_rate", self.learning_rate, above=0)
-        _check("optimizer.warmup_steps", self.warmup_steps, at_least=0)
-        _check("optimizer.beta1", self.beta1, at_least=0, below=1)
-        _check("optimizer.beta2", self.beta2, at_least=0, below=1)
-        _check("optimizer.weight_decay", self.weight_decay, at_least=0)
-        _check("optimizer.epsilon", self.epsilon, above=0)
+        check_range("optimizer.learning_rate", self.learning_rate, above=0)
+        check_range("optimizer.warmup_steps", self.warmup_steps, at_least=0)
+        check_range("optimizer.beta1", self.beta1, at_least=0, below=1)
+        check_range("optimizer.beta2", self.beta2, at_least=0, below=1)
+        check_range("optimizer.weight_decay", self.weight_decay, at_least=0)
+        check_range("optimizer.epsilon", self.epsilon, above=0)
 
 
 @dataclass
@@ -68,7 +68,7 @@ class EmaConfig:
     """Final decay a step; early on it is (1 + n) / (10 + n) after n updates, if that is less."""
 
     def __post_init__(self) -> None:
-        _check("ema.decay", self.decay, at_least=0, below=1)
+        check_range("ema.decay", self.decay, at_least=0, below=1)
 
 
 @dataclass
@@ -117,9 +117,9 @@ class TrainerConfig:
             "checkpoint_every_steps",
             "keep_checkpoints",
         ):
-            _check(f"trainer.{name}", getattr(self, name), at_least=1)
-        _check("trainer.validate_every_steps", self.validate_every_steps, at_least=0)
-        _check("trainer.gradient_clip", self.gradient_clip, at_least=0)
+            check_range(f"trainer.{name}", getattr(self, name), at_least=1)
+        check_range("trainer.validate_every_steps", self.validate_every_steps, at_least=0)
+        check_range("trainer.gradient_clip", self.gradient_clip, at_least=0)
 
 
 @dataclass
@@ -148,10 +148,10 @@ class PreviewConfig:
     """Rescale of the guided output towards the conditional's standard deviation, 0 to 1."""
 
     def __post_init__(self) -> None:
-        _check("preview.every_steps", self.every_steps, at_least=0)
-        _check("preview.num_images", self.num_images, at_least=1)
-        _check("preview.num_steps", self.num_steps, at_least=1)
-        _check("preview.guidance_rescale", self.guidance_rescale, at_least=0, at_most=1)
+        check_range("preview.every_steps", self.every_steps, at_least=0)
+        check_range("preview.num_images", self.num_images, at_least=1)
+        check_range("preview.num_steps", self.num_steps, at_least=1)
+        check_range("preview.guidance_rescale", self.guidance_rescale, at_least=0, at_most=1)
 
 
 @dataclass
@@ -163,7 +163,7 @@ class WatchConfig:
     them off."""
 
     def __post_init__(self) -> None:
-        _check("watch.weights_every_steps", self.weights_every_steps, at_least=0)
+        check_range("watch.weights_every_steps", self.weights_every_steps, at_least=0)
 
 
 @dataclass
@@ -214,8 +214,8 @@ class TrainConfig:
     """Tracking."""
 
     def __post_init__(self) -> None:
-        _check("batch_size", self.batch_size, at_least=1)
-        _check("seed", self.seed, at_least=0)
+        check_range("batch_size", self.batch_size, at_least=1)
+        check_range("seed", self.seed, at_least=0)
         world_size = self.trainer.devices * self.trainer.num_nodes
         if self.batch_size % world_size:
             raise UserError(

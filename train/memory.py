@@ -6,6 +6,7 @@ also what PyTorch's allocator has given out and what it has taken from the devic
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -14,10 +15,21 @@ GB = 1e9
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
     """Returns name -> GB, without waiting for the device."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    metrics = {"memory/process_peak_gb": peak_bytes / GB}
+    metrics = {"memory/process_peak_gb": process_peak_bytes() / GB}
     if device.type == "cuda":
         metrics["memory/gpu_allocated_peak_gb"] = torch.cuda.max_memory_allocated(device) / GB
         metrics["memory/gpu_reserved_peak_gb"] = torch.cuda.max_memory_reserved(device) / GB
     return metrics
+
+
+def process_peak_bytes() -> int:
+    """Returns the largest resident set of this process so far.
+
+    On Linux ru_maxrss starts at the peak of the process that started this one; VmHWM does not.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

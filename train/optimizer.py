@@ -8,6 +8,7 @@ shares one float32 scale, which leaves about half a weight's size for both.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -20,25 +21,17 @@ EIGHT_BIT_MIN_VALUES = 4096  # bitsandbytes keeps 32 bits for smaller tensors
 
 def build_optimizer(parameters: Iterable[Parameter], settings: OptimizerConfig) -> Optimizer:
     """Builds AdamW; in 32 bits it is fused, which needs no temporaries the size of the model."""
-    betas = (settings.beta1, settings.beta2)
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.epsilon,
+        "weight_decay": settings.weight_decay,
+    }
     if settings.name == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit  # optional: the extra eight-bit
 
-        return AdamW8bit(
-            parameters,
-            lr=settings.learning_rate,
-            betas=betas,
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-        )
-    return AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=betas,
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+        return AdamW8bit(parameters, **options)
+    return AdamW(parameters, fused=True, **options)
 
 
 def eight_bit_problem(device: torch.device) -> str | None:
