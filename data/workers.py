@@ -12,6 +12,7 @@ import signal
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -69,6 +70,8 @@ class _Worker:
 
     def __init__(self, function: Callable[[Any, Advance], Any]) -> None:
         context = multiprocessing.get_context("spawn")
+        # The first process of all starts the tracker, and that would unblock the signals again.
+        resource_tracker.ensure_running()
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(function, theirs), daemon=True)
         with _signals_held_back():

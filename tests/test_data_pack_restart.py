@@ -278,6 +278,17 @@ def test_workers_do_each_job_once_and_end() -> None:
         list(run_in_processes(die_at_three, range(9), 2, counts.append))
 
 
+def test_ctrl_c_reaches_no_worker_also_not_the_first() -> None:
+    code = (
+        "from data.workers import run_in_processes; from tests.worker_jobs import blocked_signals\n"
+        "print([{2, 15} <= s for s in run_in_processes(blocked_signals, range(3), 2, print)])"
+    )
+    found = subprocess.run(  # a process of its own: it has not started Python's tracker yet
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[True, True, True]"
+
+
 def test_a_killed_worker_leaves_a_pack_that_continues(tmp_path: Path, monkeypatch) -> None:
     source = write_folder(tmp_path / "in", 14)
     with monkeypatch.context() as patch:

@@ -23,3 +23,8 @@ def die_at_three(number: int, advance: Callable[[int], None]) -> int:
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+def blocked_signals(number: int, advance: Callable[[int], None]) -> set[int]:
+    """Returns the signals that don't reach the process."""
+    return {int(blocked) for blocked in signal.pthread_sigmask(signal.SIG_BLOCK, set())}
