@@ -52,9 +52,14 @@ def resolve(checkpoint: str | Path, weights: Weights = "ema") -> Resolved:
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """Returns the newest .ckpt of a run directory, by time of writing."""
+    """Returns the .ckpt of a run directory with the most steps, which its name tells."""
     found = list((run_dir / "checkpoints").glob("*.ckpt"))
-    return max(found, key=lambda file: file.stat().st_mtime_ns) if found else None
+    return max(found, key=lambda file: (_number(file), file.name)) if found else None
+
+
+def _number(file: Path) -> int:
+    digits = re.findall(r"\d+", file.stem)
+    return int(digits[-1]) if digits else -1
 
 
 def _run_directory(run_dir: Path, weights: Weights) -> Resolved:
@@ -88,7 +93,13 @@ def _lightning_checkpoint(path: Path, weights: Weights) -> Resolved:
     if weights == "raw":
         state = stored.get("current_model_state", state)
     unet = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
-    base = resolve(record["base"])
+    try:
+        base = resolve(record["base"])
+    except UserError as error:
+        raise UserError(
+            f"checkpoint={path} holds a UNet only; the rest is in the base that it was fine-tuned "
+            f"from, which can't be loaded: {error}"
+        ) from error
     return Resolved(base.folder, path, unet, record["process"])
 
 

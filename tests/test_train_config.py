@@ -12,6 +12,7 @@ from sampling.process import Process
 from sampling.schedule import NoiseSchedule
 from tests.tiny_run import tiny_config
 from train.config import TrainConfig
+from train.optimizer import learning_rate_factor
 from train.process import fine_tuned_process
 
 SD = Process(NoiseSchedule.scaled_linear(), "epsilon", "leading")
@@ -80,3 +81,16 @@ def test_zero_snr_base_refuses_epsilon_where_the_config_alone_cannot_tell() -> N
     overrides = {"loss.prediction_type": "epsilon", "schedule.zero_terminal_snr": False}
     with pytest.raises(UserError, match="zero terminal SNR"):
         fine_tuned_process(config(**overrides), base)
+
+
+@pytest.mark.parametrize("decay", ["none", "linear", "cosine"])
+def test_the_learning_rate_rises_then_falls_to_zero_at_the_last_step(decay: str) -> None:
+    settings = config(**{"optimizer.decay": decay, "optimizer.warmup_steps": 4}).optimizer
+    factors = [learning_rate_factor(step, settings, 104) for step in range(105)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[54] == pytest.approx({"none": 1.0}.get(decay, 0.5))
+    assert factors[104] == pytest.approx({"none": 1.0}.get(decay, 0.0), abs=1e-12)
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+    assert learning_rate_factor(200, settings, 104) == factors[104]
+    at_once = config(**{"optimizer.decay": decay, "optimizer.warmup_steps": 0}).optimizer
+    assert learning_rate_factor(0, at_once, 1) == 1.0

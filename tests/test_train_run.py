@@ -15,7 +15,14 @@ from torch.testing import assert_close
 import train.run
 from sampling.errors import Resumable, RunFailed, UserError
 from sampling.model import DiffusionModel
-from tests.tiny_run import tiny_config
+from tests.tiny_run import (
+    Killed,
+    assert_same_run,
+    kill,
+    load_checkpoint,
+    stop_in_step,
+    tiny_config,
+)
 from train.config import TrainConfig
 from train.metrics_file import read_metrics
 from train.module import FineTuner
@@ -56,44 +63,6 @@ def full_config(run_dir: Path, pipeline: Path, shards: Path, **overrides: Any) -
     return tiny_config(run_dir, pipeline, shards, **values)
 
 
-def checkpoint(run_dir: Path, step: int) -> dict[str, Any]:
-    path = run_dir / "checkpoints" / f"step_{step:08d}.ckpt"
-    return torch.load(path, weights_only=True)
-
-
-def assert_same_run(run_dir: Path, other: Path, step: int = 6) -> None:
-    one, two = checkpoint(run_dir, step), checkpoint(other, step)
-    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
-        assert_close(one[key], two[key], rtol=0, atol=0)
-    measured = ("train/images_per_s", "train/data_wait_share", "memory/")  # of the machine
-    metrics = [read_metrics(folder / "metrics.csv") for folder in (run_dir, other)]
-    assert {k: v for k, v in metrics[0].items() if not k.startswith(measured)} == {
-        k: v for k, v in metrics[1].items() if not k.startswith(measured)
-    }
-
-
-def stop_in_step(
-    monkeypatch: pytest.MonkeyPatch, step: int, action: Any, cls: type = FineTuner
-) -> None:
-    """Makes the training step that follows `step` optimizer steps do `action` first."""
-    original = cls.training_step
-
-    def training_step(self: Any, batch: Any, batch_index: int) -> Any:
-        if self.global_step == step:
-            action()
-        return original(self, batch, batch_index)
-
-    monkeypatch.setattr(cls, "training_step", training_step)
-
-
-class Killed(Exception):
-    """Stands in for SIGKILL."""
-
-
-def kill() -> None:
-    raise Killed
-
-
 def test_run_directory_holds_everything(unbroken: Path) -> None:
     names = {path.name for path in unbroken.iterdir()}
     assert {"config.yaml", "environment.json", "checkpoints", "metrics.csv"} <= names
@@ -112,7 +81,7 @@ def test_run_directory_holds_everything(unbroken: Path) -> None:
 
 
 def test_checkpoint_is_plain_and_names_its_base_and_process(unbroken: Path, pipeline: Path) -> None:
-    saved = checkpoint(unbroken, 6)
+    saved = load_checkpoint(unbroken, 6)
     assert saved["blackpoint"]["base"] == str(pipeline.resolve())
     assert saved["blackpoint"]["process"]["rescale_betas_zero_snr"] is True
     assert saved["blackpoint"]["process"]["prediction_type"] == "v_prediction"
@@ -236,7 +205,7 @@ def test_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
     assert [path.name for path in saved] == ["step_00000003.ckpt"]
     assert all(
         torch.isfinite(value).all()
-        for value in checkpoint(tmp_path / "run", 3)["state_dict"].values()
+        for value in load_checkpoint(tmp_path / "run", 3)["state_dict"].values()
     )
 
 
@@ -278,7 +247,7 @@ def test_accumulation_equals_the_batch_in_one_piece(
     )
     for config in (whole, halves):
         train.run.fit(config)
-    one, two = checkpoint(tmp_path / "whole", 2), checkpoint(tmp_path / "halves", 2)
+    one, two = load_checkpoint(tmp_path / "whole", 2), load_checkpoint(tmp_path / "halves", 2)
     assert_close(one["state_dict"], two["state_dict"], rtol=0, atol=1e-5)
 
 
@@ -305,7 +274,7 @@ def test_options_train(
         tmp_path / "run", pipeline, shards, **{**overrides, "trainer.max_steps": 1}
     )
     assert train.run.fit(config) == 0
-    saved = checkpoint(tmp_path / "run", 1)
+    saved = load_checkpoint(tmp_path / "run", 1)
     assert all(value.dtype == torch.float32 for value in saved["state_dict"].values())
     assert exports == [
         (

@@ -1,14 +1,19 @@
-"""A tiny data set of shards, and a train config over it and a tiny random pipeline."""
+"""A tiny data set of shards, a train config over it and a tiny random pipeline, and broken runs."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from torch.testing import assert_close
 
 from data.pack import PackConfig, pack
 from train.config import TrainConfig
+from train.metrics_file import read_metrics
+from train.module import FineTuner
 
 
 def make_tiny_shards(folder: Path, num_images: int = 12) -> Path:
@@ -52,3 +57,44 @@ def tiny_config(run_dir: Path, pipeline: Path, shards: Path, **overrides: Any) -
     loaded = OmegaConf.to_object(config)
     assert isinstance(loaded, TrainConfig)
     return loaded
+
+
+def load_checkpoint(run_dir: Path, step: int) -> dict[str, Any]:
+    """Reads one checkpoint of a run."""
+    path = run_dir / "checkpoints" / f"step_{step:08d}.ckpt"
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_run(run_dir: Path, other: Path, step: int = 6) -> None:
+    """Asserts that weights, average, optimizer and metrics of two runs are equal to the bit."""
+    one, two = load_checkpoint(run_dir, step), load_checkpoint(other, step)
+    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
+        assert_close(one[key], two[key], rtol=0, atol=0)
+    measured = ("train/images_per_s", "train/data_wait_share", "memory/")  # of the machine
+    metrics = [read_metrics(folder / "metrics.csv") for folder in (run_dir, other)]
+    assert {k: v for k, v in metrics[0].items() if not k.startswith(measured)} == {
+        k: v for k, v in metrics[1].items() if not k.startswith(measured)
+    }
+
+
+def stop_in_step(
+    monkeypatch: pytest.MonkeyPatch, step: int, action: Any, cls: type = FineTuner
+) -> None:
+    """Makes the training step that follows `step` optimizer steps do `action` first."""
+    original = cls.training_step
+
+    def training_step(self: Any, batch: Any, batch_index: int) -> Any:
+        if self.global_step == step:
+            action()
+        return original(self, batch, batch_index)
+
+    monkeypatch.setattr(cls, "training_step", training_step)
+
+
+class Killed(Exception):
+    """Stands in for SIGKILL."""
+
+
+def kill() -> None:
+    """Ends a run without a chance to save."""
+    raise Killed

@@ -32,7 +32,7 @@ class ScheduleConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, with a linear warm-up to a constant learning rate."""
+    """AdamW, with a linear warm-up of the learning rate and, if wanted, its decay."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"
     """adamw is fused; adamw_8bit keeps its state in 8 bits (needs the extra eight-bit)."""
@@ -40,6 +40,8 @@ class OptimizerConfig:
     """Learning rate after the warm-up."""
     warmup_steps: int = 500
     """Optimizer steps over which the learning rate rises linearly from near 0."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How the learning rate falls after the warm-up, to 0 at trainer.max_steps; none: it stays."""
     beta1: float = 0.9
     """Decay of the gradient's running mean."""
     beta2: float = 0.999
@@ -106,6 +108,8 @@ class TrainerConfig:
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
+    keep_best: bool = True
+    """Keep the checkpoint of the lowest validation loss too; checkpoints/best.json names it."""
 
     def __post_init__(self) -> None:
         for name in (

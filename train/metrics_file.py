@@ -20,6 +20,11 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     return series
 
 
+def rows_after(path: Path, step: int) -> set[tuple[int, str]]:
+    """Returns (step, name) of the whole rows beyond `step`; none without a file."""
+    return {row[:2] for row in _whole_rows(path) if row[0] > step} if path.exists() else set()
+
+
 def drop_rows_after(path: Path, step: int) -> None:
     """Keeps the whole rows up to `step`, or starts the file with its header."""
     kept = [row for row in _whole_rows(path) if row[0] <= step] if path.exists() else []

@@ -21,7 +21,7 @@ from sampling.prediction import add_noise, training_target
 from train.config import TrainConfig
 from train.draws import Draws, draw
 from train.loss import squared_error
-from train.optimizer import build_optimizer
+from train.optimizer import build_optimizer, learning_rate_factor
 from train.uncertainty import LearnedUncertainty
 from train.weighting import loss_weights
 
@@ -150,20 +150,19 @@ class FineTuner(LightningModule):
         return batch | {name: batch[name].to(device, non_blocking=True) for name in names}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Builds AdamW (train/optimizer.py) and the warm-up."""
+        """Builds AdamW and its learning rate's course (train/optimizer.py)."""
         settings = self.config.optimizer
         optimizer = build_optimizer(self.unet.parameters(), settings)
         if self.uncertainty is not None:
-            rate = self.config.loss.uncertainty_learning_rate
-            coefficients = list(self.uncertainty.parameters())
-            optimizer.add_param_group({"params": coefficients, "lr": rate, "weight_decay": 0.0})
-        warmup = LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / (settings.warmup_steps + 1))
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": warmup, "interval": "step"},
-        }
+            group = {
+                "params": list(self.uncertainty.parameters()),
+                "lr": self.config.loss.uncertainty_learning_rate,
+                "weight_decay": 0.0,
+            }
+            optimizer.add_param_group(group)
+        max_steps = self.config.trainer.max_steps
+        rate = LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings, max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
     def configure_gradient_clipping(
         self,

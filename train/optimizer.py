@@ -7,6 +7,7 @@ m and v are twice the size of the weights. In 8 bits (Dettmers et al. 2022) each
 shares one float32 scale, which leaves about half a weight's size for both.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,6 +33,21 @@ def build_optimizer(parameters: Iterable[Parameter], settings: OptimizerConfig) 
 
         return AdamW8bit(parameters, **options)
     return AdamW(parameters, fused=True, **options)
+
+
+def learning_rate_factor(step: int, settings: OptimizerConfig, max_steps: int) -> float:
+    """Returns the share of the learning rate at optimizer step `step`, 0 the first."""
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    match settings.decay:
+        case "linear":
+            return 1 - progress
+        case "cosine":
+            return (1 + math.cos(math.pi * progress)) / 2
+        case _:
+            return 1.0
 
 
 def eight_bit_problem(device: torch.device) -> str | None:

@@ -48,7 +48,6 @@ class Previews(Callback):
             images = self._sample(trainer, pl_module)
             pictures = [to_picture(image) for image in images]
             metrics, captions = measure(images, self.config.prompts)
-            log_metrics(trainer, metrics)
             columns = self.config.num_images
             rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
             titles = [f"step {step}, seed {seed}" for seed in range(columns)]
@@ -57,6 +56,7 @@ class Previews(Callback):
                 if isinstance(logger, WandbLogger):
                     caption = "; ".join(captions)
                     logger.log_image("previews", [str(path)], step=step, caption=[caption])
+            log_metrics(trainer, metrics)  # last: what metrics.csv holds has been shown
 
     def _sample(self, trainer: Trainer, module: FineTuner) -> Tensor:
         prompts, columns = self.config.prompts, range(self.config.num_images)

@@ -1,5 +1,6 @@
 """One run, from its config to an exported pipeline; started again, it goes on where it stopped."""
 
+import errno
 import gc
 import logging
 import sys
@@ -12,22 +13,30 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from data.module import CaptionedImages
-from sampling.errors import Resumable
+from sampling.errors import Resumable, RunFailed
 from sampling.export import export
 from sampling.model import DiffusionModel
 from sampling.speed import prepare_unet
-from train.checkpoints import AtomicCheckpointIO, SaveCheckpoints, checkpoint_steps
+from train.checkpoints import (
+    AtomicCheckpointIO,
+    SaveCheckpoints,
+    checkpoint_steps,
+    newest_whole,
+    remove_torn,
+)
 from train.config import TrainConfig
 from train.device import COMPUTE_DTYPE, check_device, set_tf32, training_device
 from train.ema import Ema
 from train.encoders import ready_encoders
 from train.interruption import StopOnSignal
 from train.metrics import CsvMetrics, is_first_process
+from train.metrics_file import rows_after
 from train.module import FineTuner
 from train.previews import Previews
 from train.process import fine_tuned_process
 from train.progress import Progress
 from train.run_directory import check_continues, write_records
+from train.run_lock import RunLock
 from train.tracking import wandb_logger
 from train.validation import ValidationLoss
 from train.watch import Watch
@@ -41,38 +50,69 @@ LIGHTNING_NOTES = (
     ".*`isinstance\\(treespec, LeafSpec\\)`.*",
 )
 
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 def fit(config: TrainConfig) -> int:
     """Trains, resumes or finishes the run in config.run_dir; returns the exit status 0.
 
     Raises UserError for wrong input, before anything is written; RunFailed where the loss is not
-    finite; Resumable where a signal stopped the run after saving it.
+    finite or the disk takes no more; Resumable where a signal stopped the run after saving it.
     """
     run_dir = Path(config.run_dir)
     check_continues(run_dir, config)
-    last_step = max(checkpoint_steps(run_dir / "checkpoints"), default=0)
-    if (run_dir / "export").exists():
-        say(f"{run_dir} is finished: {last_step} steps, exported to {run_dir / 'export'}")
+    if is_finished(run_dir):
         return 0
-    if last_step < config.trainer.max_steps:
-        train(config, run_dir, last_step)
-        # Trainer, module and callbacks hold each other: only this frees weights, moments and
-        # average, before the export loads the model anew.
-        gc.collect()
-    if is_first_process():
-        say(f"exporting to {run_dir / 'export'} and checking it against diffusers")
-        newest = list(checkpoint_steps(run_dir / "checkpoints").values())[-1]
-        export(newest, run_dir / "export", weights="ema" if config.ema.enabled else "raw")
-        say(f"done: {run_dir / 'export'}")
+    lock = RunLock(run_dir)
+    try:
+        if run_dir.exists() and is_first_process():
+            lock.acquire()
+            if is_finished(run_dir):  # by the process that held the lock
+                return 0
+        last_step, newest = newest_whole(run_dir / "checkpoints")
+        if last_step < config.trainer.max_steps:
+            train(config, run_dir, last_step, lock=lock)
+            # Trainer, module and callbacks hold each other: only this frees weights, moments and
+            # average, before the export loads the model anew.
+            gc.collect()
+            newest = checkpoint_steps(run_dir / "checkpoints")[config.trainer.max_steps]
+        if is_first_process():
+            assert newest is not None
+            say(f"exporting to {run_dir / 'export'} and checking it against diffusers")
+            export(newest, run_dir / "export", weights="ema" if config.ema.enabled else "raw")
+            say(f"done: {run_dir / 'export'}")
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise RunFailed(
+            f"{error.filename or run_dir}: {error.strerror}. What was saved is kept; make room or "
+            "restore the rights, and the same command continues"
+        ) from error
+    finally:
+        lock.release()
     return 0
 
 
+def is_finished(run_dir: Path) -> bool:
+    """Tells, and says, whether the run was exported already."""
+    if not (run_dir / "export").exists():
+        return False
+    last_step = max(checkpoint_steps(run_dir / "checkpoints"), default=0)
+    say(f"{run_dir} is finished: {last_step} steps, exported to {run_dir / 'export'}")
+    return True
+
+
 def train(
-    config: TrainConfig, run_dir: Path, resume_step: int, watchers: Sequence[Callback] = ()
+    config: TrainConfig,
+    run_dir: Path,
+    resume_step: int,
+    watchers: Sequence[Callback] = (),
+    lock: RunLock | None = None,
 ) -> None:
     """Trains from the checkpoint of `resume_step` (0: from config.checkpoint) to max_steps.
 
-    `watchers` are called after the run's own callbacks, such as a benchmark's clock.
+    `watchers` are called after the run's own callbacks, such as a benchmark's clock. `lock` is
+    taken, if it is not held yet, when the input has proved right and the run is about to write.
     """
     device = training_device()
     check_device(config, device)
@@ -100,11 +140,17 @@ def train(
     if note:
         say(f"note: {note}")
     if is_first_process():
+        if lock is not None:
+            lock.acquire()
+        remove_torn(run_dir / "checkpoints")
         write_records(run_dir, config)
+    say(batches_note(config))
+    logged = rows_after(run_dir / "metrics.csv", resume_step)
     loggers: list[Logger] = [CsvMetrics(run_dir / "metrics.csv", resume_step)]
     if config.wandb.enabled and is_first_process():
-        loggers.append(wandb_logger(config, run_dir))
-    stop, callbacks = build_callbacks(config, run_dir)
+        # Before the other: a row that is in metrics.csv has reached wandb.
+        loggers.insert(0, wandb_logger(config, run_dir, logged))
+    stop, callbacks = build_callbacks(config, run_dir, resume_step)
     trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers])
     if resume_step:
         say(f"resuming {run_dir} at step {resume_step}")
@@ -123,7 +169,20 @@ def train(
         )
 
 
-def build_callbacks(config: TrainConfig, run_dir: Path) -> tuple[StopOnSignal, list[Callback]]:
+def batches_note(config: TrainConfig) -> str:
+    """Says how many images a step takes, and who takes them; the learning rate is never scaled."""
+    num_processes = config.trainer.devices * config.trainer.num_nodes
+    accumulated = config.trainer.accumulate_grad_batches
+    return (
+        f"global batch: {config.batch_size * accumulated} images a step = {num_processes} "
+        f"processes x {config.batch_size // num_processes} images x {accumulated} accumulated; "
+        f"learning rate {config.optimizer.learning_rate:g}"
+    )
+
+
+def build_callbacks(
+    config: TrainConfig, run_dir: Path, resume_step: int
+) -> tuple[StopOnSignal, list[Callback]]:
     """Builds the callbacks in the order that they must run in after a step.
 
     The average is updated first; then the step is checked and logged, and shown; measurements
@@ -136,13 +195,21 @@ def build_callbacks(config: TrainConfig, run_dir: Path) -> tuple[StopOnSignal, l
     callbacks += [watch, Progress(watch)]
     if config.watch.weights_every_steps:
         callbacks.append(WeightsWatch(config.watch.weights_every_steps, watch, ema))
+    validation = None
     if config.trainer.validate_every_steps and config.data.validation_shards:
-        callbacks.append(ValidationLoss(config.trainer.validate_every_steps, watch, ema))
+        validation = ValidationLoss(config.trainer.validate_every_steps, watch, ema)
+        callbacks.append(validation)
     if config.preview.every_steps and config.preview.prompts:
         callbacks.append(Previews(run_dir / "previews", config.preview, watch, ema))
-    checkpoints = run_dir / "checkpoints"
-    every, keep = config.trainer.checkpoint_every_steps, config.trainer.keep_checkpoints
-    return stop, [*callbacks, stop, SaveCheckpoints(checkpoints, every, keep, watch)]
+    save = SaveCheckpoints(
+        run_dir / "checkpoints",
+        config.trainer.checkpoint_every_steps,
+        config.trainer.keep_checkpoints,
+        watch,
+        validation if config.trainer.keep_best else None,
+        resume_step,
+    )
+    return stop, [*callbacks, stop, save]
 
 
 def build_trainer(

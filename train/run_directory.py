@@ -27,6 +27,8 @@ FREE_KEYS = (
     "trainer.devices",
     "trainer.num_nodes",
     "data.num_workers",
+    "trainer.keep_checkpoints",
+    "trainer.keep_best",
     "watch.",
     "wandb.",
 )

@@ -1,22 +1,51 @@
-"""Weights & Biases: one run there for a run directory, however often it is resumed."""
+"""Weights & Biases: one run there for a run directory, however often it is resumed.
+
+Rows can't be taken back there. A run that was killed goes on from a step before its last row, and
+computes the same numbers again, to the bit: those that were sent already are not sent twice.
+"""
 
 import dataclasses
 import netrc
 import os
 import secrets
 import sys
+from collections.abc import Mapping, Set
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from train.config import TrainConfig
 
 
-def wandb_logger(config: TrainConfig, run_dir: Path) -> WandbLogger:
+class ResumedWandbLogger(WandbLogger):
+    """Passes on all but what was passed on before, given as (step, name)."""
+
+    def __init__(self, experiment: Any, save_dir: Path, logged: Set[tuple[int, str]]) -> None:
+        super().__init__(experiment=experiment, save_dir=save_dir)
+        self.logged = logged
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Logs numbers, and the pictures that belong to preview/*, which came before those."""
+        new = {name: value for name, value in metrics.items() if (step, name) not in self.logged}
+        if "previews" in new and any(
+            logged == step and name.startswith("preview/") for logged, name in self.logged
+        ):
+            del new["previews"]
+        if new:
+            super().log_metrics(new, step)
+
+
+def wandb_logger(
+    config: TrainConfig, run_dir: Path, logged: Set[tuple[int, str]] = frozenset()
+) -> WandbLogger:
     """Starts or continues the run: online if someone is logged in, else offline, which it says.
 
-    For the first process only; call `.experiment.finish()` at the end.
+    For the first process only; call `.experiment.finish()` at the end. `logged` are the
+    rows, (step, name), beyond the checkpoint that the run continues from: sent already.
     """
     import wandb  # takes a second, which a run without it should not pay
 
@@ -39,7 +68,7 @@ def wandb_logger(config: TrainConfig, run_dir: Path) -> WandbLogger:
     )
     experiment.define_metric("trainer/global_step")
     experiment.define_metric("*", step_metric="trainer/global_step")
-    return WandbLogger(experiment=experiment, save_dir=run_dir)
+    return ResumedWandbLogger(experiment, run_dir, logged)
 
 
 def logged_in() -> bool:

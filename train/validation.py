@@ -25,6 +25,8 @@ class ValidationLoss(Callback):
 
     def __init__(self, every_steps: int, watch: Watch, ema: Ema | None) -> None:
         self.every_steps, self.watch, self.ema = every_steps, watch, ema
+        self.measured: tuple[int, float] | None = None
+        """The step of the last validation, and its loss."""
         self._loader: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -39,7 +41,10 @@ class ValidationLoss(Callback):
             return
         assert isinstance(pl_module, FineTuner)
         with self.watch.paused():
-            log_metrics(trainer, self.measure(trainer, pl_module))
+            metrics = self.measure(trainer, pl_module)
+            log_metrics(trainer, metrics)
+            if "validation/loss" in metrics:
+                self.measured = step, metrics["validation/loss"]
 
     @torch.no_grad()
     def measure(self, trainer: Trainer, module: FineTuner) -> dict[str, float]:

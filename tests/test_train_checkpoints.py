@@ -1,0 +1,371 @@
+"""Laws of what a run leaves on disk: whole or refused, the best kept, one process, no row twice."""
+
+import errno
+import fcntl
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import train.run
+from sampling.checkpoint import last_checkpoint
+from sampling.errors import RunFailed, UserError
+from tests.tiny_run import Killed, assert_same_run, kill, stop_in_step, tiny_config
+from train.checkpoints import AtomicCheckpointIO, checkpoint_steps, damage, read_best
+from train.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports have their own tests."""
+    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+
+
+@pytest.fixture(scope="module")
+def unbroken(pipeline: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+        train.run.fit(every_two(run_dir, pipeline, shards))
+    return run_dir
+
+
+def every_two(run_dir: Path, pipeline: Path, shards: Path, **overrides: object) -> TrainConfig:
+    values = {"trainer.checkpoint_every_steps": 2, "trainer.validate_every_steps": 0}
+    return tiny_config(run_dir, pipeline, shards, **(values | overrides))
+
+
+def stop_at(step: int, config: TrainConfig) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(patch, step, kill)
+        with pytest.raises(Killed):
+            train.run.fit(config)
+    return Path(config.run_dir)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip_a_byte, empty])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    spoil, unbroken: Path, pipeline: Path, shards: Path, tmp_path: Path, capsys
+) -> None:
+    config = every_two(tmp_path / "run", pipeline, shards)
+    run_dir = stop_at(5, config)
+    assert list(checkpoint_steps(run_dir / "checkpoints")) == [2, 4]
+    spoil(run_dir / "checkpoints/step_00000004.ckpt")
+    assert train.run.fit(config) == 0
+    told = capsys.readouterr().err
+    assert "WARNING" in told and "step_00000004.ckpt is damaged" in told
+    assert "going on from step 2" in told
+    assert_same_run(run_dir, unbroken)
+    assert list(checkpoint_steps(run_dir / "checkpoints")) == [4, 6]
+
+
+def test_damage_of_the_last_step_is_mended_too(
+    unbroken: Path, pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    config = every_two(tmp_path / "run", pipeline, shards)
+    train.run.fit(config)
+    (tmp_path / "run/export").rmdir()
+    truncate(tmp_path / "run/checkpoints/step_00000006.ckpt")
+    assert train.run.fit(config) == 0
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_run_of_damaged_checkpoints_only_says_what_to_remove(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    config = every_two(tmp_path / "run", pipeline, shards)
+    run_dir = stop_at(5, config)
+    for path in checkpoint_steps(run_dir / "checkpoints").values():
+        truncate(path)
+    with pytest.raises(UserError, match="every checkpoint is damaged .*remove .*checkpoints"):
+        train.run.fit(config)
+
+
+def test_a_whole_checkpoint_shows_no_damage(unbroken: Path, tmp_path: Path) -> None:
+    for path in checkpoint_steps(unbroken / "checkpoints").values():
+        assert damage(path) is None
+    assert damage(tmp_path / "absent.ckpt")
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_written_keeps_the_one_before(
+    error: int, unbroken: Path, pipeline: Path, shards: Path, tmp_path: Path, monkeypatch
+) -> None:
+    config = every_two(tmp_path / "run", pipeline, shards)
+    save, fails = torch.save, [False, True]
+
+    def failing(checkpoint, file):
+        if fails.pop(0):
+            file.write(b"PK")
+            raise OSError(error, os.strerror(error))
+        save(checkpoint, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", failing)
+        with pytest.raises(RunFailed, match=f"{os.strerror(error)}. Step 2 is kept.*same command"):
+            train.run.fit(config)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [
+        "step_00000002.ckpt"
+    ]
+    assert train.run.fit(config) == 0
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(pipeline: Path, shards: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root to mount a small disk")
+    try:
+        with pytest.raises(RunFailed, match="No space left on device") as caught:
+            train.run.fit(every_two(disk / "run", pipeline, shards))
+        assert "same command continues" in str(caught.value)
+        assert not list((disk / "run").rglob("*.tmp"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_best_checkpoint_is_kept_and_named(
+    pipeline: Path, shards: Path, tmp_path: Path, monkeypatch
+) -> None:
+    losses = {1: 0.5, 2: 0.2, 3: 0.4, 4: 0.3, 5: 0.9, 6: 0.8}
+    monkeypatch.setattr(
+        "train.validation.ValidationLoss.measure",
+        lambda self, trainer, module: {"validation/loss": losses[trainer.global_step]},
+    )
+    settings = {
+        "data.validation_shards": str(shards),
+        "trainer.validate_every_steps": 1,
+        "trainer.checkpoint_every_steps": 1,
+        "trainer.keep_checkpoints": 1,
+    }
+    config = tiny_config(tmp_path / "run", pipeline, shards, **settings)
+    run_dir = stop_at(4, config)
+    assert list(checkpoint_steps(run_dir / "checkpoints")) == [2, 4]
+    train.run.fit(config)
+    assert list(checkpoint_steps(run_dir / "checkpoints")) == [2, 6]
+    assert json.loads((run_dir / "checkpoints/best.json").read_text()) == {
+        "step": 2,
+        "validation_loss": 0.2,
+    }
+    without = tiny_config(
+        tmp_path / "without", pipeline, shards, **settings, **{"trainer.keep_best": False}
+    )
+    train.run.fit(without)
+    assert list(checkpoint_steps(tmp_path / "without/checkpoints")) == [6]
+
+
+def test_a_lost_best_is_found_again(tmp_path: Path) -> None:
+    assert read_best(tmp_path) is None
+    (tmp_path / "best.json").write_text("{")
+    assert read_best(tmp_path) is None
+
+
+def test_the_newest_checkpoint_is_that_of_most_steps_whatever_the_clock(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for step, changed_s in ((900, 1_000), (1000, 500), (99_999, 10), (100_000_000, 5)):
+        path = tmp_path / f"checkpoints/step_{step:08d}.ckpt"
+        path.write_bytes(b"")
+        os.utime(path, (changed_s, changed_s))
+    newest = last_checkpoint(tmp_path)
+    assert newest is not None and newest.name == "step_100000000.ckpt"
+
+
+def test_a_run_directory_has_one_process(
+    unbroken: Path, pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    config = every_two(tmp_path / "run", pipeline, shards)
+    run_dir = stop_at(3, config)
+    with (run_dir / ".lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match='in use by another process.*"host".*another run_dir'):
+            train.run.fit(config)
+    assert train.run.fit(config) == 0
+    assert_same_run(run_dir, unbroken)
+
+
+def test_two_starts_at_once_do_not_share_a_new_directory(
+    pipeline: Path, shards: Path, tmp_path: Path, monkeypatch
+) -> None:
+    config = every_two(tmp_path / "run", pipeline, shards)
+    files = []
+
+    def other_was_faster(config: TrainConfig) -> str:
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir()
+        files.append((run_dir / ".lock").open("a"))
+        fcntl.flock(files[0], fcntl.LOCK_EX)
+        return ""
+
+    prepare = train.run.CaptionedImages.setup
+    monkeypatch.setattr(
+        train.run.CaptionedImages,
+        "setup",
+        lambda self, stage: (other_was_faster(config), prepare(self, stage))[1],
+    )
+    with pytest.raises(UserError, match="in use by another process"):
+        train.run.fit(config)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    files[0].close()
+
+
+def test_a_file_system_without_locks_is_used_and_said(
+    pipeline: Path, shards: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert train.run.fit(every_two(tmp_path / "run", pipeline, shards)) == 0
+    assert "can't be locked (No locks available)" in capsys.readouterr().err
+
+
+def wandb_rows(run_dir: Path) -> list[tuple[int, str]]:
+    """Reads (step, name) of every history row of the offline runs: LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        content, position, message = path.read_bytes(), 7, b""
+        while position + 7 <= len(content):
+            left = 32768 - position % 32768
+            if left < 7:
+                position += left
+                continue
+            _, size, kind = struct.unpack_from("<IHB", content, position)
+            message += content[position + 7 : position + 7 + size]
+            position += 7 + size
+            if kind not in (1, 4):  # whole, or the last part
+                continue
+            record = Record()
+            record.ParseFromString(message)
+            message = b""
+            items = record.history.item
+            values = {(item.key or item.nested_key[0]): item.value_json for item in items}
+            if "trainer/global_step" in values:
+                step = int(values["trainer/global_step"])
+                found += [(step, name) for name in values if not name.startswith(("_", "trainer/"))]
+    return found
+
+
+@pytest.mark.slow
+def test_wandb_gets_every_row_once_however_the_run_was_broken(
+    pipeline: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    settings = {
+        "wandb.enabled": True,
+        "trainer.checkpoint_every_steps": 3,
+        "data.validation_shards": str(shards),
+        "trainer.validate_every_steps": 2,
+        "preview.every_steps": 2,
+        "preview.num_steps": 1,
+        "preview.num_images": 1,
+    }
+    config = tiny_config(run_dir, pipeline, shards, **settings)
+    stop_at(5, config)
+    time.sleep(1.1)  # wandb names its folders by the second
+    assert train.run.fit(config) == 0
+    assert "wandb is offline" in capsys.readouterr().err
+    run_id = (run_dir / "wandb" / "run_id").read_text()
+    assert len(list((run_dir / "wandb").glob(f"offline-run-*-{run_id}"))) == 2
+    rows = Counter(wandb_rows(run_dir))
+    assert set(rows.values()) == {1}
+    assert {step for step, name in rows if name == "train/loss"} == set(range(1, 7))
+    assert {step for step, name in rows if name == "previews"} == {2, 4, 6}
+    assert {step for step, name in rows if name == "validation/loss"} == {2, 4, 6}
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    """SIGKILL, also while a checkpoint is written: syncing one is made to take a while."""
+    rng = random.Random(0)
+    settings = {
+        "trainer.max_steps": 80,
+        "trainer.checkpoint_every_steps": 2,
+        "trainer.validate_every_steps": 4,
+        "data.validation_shards": str(shards),
+    }
+    unbroken = tiny_config(tmp_path / "unbroken", pipeline, shards, **settings)
+    train.run.fit(unbroken)
+    config = tiny_config(tmp_path / "run", pipeline, shards, **settings)
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    slow_disk = (
+        "import os, sys, time, train.run, train.checkpoints\n"
+        "sync = os.fsync\n"
+        "def fsync(file):\n"
+        "    time.sleep(.05)\n"
+        "    sync(file)\n"
+        "os.fsync = fsync\n"
+        "train.run.export = lambda source, output, weights: output.mkdir()\n"
+        "from scripts.cli import main\n"
+        "sys.exit(main(['train', sys.argv[1]]))\n"
+    )
+    kills, torn = 0, 0
+    folder = tmp_path / "run/checkpoints"
+    while kills < 20:
+        process = subprocess.Popen(
+            [sys.executable, "-c", slow_disk, str(yaml)], cwd=ROOT, stderr=subprocess.PIPE
+        )
+        wanted = max(checkpoint_steps(folder), default=0) + 2 * rng.randrange(2)
+        moment_s = rng.random() * 0.4
+        while process.poll() is None and max(checkpoint_steps(folder), default=0) < wanted:
+            time.sleep(0.005)
+        if wanted == max(checkpoint_steps(folder), default=0) and rng.random() < 0.3:
+            moment_s = 6 * rng.random()  # at any moment of the start, too
+        time.sleep(moment_s)
+        process.send_signal(signal.SIGKILL)
+        stderr = process.communicate()[1].decode()
+        assert process.returncode == -signal.SIGKILL, stderr
+        torn += bool(list(folder.glob(".*.tmp")))
+        kills += 1
+    last = subprocess.run([sys.executable, "-c", slow_disk, str(yaml)], cwd=ROOT)
+    assert last.returncode == 0
+    assert torn, "no kill came within the writing of a checkpoint"
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken", step=80)
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_an_older_torch_error_names_the_systems_reason(tmp_path: Path, monkeypatch) -> None:
+    def failing(checkpoint, file):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0") from None
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(RunFailed, match="No space left on device"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "step_00000001.ckpt")
+    assert not list(tmp_path.iterdir())
