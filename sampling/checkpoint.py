@@ -14,6 +14,7 @@ from sampling.choices import Weights
 from sampling.errors import UserError
 
 MODELS = ("unet", "vae", "text_encoder")
+HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 SMALL_FILES = ["*.json", "*.txt", "tokenizer/*"]
 COMMUNITY_IDS = (
     "SD 1.5 is stable-diffusion-v1-5/stable-diffusion-v1-5, SD 2.1 base is "
@@ -130,15 +131,14 @@ def _download(hub_id: str) -> Path:
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
     try:
         try:
             names = [item.rfilename for item in HfApi().model_info(hub_id).siblings or []]
-        except (OfflineModeIsEnabled, ConnectionError, OSError) as error:
-            if isinstance(error, HfHubHTTPError):
+        except Exception as error:
+            if isinstance(error, HfHubHTTPError) or not _is_unreachable(error):
                 raise
             return Path(snapshot_download(hub_id, local_files_only=True))
         return Path(snapshot_download(hub_id, allow_patterns=_patterns(names)))
@@ -152,12 +152,21 @@ def _download(hub_id: str) -> Path:
             f"checkpoint={hub_id} is neither a local folder nor a model on the hub (or it is "
             f"private: `hf auth login`). {COMMUNITY_IDS}"
         ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, LocalEntryNotFoundError) and not _is_unreachable(error):
+            raise
         raise UserError(
             f"checkpoint={hub_id} is not a local folder, and the hub cannot be reached from here "
             "(nor is it in the hub's cache); download it where there is a network and give the "
             f"folder. {COMMUNITY_IDS}"
         ) from error
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether the network failed; the libraries that the hub's client may use have no class in
+    common."""
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or library in HTTP_LIBRARIES
 
 
 def _patterns(names: list[str]) -> list[str]:

@@ -1,7 +1,11 @@
 """What the model bundle refuses to load, and what it says then."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,3 +132,22 @@ def test_hub_id_that_is_not_found_names_the_community_ids(hub_id):
 def test_wrong_scheduler_config_is_refused(entries, message):
     with pytest.raises(UserError, match=message):
         Process.from_diffusers({"beta_schedule": "scaled_linear", **entries})
+
+
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer_is_said_and_not_a_traceback(tmp_path):
+    code = (
+        "from sampling.model import DiffusionModel\n"
+        "from sampling.errors import UserError\n"
+        "try:\n    DiffusionModel.load('someone/something')\n"
+        "except UserError as error:\n    print(error)"
+    )
+    nobody_listens = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | nobody_listens | {"HF_HOME": str(tmp_path)},
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert "the hub cannot be reached" in found.stdout, found.stderr
