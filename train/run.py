@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -17,11 +18,12 @@ from sampling.export import export
 from sampling.model import DiffusionModel
 from sampling.speed import prepare_unet
 from train.checkpoints import AtomicCheckpointIO, SaveCheckpoints, checkpoint_steps
+from train.cluster import cluster_environment
 from train.config import TrainConfig
 from train.device import COMPUTE_DTYPE, check_device, set_tf32, training_device
 from train.ema import Ema
 from train.encoders import ready_encoders
-from train.interruption import StopOnSignal
+from train.interruption import StopOnSignal, lost_process
 from train.metrics import CsvMetrics, is_first_process
 from train.module import FineTuner
 from train.previews import Previews
@@ -39,6 +41,7 @@ LIGHTNING_NOTES = (
     ".*have no `validation_step`.*",
     ".*You have overridden `transfer_batch_to_device`.*",
     ".*`isinstance\\(treespec, LeafSpec\\)`.*",
+    ".*The `srun` command is available on your system but is not used.*",
 )
 
 
@@ -76,6 +79,7 @@ def train(
     """
     device = training_device()
     check_device(config, device)
+    environment = cluster_environment(config)
     set_tf32(config.trainer.tf32)
     model = DiffusionModel.load(config.checkpoint)
     model.process = fine_tuned_process(config, model.process)
@@ -105,21 +109,26 @@ def train(
     if config.wandb.enabled and is_first_process():
         loggers.append(wandb_logger(config, run_dir))
     stop, callbacks = build_callbacks(config, run_dir)
-    trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers])
+    trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers], environment)
     if resume_step:
         say(f"resuming {run_dir} at step {resume_step}")
     checkpoint = checkpoint_steps(run_dir / "checkpoints").get(resume_step)
+    stop.listen(trainer)
     try:
-        trainer.fit(FineTuner(model, config), datamodule=images, ckpt_path=checkpoint)
+        with lost_process(trainer):
+            trainer.fit(FineTuner(model, config), datamodule=images, ckpt_path=checkpoint)
     finally:
         stop.restore_handlers()
         for logger in loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.finish()
-    if stop.stopped_step is not None:
+    # The other processes have ended well: whoever started them would take another status for a
+    # failure, and end this one while it still finishes its records.
+    if stop.stopped_step is not None and is_first_process():
+        saved = f"saved in {run_dir / 'checkpoints'}" if stop.stopped_step else "nothing to save"
         raise Resumable(
-            f"stopped at step {stop.stopped_step} of {config.trainer.max_steps}, saved in "
-            f"{run_dir / 'checkpoints'}; the same command continues"
+            f"stopped at step {stop.stopped_step} of {config.trainer.max_steps}, {saved}; the same "
+            "command continues"
         )
 
 
@@ -146,7 +155,11 @@ def build_callbacks(config: TrainConfig, run_dir: Path) -> tuple[StopOnSignal, l
 
 
 def build_trainer(
-    config: TrainConfig, run_dir: Path, loggers: list[Logger], callbacks: list[Callback]
+    config: TrainConfig,
+    run_dir: Path,
+    loggers: list[Logger],
+    callbacks: list[Callback],
+    environment: ClusterEnvironment | None = None,
 ) -> Trainer:
     """Builds a Lightning Trainer that adds as little as it can to a bare loop."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -163,7 +176,7 @@ def build_trainer(
         gradient_clip_val=config.trainer.gradient_clip or None,
         logger=loggers,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *([environment] if environment else [])],
         use_distributed_sampler=False,
         limit_val_batches=0,  # the validation callback does it, before the checkpoint is saved
         num_sanity_val_steps=0,
