@@ -148,14 +148,18 @@ class Cluster:
         text = self.run("scontrol", "show", "job", job, check=False)
         return dict(re.findall(r"(\w+)=(\S+)", text))
 
-    def wait_for_end(self, job: str, timeout_s: float, log: Path | None = None) -> dict[str, str]:
+    def wait_for_end(self, job: str, timeout_s: float) -> dict[str, str]:
         """Waits until a job is over, requeues included, and returns its last state."""
 
         def over() -> bool:
-            state = self.state(job).get("JobState")
-            return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+            return self.state(job).get("JobState") in (
+                "COMPLETED",
+                "FAILED",
+                "CANCELLED",
+                "TIMEOUT",
+            )
 
-        wait_until(over, timeout_s, lambda: f"{self.state(job)}\n{log and log.read_text()}")
+        wait_until(over, timeout_s, lambda: self.state(job))
         return self.state(job)
 
     def _jobs(self) -> list[str]:
@@ -167,7 +171,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, describe: Callab
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {describe()}"
-        time.sleep(0.1)
+        time.sleep(0.2)
 
 
 def _path() -> str:

