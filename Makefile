@@ -1,6 +1,7 @@
 # Each target first makes .venv, once. A fresh machine needs Python 3.10 or newer, and make.
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+# The tests of one cluster stay in one process.
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK
 

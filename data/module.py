@@ -7,6 +7,7 @@ image, "moments" (B, 2C, H/f, W/f) and "prompt_embeds" (B, L, D), float32. All t
 a sample is a function of (seed, epoch, index).
 """
 
+import signal
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -199,9 +200,19 @@ class CaptionedImages(LightningDataModule):
             batch_size=None,  # The data set yields whole batches.
             collate_fn=_as_it_is,
             num_workers=num_workers,
+            worker_init_fn=_leave_signals_to_training,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _leave_signals_to_training(worker: int) -> None:
+    """Keeps a worker alive where a scheduler signals every process of a job.
+
+    The step under way is finished with it. It ends when its parent closes the loader, or is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from data.errors import RunFailed as DataRunFailed
 from data.errors import UserError as DataUserError
 from sampling.errors import Resumable, RunFailed, UserError
+from train import signals
 
 # verb: (module with config_class() and run(config) -> int, purpose)
 VERBS: dict[str, tuple[str, str]] = {
@@ -90,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """Is the console script."""
+    if sys.argv[1:2] == ["train"]:
+        # Seconds before a trainer listens: a signal during the imports must not be a crash.
+        signals.listen()
     sys.exit(main())
 
 

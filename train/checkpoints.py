@@ -56,8 +56,8 @@ def remove_torn(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def newest_whole(folder: Path) -> tuple[int, Path | None]:
-    """Returns step and file of the newest checkpoint that is not damaged; (0, None) without any.
+def newest_whole(folder: Path) -> int:
+    """Returns the step of the newest checkpoint that is not damaged; 0 without any.
 
     Says which ones are damaged; raises UserError if all are.
     """
@@ -67,7 +67,7 @@ def newest_whole(folder: Path) -> tuple[int, Path | None]:
         if reason is None:
             if damaged:
                 print(f"WARNING: going on from step {step}, {path}", file=sys.stderr, flush=True)
-            return step, path
+            return step
         print(f"WARNING: {path} is damaged: {reason}", file=sys.stderr, flush=True)
         damaged.append(path)
     if damaged:
@@ -75,7 +75,7 @@ def newest_whole(folder: Path) -> tuple[int, Path | None]:
             f"run_dir={folder.parent}: every checkpoint is damaged ({len(damaged)}, newest "
             f"{damaged[0].name}); remove {folder} to train from the start again"
         )
-    return 0, None
+    return 0
 
 
 def damage(path: Path) -> str | None:

@@ -1,5 +1,6 @@
 """Writing metrics.csv (train/metrics_file.py) and whatever other logger a trainer has."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,20 @@ class CsvMetrics(Logger):
 
 
 def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Writes the numbers of the optimizer step just done to every logger."""
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=trainer.global_step)
+    """Writes the numbers of the optimizer step just done to every logger.
+
+    A tracker that fails is left out from then on: SLURM's SIGTERM goes to wandb's own process too,
+    and must not cost the step that is about to be saved.
+    """
+    for logger in list(trainer.loggers):
+        try:
+            logger.log_metrics(dict(metrics), step=trainer.global_step)
+        except Exception as error:
+            if isinstance(logger, CsvMetrics):
+                raise
+            trainer.loggers = [other for other in trainer.loggers if other is not logger]
+            print(
+                f"note: {type(logger).__name__} failed ({type(error).__name__}: {error}); this "
+                "start logs to metrics.csv alone from here on",
+                file=sys.stderr,
+            )

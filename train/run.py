@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -24,11 +25,12 @@ from train.checkpoints import (
     newest_whole,
     remove_torn,
 )
+from train.cluster import cluster_environment
 from train.config import TrainConfig
 from train.device import COMPUTE_DTYPE, check_device, set_tf32, training_device
 from train.ema import Ema
 from train.encoders import ready_encoders
-from train.interruption import StopOnSignal
+from train.interruption import StopOnSignal, lost_process
 from train.metrics import CsvMetrics, is_first_process
 from train.metrics_file import rows_after
 from train.module import FineTuner
@@ -37,7 +39,7 @@ from train.process import fine_tuned_process
 from train.progress import Progress
 from train.run_directory import check_continues, write_records
 from train.run_lock import RunLock
-from train.tracking import wandb_logger
+from train.tracking import finish, wandb_logger
 from train.validation import ValidationLoss
 from train.watch import Watch
 from train.weights_watch import WeightsWatch
@@ -48,6 +50,7 @@ LIGHTNING_NOTES = (
     ".*have no `validation_step`.*",
     ".*You have overridden `transfer_batch_to_device`.*",
     ".*`isinstance\\(treespec, LeafSpec\\)`.*",
+    ".*The `srun` command is available on your system but is not used.*",
 )
 
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -69,15 +72,14 @@ def fit(config: TrainConfig) -> int:
             lock.acquire()
             if is_finished(run_dir):  # by the process that held the lock
                 return 0
-        last_step, newest = newest_whole(run_dir / "checkpoints")
+        last_step = newest_whole(run_dir / "checkpoints")
         if last_step < config.trainer.max_steps:
             train(config, run_dir, last_step, lock=lock)
             # Trainer, module and callbacks hold each other: only this frees weights, moments and
             # average, before the export loads the model anew.
             gc.collect()
-            newest = checkpoint_steps(run_dir / "checkpoints")[config.trainer.max_steps]
         if is_first_process():
-            assert newest is not None
+            newest = checkpoint_steps(run_dir / "checkpoints")[config.trainer.max_steps]
             say(f"exporting to {run_dir / 'export'} and checking it against diffusers")
             export(newest, run_dir / "export", weights="ema" if config.ema.enabled else "raw")
             say(f"done: {run_dir / 'export'}")
@@ -116,6 +118,7 @@ def train(
     """
     device = training_device()
     check_device(config, device)
+    environment = cluster_environment(config)
     set_tf32(config.trainer.tf32)
     model = DiffusionModel.load(config.checkpoint)
     model.process = fine_tuned_process(config, model.process)
@@ -151,21 +154,26 @@ def train(
         # Before the other: a row that is in metrics.csv has reached wandb.
         loggers.insert(0, wandb_logger(config, run_dir, logged))
     stop, callbacks = build_callbacks(config, run_dir, resume_step)
-    trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers])
+    trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers], environment)
     if resume_step:
         say(f"resuming {run_dir} at step {resume_step}")
     checkpoint = checkpoint_steps(run_dir / "checkpoints").get(resume_step)
+    stop.listen(trainer)
     try:
-        trainer.fit(FineTuner(model, config), datamodule=images, ckpt_path=checkpoint)
+        with lost_process(trainer):
+            trainer.fit(FineTuner(model, config), datamodule=images, ckpt_path=checkpoint)
     finally:
         stop.restore_handlers()
         for logger in loggers:
             if isinstance(logger, WandbLogger):
-                logger.experiment.finish()
-    if stop.stopped_step is not None:
+                finish(logger)
+    # The other processes have ended well: whoever started them would take another status for a
+    # failure, and end this one while it still finishes its records.
+    if stop.stopped_step is not None and is_first_process():
+        saved = f"saved in {run_dir / 'checkpoints'}" if stop.stopped_step else "nothing to save"
         raise Resumable(
-            f"stopped at step {stop.stopped_step} of {config.trainer.max_steps}, saved in "
-            f"{run_dir / 'checkpoints'}; the same command continues"
+            f"stopped at step {stop.stopped_step} of {config.trainer.max_steps}, {saved}; the same "
+            "command continues"
         )
 
 
@@ -213,7 +221,11 @@ def build_callbacks(
 
 
 def build_trainer(
-    config: TrainConfig, run_dir: Path, loggers: list[Logger], callbacks: list[Callback]
+    config: TrainConfig,
+    run_dir: Path,
+    loggers: list[Logger],
+    callbacks: list[Callback],
+    environment: ClusterEnvironment | None = None,
 ) -> Trainer:
     """Builds a Lightning Trainer that adds as little as it can to a bare loop."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -230,7 +242,7 @@ def build_trainer(
         gradient_clip_val=config.trainer.gradient_clip or None,
         logger=loggers,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *([environment] if environment else [])],
         use_distributed_sampler=False,
         limit_val_batches=0,  # the validation callback does it, before the checkpoint is saved
         num_sanity_val_steps=0,

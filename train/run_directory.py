@@ -33,6 +33,8 @@ FREE_KEYS = (
     "wandb.",
 )
 ABSENT = "(not set)"
+# Beside a frozen copy of the code, which may lie in a repository that has moved on.
+GIT_RECORD = "git.json"
 # What a run writes; other files, such as shards, may lie in its directory from the start.
 WRITTEN = ("checkpoints", "metrics.csv", "previews", "export")
 
@@ -90,6 +92,16 @@ def describe_environment() -> dict[str, Any]:
         "host": platform.node(),
         "platform": platform.platform(),
         "versions": versions,
+        **git_state(),
+    }
+
+
+def git_state() -> dict[str, str | None]:
+    """Returns the commit and the changed files of the code that runs; None outside a repository."""
+    frozen = Path(__file__).resolve().parents[1] / GIT_RECORD
+    if frozen.exists():
+        return json.loads(frozen.read_text(encoding="utf-8"))
+    return {
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": _git("status", "--porcelain", "--untracked-files=no"),
     }

@@ -71,6 +71,17 @@ def wandb_logger(
     return ResumedWandbLogger(experiment, run_dir, logged)
 
 
+def finish(logger: WandbLogger) -> None:
+    """Ends the run at wandb; a service that is gone costs its last rows, not the training."""
+    try:
+        logger.experiment.finish()
+    except Exception as error:
+        print(
+            f"note: wandb did not finish ({type(error).__name__}: {error}); metrics.csv is whole",
+            file=sys.stderr,
+        )
+
+
 def logged_in() -> bool:
     """Whether a key for the wandb server is in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):

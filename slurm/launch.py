@@ -1,0 +1,14 @@
+"""The batch script's side of a SLURM job: `launch.py VERB [CONFIG.yaml] [key=value ...]`.
+
+Runs from the repository at a job's first start, and from the run's frozen copy after that.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":
+    from scripts.slurm_job import main
+
+    sys.exit(main(sys.argv[1:]))

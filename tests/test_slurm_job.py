@@ -1,0 +1,246 @@
+"""Laws of the batch script: allocation, frozen copy, who goes back to the queue. Without SLURM."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from sampling.errors import UserError
+from scripts import slurm_allocation, slurm_job
+from scripts.frozen import CODE, ROOT, freeze, is_frozen, unfreeze
+from scripts.requeue import MAX_FRUITLESS, MAX_RESTARTS, reason_to_end, requeue
+from scripts.slurm_allocation import expand, read_allocation, rendezvous
+from scripts.slurm_job import config_of_job
+from tests.tiny_run import tiny_config
+
+JOB = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_JOB_NAME": "blackpoint",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NTASKS": "4",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+}
+ELEMENT = {"SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+@pytest.fixture(autouse=True)
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty PATH but for a stand-in of srun."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    write_command(folder, "srun", "exit 0")
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("SLURM", "MASTER"))]:
+        monkeypatch.delenv(name)
+    return folder
+
+
+def write_command(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_an_allocation_names_nodes_tasks_and_this_element_alone() -> None:
+    allocation = read_allocation(JOB)
+    assert (allocation.num_nodes, allocation.tasks_per_node, allocation.restart) == (2, 2, 0)
+    assert allocation.element == "17"
+    assert read_allocation(JOB | ELEMENT | {"SLURM_RESTART_COUNT": "2"}).restart == 2
+    assert read_allocation(JOB | ELEMENT).element == "15_3"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SLURM_NTASKS": "3"}, "--ntasks=3 disagrees with --nodes=2 --ntasks-per-node=2"),
+        ({"SLURM_JOB_NAME": "bash"}, "--job-name=bash .* another name"),
+        ({"SLURM_JOB_NAME": "interactive"}, "--job-name=interactive"),
+        ({"SLURM_TASKS_PER_NODE": "3,1"}, r"different numbers of tasks \(3,1\)"),
+    ],
+)
+def test_allocations_that_cannot_train_are_refused(
+    environment: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read_allocation(JOB | environment)
+
+
+def test_outside_a_job_and_without_srun(commands: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(UserError, match="submit it with sbatch"):
+        read_allocation({})
+    (commands / "srun").unlink()
+    with pytest.raises(UserError, match="srun is not on the PATH of"):
+        read_allocation(JOB)
+    assert slurm_job.main(["train"]) == 2
+    assert "submit it with sbatch" in capsys.readouterr().err
+
+
+def test_arguments_know_the_patterns_of_sbatch() -> None:
+    allocation = read_allocation(JOB | ELEMENT)
+    assert expand("run_dir=runs/%A/seed_%a_%j", allocation) == "run_dir=runs/15/seed_3_17"
+    with pytest.raises(UserError, match="seed=%a: .* --array"):
+        expand("seed=%a", read_allocation(JOB))
+
+
+def write_config(folder: Path, **overrides: Any) -> Path:
+    config = tiny_config(Path("runs/elsewhere"), Path("base"), Path("shards"), **overrides)
+    path = folder / "tiny.yaml"
+    OmegaConf.save(OmegaConf.structured(config), path)
+    return path
+
+
+def test_devices_and_nodes_follow_from_the_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    yaml = write_config(tmp_path, **{"trainer.devices": 4})
+    config = config_of_job(read_allocation(JOB), [str(yaml), "seed=3"])
+    assert (config.trainer.devices, config.trainer.num_nodes, config.seed) == (2, 2, 3)
+    assert "trainer.devices=2, as SLURM gives; the config file has 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("trainer.devices=8", "trainer.devices=8 disagrees with --ntasks-per-node=2"),
+        ("trainer.num_nodes=1", "trainer.num_nodes=1 disagrees with --nodes=2"),
+        ("batch_size=6", "batch_size=6 cannot be divided among 4 processes"),
+    ],
+)
+def test_arguments_that_contradict_the_job_are_refused(
+    tmp_path: Path, argument: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        config_of_job(read_allocation(JOB), [str(write_config(tmp_path)), argument])
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "run_dir"),
+    [
+        (JOB, [], "runs/tiny-17"),
+        (JOB, ["run_dir=runs/x"], "runs/x"),
+        (JOB | ELEMENT, [], "runs/tiny-15_3"),
+        (JOB | ELEMENT, ["run_dir=runs/x"], "runs/x_3"),
+        (JOB | ELEMENT, ["run_dir=runs/x/%a"], "runs/x/3"),
+    ],
+)
+def test_jobs_and_elements_never_share_a_run_directory(
+    tmp_path: Path, job: dict[str, str], arguments: list[str], run_dir: str
+) -> None:
+    config = config_of_job(read_allocation(job), [str(write_config(tmp_path)), *arguments])
+    assert config.run_dir == run_dir
+
+
+def test_the_frozen_copy_runs_itself_wherever_it_is_called(tmp_path: Path) -> None:
+    frozen = freeze(tmp_path / "run", "seed: 3\n")
+    assert is_frozen(frozen) and not is_frozen(ROOT)
+    for package in CODE:
+        copied = {path.name for path in (frozen / package).glob("*.py")}
+        assert copied == {path.name for path in (ROOT / package).glob("*.py")}
+    assert (frozen / "config.yaml").read_text() == "seed: 3\n"
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "cli.py").write_text("raise SystemExit('of the working directory')")
+    command = [sys.executable, str(frozen / "slurm" / "task.py"), "--help"]
+    assert b"usage: blackpoint" in subprocess.run(command, capture_output=True, check=True).stdout
+
+
+def test_code_is_frozen_once_and_no_parts_are_left(tmp_path: Path) -> None:
+    frozen = freeze(tmp_path / "run", "seed: 3\n")
+    (frozen / "train" / "run.py").write_text("of the first start")
+    assert freeze(tmp_path / "run", "seed: 4\n") == frozen
+    assert (frozen / "train" / "run.py").read_text() == "of the first start"
+    assert (frozen / "config.yaml").read_text() == "seed: 4\n"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["frozen"]
+    unfreeze(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="run_dir=.*file/run: can't be written"):
+        freeze(tmp_path / "file" / "run", "")
+
+
+def starts(*steps: int) -> list[dict[str, Any]]:
+    """Rows of starts that went from one of the steps to the next."""
+    return [
+        {"step_before": before, "step_after": after}
+        for before, after in zip((0, *steps), steps, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("status", [75, 138, 143])
+def test_a_signal_requeues_also_before_the_first_step_but_not_for_ever(status: int) -> None:
+    assert reason_to_end(status, False, 0, starts(10)) is None
+    assert reason_to_end(status, False, 0, starts(0)) is None
+    assert reason_to_end(status, False, 5, starts(10, *[10] * (MAX_FRUITLESS - 1))) is None
+    end = reason_to_end(status, False, 5, starts(10, *[10] * MAX_FRUITLESS))
+    assert end is not None and "no step has been saved in the last 3 starts" in end
+    end = reason_to_end(status, False, MAX_RESTARTS, starts(10))
+    assert end is not None and "submit it again" in end
+
+
+def test_a_killed_task_is_requeued_only_after_progress() -> None:
+    assert reason_to_end(137, False, 0, starts(10)) is None
+    end = reason_to_end(137, False, 1, starts(10, 10))
+    assert end is not None and "no step has been saved since the start" in end
+
+
+@pytest.mark.parametrize(("status", "failed"), [(1, False), (2, False), (137, True), (75, True)])
+def test_a_failure_of_the_run_itself_is_never_requeued(status: int, failed: bool) -> None:
+    end = reason_to_end(status, failed, 0, starts(10))
+    assert end is not None and "fail again" in end
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "answer"),
+    [
+        ("echo JobState=RUNNING", "requeued"),
+        ("echo JobState=COMPLETING", "SLURM is ending the job itself .state COMPLETING"),
+        ("echo denied >&2; exit 1", r"scontrol requeue failed \(denied\)"),
+        ('[ "$1" = show ] && echo JobState=RUNNING || { echo no >&2; exit 1; }', r"failed \(no\)"),
+        (None, "scontrol is not on this node"),
+    ],
+)
+def test_requeueing_says_what_it_did(commands: Path, scontrol: str | None, answer: str) -> None:
+    if scontrol is not None:
+        write_command(commands, "scontrol", scontrol)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{commands}:/usr/bin:/bin" if scontrol else str(commands))
+        said = requeue(read_allocation(JOB))
+    assert re.search(answer, said)
+
+
+def test_tasks_meet_where_the_first_node_can_be_found(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_node = JOB | {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2"}
+    assert rendezvous(read_allocation(one_node))["MASTER_ADDR"] == "127.0.0.1"
+    answers = 'case "$2" in hostnames) echo nowhere.invalid;; *) echo NodeAddr=127.0.0.9;; esac'
+    write_command(commands, "scontrol", answers)
+    monkeypatch.setattr(slurm_allocation, "_resolves", lambda host: host == "127.0.0.9")
+    monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
+    assert rendezvous(read_allocation(JOB))["MASTER_ADDR"] == "127.0.0.9"
+    monkeypatch.setattr(slurm_allocation, "_resolves", lambda host: False)
+    with pytest.raises(UserError, match="MASTER_ADDR: .* nowhere.invalid, does not resolve"):
+        rendezvous(read_allocation(JOB))
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert rendezvous(read_allocation(JOB)) == {}
+
+
+@pytest.mark.parametrize("name", ["train", "encode", "export"])
+def test_what_people_submit_is_valid_and_logs_where_a_folder_is(name: str) -> None:
+    path = ROOT / "slurm" / f"{name}.sbatch"
+    subprocess.run(["/bin/bash", "-n", str(path)], check=True)
+    text = path.read_text()
+    for option in ("requeue", "open-mode=append", "output=slurm/logs/%x-%j.out", "time="):
+        assert f"#SBATCH --{option}" in text
+    assert ("#SBATCH --signal=USR1@" in text) == (name == "train")
+    assert (ROOT / "slurm" / "logs").is_dir()

@@ -1,0 +1,131 @@
+"""A signal never makes a crash: before training, during it, in a worker process, among tasks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.loggers.logger import DummyLogger
+from omegaconf import OmegaConf
+
+import train.run
+from data.module import CaptionedImages
+from sampling.errors import Resumable, UserError
+from tests.tiny_run import tiny_config
+from train import signals
+from train.checkpoints import checkpoint_steps
+from train.cluster import cluster_environment
+from train.metrics import CsvMetrics, log_metrics
+from train.metrics_file import read_metrics
+
+TASK = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "blackpoint"}
+
+
+def catches(pid: int, number: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signal_during_the_imports_is_resumable_and_leaves_nothing(
+    tmp_path: Path, number: int
+) -> None:
+    config = tiny_config(tmp_path / "run", tmp_path / "base", tmp_path / "shards")
+    OmegaConf.save(OmegaConf.structured(config), tmp_path / "tiny.yaml")
+    command = [sys.executable, "-m", "scripts.cli", "train", str(tmp_path / "tiny.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not catches(process.pid, number):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert f"{signal.Signals(number).name}: stopping here; the same command continues" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_that_a_library_swallowed_stops_the_run_before_its_first_step(
+    pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals, "_received", ["SIGTERM"])
+    with pytest.raises(Resumable, match="step 0 of 6, nothing to save"):
+        train.run.fit(tiny_config(tmp_path / "run", pipeline, shards))
+    assert not checkpoint_steps(tmp_path / "run" / "checkpoints")
+
+
+def test_loader_workers_outlive_the_signals_that_slurm_sends_to_every_process(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path / "run", pipeline, shards, **{"data.num_workers": 1})
+    loader = CaptionedImages(config.data, 0, 4).train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers  # type: ignore[attr-defined]
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(worker.pid, number)
+    for _ in range(5):
+        assert len(next(batches)["key"]) == 4
+    assert worker.is_alive()
+
+
+def test_a_task_of_srun_finds_the_others_through_slurm_and_does_not_requeue_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path, tmp_path, tmp_path, **{"trainer.devices": 2})
+    assert cluster_environment(config) is None
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    environment = cluster_environment(config)
+    assert isinstance(environment, SLURMEnvironment) and not environment.auto_requeue
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
+    with pytest.raises(UserError, match="--job-name=bash .* another name"):
+        cluster_environment(config)
+
+
+def test_tasks_that_are_not_the_processes_of_the_config_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    config = tiny_config(tmp_path, tmp_path, tmp_path, **{"trainer.devices": 4})
+    with pytest.raises(UserError, match="trainer.devices=4 .* srun started 2 tasks"):
+        cluster_environment(config)
+
+
+def test_in_a_job_but_without_srun_processes_start_as_on_a_workstation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    config = tiny_config(tmp_path, tmp_path, tmp_path)
+    assert isinstance(cluster_environment(config), LightningEnvironment)
+    config.trainer.num_nodes = 2
+    with pytest.raises(UserError, match="trainer.num_nodes=2 .* not started by srun"):
+        cluster_environment(config)
+
+
+def test_a_tracker_that_fails_does_not_cost_the_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SLURM's SIGTERM ends wandb's own process before the last step is logged."""
+
+    class Gone(DummyLogger):
+        def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+            raise ConnectionResetError("Connection lost")
+
+    trainer = types.SimpleNamespace(
+        loggers=[Gone(), CsvMetrics(tmp_path / "metrics.csv")], global_step=1
+    )
+    for _ in range(2):
+        log_metrics(trainer, {"train/loss": 1.0})  # type: ignore[arg-type]
+    assert len(read_metrics(tmp_path / "metrics.csv")["train/loss"]) == 2
+    assert capsys.readouterr().err.count("Gone failed (ConnectionResetError") == 1
