@@ -27,6 +27,9 @@ FREE_KEYS = (
     "trainer.devices",
     "trainer.num_nodes",
     "data.num_workers",
+    "data.cache_dir",
+    "data.cache_gigabytes",
+    "data.allow_shell_urls",
     "watch.",
     "wandb.",
 )
