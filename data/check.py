@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,8 @@ from data.errors import RunFailed, UserError, WriteFailed, disk_writes
 from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from data.progress import progress
 from data.scan import FACT, scan_shards
-from data.shards import ENCODING_FILE, find_shards, folder_shards, is_encoded
+from data.shard_set import ShardSet, open_shards
+from data.shards import ENCODING_FILE, check_cache_fields, is_encoded
 from data.workers import usable_cores
 
 REPORT_FILE = "report.json"
@@ -36,7 +37,8 @@ class CheckConfig:
     """The shards to read, and where the report goes."""
 
     shards: str = MISSING
-    """Shards, ours or made elsewhere: a folder, or a pattern such as shards/{00000..00009}.tar."""
+    """Shards, ours or made elsewhere: a folder, a pattern such as shards/{00000..00009}.tar, or the
+    same as a URL (https://, s3://, gs://)."""
     output: str | None = None
     """Folder for report.json and bad_samples.jsonl; null: the report is only printed."""
     resolution: int | None = None
@@ -47,6 +49,14 @@ class CheckConfig:
     """An index is written for shards without one if at most this share is bad, 0 to 1."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Images with more pixels are refused as decompression bombs."""
+    cache_dir: str | None = None
+    """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
+    $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint."""
+    cache_gigabytes: float = 50.0
+    """Shards from URLs are kept up to this size, in 10^9 bytes; they are read in order, so little
+    more than the largest will do."""
+    allow_shell_urls: bool = False
+    """Lets pipe:COMMAND stand for a shard: the shell runs it, and its output is the shard."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None and self.resolution < 1:
@@ -57,16 +67,18 @@ class CheckConfig:
             raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1.")
         if self.max_image_pixels < 1:
             raise UserError(f"max_image_pixels={self.max_image_pixels}: must be at least 1.")
+        check_cache_fields(self)
 
 
 def check(config: CheckConfig) -> CheckReport:
     """Reads the shards, whatever is wrong with them, and returns the report.
 
-    Writes it into `config.output`, and the index of shards that have none into their folder.
+    Writes it into `config.output`, and the index of shards that have none into their folder, or
+    the cache's.
     Raises UserError where there are no shards to read or the output can't be written.
     """
-    shards = find_shards(config.shards, "shards")
-    folder = shards[0].parent
+    chosen = open_shards(config.shards, "shards", config, in_order=True)
+    shards, folder = chosen.paths, chosen.folder
     output = _prepared(config.output)
     latents = is_encoded(folder)
     num_processes = config.num_processes or usable_cores()
@@ -79,26 +91,35 @@ def check(config: CheckConfig) -> CheckReport:
                 progress("checking", len(shards)) as advance,
             ):
                 scans = scan_shards(
-                    shards, config.max_image_pixels, num_processes, latents, advance
+                    shards,
+                    config.max_image_pixels,
+                    num_processes,
+                    latents,
+                    advance,
+                    chosen.remote,
                 )
+                sizes: list[int] = []
                 for number, scan in enumerate(scans):
                     with disk_writes():
                         writer.append(number, scan.records)
                         facts_file.write(scan.facts.tobytes())
                     bad += scan.bad
+                    sizes.append(scan.num_bytes)
                 with disk_writes():
-                    writer.close(shards, bad)
+                    writer.close(shards, bad, sizes)
             found = Index(scratch)
             facts = np.fromfile(scratch / "facts", FACT)
-            state = _index_state(found, folder, shards, latents)
+            state = _index_state(found, chosen, latents)
             # The size and luminance of what was encoded stand only in the index that it came with.
-            sizes = Index(folder) if latents and state.state == "valid" else found
-            report = summarize(config.shards, shards, found, sizes, facts, bad, config.resolution)
+            measured = Index(folder) if latents and state.state == "valid" else found
+            report = summarize(
+                config.shards, shards, found, measured, facts, bad, config.resolution
+            )
             report.index = state
             if latents:
                 report.encoding = _encoding(folder)
             elif state.state == "absent":
-                _publish(scratch, folder, report, shards, config.max_bad_share)
+                _publish(scratch, chosen, report, config.max_bad_share)
     except WriteFailed as error:
         raise RunFailed(f"shards={config.shards}: the check could not write: {error}.") from None
     if output:
@@ -145,8 +166,9 @@ def _scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _index_state(found: Index, folder: Path, shards: Sequence[Path], latents: bool) -> IndexState:
-    """Compares the index of `folder`, if there is one, with what was found in the shards."""
+def _index_state(found: Index, shards: ShardSet, latents: bool) -> IndexState:
+    """Compares the index of the shards, if there is one, with what was found in them."""
+    folder = shards.folder
     place = folder / INDEX_FOLDER
     if not has_index(folder):
         notes = ["Encode the images again with `blackpoint data encode`."] if latents else []
@@ -162,8 +184,8 @@ def _index_state(found: Index, folder: Path, shards: Sequence[Path], latents: bo
     except (UserError, OSError, ValueError) as error:
         return IndexState("stale", str(place), [f"can't be read: {error}", remedy])
     notes, num_damaged, num_new = [], 0, 0
-    for path in shards:
-        name, size = path.name, path.stat().st_size
+    for path in shards.paths:
+        name, size = path.name, found.shard_bytes[path.name]
         if name not in index.shard_bytes:
             notes.append(f"{name} is not in it")
         elif index.shard_bytes[name] != size:
@@ -173,8 +195,8 @@ def _index_state(found: Index, folder: Path, shards: Sequence[Path], latents: bo
             now = _offsets(found, name)
             num_damaged += len(np.setdiff1d(before, now))
             num_new += len(np.setdiff1d(now, before))
-    if set(shards) == set(folder_shards(folder)):
-        absent = sorted(set(index.shard_names) - {path.name for path in shards})
+    if shards.is_whole:
+        absent = sorted(set(index.shard_names) - {path.name for path in shards.paths})
         notes += [f"{name} is in it but not in the folder" for name in absent]
     if num_new:
         notes.append(f"{num_new} usable samples are not in it")
@@ -194,9 +216,8 @@ def _offsets(index: Index, shard: str) -> np.ndarray:
 
 def _publish(
     scratch: Path,
-    folder: Path,
+    shards: ShardSet,
     report: CheckReport,
-    shards: Sequence[Path],
     max_bad_share: float,
 ) -> None:
     """Moves the index that was made on the way to where training looks for it, if it may."""
@@ -209,18 +230,33 @@ def _publish(
             f"not written: {len(report.bad)} of {num_seen} samples can't be used, above "
             f"max_bad_share={max_bad_share:g}. Repair or remove them, or raise max_bad_share"
         )
-    elif set(shards) != set(folder_shards(folder)):
+    elif not shards.is_whole:
         state.notes.append(
-            f"not written: an index covers a whole folder. Check shards={folder} to write it"
+            f"not written: an index covers a whole folder. Check shards={shards.folder} to write it"
         )
     else:
         try:
-            (scratch / INDEX_FOLDER).rename(folder / INDEX_FOLDER)
+            (scratch / INDEX_FOLDER).rename(shards.folder / INDEX_FOLDER)
         except OSError as error:
-            if not has_index(folder):
-                state.notes.append(f"not written: {folder} can't be written to ({error.strerror})")
+            if not has_index(shards.folder):
+                _keep(scratch, shards, state, error.strerror)
                 return
         state.state = "written"
+
+
+def _keep(scratch: Path, shards: ShardSet, state: IndexState, reason: str | None) -> None:
+    """Copies the index of shards whose folder can't be written to where training looks next."""
+    place = shards.kept / INDEX_FOLDER
+    partial = place.with_name(f".{INDEX_FOLDER}.partial-{os.getpid()}")
+    try:
+        shutil.copytree(scratch / INDEX_FOLDER, partial)
+        partial.rename(place)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not has_index(shards.kept):
+            state.notes.append(f"not written: {shards.folder} can't be written to ({reason})")
+            return
+    state.state, state.folder = "written", str(place)
 
 
 def _encoding(folder: Path) -> dict[str, object]:

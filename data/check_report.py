@@ -124,7 +124,7 @@ def summarize(
 
     Widths, heights and luminances are those of `sizes`; without a width there are none.
     """
-    num_bytes = sum(path.stat().st_size for path in shards)
+    num_bytes = sum(found.shard_bytes.values())
     report = CheckReport(pattern, len(shards), num_bytes, len(found), bad, resolution=resolution)
     if not len(found):
         return report

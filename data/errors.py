@@ -10,9 +10,15 @@ class UserError(ValueError):
     The command line prints it without a traceback and exits with status 2.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(_without_traceback(message, type(self)))
+
 
 class RunFailed(RuntimeError):
     """Says what failed on the way, such as a full disk, and how to go on (exit status 1)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_without_traceback(message, type(self)))
 
 
 class WriteFailed(Exception):
@@ -26,3 +32,13 @@ def disk_writes() -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteFailed(error.strerror or str(error)) from error
+
+
+def _without_traceback(message: str, kind: type[Exception]) -> str:
+    """Returns the message proper of an error that torch passes on from a worker of its loader.
+
+    It is raised again as `kind(message and traceback)`, whose last part is the message.
+    """
+    if not message.startswith(f"Caught {kind.__name__} in DataLoader worker"):
+        return message
+    return message.rpartition(f"{kind.__module__}.{kind.__name__}: ")[2].rstrip()

@@ -11,6 +11,7 @@ Records have a fixed size, so opening 10^7 samples costs what 10^4 cost: whole c
 and training reads single records in place (pages of a map would count as its resident memory).
 """
 
+import errno
 import json
 import os
 import shutil
@@ -25,14 +26,19 @@ from PIL import Image
 
 from data.bad_samples import BadSample, refusal, too_many, write_list
 from data.decode import MAX_IMAGE_PIXELS, luminance
-from data.errors import UserError
+from data.errors import RunFailed, UserError
 from data.progress import progress
 from data.record import RECORD, ShardRecords, Span
+from data.remote_shards import RemoteShards
 from data.scan import scan_shards
 from data.shards import folder_shards
 
 INDEX_FOLDER = "index"
 FORMAT_VERSION = 1
+
+
+class NotWritable(UserError):
+    """The folder that an index would be written to can't be written."""
 
 
 class IndexWriter:
@@ -75,8 +81,17 @@ class IndexWriter:
         self.num_samples += len(rows)
         self._num_in_shard[shard] += len(rows)
 
-    def close(self, shards: Sequence[Path], bad: Sequence[BadSample]) -> None:
-        """Writes what belongs to the whole and renames the index into place."""
+    def close(
+        self,
+        shards: Sequence[Path],
+        bad: Sequence[BadSample],
+        shard_bytes: Sequence[int] | None = None,
+    ) -> None:
+        """Writes what belongs to the whole and renames the index into place.
+
+        `shard_bytes` are the sizes of shards that are no files here.
+        """
+        sizes = shard_bytes or [path.stat().st_size for path in shards]
         self._records.seek(0)
         self._write_header()
         self._records.close()
@@ -88,7 +103,7 @@ class IndexWriter:
             "shards": [
                 {
                     "name": path.name,
-                    "bytes": path.stat().st_size,
+                    "bytes": sizes[number],
                     "num_samples": self._num_in_shard[number],
                 }
                 for number, path in enumerate(shards)
@@ -200,36 +215,45 @@ def has_index(shard_folder: Path) -> bool:
 
 
 def build_index(
-    shard_folder: Path,
+    folder: Path,
     max_bad_share: float = 0.01,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     num_processes: int = 1,
+    shards: Sequence[Path] | None = None,
+    remote: RemoteShards | None = None,
 ) -> list[BadSample]:
-    """Indexes all .tar files of a folder, whoever made them, and returns the bad samples.
+    """Writes the index of some shards, whoever made them, and returns the bad samples.
 
-    data/scan.py says what a sample is. Every image is decoded once, for its size and luminance.
-    Raises UserError above `max_bad_share`.
+    By default they are all .tar files of `folder`. data/scan.py says what a sample is. Every image
+    is decoded once, for its size and luminance. Raises UserError above `max_bad_share`, and
+    NotWritable.
     """
-    shards = folder_shards(shard_folder)
+    shards = folder_shards(folder) if shards is None else shards
     bad: list[BadSample] = []
+    shard_bytes: list[int] = []
     try:
-        with IndexWriter(shard_folder) as writer, progress("indexing", len(shards)) as advance:
+        with IndexWriter(folder) as writer, progress("indexing", len(shards)) as advance:
             for number, scan in enumerate(
-                scan_shards(shards, max_image_pixels, num_processes, False, advance)
+                scan_shards(shards, max_image_pixels, num_processes, False, advance, remote)
             ):
                 writer.append(number, scan.records)
+                shard_bytes.append(scan.num_bytes)
                 bad += scan.bad
             num_samples = writer.num_samples + len(bad)
             if not num_samples:
-                raise UserError(f"{shard_folder}: {len(shards)} shards hold no samples.")
+                raise UserError(f"{folder}: {len(shards)} shards hold no samples.")
             if too_many(len(bad), num_samples, max_bad_share) or not writer.num_samples:
-                raise refusal(str(shard_folder), bad, num_samples, max_bad_share, "max_bad_share")
-            writer.close(shards, bad)
-    except PermissionError as error:
-        raise UserError(
-            f"{shard_folder} has no index and can't be written to ({error.strerror}). "
-            "Copy the shards to where you may write, or index them as their owner."
-        ) from None
+                raise refusal(str(folder), bad, num_samples, max_bad_share, "max_bad_share")
+            writer.close(shards, bad, shard_bytes)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise NotWritable(
+                f"{folder} has no index and can't be written to ({error.strerror}). "
+                "Copy the shards to where you may write, or index them as their owner."
+            ) from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFailed(f"{folder}: the disk is full; the index was not written.") from None
+        raise
     return bad
 
 

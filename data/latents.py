@@ -27,10 +27,9 @@ from torch import Tensor
 from data.decode import BadImage, decode_caption
 from data.errors import UserError
 from data.reader import Reader
-from data.shards import ENCODING_FILE
+from data.shards import EMPTY_FILE, ENCODING_FILE
 from data.transform import CENTER, draw
 
-EMPTY_FILE = "empty.safetensors"
 FORMAT_VERSION = 1
 
 

@@ -8,6 +8,7 @@ a sample is a function of (seed, epoch, index).
 """
 
 import signal
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +22,11 @@ from data.bad_samples import BadSample, refusal, too_many
 from data.batches import TrainingBatches, ValidationBatches, slice_size
 from data.config import DataConfig
 from data.errors import UserError
-from data.index import INDEX_FOLDER, Index, build_index, has_index
+from data.index import INDEX_FOLDER, Index, has_index
 from data.latents import Encoding, LatentReader
 from data.reader import Reader
-from data.shards import find_shards, is_encoded
+from data.shard_set import index_shards, open_shards
+from data.shards import is_encoded
 
 # Lightning reminds us to share the batches out among the workers; data/batches.py does.
 warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
@@ -53,23 +55,30 @@ class CaptionedImages(LightningDataModule):
         self.start_sample = start_sample
         self.bad_samples: dict[int, BadSample] = {}
         """Training samples that proved unusable, by index: read but replaced."""
+        self._said: set[str] = set()
         self._training: Reader | None = None
         self._validation: Reader | None = None
 
     def prepare_data(self) -> None:
         """Indexes shards that were made elsewhere; one process a machine does it."""
         for pattern, field in self._patterns():
-            folder = find_shards(pattern, field)[0].parent
-            if is_encoded(folder) and not has_index(folder):
+            shards = open_shards(pattern, field, self.config)
+            if is_encoded(shards.folder) and not has_index(shards.folder):
                 raise UserError(
-                    f"{field}={pattern}: {folder / INDEX_FOLDER} is missing, and shards of latents "
-                    "can't be indexed anew. Encode the images again with `blackpoint data encode`."
+                    f"{field}={pattern}: {shards.folder / INDEX_FOLDER} is missing, and shards of "
+                    "latents can't be indexed anew. Encode the images again with `blackpoint data "
+                    "encode`."
                 )
-            if not has_index(folder):
-                rank_zero_info(f"{field}={pattern} has no index: building {folder}/index, once.")
+            if not has_index(shards.folder):
+                rank_zero_info(f"{field}={pattern} has no index: building it, once.")
                 limit, pixels = self.config.max_bad_share, self.config.max_image_pixels
-                bad = build_index(folder, limit, pixels)
+                folder, bad = index_shards(shards, limit, pixels)
                 rank_zero_info(f"Left out {len(bad)} samples: {folder}/index/bad_samples.jsonl")
+                shards = open_shards(pattern, field, self.config)
+            for note in shards.notes:
+                if note not in self._said:
+                    print(f"note: {note}", file=sys.stderr, flush=True)
+                self._said.add(note)
 
     def setup(self, stage: str) -> None:
         """Opens the shards that `stage` needs."""
@@ -129,7 +138,7 @@ class CaptionedImages(LightningDataModule):
         """Returns "field=value" and the Encoding, None for images, of each data set."""
         found: list[tuple[str, Encoding | None]] = []
         for pattern, field in self._patterns():
-            folder = find_shards(pattern, field)[0].parent
+            folder = open_shards(pattern, field, self.config).folder
             encoding = Encoding.read(folder) if is_encoded(folder) else None
             found.append((f"{field}={pattern}", encoding))
         return found
@@ -141,18 +150,18 @@ class CaptionedImages(LightningDataModule):
         return patterns
 
     def _reader(self, pattern: str, field: str) -> Reader:
-        shards = find_shards(pattern, field)
-        folder, config = shards[0].parent, self.config
-        kind = LatentReader if is_encoded(folder) else Reader
+        shards, config = open_shards(pattern, field, self.config), self.config
+        kind = LatentReader if is_encoded(shards.folder) else Reader
         reader = kind(
-            Index(folder),
-            shards,
+            Index(shards.folder),
+            shards.paths,
             self.seed,
             config.resolution,
             "random" if config.crop == "auto" else config.crop,
             config.flip,
             config.caption_dropout,
             config.max_image_pixels,
+            shards.remote,
         )
         if isinstance(reader, LatentReader):
             self._check_latents(f"{field}={pattern}", reader.encoding, field == "data.shards")

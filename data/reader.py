@@ -25,7 +25,8 @@ from data.decode import MAX_IMAGE_PIXELS, BadImage, decode, decode_caption, json
 from data.errors import UserError
 from data.index import Index
 from data.permutation import permute
-from data.record import JSON
+from data.record import JSON, Span
+from data.remote_shards import RemoteShards
 from data.transform import CENTER, draw, transform
 
 MAX_REPLACEMENTS = 100
@@ -53,10 +54,13 @@ class Reader:
     flip: bool = False
     caption_dropout: float = 0.0
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    remote: RemoteShards | None = None
+    """Where shards are that are no files here."""
     _files: dict[int, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.index.check_shards(self.shards)
+        if self.remote is None:
+            self.index.check_shards(self.shards)
         chosen = sorted(
             (self.index.shard_samples[path.name] for path in self.shards), key=attrgetter("start")
         )
@@ -129,11 +133,11 @@ class Reader:
     def member_bytes(self, index: int) -> tuple[bytes, bytes]:
         """Returns the image's (or latents') and the caption's bytes; raises BadImage."""
         record = self.index.record(index)
-        shard = int(record["shard"])
-        caption_bytes = self._bytes(shard, record["caption_offset"], record["caption_size"])
+        image = Span(int(record["image_offset"]), int(record["image_size"]))
+        caption = Span(int(record["caption_offset"]), int(record["caption_size"]))
+        image_bytes, caption_bytes = self._bytes(int(record["shard"]), [image, caption])
         if record["caption_form"] == JSON:
             caption_bytes = json_caption(caption_bytes)
-        image_bytes = self._bytes(shard, record["image_offset"], record["image_size"])
         return image_bytes, caption_bytes
 
     def _usable(
@@ -155,13 +159,17 @@ class Reader:
             f"Pack the data set again:\n{listing(bad)}"
         )
 
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
+    def _bytes(self, shard: int, spans: Sequence[Span]) -> list[bytes]:
+        name = self.index.shard_names[shard]
         try:
-            found = os.pread(self._file(shard), int(size), int(offset))
+            if self.remote:
+                found = self.remote.read(name, spans)
+            else:
+                found = [os.pread(self._file(shard), span.size, span.offset) for span in spans]
         except OSError as error:
-            raise BadImage(f"{self.index.shard_names[shard]}: {error.strerror}") from None
-        if len(found) < size:
-            raise BadImage(f"{self.index.shard_names[shard]} ends within the sample")
+            raise BadImage(f"{name}: {error.strerror}") from None
+        if any(len(content) < span.size for content, span in zip(found, spans, strict=True)):
+            raise BadImage(f"{name} ends within the sample")
         return found
 
     def _file(self, shard: int) -> int:
@@ -169,7 +177,7 @@ class Reader:
         if descriptor is None:
             while len(self._files) >= MAX_OPEN_SHARDS:
                 os.close(self._files.pop(next(iter(self._files))))
-            path = self.index.shard_folder / self.index.shard_names[shard]
+            path = self.shards[0].parent / self.index.shard_names[shard]
             descriptor = self._files[shard] = os.open(path, os.O_RDONLY)
         return descriptor
 

@@ -8,7 +8,7 @@ Keys that return in another shard are kept: many writers number anew in each.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -28,6 +28,7 @@ from data.decode import (
     luminance,
 )
 from data.record import JSON, TEXT, ShardRecords, Span
+from data.remote_shards import RemoteShards
 from data.tar_samples import TarSample, tar_samples
 from data.workers import Advance, run_in_processes
 
@@ -52,6 +53,8 @@ class ShardScan:
     records: ShardRecords
     facts: np.ndarray
     bad: list[BadSample]
+    num_bytes: int = 0
+    """Size of the shard."""
 
 
 def scan_shard(shard: Path, max_image_pixels: int, latents: bool = False) -> ShardScan:
@@ -86,9 +89,16 @@ def scan_shards(
     num_processes: int,
     latents: bool,
     advance: Advance,
+    remote: RemoteShards | None = None,
 ) -> Iterator[ShardScan]:
-    """Yields the scan of each shard, in order, read by several processes, one shard at a time."""
-    jobs = ((number, shard, max_image_pixels, latents) for number, shard in enumerate(shards))
+    """Yields the scan of each shard, in order, read by several processes, one shard at a time.
+
+    A remote shard need not stay on the disk any longer than that.
+    """
+    jobs = (
+        (number, shard, remote and remote.only(shard.name), max_image_pixels, latents)
+        for number, shard in enumerate(shards)
+    )
     waiting: dict[int, ShardScan] = {}
     following = 0
     with closing(run_in_processes(_scan_job, jobs, num_processes, advance)) as results:
@@ -99,9 +109,15 @@ def scan_shards(
                 following += 1
 
 
-def _scan_job(job: tuple[int, Path, int, bool], advance: Advance) -> tuple[int, ShardScan]:
-    number, *arguments = job
-    scan = scan_shard(*arguments)  # type: ignore[arg-type]
+_ScanJob = tuple[int, Path, RemoteShards | None, int, bool]
+
+
+def _scan_job(job: _ScanJob, advance: Advance) -> tuple[int, ShardScan]:
+    number, shard, remote, max_image_pixels, latents = job
+    with remote.held(shard.name) if remote else nullcontext(shard) as path:
+        scan = scan_shard(path, max_image_pixels, latents)
+        if path.exists():  # else it is named among what is bad
+            scan.num_bytes = path.stat().st_size
     advance(1)
     return number, scan
 

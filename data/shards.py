@@ -1,8 +1,10 @@
-"""Which shards a config means: a folder, one .tar, a brace or a wildcard pattern."""
+"""Which local shards a config means: a folder, one .tar, a brace or a wildcard pattern."""
 
 import glob
+import math
 import re
 from pathlib import Path
+from typing import Protocol
 
 from braceexpand import braceexpand
 
@@ -10,6 +12,24 @@ from data.decode import IMAGE_SUFFIXES
 from data.errors import UserError
 
 ENCODING_FILE = "encoding.json"
+EMPTY_FILE = "empty.safetensors"
+
+
+class CacheFields(Protocol):
+    """The keys of a config that say how shards from elsewhere are read."""
+
+    cache_dir: str | None
+    cache_gigabytes: float
+    allow_shell_urls: bool
+
+
+def check_cache_fields(config: CacheFields, section: str = "") -> None:
+    """Raises UserError for values that can't be meant; `section` is "data." in a training."""
+    if not 0 <= config.cache_gigabytes < math.inf:
+        raise UserError(
+            f"{section}cache_gigabytes={config.cache_gigabytes}: must be a number, 0 or more; 0 "
+            "keeps no shard and reads each sample by a range request."
+        )
 
 
 def folder_shards(folder: Path) -> list[Path]:
@@ -27,7 +47,7 @@ def find_shards(pattern: str, field: str = "data.shards") -> list[Path]:
 
     Raises UserError, which names `field`, if there are none or one is absent.
     """
-    if re.match(r"(pipe|[a-z0-9]{2,}):", pattern):
+    if is_remote(pattern):
         raise UserError(f"{field}={pattern}: only local paths are read. Copy the shards here.")
     is_folder = Path(pattern).is_dir()
     shards = folder_shards(Path(pattern)) if is_folder else _expand(pattern, field)
@@ -51,11 +71,21 @@ def find_shards(pattern: str, field: str = "data.shards") -> list[Path]:
     return shards
 
 
-def _expand(pattern: str, field: str) -> list[Path]:
+def is_remote(pattern: str) -> bool:
+    """Tells a URL, or a command, from a local path."""
+    return re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*(://|::)", pattern) is not None
+
+
+def expand_braces(pattern: str, field: str) -> list[str]:
+    """Returns what a pattern with braces stands for; raises UserError, which names `field`."""
     try:
-        names = list(braceexpand(pattern))
+        return list(braceexpand(pattern, escape=not is_remote(pattern)))
     except ValueError:
         raise UserError(f"{field}={pattern}: the braces do not match.") from None
+
+
+def _expand(pattern: str, field: str) -> list[Path]:
+    names = expand_braces(pattern, field)
     shards = []
     for name in names:
         if glob.has_magic(name):

@@ -16,7 +16,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-from data.errors import RunFailed, WriteFailed
+from data.errors import RunFailed, UserError, WriteFailed
 
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
@@ -142,7 +142,7 @@ def _work(function: Callable[[Any, Advance], Any], connection: Connection) -> No
                 )
             except (ConnectionError, KeyboardInterrupt):
                 raise
-            except (WriteFailed, RunFailed) as error:
+            except (WriteFailed, RunFailed, UserError) as error:
                 answer = ("error", error)
             except Exception:
                 answer = ("error", RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))

@@ -179,7 +179,14 @@ def test_the_index_is_written_only_where_it_is_true_and_welcome(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    assert "can't be written to (Read-only file system)" in note(tmp_path, max_bad_share=0.5)
+    (tmp_path / "file").write_text("")
+    nowhere = {"max_bad_share": 0.5, "cache_dir": str(tmp_path / "file" / "cache")}
+    assert "can't be written to (Read-only file system)" in note(tmp_path, **nowhere)
+    (tmp_path / "file").unlink()
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}_cache")
+    kept = checked(tmp_path, max_bad_share=0.5, cache_dir=str(elsewhere)).index
+    assert kept.state == "written" and Path(kept.folder).is_relative_to(elsewhere)
+    assert len(Index(Path(kept.folder).parent)) == 7
     monkeypatch.undo()
     assert checked(tmp_path, max_bad_share=0.5).index.state == "written"
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "b.tar", "index"}

@@ -18,12 +18,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.bad_samples import BadSample, refusal, too_many
-from data.index import Index, IndexWriter, build_index, has_index
+from data.index import Index, IndexWriter, has_index
 from data.latents import Encoding
 from data.progress import progress
 from data.reader import Reader
 from data.shard_file import shard_name
-from data.shards import find_shards, is_encoded
+from data.shard_set import index_shards, open_shards
+from data.shards import is_encoded
 from sampling.errors import RunFailed, UserError
 from sampling.export import moved_into_place, require_empty
 from sampling.fingerprint import text_encoder_digest, vae_digest
@@ -69,19 +70,20 @@ def encode(config: EncodeConfig) -> EncodeResult:
 
 def open_source(config: EncodeConfig) -> Reader:
     """Returns the reader of the source's images, indexed first where they were not."""
-    shards = find_shards(config.source, "source")
-    folder = shards[0].parent
-    if is_encoded(folder):
+    shards = open_shards(config.source, "source", config, in_order=True)
+    if is_encoded(shards.folder):
         raise UserError(f"source={config.source}: holds latents already. Name shards of images.")
-    if not has_index(folder):
-        build_index(folder, config.max_bad_share, config.max_image_pixels)
+    if not has_index(shards.folder):
+        index_shards(shards, config.max_bad_share, config.max_image_pixels)
+        shards = open_shards(config.source, "source", config, in_order=True)
     return Reader(
-        Index(folder),
-        shards,
+        Index(shards.folder),
+        shards.paths,
         seed=0,
         resolution=config.resolution,
         crop="center",
         max_image_pixels=config.max_image_pixels,
+        remote=shards.remote,
     )
 
 

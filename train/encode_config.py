@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from data.decode import MAX_IMAGE_PIXELS
+from data.shards import check_cache_fields
 from sampling.choices import Dtype
 from sampling.errors import UserError
 
@@ -14,7 +15,8 @@ class EncodeConfig:
     """Shards of images, the checkpoint that encodes them, and the shards of latents."""
 
     source: str = MISSING
-    """Shards of images: a folder, or a pattern such as shards/shard-{000000..000009}.tar."""
+    """Shards of images: a folder, a pattern such as shards/shard-{000000..000009}.tar, or the same
+    as a URL (https://, s3://, gs://)."""
     checkpoint: str = MISSING
     """Whose VAE and text encoder encode: a folder, hub id, run directory or .ckpt. Training from
     the result must start from a checkpoint with the same two."""
@@ -39,6 +41,14 @@ class EncodeConfig:
     """Share of samples that may be left out before the run stops, 0 to 1."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Images with more pixels are refused as decompression bombs."""
+    cache_dir: str | None = None
+    """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
+    $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint."""
+    cache_gigabytes: float = 50.0
+    """Shards from URLs are kept up to this size, in 10^9 bytes; they are read in order, so little
+    more than the largest will do."""
+    allow_shell_urls: bool = False
+    """Lets pipe:COMMAND stand for a shard: the shell runs it, and its output is the shard."""
 
     def __post_init__(self) -> None:
         for name in ("resolution", "batch_size", "samples_per_shard", "max_image_pixels"):
@@ -48,6 +58,7 @@ class EncodeConfig:
             raise UserError(f"num_workers={self.num_workers}: must be 0 or more.")
         if not 0 <= self.max_bad_share <= 1:
             raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1.")
+        check_cache_fields(self)
         if self.crop != "center":
             raise UserError(
                 f"crop={self.crop}: latents are made once, so each image has one view. "

@@ -29,6 +29,9 @@ FREE_KEYS = (
     "data.num_workers",
     "trainer.keep_checkpoints",
     "trainer.keep_best",
+    "data.cache_dir",
+    "data.cache_gigabytes",
+    "data.allow_shell_urls",
     "watch.",
     "wandb.",
 )
