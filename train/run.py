@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from data.module import CaptionedImages
-from sampling.errors import Resumable
+from data.summary import bucket_rows, write_buckets
+from sampling.errors import Resumable, UserError
 from sampling.export import export
 from sampling.model import DiffusionModel
 from sampling.speed import prepare_unet
@@ -95,12 +96,18 @@ def train(
     if is_first_process():
         images.prepare_data()
         images.setup("fit")
+        check_sizes(model, images)
+        for line in images.summary():
+            say(line)
     previews = bool(config.preview.every_steps and config.preview.prompts)
     note = ready_encoders(model, images.encodings(), previews)
     if note:
         say(f"note: {note}")
     if is_first_process():
         write_records(run_dir, config)
+        rows = list(bucket_rows(images.readers()))
+        if rows:
+            write_buckets(run_dir / "buckets.csv", rows)
     loggers: list[Logger] = [CsvMetrics(run_dir / "metrics.csv", resume_step)]
     if config.wandb.enabled and is_first_process():
         loggers.append(wandb_logger(config, run_dir))
@@ -121,6 +128,18 @@ def train(
             f"stopped at step {stop.stopped_step} of {config.trainer.max_steps}, saved in "
             f"{run_dir / 'checkpoints'}; the same command continues"
         )
+
+
+def check_sizes(model: DiffusionModel, images: CaptionedImages) -> None:
+    """Raises UserError for a bucket whose size the UNet cannot halve evenly."""
+    for width, height in images.sizes():
+        try:
+            model.latent_shape(height, width)
+        except UserError as error:
+            raise UserError(
+                f"data.buckets.step_px={images.config.buckets.step_px} makes images of {width} x "
+                f"{height} px, but {error}; set step_px to that"
+            ) from None
 
 
 def build_callbacks(config: TrainConfig, run_dir: Path) -> tuple[StopOnSignal, list[Callback]]:
