@@ -6,12 +6,14 @@ order does not depend on W.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from data.buckets import Size
 from data.errors import UserError
+from data.mixed_reader import MixedReader
 from data.reader import Place, Reader
 
 
@@ -29,7 +31,12 @@ class TrainingBatches(IterableDataset):
     """One process's training batches, without end."""
 
     def __init__(
-        self, reader: Reader, batch_size: int, start_sample: int, rank: int, world_size: int
+        self,
+        reader: Reader | MixedReader,
+        batch_size: int,
+        start_sample: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         self.reader = reader
         self.batch_size = batch_size
@@ -46,17 +53,22 @@ class TrainingBatches(IterableDataset):
 class ValidationBatches(IterableDataset):
     """One process's share of the first `num_images` samples: no draws, always the same.
 
-    The number is lowered to a multiple of the processes, so that all see equally many batches.
+    All processes see equally many batches. Without buckets the number is lowered to a multiple of
+    the processes; with them, batches, each of one bucket, are split for it.
     """
 
     def __init__(
         self, reader: Reader, num_images: int, batch_size: int, rank: int, world_size: int
     ) -> None:
+        size = slice_size(batch_size, world_size)
+        self.reader = reader
+        self.slices: Sequence[Sequence[int]]
+        if reader.order is not None:
+            self.slices = even_batches(_first_by_size(reader, num_images), size, world_size)[rank]
+            return
         num_images = min(num_images, len(reader))
         num_images -= num_images % world_size
-        size = slice_size(batch_size, world_size)
         own = range(rank, num_images, world_size)
-        self.reader = reader
         self.slices = [own[first : first + size] for first in range(0, len(own), size)]
 
     def __len__(self) -> int:
@@ -67,6 +79,39 @@ class ValidationBatches(IterableDataset):
         for numbers in self.slices[worker::num_workers]:
             places = [Place(0, self.reader.sample_index(number), number) for number in numbers]
             yield self.reader.collate(places, training=False)
+
+
+def even_batches(
+    groups: Iterable[Sequence[int]], size: int, world_size: int
+) -> list[list[Sequence[int]]]:
+    """Returns each process's batches, of at most `size` samples of one group, equally many each.
+
+    The largest batches are halved until the processes share them evenly; only where all hold one
+    sample are the last ones left out.
+    """
+    batches = [group[at : at + size] for group in groups for at in range(0, len(group), size)]
+    while len(batches) % world_size:
+        largest = max(range(len(batches)), key=lambda number: len(batches[number]))
+        whole = batches[largest]
+        if len(whole) == 1:
+            del batches[-(len(batches) % world_size) :]
+        else:
+            half = len(whole) // 2
+            batches[largest : largest + 1] = [whole[:half], whole[half:]]
+    return [batches[rank::world_size] for rank in range(world_size)]
+
+
+def _first_by_size(reader: Reader, num_images: int) -> list[list[int]]:
+    """Returns the numbers of the first samples that are not left out, by size."""
+    found: dict[Size, list[int]] = {}
+    for number in range(len(reader)):
+        size = reader.size(reader.sample_index(number))
+        if size is not None:
+            found.setdefault(size, []).append(number)
+            num_images -= 1
+        if not num_images:
+            break
+    return [found[size] for size in sorted(found)]
 
 
 def _worker() -> tuple[int, int]:

@@ -1,12 +1,15 @@
 """Which shards training reads, and what becomes of their images; free of torch and Lightning."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 from omegaconf import MISSING
 
+from data.buckets import BucketsConfig, bucket_table
 from data.decode import MAX_IMAGE_PIXELS
 from data.errors import UserError
+from data.mixture import MixtureEntry
 from data.shards import check_cache_fields
 
 
@@ -14,18 +17,27 @@ from data.shards import check_cache_fields
 class DataConfig:
     """Shards and what becomes of their images."""
 
-    shards: str = MISSING
+    shards: str | None = field(default=MISSING, metadata={"unless": "mixture"})
     """Training shards, of images or of latents from `blackpoint data encode`: a folder, a pattern
-    such as shards/shard-{000000..000009}.tar, or the same as a URL (https://, s3://, gs://)."""
+    such as shards/shard-{000000..000009}.tar, or the same as a URL (https://, s3://, gs://). null
+    where data.mixture is given."""
+    mixture: dict[str, MixtureEntry] = field(default_factory=dict)
+    """Instead of data.shards: several data sets by name, mixed by weight."""
     validation_shards: str | None = None
     """Validation shards, named in the same way; null: no validation."""
     validation_images: int = 256
     """Validation reads this many images, always the first ones."""
     resolution: int = 512
-    """Side of the square images, in pixels; the shorter side is resized to it."""
+    """Side of the square images, in pixels; the shorter side is resized to it. With buckets: the
+    side of the square whose area theirs is near to."""
+    buckets: BucketsConfig = field(default_factory=BucketsConfig)
+    """Aspect-ratio buckets."""
+    max_upscale: float | None = None
+    """Images that would have to be enlarged by more than this are left out of training and
+    validation, and listed; null: no limit. 1.0 enlarges none."""
     crop: Literal["auto", "random", "center"] = "auto"
-    """Where the square is cut from the longer side; validation is always center. auto: random, or
-    center for shards of latents, which hold one view of each image."""
+    """Where the square, or the bucket's rectangle, is cut from the image; validation is always
+    center. auto: random, or center for shards of latents, which hold one view of each image."""
     flip: bool = False
     """Mirrors half of the training images. Leave it off where left and right have meaning."""
     caption_dropout: float = 0.1
@@ -52,6 +64,37 @@ class DataConfig:
         for name in ("caption_dropout", "max_bad_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name}={getattr(self, name)}: must be from 0 to 1.")
+        if self.max_upscale is not None and not self.max_upscale > 0:
+            raise UserError(f"data.max_upscale={self.max_upscale}: must be above 0, or null.")
+        self._check_mixture()
+        if self.buckets.enabled:
+            bucket_table(self.buckets, self.resolution, self.max_upscale)
         if self.num_workers < 0:
             raise UserError(f"data.num_workers={self.num_workers}: must be 0 or more.")
         check_cache_fields(self, "data.")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of the mixture by name, in the order of the names, without those of 0."""
+        weights = {name: self.mixture[name].weight for name in sorted(self.mixture)}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    def _check_mixture(self) -> None:
+        if not self.mixture:
+            if self.shards is None:
+                raise UserError(
+                    "data.shards=null: name the training shards, data.shards=FOLDER, or several "
+                    "data sets, data.mixture.NAME.shards=FOLDER."
+                )
+            return
+        names = ", ".join(sorted(self.mixture))
+        if self.shards not in (None, MISSING):
+            raise UserError(
+                f"data.shards={self.shards} and data.mixture ({names}): training reads one or the "
+                "other. Set data.shards=null, or give that data set a name in data.mixture."
+            )
+        for name, entry in self.mixture.items():
+            if not 0 <= entry.weight < math.inf:
+                raise UserError(f"data.mixture.{name}.weight={entry.weight}: must be 0 or more.")
+        if not self.weights:
+            raise UserError(f"data.mixture ({names}): every weight is 0. Set one above 0.")

@@ -179,6 +179,13 @@ class Index:
         start = self._records_start + index * RECORD.itemsize
         return np.frombuffer(os.pread(records.fileno(), RECORD.itemsize, start), RECORD)[0]
 
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns a copy of records [start, stop): memory that is freed, unlike a map's pages."""
+        records, _ = self._open()
+        size = (stop - start) * RECORD.itemsize
+        at = self._records_start + start * RECORD.itemsize
+        return np.frombuffer(os.pread(records.fileno(), size, at), RECORD)
+
     def key(self, index: int) -> str:
         """Returns the key of sample `index`."""
         _, keys = self._open()

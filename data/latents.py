@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
+from data.buckets import Size
 from data.decode import BadImage, decode_caption
 from data.errors import UserError
 from data.reader import Reader
@@ -139,7 +140,9 @@ class LatentReader(Reader):
         self.encoding = Encoding.read(folder)
         self._empty = read_empty(folder).float()
 
-    def read(self, epoch: int, index: int, training: bool) -> tuple[dict[str, Tensor], str]:
+    def read(
+        self, epoch: int, index: int, training: bool, size: Size | None = None
+    ) -> tuple[dict[str, Tensor], str]:
         """Returns moments and prompt_embeds, as stored, and the caption; raises BadImage."""
         content_bytes, caption_bytes = self.member_bytes(index)
         content = self._tensors(content_bytes)

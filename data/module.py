@@ -2,9 +2,10 @@
 
 A batch is {"image": uint8 (B, 3, H, W), "caption": list of str ("" where dropped), "key": list of
 str, "epoch", "index" and "position": int64 (B,)}: which sample of the index, in which pass, and its
-place in all passes laid end to end (in validation, its number). Encoded shards give, instead of the
-image, "moments" (B, 2C, H/f, W/f) and "prompt_embeds" (B, L, D), float32. All that is random about
-a sample is a function of (seed, epoch, index).
+place in all passes laid end to end (in validation, its number). With buckets, H and W differ from
+batch to batch; in a mixture, indices count through its data sets. Encoded shards give, instead of
+the image, "moments" (B, 2C, H/f, W/f) and "prompt_embeds" (B, L, D), float32. All that is random
+about a sample is a function of (seed, epoch, index).
 """
 
 import signal
@@ -20,13 +21,20 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from data.bad_samples import BadSample, refusal, too_many
 from data.batches import TrainingBatches, ValidationBatches, slice_size
+from data.buckets import Size, bucket_table, square
 from data.config import DataConfig
 from data.errors import UserError
 from data.index import INDEX_FOLDER, Index, has_index
 from data.latents import Encoding, LatentReader
+from data.mixed_reader import MixedReader, check_alike
+from data.order import BucketOrder
 from data.reader import Reader
 from data.shard_set import index_shards, open_shards
 from data.shards import is_encoded
+from data.sorted_samples import sorted_samples
+from data.summary import bucket_lines, bucket_rows, mixture_lines
+
+VALIDATION = "data.validation_shards"
 
 # Lightning reminds us to share the batches out among the workers; data/batches.py does.
 warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
@@ -56,11 +64,11 @@ class CaptionedImages(LightningDataModule):
         self.bad_samples: dict[int, BadSample] = {}
         """Training samples that proved unusable, by index: read but replaced."""
         self._said: set[str] = set()
-        self._training: Reader | None = None
+        self._training: Reader | MixedReader | None = None
         self._validation: Reader | None = None
 
     def prepare_data(self) -> None:
-        """Indexes shards that were made elsewhere; one process a machine does it."""
+        """Indexes shards made elsewhere and sorts samples by bucket; one process a machine does."""
         for pattern, field in self._patterns():
             shards = open_shards(pattern, field, self.config)
             if is_encoded(shards.folder) and not has_index(shards.folder):
@@ -79,13 +87,14 @@ class CaptionedImages(LightningDataModule):
                 if note not in self._said:
                     print(f"note: {note}", file=sys.stderr, flush=True)
                 self._said.add(note)
+            self._reader(pattern, field)  # with buckets, it sorts the samples into a file
 
     def setup(self, stage: str) -> None:
         """Opens the shards that `stage` needs."""
         slice_size(self.batch_size, self._world_size)
-        readers = [self._reader(pattern, field) for pattern, field in self._patterns()]
-        self._training = readers[0]
-        self._validation = readers[1] if len(readers) > 1 else None
+        pattern = self.config.validation_shards
+        self._training = self._open_training()
+        self._validation = self._reader(pattern, VALIDATION) if pattern else None
 
     def train_dataloader(self) -> DataLoader:
         """Returns the endless loader, from the position where training stands."""
@@ -131,7 +140,8 @@ class CaptionedImages(LightningDataModule):
         num_samples = len(self._training) if self._training is not None else 0
         if self._training is not None and too_many(num_bad, num_samples, limit):
             bad = list(self.bad_samples.values())
-            where = f"data.shards={self.config.shards}"
+            config = self.config
+            where = "data.mixture" if config.mixture else f"data.shards={config.shards}"
             raise refusal(where, bad, num_samples, limit, "data.max_bad_share")
 
     def encodings(self) -> list[tuple[str, Encoding | None]]:
@@ -143,13 +153,58 @@ class CaptionedImages(LightningDataModule):
             found.append((f"{field}={pattern}", encoding))
         return found
 
+    def readers(self) -> dict[str, Reader]:
+        """Returns the reader of each data set by "field=value", those of training first."""
+        assert self._training is not None, "setup comes first"
+        training = self._training
+        readers = list(training.readers) if isinstance(training, MixedReader) else [training]
+        readers += [self._validation] if self._validation else []
+        names = [f"{field}={pattern}" for pattern, field in self._patterns()]
+        return dict(zip(names, readers, strict=True))
+
+    def summary(self) -> list[str]:
+        """Returns lines for the user: shares of a mixture, images of each bucket."""
+        lines = []
+        if isinstance(self._training, MixedReader):
+            mixed = self._training
+            lines += ["data.mixture:", *mixture_lines(mixed.readers, mixed.schedule.parts)]
+        for name, reader in self.readers().items():
+            lines += bucket_lines(name, reader, self.batch_size) if reader.order else []
+        return lines
+
+    def sizes(self) -> list[Size]:
+        """Returns every (width, height) that a batch may have, in pixels."""
+        readers = self.readers()
+        rows = {row[1:3] for row in bucket_rows(readers) if row.width}
+        plain = any(reader.order is None for reader in readers.values())
+        return sorted(rows | ({(self.config.resolution,) * 2} if plain else set()))
+
     def _patterns(self) -> list[tuple[str, str]]:
-        patterns = [(self.config.shards, "data.shards")]
-        if self.config.validation_shards:
-            patterns.append((self.config.validation_shards, "data.validation_shards"))
+        config = self.config
+        patterns = [(config.shards, "data.shards")] if config.shards else []
+        for name in config.weights:
+            patterns.append((config.mixture[name].shards, f"data.mixture.{name}.shards"))
+        if config.validation_shards:
+            patterns.append((config.validation_shards, VALIDATION))
         return patterns
 
-    def _reader(self, pattern: str, field: str) -> Reader:
+    def _open_training(self) -> Reader | MixedReader:
+        weights = self.config.weights
+        if not weights:
+            assert self.config.shards is not None
+            return self._reader(self.config.shards, "data.shards")
+        readers: dict[str, Reader] = {}
+        offset = 0
+        for name in weights:
+            pattern, field = self.config.mixture[name].shards, f"data.mixture.{name}.shards"
+            reader = self._reader(pattern, field, name, offset)
+            readers[f"{field}={pattern}"] = reader
+            offset += len(reader.index)
+        check_alike(readers)
+        run_length = self.batch_size if self.config.buckets.enabled else 1
+        return MixedReader(list(readers.values()), list(weights.values()), run_length)
+
+    def _reader(self, pattern: str, field: str, name: str = "", offset: int = 0) -> Reader:
         shards, config = open_shards(pattern, field, self.config), self.config
         kind = LatentReader if is_encoded(shards.folder) else Reader
         reader = kind(
@@ -161,15 +216,45 @@ class CaptionedImages(LightningDataModule):
             config.flip,
             config.caption_dropout,
             config.max_image_pixels,
-            shards.remote,
+            remote=shards.remote,
+            name=name,
+            offset=offset,
         )
         if isinstance(reader, LatentReader):
-            self._check_latents(f"{field}={pattern}", reader.encoding, field == "data.shards")
+            self._check_latents(f"{field}={pattern}", reader.encoding, field != VALIDATION)
+        reader.order = self._order(reader, f"{field}={pattern}")
         return reader
+
+    def _order(self, reader: Reader, where: str) -> BucketOrder | None:
+        """Returns the order of buckets, or of what is left once images that are too small are."""
+        config = self.config
+        if config.buckets.enabled:
+            buckets = bucket_table(config.buckets, config.resolution, config.max_upscale)
+            batch_size = self.batch_size
+        elif config.max_upscale is not None:
+            buckets, batch_size = square(config.resolution, config.max_upscale), 1
+        else:
+            return None
+        samples = sorted_samples(reader.index, reader.chosen(), buckets)
+        if not any(samples.counts):
+            raise UserError(
+                f"{where}: all of {len(reader)} images would have to be enlarged by more than "
+                f"data.max_upscale={config.max_upscale:g} for data.resolution={config.resolution}. "
+                "Raise data.max_upscale or lower data.resolution."
+            )
+        stream = f"/{reader.name}" if reader.name else ""
+        return BucketOrder(samples, self.seed, batch_size, stream)
 
     def _check_latents(self, where: str, encoding: Encoding, training: bool) -> None:
         """Raises UserError for what can't be asked of images that are encoded already."""
         config = self.config
+        if config.buckets.enabled or config.max_upscale is not None:
+            field = "data.buckets.enabled=true" if config.buckets.enabled else "data.max_upscale"
+            raise UserError(
+                f"{field}: {where} holds latents of images that `blackpoint data encode` cut to "
+                "squares, whatever their size was. Train from the shards of images, or set "
+                "data.buckets.enabled=false data.max_upscale=null."
+            )
         if config.resolution != encoding.resolution:
             raise UserError(
                 f"data.resolution={config.resolution}: {where} holds latents of "
@@ -186,6 +271,15 @@ class CaptionedImages(LightningDataModule):
             )
 
     def _start(self) -> int:
+        start = self._start_position()
+        if self.config.buckets.enabled and start % self.batch_size:
+            raise UserError(
+                f"start_sample={start}: batches of one bucket begin at multiples of "
+                f"batch_size={self.batch_size}."
+            )
+        return start
+
+    def _start_position(self) -> int:
         if callable(self.start_sample):
             return self.start_sample()
         if self.start_sample is not None:

@@ -15,11 +15,14 @@ NUM_ROUNDS = 8
 _MASK = 2**64 - 1
 
 
-def permute(place: int, size: int, seed: int, epoch: int) -> int:
-    """Returns the element of range(size) that pass `epoch` visits at `place`, in O(1)."""
+def permute(place: int, size: int, seed: int, epoch: int, stream: str = "") -> int:
+    """Returns the element of range(size) that pass `epoch` visits at `place`, in O(1).
+
+    `stream` tells permutations of one run apart, such as those of its buckets.
+    """
     num_rows = math.isqrt(max(size - 1, 0)) + 1
     num_columns = -(-size // num_rows)
-    keys = _round_keys(seed, epoch)
+    keys = _round_keys(seed, epoch, stream)
     while True:
         column, row = divmod(place, num_rows)
         for number, key in enumerate(keys):
@@ -32,9 +35,10 @@ def permute(place: int, size: int, seed: int, epoch: int) -> int:
             return place
 
 
-@lru_cache(maxsize=8)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    digest = blake2b(f"epoch order/{seed}/{epoch}".encode(), digest_size=8 * NUM_ROUNDS).digest()
+@lru_cache(maxsize=512)
+def _round_keys(seed: int, epoch: int, stream: str) -> tuple[int, ...]:
+    name = f"epoch order/{seed}/{epoch}{stream}"
+    digest = blake2b(name.encode(), digest_size=8 * NUM_ROUNDS).digest()
     return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
 
 

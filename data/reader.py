@@ -3,7 +3,8 @@
 Position n of a data set of N samples is pass n // N, sample permute(n % N): the order of all
 epochs is a function of the seed, position 10^6 costs what position 0 costs, and any process can
 read any position. A sample that can't be decoded is replaced by one that (seed, epoch, index)
-chooses; the batch names it.
+chooses; the batch names it. With buckets, data/order.py says which sample is where, and a sample is
+replaced by one of its bucket; where none of that is usable, by any other, cut to the same size.
 """
 
 import bisect
@@ -21,30 +22,28 @@ import torch
 from torch import Tensor
 
 from data.bad_samples import BadSample, listing
+from data.buckets import Size, bucket_of
 from data.decode import MAX_IMAGE_PIXELS, BadImage, decode, decode_caption, json_caption
 from data.errors import UserError
 from data.index import Index
+from data.order import BucketOrder, Place
 from data.permutation import permute
 from data.record import JSON, Span
 from data.remote_shards import RemoteShards
 from data.transform import CENTER, draw, transform
 
 MAX_REPLACEMENTS = 100
+MAX_FROM_BUCKET = 20
 MAX_OPEN_SHARDS = 128
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which sample of the index, in which pass, and where in all passes laid end to end."""
-
-    epoch: int
-    index: int
-    position: int
 
 
 @dataclass
 class Reader:
-    """Reads, transforms and collates samples of the chosen shards of an index."""
+    """Reads, transforms and collates samples of the chosen shards of an index.
+
+    In a mixture, `name` goes before the keys and `offset` is added to every index that is passed or
+    returned, so that both are unique.
+    """
 
     index: Index
     shards: Sequence[Path]
@@ -56,6 +55,9 @@ class Reader:
     max_image_pixels: int = MAX_IMAGE_PIXELS
     remote: RemoteShards | None = None
     """Where shards are that are no files here."""
+    order: BucketOrder | None = None
+    name: str = ""
+    offset: int = 0
     _files: dict[int, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -79,12 +81,24 @@ class Reader:
         """Returns the index of the `number`-th sample of the chosen shards."""
         shard = bisect.bisect_right(self._totals, number)
         before = self._totals[shard - 1] if shard else 0
-        return self._starts[shard] + number - before
+        return self.offset + self._starts[shard] + number - before
+
+    def chosen(self) -> list[range]:
+        """Returns the samples of the chosen shards, as the index counts them, in its order."""
+        before = [0, *self._totals]
+        return [
+            range(start, start + total - before[number])
+            for number, (start, total) in enumerate(zip(self._starts, self._totals, strict=True))
+        ]
 
     def place(self, position: int) -> Place:
         """Returns which sample training reads at `position`, 0 the first of the first pass."""
+        if self.order is not None:
+            place = self.order.place(position)
+            return Place(place.epoch, self.offset + place.index, position)
         epoch, offset = divmod(position, len(self))
-        index = self.sample_index(permute(offset, len(self), self.seed, epoch))
+        stream = f"/{self.name}" if self.name else ""
+        index = self.sample_index(permute(offset, len(self), self.seed, epoch, stream))
         return Place(epoch, index, position)
 
     def batch(self, positions: Iterable[int]) -> dict[str, Any]:
@@ -96,43 +110,49 @@ class Reader:
 
         `replaced` lists what could not be used, as (index, BadSample), and is mostly empty.
         """
-        contents, captions, indices = [], [], []
-        replaced: list[tuple[int, BadSample]] = []
-        for place in places:
-            index, content, caption = self._usable(place, training, replaced)
-            contents.append(content)
-            captions.append(caption)
-            indices.append(index)
-        return self.stack(contents) | {
-            "caption": captions,
-            "key": [self.index.key(index) for index in indices],
-            "epoch": torch.tensor([place.epoch for place in places]),
-            "index": torch.tensor(indices),
-            "position": torch.tensor([place.position for place in places]),
-            "replaced": replaced,
-        }
+        return collate([(self, place) for place in places], training)
+
+    def key(self, index: int) -> str:
+        """Returns what names a sample to the user."""
+        key = self.index.key(index - self.offset)
+        return f"{self.name}:{key}" if self.name else key
+
+    def size(self, index: int) -> Size | None:
+        """Returns the width and height that a sample is cut to; None where it is left out."""
+        if self.order is None:
+            return self.resolution, self.resolution
+        sizes, bucket = self.order.samples.buckets.sizes, self._bucket(index)
+        return sizes[bucket] if bucket < len(sizes) else None
 
     def stack(self, contents: Sequence[Any]) -> dict[str, Tensor]:
-        """Returns image uint8 (B, 3, H, W) of what `read` returned."""
-        images = np.empty((len(contents), 3, self.resolution, self.resolution), np.uint8)
+        """Returns image uint8 (B, 3, H, W) of what `read` returned, all of one size."""
+        height, width, _ = contents[0].shape
+        images = np.empty((len(contents), 3, height, width), np.uint8)
         for row, pixels in enumerate(contents):
             images[row] = pixels.transpose(2, 0, 1)
         return {"image": torch.from_numpy(images)}
 
-    def read(self, epoch: int, index: int, training: bool) -> tuple[Any, str]:
-        """Returns pixels uint8 (H, W, 3) and caption of one sample; raises BadImage."""
+    def read(
+        self, epoch: int, index: int, training: bool, size: Size | None = None
+    ) -> tuple[Any, str]:
+        """Returns pixels uint8 (H, W, 3) and caption of one sample; raises BadImage.
+
+        It is cut to `size`, by default to its own.
+        """
         image_bytes, caption_bytes = self.member_bytes(index)
         draws = draw(self.seed, epoch, index) if training else CENTER
         crop = draws if self.crop == "random" else CENTER
         image = decode(image_bytes, self.max_image_pixels)
         flip = self.flip and draws.flip < 0.5
-        pixels = transform(image, self.resolution, crop.crop_x, crop.crop_y, flip)
+        size = size or self.size(index)
+        assert size is not None, "what is left out is not read"
+        pixels = transform(image, size, crop.crop_x, crop.crop_y, flip)
         caption = decode_caption(caption_bytes)
         return pixels, "" if draws.caption_dropout < self.caption_dropout else caption
 
     def member_bytes(self, index: int) -> tuple[bytes, bytes]:
         """Returns the image's (or latents') and the caption's bytes; raises BadImage."""
-        record = self.index.record(index)
+        record = self.index.record(index - self.offset)
         image = Span(int(record["image_offset"]), int(record["image_size"]))
         caption = Span(int(record["caption_offset"]), int(record["caption_size"]))
         image_bytes, caption_bytes = self._bytes(int(record["shard"]), [image, caption])
@@ -140,24 +160,35 @@ class Reader:
             caption_bytes = json_caption(caption_bytes)
         return image_bytes, caption_bytes
 
-    def _usable(
+    def usable(
         self, place: Place, training: bool, replaced: list[tuple[int, BadSample]]
     ) -> tuple[int, Any, str]:
         """Returns the sample at `place`, or the first usable of those that would replace it."""
-        candidate = place.index
+        candidate, size = place.index, self.size(place.index)
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                return candidate, *self.read(place.epoch, candidate, training)
+                return candidate, *self.read(place.epoch, candidate, training, size)
             except BadImage as reason:
-                replaced.append((candidate, BadSample(self.index.key(candidate), str(reason))))
+                replaced.append((candidate, BadSample(self.key(candidate), str(reason))))
             parts = f"replacement/{self.seed}/{place.epoch}/{place.index}/{attempt}".encode()
             number = int.from_bytes(blake2b(parts, digest_size=8).digest(), "little")
-            candidate = self.sample_index(number % len(self))
+            candidate = self._replacement(place.index, number, attempt)
         bad = list(dict.fromkeys(sample for _, sample in replaced))
         raise UserError(
             f"{self.index.shard_folder}: {MAX_REPLACEMENTS} samples in a row can't be used. "
             f"Pack the data set again:\n{listing(bad)}"
         )
+
+    def _replacement(self, index: int, number: int, attempt: int) -> int:
+        if self.order is None:
+            return self.sample_index(number % len(self))
+        bucket = self._bucket(index) if attempt < MAX_FROM_BUCKET else None
+        return self.offset + self.order.replacement(bucket, number)
+
+    def _bucket(self, index: int) -> int:
+        assert self.order is not None
+        record = self.index.record(index - self.offset)
+        return bucket_of(self.order.samples.buckets, int(record["width"]), int(record["height"]))
 
     def _bytes(self, shard: int, spans: Sequence[Span]) -> list[bytes]:
         name = self.index.shard_names[shard]
@@ -184,3 +215,23 @@ class Reader:
     def __del__(self) -> None:
         for descriptor in self.__dict__.get("_files", {}).values():
             os.close(descriptor)
+
+
+def collate(places: Sequence[tuple[Reader, Place]], training: bool) -> dict[str, Any]:
+    """Returns the batch of some places, each with its reader; see `Reader.collate`."""
+    contents, captions, keys, indices = [], [], [], []
+    replaced: list[tuple[int, BadSample]] = []
+    for reader, place in places:
+        index, content, caption = reader.usable(place, training, replaced)
+        contents.append(content)
+        captions.append(caption)
+        keys.append(reader.key(index))
+        indices.append(index)
+    return places[0][0].stack(contents) | {
+        "caption": captions,
+        "key": keys,
+        "epoch": torch.tensor([place.epoch for _, place in places]),
+        "index": torch.tensor(indices),
+        "position": torch.tensor([place.position for _, place in places]),
+        "replaced": replaced,
+    }

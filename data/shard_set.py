@@ -64,7 +64,7 @@ def open_shards(pattern: str, field: str, config: CacheFields, in_order: bool = 
     if not any(is_remote(name) or _SHELL.match(name) for name in names):
         return _local(find_shards(pattern, field), cache_dir)
     where = f"{field}={shown(pattern)}"
-    section = field.rpartition(".")[0] + "." if field.startswith("data.") else ""
+    section = "data." if field.startswith("data.") else ""
     commands = [name for name in names if _SHELL.match(name)]
     if commands:
         _check_commands(commands, names, where, section, config.allow_shell_urls)

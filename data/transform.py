@@ -1,15 +1,18 @@
-"""RGB image -> square uint8 array: resize the shorter side, crop, flip.
+"""RGB image -> uint8 array of one size: resize to cover it, crop, flip.
 
-The shorter side becomes `resolution` pixels, with antialiasing and the aspect kept, and a square
-is cropped from the longer one. Only the square is resized, so a picture of 10000 x 1 pixels costs
-no more than any other. All draws of a sample are functions of (seed, epoch, index): the same
-sample in the same epoch looks the same in any batch, on any process, after any resume.
+The image is scaled, with antialiasing and the aspect kept, until it covers the wanted width and
+height, those of the square or of a bucket, and what stands out on one side is cropped. Only what
+is kept is resized, so a picture of 10000 x 1 pixels costs no more than any other. All draws of a
+sample are functions of (seed, epoch, index): the same sample in the same epoch looks the same in
+any batch, on any process, after any resume.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from data.buckets import Size
 
 
 class Draws(NamedTuple):
@@ -30,34 +33,39 @@ def draw(seed: int, epoch: int, index: int) -> Draws:
     return Draws(*np.random.default_rng([seed, epoch, index]).random(4).tolist())
 
 
+def resized(width: int, height: int, size: Size) -> Size:
+    """Returns the whole image's size once it is scaled to just cover `size`."""
+    if size[0] * height >= size[1] * width:
+        return size[0], max(size[1], round(height * size[0] / width))
+    return max(size[0], round(width * size[1] / height)), size[1]
+
+
 def crop_box(
-    width: int, height: int, resolution: int, crop_x: float, crop_y: float
+    width: int, height: int, size: Size, crop_x: float, crop_y: float
 ) -> tuple[float, float, float, float]:
-    """Returns the square (left, top, right, bottom), in pixels of the image as it is stored."""
-    shorter = min(width, height)
-    resized_width = max(resolution, round(width * resolution / shorter))
-    resized_height = max(resolution, round(height * resolution / shorter))
+    """Returns what is kept (left, top, right, bottom), in pixels of the image as it is stored."""
+    resized_width, resized_height = resized(width, height, size)
     # Whole pixels after the resize; u = .5 is the center and every offset is equally likely.
-    left = int(crop_x * (resized_width - resolution + 1))
-    top = int(crop_y * (resized_height - resolution + 1))
+    left = int(crop_x * (resized_width - size[0] + 1))
+    top = int(crop_y * (resized_height - size[1] + 1))
     scale_x, scale_y = width / resized_width, height / resized_height
     return (
         left * scale_x,
         top * scale_y,
-        min((left + resolution) * scale_x, width),
-        min((top + resolution) * scale_y, height),
+        min((left + size[0]) * scale_x, width),
+        min((top + size[1]) * scale_y, height),
     )
 
 
 def transform(
-    image: Image.Image, resolution: int, crop_x: float, crop_y: float, flip: bool
+    image: Image.Image, size: Size, crop_x: float, crop_y: float, flip: bool
 ) -> np.ndarray:
-    """Returns uint8 (resolution, resolution, 3)."""
-    if image.size != (resolution, resolution):
-        box = crop_box(*image.size, resolution, crop_x, crop_y)
-        if min(image.size) == resolution:
+    """Returns uint8 (height, width, 3) for size (width, height)."""
+    if image.size != size:
+        box = crop_box(*image.size, size, crop_x, crop_y)
+        if image.size == resized(*image.size, size):
             image = image.crop(tuple(round(edge) for edge in box))  # type: ignore[arg-type]
         else:
-            image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+            image = image.resize(size, Image.Resampling.BICUBIC, box=box)
     pixels = np.asarray(image)
     return pixels[:, ::-1] if flip else pixels

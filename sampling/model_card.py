@@ -38,6 +38,7 @@ RUN_KEYS = (
     "seed",
     "batch_size",
     "data.shards",
+    "data.mixture",
     "loss.prediction_type",
     "optimizer.learning_rate",
     "ema.decay",
@@ -160,7 +161,7 @@ def _training(run_dir: Path) -> str:
     config = OmegaConf.load(run_dir / "config.yaml")
     for key in RUN_KEYS:
         value = OmegaConf.select(config, key)
-        if value is not None:
+        if value is not None and value != {}:
             rows[key] = value
     if (run_dir / "environment.json").is_file():
         environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # importing it takes seconds
     from diffusers import UNet2DConditionModel
 
 PROBE_TOKENS = 16
+MAX_PROGRAMS = 1024
 
 
 def prepare_unet(
@@ -57,6 +58,10 @@ def prepare_unet(
     if compile:
         # One program a shape: what a shape computes must not depend on the shapes before it,
         # or a resumed run, which meets them in another order, would not repeat every bit.
+        # After 8 programs torch would go on uncompiled, and buckets have more shapes than that.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, MAX_PROGRAMS)
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, MAX_PROGRAMS)
         unet.compile(dynamic=False)
     if attention != "auto":
         return None

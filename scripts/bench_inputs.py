@@ -44,6 +44,7 @@ def prepare(config: TrainConfig, folder: Path) -> Inputs:
     arguments = [f"{key}={value}" for key, value in settings.items()]
     if cli.main(["data", "encode", *arguments]):
         raise RunFailed("the data set could not be encoded; what is above says why")
+    assert config.data.shards is not None
     _unpack(config.data.shards, inputs.images)
     _unpack(str(inputs.encoded_shards), inputs.encoded)
     return inputs
@@ -85,7 +86,7 @@ def held_images(folder: Path, resolution: int, batch_size: int, count: int) -> l
     batches = []
     for rows in _batches(captioned_images(folder), batch_size, count):
         pixels = [
-            transform(decode(path.read_bytes()), resolution, 0.5, 0.5, flip=False)
+            transform(decode(path.read_bytes()), (resolution, resolution), 0.5, 0.5, flip=False)
             for path, _ in rows
         ]
         images = torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())

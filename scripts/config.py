@@ -129,6 +129,9 @@ def _open_sections(config: DictConfig, known: dict[str, Field], path: str) -> No
     for length in range(1, len(names) + 1):
         parent = ".".join(names[:length])
         section = nested_class(known[parent].hint) if parent in known else None
+        if section is None and length > 1:  # an entry of a mapping of sections
+            field = known.get(".".join(names[: length - 1]))
+            section = nested_class(item_hint(field.hint)) if field else None
         if section is not None and OmegaConf.select(config, parent) is None:
             OmegaConf.update(config, parent, OmegaConf.structured(section))
 
@@ -144,15 +147,17 @@ def _is_entry(known: dict[str, Field], path: str) -> bool:
 
 
 def _check_items(config_class: type, hint: Any, value: Any, path: str, origin: str) -> None:
-    """Refuses unknown keys in a list of sections, where OmegaConf would name no neighbour."""
+    """Refuses unknown keys in a list or mapping of sections, where OmegaConf names no neighbour."""
     item_class = nested_class(item_hint(hint))
-    if item_class is None or not isinstance(value, list):
+    if item_class is None or not isinstance(value, list | dict):
         return
     known = fields_of(item_class)
-    for index, item in enumerate(value):
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for place, item in pairs:
+        shown = f"{path}.{place}" if isinstance(value, dict) else f"{path}[{place}]"
         for key in item if isinstance(item, dict) else ():
             if key not in known:
-                raise UserError(_unknown(item_class, str(key), f"{origin}, {path}[{index}]"))
+                raise UserError(_unknown(item_class, str(key), f"{origin}, {shown}"))
 
 
 def _unknown(config_class: type, path: str, origin: str) -> str:
@@ -181,6 +186,10 @@ def _finish(config: DictConfig, config_class: type[ConfigT]) -> ConfigT:
         raise UserError(
             f"a value with ${{...}} does not resolve: {str(error).splitlines()[0]}"
         ) from None
+    for path, field in fields_of(config_class).items():
+        replaced = field.unless and OmegaConf.select(config, field.unless)
+        if replaced and path in OmegaConf.missing_keys(config):
+            OmegaConf.update(config, path, None)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         known = fields_of(config_class)

@@ -27,6 +27,8 @@ class Field:
     hint: Any
     default: Any
     meaning: str
+    unless: str | None = None
+    """A key beside it that makes a required one unneeded, where that is given."""
 
     @property
     def optional(self) -> bool:
@@ -54,7 +56,9 @@ def _walk(config_class: type, prefix: str) -> tuple[Field, ...]:
             default = None if nested_class(hint) else field.default_factory()
         elif default is dataclasses.MISSING:
             default = MISSING
-        found.append(Field(path, hint, default, meanings.get(field.name, "")))
+        unless = field.metadata.get("unless")
+        unless = f"{prefix}{unless}" if unless else None
+        found.append(Field(path, hint, default, meanings.get(field.name, ""), unless))
         section = nested_class(hint)
         if section is not None:
             found.extend(_walk(section, f"{path}."))
@@ -94,9 +98,9 @@ def nested_class(hint: Any) -> type | None:
 
 
 def item_hint(hint: Any) -> Any:
-    """Returns the type of a list's items, or None where the field is no list."""
+    """Returns the type of a list's items or a mapping's values, or None for other fields."""
     bare = _bare(hint)
-    return get_args(bare)[0] if get_origin(bare) is list and get_args(bare) else None
+    return get_args(bare)[-1] if get_origin(bare) in (list, dict) and get_args(bare) else None
 
 
 def is_text(hint: Any) -> bool:
@@ -167,7 +171,8 @@ def describe(config_class: type, verb: str, verb_purpose: str) -> str:
             lines += ["", *textwrap.wrap(f"{field.path}: {meaning}{off}", HELP_WIDTH)]
             continue
         lines += _describe_field(field)
-        for inner in fields_of(item, f"{field.path}[].").values() if item else ():
+        below = ".NAME." if get_origin(_bare(field.hint)) is dict else "[]."
+        for inner in fields_of(item, f"{field.path}{below}").values() if item else ():
             lines += _describe_field(inner)
     return "\n".join(lines) + "\n"
 

@@ -99,7 +99,7 @@ def test_luminance_of_known_grays() -> None:
 def test_the_crop_is_a_square_inside_the_image(
     width: int, height: int, resolution: int, crop_x: float, crop_y: float
 ) -> None:
-    left, top, right, bottom = crop_box(width, height, resolution, crop_x, crop_y)
+    left, top, right, bottom = crop_box(width, height, (resolution, resolution), crop_x, crop_y)
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     # Square up to the rounding of the longer side to whole pixels.
     shorter = min(width, height)
@@ -112,17 +112,19 @@ def test_resizing_the_crop_equals_cropping_the_resized() -> None:
     whole = np.asarray(image.resize((48, 32), Image.Resampling.BICUBIC))
     for crop_x in (0.0, 0.5, 0.99):
         left = int(crop_x * 17)
-        ours = transform(image, 32, crop_x, 0.0, False).astype(int)
+        ours = transform(image, (32, 32), crop_x, 0.0, False).astype(int)
         assert np.abs(ours - whole[:, left : left + 32]).max() <= 1
 
 
 def test_an_image_of_the_right_size_is_untouched() -> None:
     image = picture(0, (16, 16))
-    np.testing.assert_array_equal(transform(image, 16, 0.7, 0.7, False), np.asarray(image))
-    np.testing.assert_array_equal(transform(image, 16, 0, 0, True), np.asarray(image)[:, ::-1])
+    np.testing.assert_array_equal(transform(image, (16, 16), 0.7, 0.7, False), np.asarray(image))
+    np.testing.assert_array_equal(
+        transform(image, (16, 16), 0, 0, True), np.asarray(image)[:, ::-1]
+    )
     wide = picture(0, (24, 16))
     np.testing.assert_array_equal(
-        transform(wide, 16, CENTER.crop_x, CENTER.crop_y, False), np.asarray(wide)[:, 4:20]
+        transform(wide, (16, 16), CENTER.crop_x, CENTER.crop_y, False), np.asarray(wide)[:, 4:20]
     )
 
 

@@ -14,7 +14,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from data.module import CaptionedImages
-from sampling.errors import Resumable, RunFailed
+from data.summary import bucket_rows, write_buckets
+from sampling.errors import Resumable, RunFailed, UserError
 from sampling.export import export
 from sampling.model import DiffusionModel
 from sampling.speed import prepare_unet
@@ -138,6 +139,9 @@ def train(
     if is_first_process():
         images.prepare_data()
         images.setup("fit")
+        check_sizes(model, images)
+        for line in images.summary():
+            say(line)
     previews = bool(config.preview.every_steps and config.preview.prompts)
     note = ready_encoders(model, images.encodings(), previews)
     if note:
@@ -147,6 +151,9 @@ def train(
             lock.acquire()
         remove_torn(run_dir / "checkpoints")
         write_records(run_dir, config)
+        rows = list(bucket_rows(images.readers()))
+        if rows:
+            write_buckets(run_dir / "buckets.csv", rows)
     say(batches_note(config))
     logged = rows_after(run_dir / "metrics.csv", resume_step)
     loggers: list[Logger] = [CsvMetrics(run_dir / "metrics.csv", resume_step)]
@@ -186,6 +193,18 @@ def batches_note(config: TrainConfig) -> str:
         f"processes x {config.batch_size // num_processes} images x {accumulated} accumulated; "
         f"learning rate {config.optimizer.learning_rate:g}"
     )
+
+
+def check_sizes(model: DiffusionModel, images: CaptionedImages) -> None:
+    """Raises UserError for a bucket whose size the UNet cannot halve evenly."""
+    for width, height in images.sizes():
+        try:
+            model.latent_shape(height, width)
+        except UserError as error:
+            raise UserError(
+                f"data.buckets.step_px={images.config.buckets.step_px} makes images of {width} x "
+                f"{height} px, but {error}; set step_px to that"
+            ) from None
 
 
 def build_callbacks(

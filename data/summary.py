@@ -1,0 +1,89 @@
+"""What training reads, for the user: the share of each data set, the images of each bucket."""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from data.bad_samples import printable
+from data.reader import Reader
+
+NUM_NAMED = 5  # of the samples that are left out
+
+
+class BucketRow(NamedTuple):
+    """How many images of a data set are cut to one size; size (0, 0): left out."""
+
+    data_set: str
+    width: int
+    height: int
+    num_images: int
+    num_enlarged: int
+
+
+def bucket_rows(readers: Mapping[str, Reader]) -> Iterator[BucketRow]:
+    """Yields the buckets that hold images, and what is left out, of readers by "field=value"."""
+    for name, reader in readers.items():
+        if reader.order is None:
+            continue
+        samples = reader.order.samples
+        sizes = samples.buckets.sizes
+        for size, count, enlarged in zip(sizes, samples.counts, samples.num_enlarged, strict=True):
+            if count:
+                yield BucketRow(name, *size, count, enlarged)
+        if samples.num_left_out:
+            yield BucketRow(name, 0, 0, samples.num_left_out, 0)
+
+
+def write_buckets(path: Path, rows: Sequence[BucketRow]) -> None:
+    """Writes the rows as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(BucketRow._fields)
+        writer.writerows(rows)
+
+
+def mixture_lines(readers: Sequence[Reader], parts: Sequence[int]) -> list[str]:
+    """Returns a line for each data set of a mixture: its share, and how often it is gone through.
+
+    `parts` are the whole weights. The passes are those that 10^6 samples of the mixture make.
+    """
+    lines = []
+    for reader, part in zip(readers, parts, strict=True):
+        share = part / sum(parts)
+        passes = share * 1e6 / len(reader)
+        lines.append(
+            f"  {reader.name}: {share:.2%} of the samples, from {len(reader):,} "
+            f"({passes:.3g} passes in a million samples)"
+        )
+    return lines
+
+
+def bucket_lines(name: str, reader: Reader, batch_size: int) -> list[str]:
+    """Returns the table of one data set's buckets, and what is to be known about it."""
+    assert reader.order is not None
+    rows = [row for row in bucket_rows({name: reader}) if row.width]
+    total = sum(row.num_images for row in rows)
+    lines = [f"{name}: {total:,} images, {len(rows)} sizes", "   width  height      images   share"]
+    for row in sorted(rows, key=lambda row: row.width / row.height):
+        enlarged = f"  {row.num_enlarged:,} enlarged" if row.num_enlarged else ""
+        share = f"{row.num_images / total:>8.1%}"
+        lines.append(f"{row.width:>8}{row.height:>8}{row.num_images:>12,}{share}{enlarged}")
+    few = [row for row in rows if row.num_images < batch_size]
+    if few and reader.order.batch_size > 1:
+        lines.append(
+            f"  {len(few)} sizes have fewer images than a batch of {batch_size}: a batch of theirs "
+            "comes every few epochs and shows images more than once (fewer sizes: "
+            "data.buckets.max_aspect, step_px)"
+        )
+    left_out = reader.order.samples.num_left_out
+    if left_out:
+        limit = reader.order.samples.buckets.max_upscale
+        found = reader.order.samples.left_out(NUM_NAMED)
+        names = [printable(reader.key(reader.offset + index)) for index in found]
+        more = ", ..." if left_out > len(names) else ""
+        lines.append(
+            f"  left out: {left_out:,} that would be enlarged by more than "
+            f"data.max_upscale={limit:g}: {', '.join(names)}{more}"
+        )
+    return lines
