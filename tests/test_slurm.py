@@ -158,7 +158,7 @@ def test_preemption_saves_requeues_and_continues(
     wait_for_step(checkout, run_dir)
     urgent = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     cluster.submit(*urgent, cwd=checkout)
-    wait_until(lambda: cluster.state(job)["Restarts"] == "1", 60, lambda: logs_of(checkout))
+    wait_until(lambda: cluster.state(job)["Restarts"] == "1", TIMEOUT_S, lambda: logs_of(checkout))
     saved = newest_step(run_dir)
     log = assert_done(cluster, job, checkout, restarts=1)
     assert "TERM: finishing this step, then saving" in log
