@@ -40,6 +40,7 @@ IMAGES, CACHE, TWO, LOADERS = "images", "cache", "images, two processes", "image
 
 def time_reader(config: TrainConfig, num_batches: int, rounds: int) -> Seconds:
     """Returns the seconds of each, one a round, for `num_batches` batches of the config's size."""
+    assert config.data.shards is not None
     shards, size = find_shards(config.data.shards), config.data.resolution
     reader = Reader(Index(shards[0].parent), shards, config.seed, size, "random", True, 0.1)
     positions = itertools.count(step=config.batch_size)
@@ -132,7 +133,7 @@ def _bare_samples(shards: list[Path], size: int) -> Iterator[tuple[np.ndarray, s
 def _bare_pixels(content: bytes, size: int) -> np.ndarray:
     image = Image.open(BytesIO(content)).convert("RGB")
     if image.size != (size, size):
-        box = crop_box(*image.size, size, random.random(), random.random())
+        box = crop_box(*image.size, (size, size), random.random(), random.random())
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     pixels = np.asarray(image)
     return pixels[:, ::-1] if random.random() < 0.5 else pixels
@@ -151,11 +152,11 @@ def _run(task: dict) -> None:
     class Clock(Callback):
         started_s = ended_s = waited_s = 0.0
 
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:  # type: ignore
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             if batch_idx > steps // 2:
                 self.waited_s += time.perf_counter() - self.ended_s
 
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
             self.ended_s = time.perf_counter()
             if batch_idx == steps // 2:
                 self.started_s = self.ended_s

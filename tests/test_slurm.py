@@ -7,6 +7,7 @@ wherever the two processes are.
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def make_checkout(folder: Path, pipeline: Path, shards: Path) -> Path:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, folder / package, ignore=ignored)
     (folder / "base").symlink_to(pipeline)
+    (folder / ".venv").symlink_to(sys.prefix)
     values = {"trainer.max_steps": NUM_STEPS, "trainer.checkpoint_every_steps": 10}
     config = tiny_config(Path("elsewhere"), Path("base"), shards, **values)
     OmegaConf.save(OmegaConf.structured(config), folder / "tiny.yaml")
