@@ -15,6 +15,7 @@ from train.run_directory import GIT_RECORD, git_state
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("data", "sampling", "train", "scripts", "slurm")
 SUFFIXES = (".py", ".j2", ".sbatch")
+LOCK = ".lock"  # of train/run_lock.py
 CONFIG = "config.yaml"
 
 
@@ -58,5 +59,6 @@ def is_frozen(root: Path) -> bool:
 def unfreeze(run_dir: Path) -> None:
     """Removes the copy of a run that never began, so that other input can be tried there."""
     shutil.rmtree(run_dir / "frozen", ignore_errors=True)
-    if run_dir.is_dir() and not any(run_dir.iterdir()):
+    if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {LOCK}:
+        (run_dir / LOCK).unlink(missing_ok=True)
         run_dir.rmdir()
