@@ -8,7 +8,6 @@ the image, "moments" (B, 2C, H/f, W/f) and "prompt_embeds" (B, L, D), float32. A
 about a sample is a function of (seed, epoch, index).
 """
 
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from data.shard_set import index_shards, open_shards
 from data.shards import is_encoded
 from data.sorted_samples import sorted_samples
 from data.summary import bucket_lines, bucket_rows, mixture_lines
+from data.worker_signals import leave_signals_to_training
 
 VALIDATION = "data.validation_shards"
 
@@ -87,7 +87,8 @@ class CaptionedImages(LightningDataModule):
                 if note not in self._said:
                     print(f"note: {note}", file=sys.stderr, flush=True)
                 self._said.add(note)
-            self._reader(pattern, field)  # with buckets, it sorts the samples into a file
+            if self.config.buckets.enabled or self.config.max_upscale is not None:
+                self._reader(pattern, field)  # sorts the samples into a file
 
     def setup(self, stage: str) -> None:
         """Opens the shards that `stage` needs."""
@@ -303,19 +304,10 @@ class CaptionedImages(LightningDataModule):
             batch_size=None,  # The data set yields whole batches.
             collate_fn=_as_it_is,
             num_workers=num_workers,
-            worker_init_fn=_leave_signals_to_training,
+            worker_init_fn=leave_signals_to_training,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-def _leave_signals_to_training(worker: int) -> None:
-    """Keeps a worker alive where a scheduler signals every process of a job.
-
-    The step under way is finished with it. It ends when its parent closes the loader, or is gone.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

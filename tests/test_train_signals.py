@@ -1,6 +1,6 @@
 """A signal never makes a crash: before training, during it, in a worker process, among tasks."""
 
-import os
+import contextlib
 import signal
 import subprocess
 import sys
@@ -71,10 +71,14 @@ def test_loader_workers_outlive_the_signals_that_slurm_sends_to_every_process(
     next(batches)
     (worker,) = batches._workers  # type: ignore[attr-defined]
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        os.kill(worker.pid, number)
+        subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
     for _ in range(5):
         assert len(next(batches)["key"]) == 4
     assert worker.is_alive()
+    with contextlib.suppress(RuntimeError):  # torch watches its workers, and may be first to say so
+        worker.terminate()  # as the loader does, and Python at its end
+        worker.join(10)
+    assert not worker.is_alive()
 
 
 def test_a_task_of_srun_finds_the_others_through_slurm_and_does_not_requeue_by_itself(
