@@ -12,7 +12,6 @@ shards on a disk that can't be written.
 
 import fnmatch
 import hashlib
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from data.remote_shards import RemoteShards
 from data.shard_cache import GIGABYTE, ShardCache, locked
 from data.shards import (
     CacheFields,
+    default_cache_folder,
     expand_braces,
     find_shards,
     folder_shards,
@@ -123,8 +123,7 @@ def _local(paths: list[Path], cache_dir: Path) -> ShardSet:
 def _cache_dir(config: CacheFields) -> Path:
     if config.cache_dir is not None:
         return Path(config.cache_dir).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "blackpoint"
+    return default_cache_folder()
 
 
 def _kept(cache_dir: Path, name: str, identity: str) -> Path:

@@ -2,6 +2,7 @@
 
 import glob
 import math
+import os
 import re
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,12 @@ def check_cache_fields(config: CacheFields, section: str = "") -> None:
             f"{section}cache_gigabytes={config.cache_gigabytes}: must be a number, 0 or more; 0 "
             "keeps no shard and reads each sample by a range request."
         )
+
+
+def default_cache_folder() -> Path:
+    """Returns where things are kept that can't lie beside their shards, unless a config says."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "blackpoint"
 
 
 def folder_shards(folder: Path) -> list[Path]:

@@ -7,7 +7,6 @@ digest of all that it depends on. Both writing and reading take the same memory 
 samples.
 """
 
-import functools
 import json
 import os
 import tempfile
@@ -20,6 +19,7 @@ import numpy as np
 from data.buckets import Buckets
 from data.errors import UserError
 from data.index import INDEX_FOLDER, Index
+from data.shards import default_cache_folder
 
 FORMAT_VERSION = 1
 CHUNK_SAMPLES = 1 << 16
@@ -68,7 +68,7 @@ def sorted_samples(index: Index, chosen: Sequence[range], buckets: Buckets) -> S
     """
     chosen = sorted((samples for samples in chosen if samples), key=lambda samples: samples.start)
     name = f"sorted-{_digest(index, chosen, buckets)}.bin"
-    folders = [index.shard_folder / INDEX_FOLDER, _cache_folder()]
+    folders = [index.shard_folder / INDEX_FOLDER, default_cache_folder()]
     for folder in folders:
         if _is_whole(folder / name, buckets):
             return SortedSamples(folder / name, buckets)
@@ -149,12 +149,6 @@ def _is_whole(path: Path, buckets: Buckets) -> bool:
     if len(header) < 2 * _num_rows(buckets):
         return False
     return size == _header_bytes(buckets) + INDEX.itemsize * int(header[::2].sum())
-
-
-@functools.cache
-def _cache_folder() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(folder) / "blackpoint"
 
 
 def _num_rows(buckets: Buckets) -> int:

@@ -48,7 +48,6 @@ def test_sorted_samples_are_written_once_beside_the_index_or_in_the_cache(
     assert first.path.read_bytes() == content
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    module_of._cache_folder.cache_clear()
     first.path.unlink()
     write = module_of._write
 
@@ -64,7 +63,6 @@ def test_sorted_samples_are_written_once_beside_the_index_or_in_the_cache(
     monkeypatch.setattr(module_of, "_write", lambda *_: os.stat("/nowhere"))
     with pytest.raises(UserError, match="nor the cache can be written to .*XDG_CACHE_HOME"):
         sorted_samples(Index(shards), [range(3)], table)
-    module_of._cache_folder.cache_clear()
 
 
 def synthetic_index(folder: Path, num_samples: int) -> Index:
