@@ -67,3 +67,9 @@ def write_list(path: Path, bad: Sequence[BadSample]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for sample in bad:
             file.write(json.dumps({"key": sample.key, "reason": sample.reason}) + "\n")
+
+
+def read_list(path: Path) -> list[BadSample]:
+    """Reads what `write_list` wrote."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [BadSample(row["key"], row["reason"]) for row in rows]

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -35,6 +36,8 @@ from data.shards import folder_shards
 
 INDEX_FOLDER = "index"
 FORMAT_VERSION = 1
+DIGEST_BYTES = 16
+ROWS_AT_ONCE = 1 << 16
 
 
 class NotWritable(UserError):
@@ -49,7 +52,8 @@ class IndexWriter:
 
     def __init__(self, shard_folder: Path) -> None:
         self.folder = shard_folder / INDEX_FOLDER
-        self.partial = shard_folder / f".{INDEX_FOLDER}.partial-{os.getpid()}"
+        writer = f"{os.uname().nodename}-{os.getpid()}"  # of several machines, maybe
+        self.partial = shard_folder / f".{INDEX_FOLDER}.partial-{writer}"
         self.num_samples = 0
         self._num_in_shard: Counter[int] = Counter()
         self._key_offset = 0
@@ -203,6 +207,19 @@ class Index:
                 )
             self._files = (records, keys)
         return self._files
+
+    def digest(self, shards: Sequence[Path]) -> str:
+        """Returns what tells these shards from others: names, sizes, places of their samples."""
+        whole = blake2b(digest_size=DIGEST_BYTES)
+        records = self.records
+        for name in sorted(path.name for path in shards):
+            samples = self.shard_samples[name]
+            whole.update(f"{name}/{self.shard_bytes[name]}/{len(samples)}/".encode())
+            for first in range(samples.start, samples.stop, ROWS_AT_ONCE):
+                rows = records[first : min(first + ROWS_AT_ONCE, samples.stop)].copy()
+                rows["shard"], rows["key_offset"] = 0, 0  # of the folder, not of the shard
+                whole.update(rows.tobytes())
+        return whole.hexdigest()
 
     def check_shards(self, shards: Sequence[Path]) -> None:
         """Raises UserError if a shard is not the one that was indexed."""

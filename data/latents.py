@@ -2,7 +2,7 @@
 
 Beside the shards and their index lie
 
-- encoding.json      what was encoded, by which weights and how: the fields of Encoding
+- encoding.json      what was encoded, by which weights and how: the fields of Encoding, their key
 - empty.safetensors  prompt_embeds (L, D) of "", which stands in for dropped captions
 
 and a sample is key.safetensors, with moments (2C, H/f, W/f), mean and log variance of the
@@ -16,12 +16,13 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from data.buckets import Size
@@ -31,7 +32,8 @@ from data.reader import Reader
 from data.shards import EMPTY_FILE, ENCODING_FILE
 from data.transform import CENTER, draw
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+KEY_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Encoding:
 
     source: str
     checkpoint: str
+    source_digest: str
+    """Of the shards of images: names, sizes, and where each sample is in them."""
     vae: str
     """Digest of the autoencoder's weights; equal latents need equal weights."""
     text_encoder: str
@@ -49,16 +53,34 @@ class Encoding:
     crop: str
     dtype: str
     """Number format of what is stored."""
-    moments_shape: tuple[int, ...]
-    prompt_embeds_shape: tuple[int, ...]
-    scaling_factor: float
+    batch_size: int
+    """Images encoded at once: the last bit of a matrix product depends on it."""
     samples_per_shard: int
+    max_image_pixels: int
+    device: str
+    """cpu or cuda, which round differently."""
+    moments_shape: tuple[int, ...]
+    scaling_factor: float
+    prompt_embeds_shape: tuple[int, ...] = ()
+    """Known when the first shard is encoded."""
     version: int = FORMAT_VERSION
 
-    def write(self, folder: Path, empty: Tensor) -> None:
-        """Writes encoding.json and the embedding of the empty caption, (L, D)."""
-        save_file({"prompt_embeds": empty.contiguous()}, folder / EMPTY_FILE)
-        text = json.dumps(dataclasses.asdict(self), indent=1)
+    def settings(self) -> dict[str, Any]:
+        """Returns what decides the bytes of the shards: all but where the inputs lay."""
+        values = dataclasses.asdict(self)
+        for name in ("source", "checkpoint", "prompt_embeds_shape", "scaling_factor"):
+            del values[name]
+        return values | {"moments_shape": list(self.moments_shape)}
+
+    @property
+    def key(self) -> str:
+        """Digest of the settings: two caches of one key hold the same latents."""
+        text = json.dumps(self.settings(), sort_keys=True)
+        return blake2b(text.encode(), digest_size=KEY_BYTES).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Writes encoding.json."""
+        text = json.dumps(dataclasses.asdict(self) | {"key": self.key}, indent=1)
         (folder / ENCODING_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -72,10 +94,36 @@ class Encoding:
             if version == FORMAT_VERSION:
                 for name in ("moments_shape", "prompt_embeds_shape"):
                     found[name] = tuple(found[name])
-                return cls(**found)
+                key = found.pop("key")
+                encoding = cls(**found)
+                if key == encoding.key:
+                    return encoding
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error}). {remedy}") from None
-        raise UserError(f"{path}: is of version {version}. {remedy}")
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path}: is of version {version}. {remedy}")
+        raise UserError(
+            f"{path}: its fields have the key {encoding.key:.12}, but the latents were written "
+            f"with the key {key:.12}: it was changed afterwards. {remedy}"
+        )
+
+
+def write_empty(folder: Path, prompt_embeds: Tensor, working: Path) -> None:
+    """Writes the embedding of the empty caption, (L, D), in `working` and moves it into place."""
+    path = working / EMPTY_FILE
+    path.write_bytes(save({"prompt_embeds": prompt_embeds.contiguous()}))
+    path.replace(folder / EMPTY_FILE)
+
+
+def read_empty(folder: Path) -> Tensor:
+    """Returns what `write_empty` wrote; raises UserError if it is damaged."""
+    try:
+        return load_file(folder / EMPTY_FILE)["prompt_embeds"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"{folder / EMPTY_FILE}: cannot be read ({error}). "
+            "Encode the images again with `blackpoint data encode`."
+        ) from None
 
 
 def to_bytes(moments: Tensor, prompt_embeds: Tensor) -> bytes:
@@ -90,13 +138,7 @@ class LatentReader(Reader):
         super().__post_init__()
         folder = self.index.shard_folder
         self.encoding = Encoding.read(folder)
-        try:
-            self._empty = load_file(folder / EMPTY_FILE)["prompt_embeds"].float()
-        except (OSError, KeyError, SafetensorError) as error:
-            raise UserError(
-                f"{folder / EMPTY_FILE}: cannot be read ({error}). "
-                "Encode the images again with `blackpoint data encode`."
-            ) from None
+        self._empty = read_empty(folder).float()
 
     def read(
         self, epoch: int, index: int, training: bool, size: Size | None = None
@@ -129,4 +171,7 @@ class LatentReader(Reader):
         found = {name: tuple(tensor.shape) for name, tensor in content.items()}
         if found != shapes:
             raise BadImage(f"holds {found}, not {shapes}")
+        formats = {str(tensor.dtype) for tensor in content.values()}
+        if formats != {f"torch.{self.encoding.dtype}"}:
+            raise BadImage(f"holds {' and '.join(sorted(formats))}, not {self.encoding.dtype}")
         return content

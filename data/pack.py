@@ -24,15 +24,8 @@ from data.captions import CaptionForm, CaptionSource, captioned_files, count_fil
 from data.decode import MAX_IMAGE_PIXELS
 from data.errors import RunFailed, UserError, WriteFailed, disk_writes
 from data.index import IndexWriter
-from data.pack_shard import (
-    Part,
-    ShardRules,
-    finished_part,
-    is_hopeless,
-    pack_shard,
-    part_path,
-    read_part,
-)
+from data.pack_shard import ShardRules, is_hopeless, pack_shard
+from data.part import Part, finished_part, part_path, read_part
 from data.partial import Partial, refuse_used_output
 from data.progress import progress
 from data.shard_file import shard_name
@@ -170,7 +163,7 @@ def _write_shards(
         limits = (config.samples_per_shard, config.shard_megabytes * 1e6)
         for listed in shard_lists(entries, rules.source, rules.working, *limits):
             num_shards += 1
-            part = finished_part(rules, listed)
+            part = finished_part(rules.parts, rules.shards, listed.number, listed.digest)
             if part is None:
                 with disk_writes():
                     part_path(rules.parts, listed.number).unlink(missing_ok=True)

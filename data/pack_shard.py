@@ -1,19 +1,14 @@
-"""One shard of a pack: from its list to a tar and a part file, which says that it is finished.
+"""One shard of a pack: from its list to a tar and a part file (data/part.py)."""
 
-The part file holds the list's digest, the size of the tar, the samples left out and the records
-for the index. The tar is moved into place first and the part file last, so a shard whose part
-file is there is whole, and is not written again as long as its list has the same digest.
-"""
-
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.bad_samples import BadSample, too_many
 from data.decode import BadImage, decode, luminance
 from data.errors import disk_writes
-from data.record import RECORD, ShardRecords
+from data.part import Part, write_part
+from data.record import ShardRecords
 from data.shard_file import ShardFile, shard_name
 from data.shard_list import ListedFile, ShardList, read_list
 from data.source_file import MAX_IMAGE_BYTES, read_source_file
@@ -36,20 +31,6 @@ class ShardRules:
     max_image_pixels: int
     max_bad_share: float
     num_images: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """What became of one shard."""
-
-    number: int
-    digest: str
-    num_bytes: int
-    num_samples: int
-    num_entries: int
-    bad: list[BadSample]
-    is_whole: bool = True
-    """False where so much was bad that the rest was not read."""
 
 
 def pack_shard(rules: ShardRules, listed: ShardList, advance: Callable[[int], None]) -> Part:
@@ -82,7 +63,7 @@ def pack_shard(rules: ShardRules, listed: ShardList, advance: Callable[[int], No
         with disk_writes():
             if len(records):
                 (rules.working / name).replace(rules.shards / name)
-            _write_part(part, records, rules)
+            write_part(part, records, rules.parts, rules.working)
             listed.path.unlink()
     return part
 
@@ -93,43 +74,6 @@ def is_hopeless(num_bad: int, rules: ShardRules) -> bool:
     return num_bad >= NUM_BAD_BEFORE_STOP and too_many(
         num_bad, rules.num_images + num_bad, rules.max_bad_share
     )
-
-
-def part_path(parts: Path, number: int) -> Path:
-    """Returns where the part file of a shard is."""
-    return parts / f"{number:06d}.part"
-
-
-def finished_part(rules: ShardRules, listed: ShardList) -> Part | None:
-    """Returns the part of a shard that is finished, from this very list; else None."""
-    try:
-        part, _ = read_part(part_path(rules.parts, listed.number))
-        shard = rules.shards / shard_name(listed.number)
-        size = shard.stat().st_size if part.num_samples else 0
-    except (OSError, ValueError, TypeError):
-        return None
-    return part if part.digest == listed.digest and size == part.num_bytes else None
-
-
-def read_part(path: Path) -> tuple[Part, ShardRecords]:
-    """Reads a part file; raises OSError, ValueError or TypeError if it is not a whole one."""
-    with path.open("rb") as file:
-        values = json.loads(file.readline())
-        values["bad"] = [BadSample(*sample) for sample in values["bad"]]
-        num_key_bytes = values.pop("num_key_bytes")
-        part = Part(**values)
-        records = file.read(part.num_samples * RECORD.itemsize)
-        keys = file.read()
-    if len(records) != part.num_samples * RECORD.itemsize or len(keys) != num_key_bytes:
-        raise ValueError(f"{path}: is cut short")
-    return part, ShardRecords(records, keys)
-
-
-def _write_part(part: Part, records: ShardRecords, rules: ShardRules) -> None:
-    path = part_path(rules.working, part.number)
-    header = json.dumps(asdict(part) | {"num_key_bytes": len(records.keys)})
-    path.write_bytes(header.encode("ascii") + b"\n" + records.records.tobytes() + records.keys)
-    path.replace(part_path(rules.parts, part.number))
 
 
 def _pack_one(

@@ -115,15 +115,7 @@ class Partial:
         if not self.num_finished():
             return
         here = f"output={self.output}: {self.folder} holds {self.num_finished()} finished shards"
-        try:
-            found = json.loads((self.folder / "settings.json").read_text())
-        except (OSError, ValueError):
-            found = {}
-        other = [
-            f"{name}={found.get(name)} (now {value})"
-            for name, value in self.settings.items()
-            if found.get(name) != value
-        ]
+        other = different_settings(self.folder, self.settings)
         if other:
             raise UserError(
                 f"{here} of a run with {', '.join(other)}. Continue it with those settings, "
@@ -145,6 +137,19 @@ class Partial:
         settings = self.working / "settings.json"
         settings.write_text(json.dumps(self.settings, indent=1) + "\n")
         settings.replace(self.folder / "settings.json")
+
+
+def different_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
+    """Returns "name=there (now here)" of each setting that a stopped run does not share."""
+    try:
+        found = json.loads((folder / "settings.json").read_text())
+    except (OSError, ValueError):
+        found = {}
+    return [
+        f"{name}={found.get(name)} (now {value})"
+        for name, value in settings.items()
+        if found.get(name) != value
+    ]
 
 
 def refuse_used_output(output: Path) -> None:

@@ -22,6 +22,8 @@ JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 Advance = Callable[[int], None]
 
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+ENDS_WITHIN_S = 5
 JOBS_AHEAD = 2
 """Jobs that a process has at most: one at work, one waiting, so that it never waits itself."""
 
@@ -36,11 +38,13 @@ def run_in_processes(
     jobs: Iterable[JobT],
     num_processes: int,
     advance: Advance,
+    may_start_others: bool = False,
 ) -> Generator[ResultT, None, None]:
     """Yields function(job, advance) of each job as it ends, in any order; close it when done.
 
     `jobs` is read only as far as the processes keep up. One job, or one process, runs right here.
-    Raises what the function raises, and RunFailed if a process is killed.
+    Raises what the function raises, and RunFailed if a process is killed. `may_start_others`:
+    the function starts processes, which Python forbids to those that it ends by itself.
     """
     jobs = iter(jobs)
     first = list(itertools.islice(jobs, 2))
@@ -53,7 +57,7 @@ def run_in_processes(
     try:
         for job in jobs:
             if len(workers) < num_processes and all(worker.num_jobs for worker in workers):
-                workers.append(_Worker(function))
+                workers.append(_Worker(function, may_start_others))
             while min(worker.num_jobs for worker in workers) >= JOBS_AHEAD:
                 yield from _collect(workers, advance, None)
             min(workers, key=lambda worker: worker.num_jobs).give(job)
@@ -68,12 +72,14 @@ def run_in_processes(
 class _Worker:
     """One process and the parent's end of its pipe."""
 
-    def __init__(self, function: Callable[[Any, Advance], Any]) -> None:
+    def __init__(self, function: Callable[[Any, Advance], Any], may_start_others: bool) -> None:
         context = multiprocessing.get_context("spawn")
         # The first process of all starts the tracker, and that would unblock the signals again.
         resource_tracker.ensure_running()
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(function, theirs), daemon=True)
+        self.process = context.Process(
+            target=_work, args=(function, theirs), daemon=not may_start_others
+        )
         with _signals_held_back():
             self.process.start()
         theirs.close()
@@ -98,6 +104,8 @@ class _Worker:
 
     def stop(self) -> None:
         self.connection.close()
+        if not self.num_jobs:  # the end of its pipe ends it, and it tidies up
+            self.process.join(ENDS_WITHIN_S)
         self.process.kill()
         self.process.join()
 
@@ -122,8 +130,8 @@ def _collect(workers: list[_Worker], advance: Advance, timeout_s: float | None) 
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Blocks Ctrl-C and SIGTERM in the processes started here for good: their parent ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Blocks what stops a run in the processes started here for good: their parent ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

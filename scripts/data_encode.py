@@ -1,11 +1,18 @@
 """blackpoint data encode: encodes shards into latents and prompt embeddings."""
 
 import signal
-import sys
 from typing import Any
 
 from data.bad_samples import listing
+from sampling.errors import Resumable
 from train.encode_config import EncodeConfig
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What a scheduler sends before it kills."""
+
+
+class _Stopped(BaseException):
+    """A signal came; the message is its name."""
 
 
 def config_class() -> type[EncodeConfig]:
@@ -15,12 +22,22 @@ def config_class() -> type[EncodeConfig]:
 
 def run(config: EncodeConfig) -> int:
     """Encodes, says what was encoded and left out, and returns the exit status."""
-    from train.encode import encode
+    # A scheduler's signal may come at any time from here on, also while torch is imported.
+    previous = {number: signal.signal(number, _stop) for number in SIGNALS}
+    try:
+        from train.encode import encode
 
-    # Killed by a scheduler, we leave through the finally blocks that remove what is half-written.
-    signal.signal(signal.SIGTERM, _stop)
-    result = encode(config)
-    print(f"encoded {result.num_samples} samples in {result.num_shards} shards: {config.output}")
+        result = encode(config)
+    except _Stopped as stopped:
+        raise Resumable(f"stopped by {stopped}; the same command continues") from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    kept = f", {result.num_kept_shards} of them before" if result.num_kept_shards else ""
+    print(
+        f"encoded {result.num_samples} samples in {result.num_shards} shards{kept}, "
+        f"{result.num_bytes / 1e6:.1f} MB: {config.output}"
+    )
     if result.bad:
         print(f"left out {len(result.bad)} (listed in {config.output}/index/bad_samples.jsonl):")
         print(listing(result.bad))
@@ -31,5 +48,8 @@ def run(config: EncodeConfig) -> int:
     return 0
 
 
-def _stop(signal_number: int, _frame: Any) -> None:
-    sys.exit(128 + signal_number)
+def _stop(number: int, _frame: Any) -> None:
+    """Leaves through the finally blocks; libraries catch Exception, so it is none."""
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise _Stopped(signal.Signals(number).name)

@@ -96,7 +96,9 @@ def test_index_describes_the_encoded_square(tmp_path: Path, pipeline: Path) -> N
         assert record["luminance"] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-4), ("bfloat16", 1e-3)]
+)
 def test_training_from_the_cache_is_training_on_the_images(
     pipeline: Path,
     shards: Path,
@@ -105,7 +107,10 @@ def test_training_from_the_cache_is_training_on_the_images(
     dtype: str,
     tolerance: float,
 ) -> None:
-    """Same seeds, center crop, no flip: the losses agree to 1e-5 (float16: 2e-3), relative."""
+    """Same seeds, center crop, no flip: the losses agree to the tolerance, relative.
+
+    Seen: 2e-8 in float32, 3e-6 in float16, 3e-5 in bfloat16.
+    """
     monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
     encode(config_for(shards, pipeline, tmp_path / "cache", dtype=dtype))
     folders = {"images": shards, "latents": tmp_path / "cache"}
@@ -247,9 +252,15 @@ def test_bad_samples_are_left_out_and_named(pipeline: Path, tmp_path: Path) -> N
     assert [len(rows) for rows in Index(tmp_path / "out").shard_samples.values()] == [3, 0, 1]
     listed = (tmp_path / "out" / "index" / "bad_samples.jsonl").read_text()
     assert listed.count("not an image") == 5
+    options["max_bad_share"] = 0.01
     with pytest.raises(DataUserError, match="5 of 9 samples .*max_bad_share=0.01"):
-        encode(config_for(tmp_path / "shards", pipeline, tmp_path / "strict"))
-    assert not list(tmp_path.glob("*strict*"))
+        encode(config_for(tmp_path / "shards", pipeline, tmp_path / "strict", **options))
+    assert not (tmp_path / "strict").exists()  # its shards wait for a larger share
+    options["max_bad_share"] = 0.6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusionModel, "encode_moments", None)
+        strict = tmp_path / "strict"
+        assert encode(config_for(tmp_path / "shards", pipeline, strict, **options)).num_samples == 4
 
 
 def test_workers_and_batches_do_not_change_the_cache(
@@ -313,8 +324,8 @@ def test_damaged_cache_says_so(pipeline: Path, cache: Path, tmp_path: Path) -> N
 
     for name, content, message in (
         ("encoding.json", "{", "cannot be read"),
-        ("encoding.json", json.dumps({"version": 2}), "is of version 2"),
-        ("encoding.json", json.dumps({"version": 1}), "cannot be read"),
+        ("encoding.json", json.dumps({"version": 1}), "is of version 1"),
+        ("encoding.json", json.dumps({"version": 2}), "cannot be read"),
         ("empty.safetensors", None, "empty.safetensors: cannot be read"),
         ("index", None, "index is missing"),
     ):
@@ -374,7 +385,9 @@ def test_verb_encodes_and_refuses_a_cache_as_its_source(
     arguments = [f"checkpoint={pipeline}", f"output={tmp_path / 'out'}", "resolution=16"]
     assert main(["data", "encode", f"source={shards}", "num_workers=0", *arguments]) == 0
     assert "encoded 12 samples in 1 shards" in capsys.readouterr().out
-    assert main(["data", "encode", f"source={shards}", *arguments]) == 2
+    assert main(["data", "encode", f"source={shards}", *arguments]) == 0
+    assert "in 1 shards, 1 of them before" in capsys.readouterr().out
+    assert main(["data", "encode", f"source={shards}", *arguments, "dtype=float32"]) == 2
     assert "is not empty" in capsys.readouterr().err
     arguments[1] = f"output={tmp_path / 'again'}"
     assert main(["data", "encode", f"source={cache}", *arguments]) == 2

@@ -5,75 +5,99 @@
 What is stored is the posterior, not a draw from it: training draws its own noise at every visit, so
 that it computes from the cache what it would compute from the images (data/latents.py has the
 format). A cache holds one view of each image: center crop, not flipped.
+
+Any number of processes, of any launcher and on any machines that share the disk, encode together,
+each a shard at a time (train/encode_shards.py). Finished shards outlive whatever stops the others.
 """
 
-import errno
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import dataclasses
+import functools
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
-
-from data.bad_samples import BadSample, refusal, too_many
-from data.index import Index, IndexWriter, has_index
-from data.latents import Encoding
+from data.bad_samples import BadSample, read_list, refusal, too_many
+from data.errors import RunFailed as DataRunFailed
+from data.errors import WriteFailed, disk_writes
+from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
+from data.latents import Encoding, read_empty
+from data.part import part_path, read_part
+from data.partial import refuse_used_output
 from data.progress import progress
 from data.reader import Reader
 from data.shard_file import shard_name
 from data.shard_set import index_shards, open_shards
 from data.shards import is_encoded
+from data.shared_partial import SharedPartial
+from data.workers import run_in_processes
 from sampling.errors import RunFailed, UserError
-from sampling.export import moved_into_place, require_empty
 from sampling.fingerprint import text_encoder_digest, vae_digest
 from sampling.model import DiffusionModel
-from sampling.sample import find_device
 from train.encode_config import EncodeConfig
-from train.sample_encoder import Decoded, SampleEncoder, SourceBatches
+from train.encode_shards import EncodeRules, Share, encode_share
+from train.encode_tasks import Task, process_devices, this_task
 
-NUM_BAD_BEFORE_STOP = 100
+COUNT_EVERY_S = 1.0
 
 
 @dataclass
 class EncodeResult:
-    """What was encoded and what was not."""
+    """What the output holds and what was left out of it."""
 
-    num_samples: int = 0
-    num_shards: int = 0
+    num_samples: int
+    num_shards: int
+    num_bytes: int
+    """Of all shards."""
+    num_kept_shards: int
+    """Shards that were finished when this command began."""
     bad: list[BadSample] = field(default_factory=list)
 
 
 def encode(config: EncodeConfig) -> EncodeResult:
-    """Encodes `config.source` into `config.output`; what fails leaves nothing behind.
+    """Encodes `config.source` into `config.output`, which appears when it is whole.
 
-    Raises UserError for wrong input, such as too many bad samples, and RunFailed on a full disk.
+    Returns at once where the same command has made it already. Raises UserError for wrong input,
+    such as too many bad samples, and RunFailed for a full disk or a killed process; finished shards
+    are kept beside the output for the next call.
     """
-    output = Path(config.output)
-    require_empty(output)
-    reader = open_source(config)
-    model = DiffusionModel.load(config.checkpoint, find_device(config.device), with_unet=False)
-    model.latent_shape(config.resolution, config.resolution)
-    model.load_encoders()
-    try:
-        with moved_into_place(output) as folder:
-            return encode_into(folder, config, reader, model)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunFailed(
-            f"output={output}: the disk is full; nothing was kept. Free some space, or name a "
-            "folder on another disk."
-        ) from None
+    output, task = Path(config.output), this_task()
+    reader = open_source(config, task)
+    devices = process_devices(config, task)
+    encoding = planned_encoding(config, reader, devices[0].split(":")[0])
+    if is_encoded(output) and encoding.key == Encoding.read(output).key:
+        return result_of(output, None)
+    refuse_used_output(output)
+    with SharedPartial(output, encoding.settings()) as partial:
+        rules = EncodeRules(config, encoding, reader, partial, uuid.uuid4().hex)
+        kept = sum(rules.is_finished(number) for number in range(rules.num_shards))
+        try:
+            if kept < rules.num_shards or not rules.is_finished(rules.num_shards):
+                _encode_shards(rules, task, devices, rules.num_shards - kept)
+            with partial.alone():
+                if not partial.is_whole:
+                    _finish(rules)
+        except (WriteFailed, DataRunFailed) as error:
+            if not partial.is_whole:  # without locks, another process may be the one that ended it
+                raise _failure(error, config, partial) from error
+    return result_of(output, kept)
 
 
-def open_source(config: EncodeConfig) -> Reader:
+def open_source(config: EncodeConfig, task: Task) -> Reader:
     """Returns the reader of the source's images, indexed first where they were not."""
     shards = open_shards(config.source, "source", config, in_order=True)
     if is_encoded(shards.folder):
         raise UserError(f"source={config.source}: holds latents already. Name shards of images.")
     if not has_index(shards.folder):
+        if task.count > 1:
+            raise UserError(
+                f"source={config.source}: has no index, and each of {task.count} tasks would make "
+                f"one. Make it first: blackpoint data check shards={config.source}"
+            )
         index_shards(shards, config.max_bad_share, config.max_image_pixels)
         shards = open_shards(config.source, "source", config, in_order=True)
     return Reader(
@@ -87,80 +111,124 @@ def open_source(config: EncodeConfig) -> Reader:
     )
 
 
-def encode_into(
-    folder: Path, config: EncodeConfig, reader: Reader, model: DiffusionModel
-) -> EncodeResult:
-    """Writes shards, index and encoding.json into `folder`."""
-    encoder = SampleEncoder(model, getattr(torch, config.dtype))
-    result = EncodeResult()
-    batches = DataLoader(
-        SourceBatches(reader, config.batch_size, config.samples_per_shard),
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=config.num_workers,
-    )
-    shards = []
-    with IndexWriter(folder) as index, progress("encoding", len(reader)) as advance:
-        for number, of_shard in itertools.groupby(batches, key=lambda batch: batch.shard):
-            shards.append(folder / shard_name(number))
-            watched = _watched(of_shard, config, len(reader), result.bad, advance)
-            index.append(number, encoder.write_shard(shards[-1], watched))
-        if too_many(len(result.bad), len(reader), config.max_bad_share) or not index.num_samples:
-            raise _refusal(config, len(reader), result.bad)
-        index.close(shards, result.bad)
-    empty = encoder.embed([""])[0]
-    encoding_of(config, model, tuple(empty.shape)).write(folder, empty)
-    result.num_samples, result.num_shards = index.num_samples, len(shards)
-    return result
-
-
-def encoding_of(
-    config: EncodeConfig, model: DiffusionModel, prompt_embeds_shape: tuple[int, ...]
-) -> Encoding:
-    """Returns the record of what the encoders of `model` made of the source."""
+def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encoding:
+    """Returns what the encoders of the checkpoint will make of the source; loads no weights."""
+    model = DiffusionModel.load(config.checkpoint, with_unet=False)
+    channels, height, width = model.latent_shape(config.resolution, config.resolution)
     assert model.folder is not None
-    _, height, width = model.latent_shape(config.resolution, config.resolution)
     return Encoding(
         source=config.source,
         checkpoint=config.checkpoint,
+        source_digest=reader.index.digest(reader.shards),
         vae=vae_digest(model.folder),
         text_encoder=text_encoder_digest(model.folder),
         resolution=config.resolution,
         crop=config.crop,
         dtype=config.dtype,
-        moments_shape=(2 * int(model.vae.config.latent_channels), height, width),
-        prompt_embeds_shape=prompt_embeds_shape,
-        scaling_factor=model.scaling_factor,
+        batch_size=config.batch_size,
         samples_per_shard=config.samples_per_shard,
+        max_image_pixels=config.max_image_pixels,
+        device=device,
+        moments_shape=(2 * channels, height, width),
+        scaling_factor=model.scaling_factor,
     )
 
 
-def _watched(
-    batches: Iterable[Decoded],
-    config: EncodeConfig,
-    num_samples: int,
-    bad: list[BadSample],
-    advance: Callable[[], None],
-) -> Iterator[Decoded]:
-    """Passes batches on, and afterwards counts them and what was bad in them."""
-    for batch in batches:
-        count = len(batch.keys) + len(batch.bad)
-        yield batch
-        bad += batch.bad
-        for _ in range(count):
-            advance()
-        # A source that is bad throughout is not read to its end to say so.
-        if len(bad) >= NUM_BAD_BEFORE_STOP and too_many(
-            len(bad), num_samples, config.max_bad_share
-        ):
-            raise _refusal(config, num_samples, bad)
-
-
-def _refusal(config: EncodeConfig, num_samples: int, bad: list[BadSample]) -> Exception:
-    return refusal(
-        f"source={config.source}", bad, num_samples, config.max_bad_share, "max_bad_share"
+def result_of(output: Path, num_kept_shards: int | None) -> EncodeResult:
+    """Reads what a finished output holds; None: all of it was there before."""
+    index = Index(output)
+    num_shards = len(index.shard_names)
+    return EncodeResult(
+        index.num_samples,
+        num_shards,
+        sum(index.shard_bytes.values()),
+        num_shards if num_kept_shards is None else num_kept_shards,
+        read_list(output / INDEX_FOLDER / "bad_samples.jsonl"),
     )
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _encode_shards(rules: EncodeRules, task: Task, devices: list[str], num_left: int) -> None:
+    """Returns when every shard is finished; raises what stopped a process."""
+    if not rules.config.num_processes and len(devices) > rules.num_shards:
+        note = (
+            f"{rules.num_shards} shards for {len(devices)} processes: a smaller samples_per_shard"
+        )
+        print(f"{note} would keep all at work", file=sys.stderr)
+    devices = devices[: max(1, num_left)]
+    count = len(devices)
+    shares = [
+        Share(task.rank * count + number, task.count * count, device)
+        for number, device in enumerate(devices)
+    ]
+    total = len(rules.reader) if task.local_rank == 0 else None
+    with contextlib.ExitStack() as stack:
+        shown = stack.enter_context(progress("encoding", total)) if total else _silent
+        advance = _counting_others(rules, shown)
+        advance(0)
+        work = functools.partial(encode_share, rules)
+        outcomes = run_in_processes(work, shares, count, advance, may_start_others=True)
+        with contextlib.closing(outcomes):
+            for error in outcomes:
+                if error is not None:
+                    raise error
+        advance(0)
+
+
+def _counting_others(rules: EncodeRules, shown: Callable[[int], None]) -> Callable[[int], None]:
+    """Returns an advance that also counts, once a second, the shards that others have finished."""
+    unseen = set(range(rules.num_shards))
+    next_look_s = 0.0
+
+    def advance(count: int) -> None:
+        nonlocal next_look_s
+        if count:
+            shown(count)
+        elif time.monotonic() >= next_look_s:
+            next_look_s = time.monotonic() + COUNT_EVERY_S
+            for number in [number for number in unseen if rules.partial.has_part(number)]:
+                unseen.discard(number)
+                if rules.partial.claimant(number) != rules.command:
+                    shown(len(rules.samples(number)))
+
+    return advance
+
+
+def _finish(rules: EncodeRules) -> None:
+    """Writes the index of the finished shards and gives them the output's name."""
+    config, partial, num_samples = rules.config, rules.partial, len(rules.reader)
+    parts = [read_part(part_path(partial.parts, number)) for number in range(rules.num_shards)]
+    bad = [sample for part, _ in parts for sample in part.bad]
+    if too_many(len(bad), num_samples, config.max_bad_share) or len(bad) == num_samples:
+        if len(bad) == num_samples:
+            shutil.rmtree(partial.parts)  # nothing that is worth keeping
+        raise refusal(
+            f"source={config.source}", bad, num_samples, config.max_bad_share, "max_bad_share"
+        )
+    with disk_writes():
+        if partial.has_locks:  # what a process that was killed here has left
+            for folder in (*partial.shards.glob(".*"), partial.shards / INDEX_FOLDER):
+                shutil.rmtree(folder, ignore_errors=True)
+        with IndexWriter(partial.shards) as index:
+            for number, (_, records) in enumerate(parts):
+                index.append(number, records)
+            paths = [partial.shards / shard_name(number) for number in range(rules.num_shards)]
+            index.close(paths, bad)
+        shape = tuple(read_empty(partial.shards).shape)
+        dataclasses.replace(rules.encoding, prompt_embeds_shape=shape).write(partial.shards)
+    partial.finish()
+
+
+def _failure(error: Exception, config: EncodeConfig, partial: SharedPartial) -> RunFailed:
+    """Says what stopped the encoding, how much of it is done and how to go on."""
+    num_shards, megabytes = partial.num_finished(), partial.megabytes()
+    reason, remedy = str(error), "Run the same command again; fewer num_processes need less memory."
+    if isinstance(error, WriteFailed):
+        reason = f"can't be written: {error}"
+        remedy = "Make room and run the same command again, or name another output."
+    done = f"{num_shards} shards ({megabytes:.1f} MB) were finished and are kept"
+    done = done if num_shards else "no shard was finished, nothing was kept"
+    return RunFailed(f"output={config.output}: {reason}; {done}. {remedy}")
+
+
+def _silent(count: int) -> None:
+    """Shows nothing: the first task of a machine shows the bar."""

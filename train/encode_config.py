@@ -21,20 +21,25 @@ class EncodeConfig:
     """Whose VAE and text encoder encode: a folder, hub id, run directory or .ckpt. Training from
     the result must start from a checkpoint with the same two."""
     output: str = MISSING
-    """Folder for the shards of latents and their index; must be empty or not exist."""
+    """Folder for the shards of latents and their index; must be absent or empty. A run that was
+    stopped is continued, and a run that is under way is joined, by the same command."""
     resolution: int = 512
     """Side of the square images, in pixels; training must use the same data.resolution."""
     crop: str = "center"
     """Where the square is cut from the longer side. Only center: latents are made once, so random
     crops and flips need training from the images."""
     batch_size: int = 8
-    """Images encoded at once; more need more memory."""
+    """Images that a process encodes at once; more need more memory."""
     dtype: Dtype = "float16"
     """Number format of what is stored; the encoders themselves run in float32."""
     device: str = "auto"
-    """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
+    """auto and cuda share the processes out among the GPUs, auto takes the CPU where there is none;
+    or cpu, cuda:1, ..."""
+    num_processes: int = 0
+    """Processes that encode on this machine, each a shard at a time with encoders of its own; 0:
+    one a GPU, or one a CPU core. Several tasks that SLURM or torchrun starts each have one."""
     num_workers: int = 4
-    """Processes that decode images; 0 decodes in the encoding process."""
+    """Processes that decode images for each encoding process; 0 decodes in that process."""
     samples_per_shard: int = 5000
     """Samples of the source that become one shard."""
     max_bad_share: float = 0.01
@@ -54,8 +59,9 @@ class EncodeConfig:
         for name in ("resolution", "batch_size", "samples_per_shard", "max_image_pixels"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1.")
-        if self.num_workers < 0:
-            raise UserError(f"num_workers={self.num_workers}: must be 0 or more.")
+        for name in ("num_workers", "num_processes"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: must be 0 or more.")
         if not 0 <= self.max_bad_share <= 1:
             raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1.")
         check_cache_fields(self)

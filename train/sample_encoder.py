@@ -1,10 +1,9 @@
-"""Batches of decoded images -> shards of latents: the inner loop of `blackpoint data encode`.
+"""Batches of decoded images -> a shard of latents: the inner loop of `blackpoint data encode`.
 
 What becomes of a batch depends on its samples alone, and a batch never reaches over two shards of
 the output: shards can be written in any order, by any process.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from data.bad_samples import BadSample
 from data.decode import BadImage, luminance
+from data.errors import disk_writes
 from data.latents import to_bytes
 from data.reader import Reader
 from data.record import ShardRecords
@@ -28,7 +28,6 @@ from sampling.model import DiffusionModel
 class Decoded:
     """A batch of the source: pixels uint8 (B, 3, H, W) of the usable samples, None without any."""
 
-    shard: int
     keys: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     pixels: Tensor | None = None
@@ -41,16 +40,22 @@ class SampleEncoder:
     def __init__(self, model: DiffusionModel, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
 
-    def write_shard(self, path: Path, batches: Iterable[Decoded]) -> ShardRecords:
-        """Writes one shard and returns its records; what has no finite latent becomes bad."""
-        records, shard = ShardRecords(), ShardFile(path)
+    def write_shard(self, path: Path, batches: Iterable[Decoded]) -> tuple[ShardRecords, int]:
+        """Writes one shard and returns its records and size in bytes.
+
+        What has no finite latent becomes bad. Raises WriteFailed.
+        """
+        records = ShardRecords()
+        with disk_writes():
+            shard = ShardFile(path)
         try:
             for batch in batches:
                 self._write_batch(batch, records, shard)
-            shard.close()
+            with disk_writes():
+                shard.close()
         finally:
             shard.abandon()
-        return records
+        return records, shard.num_bytes
 
     def embed(self, captions: list[str]) -> Tensor:
         """Returns prompt embeddings (N, L, D) as they are stored, on the CPU."""
@@ -76,8 +81,9 @@ class SampleEncoder:
             if not usable:
                 batch.bad.append(BadSample(key, "the autoencoder gives no finite latent"))
                 continue
-            members = {"safetensors": to_bytes(latent, embeds), "txt": caption.encode()}
-            spans = shard.write(key, members)
+            with disk_writes():
+                members = {"safetensors": to_bytes(latent, embeds), "txt": caption.encode()}
+                spans = shard.write(key, members)
             height, width, _ = pixels.shape
             brightness = luminance(Image.fromarray(pixels))
             records.add(key, spans["safetensors"], spans["txt"], width, height, brightness)
@@ -97,26 +103,20 @@ class SampleEncoder:
 
 
 class SourceBatches(IterableDataset):
-    """The source in order, as batches that never reach over two shards of the output."""
+    """Some of the source's samples in order, as batches."""
 
-    def __init__(self, reader: Reader, batch_size: int, samples_per_shard: int) -> None:
-        self.reader, self.batch_size, self.samples_per_shard = reader, batch_size, samples_per_shard
+    def __init__(self, reader: Reader, batch_size: int, numbers: range) -> None:
+        self.reader, self.batch_size, self.numbers = reader, batch_size, numbers
 
     def __iter__(self) -> Iterator[Decoded]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for shard, start, stop in itertools.islice(self._ranges(), first, None, step):
-            yield self._decode(shard, range(start, stop))
+        size = self.batch_size
+        for start in range(first * size, len(self.numbers), step * size):
+            yield self._decode(self.numbers[start : start + size])
 
-    def _ranges(self) -> Iterator[tuple[int, int, int]]:
-        """Yields (shard, start, stop) of each batch, in samples of the source."""
-        for shard, begin in enumerate(range(0, len(self.reader), self.samples_per_shard)):
-            end = min(begin + self.samples_per_shard, len(self.reader))
-            for start in range(begin, end, self.batch_size):
-                yield shard, start, min(start + self.batch_size, end)
-
-    def _decode(self, shard: int, numbers: range) -> Decoded:
-        batch, contents = Decoded(shard), []
+    def _decode(self, numbers: range) -> Decoded:
+        batch, contents = Decoded(), []
         for number in numbers:
             index = self.reader.sample_index(number)
             key = self.reader.index.key(index)

@@ -1,0 +1,392 @@
+"""Laws of `data encode` over processes and time: the same bytes however it was run or stopped."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train.encode
+import train.encode_shards
+from data.errors import UserError as DataUserError
+from data.shard_file import ShardFile
+from data.shared_partial import SharedPartial
+from sampling.errors import RunFailed, UserError
+from tests.tiny_pipeline import make_tiny_pipeline
+from train.encode import EncodeConfig, EncodeResult, encode
+from train.encode_tasks import Task, process_devices, this_task
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS: dict[str, Any] = {"resolution": 16, "batch_size": 2, "samples_per_shard": 3}
+OPTIONS |= {"num_workers": 0, "num_processes": 1, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def unbroken(pipeline: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve samples in four shards, by one process."""
+    output = tmp_path_factory.mktemp("unbroken") / "out"
+    encoded(shards, pipeline, output)
+    return output
+
+
+def encoded(shards: Path, pipeline: Path, output: Path, **options: Any) -> EncodeResult:
+    return encode(EncodeConfig(str(shards), str(pipeline), str(output), **(OPTIONS | options)))
+
+
+def command(shards: Path, pipeline: Path, output: Path, **options: Any) -> list[str]:
+    settings = {"source": shards, "checkpoint": pipeline, "output": output} | OPTIONS | options
+    verb = [sys.executable, "-m", "scripts.cli", "data", "encode"]
+    return [*verb, *(f"{name}={value}" for name, value in settings.items())]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def nothing_beside(output: Path) -> bool:
+    return [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch):
+    """Makes the disk (or whatever raises) fail at the n-th sample that is written, once."""
+
+    def install(num_samples: int, error: BaseException) -> None:
+        write, num_written = ShardFile.write, 0
+
+        def failing(self: ShardFile, *arguments):
+            nonlocal num_written
+            num_written += 1
+            if num_written == num_samples + 1:
+                raise error
+            return write(self, *arguments)
+
+        monkeypatch.setattr(ShardFile, "write", failing)
+
+    return install
+
+
+def _one_at_a_time(load: Any, lock: Any) -> Any:
+    def alone(*arguments: Any) -> Any:
+        with lock:
+            return load(*arguments)
+
+    return alone
+
+
+@pytest.fixture
+def as_tasks(monkeypatch: pytest.MonkeyPatch):
+    """Runs a function as two tasks at once, in threads of this process; returns what came out."""
+    loading = threading.Lock()  # the libraries load models in one thread at a time
+    for module, name in ((train.encode, "planned_encoding"), (train.encode_shards, "_encoder")):
+        monkeypatch.setattr(module, name, _one_at_a_time(getattr(module, name), loading))
+
+    def task() -> Task:
+        rank = int(threading.current_thread().name.rpartition("_")[2])
+        return Task(rank, 2, rank)
+
+    monkeypatch.setattr(train.encode, "this_task", task)
+    monkeypatch.setattr(train.encode_shards, "LOOK_EVERY_S", 0.01)
+
+    def run(function: Any) -> list[Any]:
+        with ThreadPoolExecutor(2, "task") as threads:
+            started = threading.Barrier(2)
+            futures = [threads.submit(lambda: (started.wait(), function())[1]) for _ in range(2)]
+        return [future.exception() or future.result() for future in futures]
+
+    return run
+
+
+def test_two_tasks_share_the_work_and_write_the_same_bytes(
+    pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path, as_tasks, monkeypatch
+) -> None:
+    makers: dict[int, str] = {}
+    make = train.encode_shards._make
+
+    def noted(rules: Any, number: int, *arguments: Any) -> None:
+        assert number not in makers
+        makers[number] = threading.current_thread().name
+        time.sleep(0.05)
+        make(rules, number, *arguments)
+
+    monkeypatch.setattr(train.encode_shards, "_make", noted)
+    results = as_tasks(lambda: encoded(shards, pipeline, tmp_path / "out"))
+    assert [(found.num_samples, found.num_shards) for found in results] == [(12, 4)] * 2
+    assert sorted(makers) == [0, 1, 2, 3, 4]  # each once; 4 is the empty caption
+    assert len(set(makers.values())) == 2
+    assert tree(tmp_path / "out") == tree(unbroken)
+    assert nothing_beside(tmp_path / "out")
+
+
+def test_a_task_that_dies_is_stood_in_for(
+    pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path, as_tasks, stop_after
+) -> None:
+    stop_after(4, KeyboardInterrupt())
+    results = as_tasks(lambda: encoded(shards, pipeline, tmp_path / "out"))
+    assert sorted(type(found).__name__ for found in results) == [
+        "EncodeResult",
+        "KeyboardInterrupt",
+    ]
+    assert tree(tmp_path / "out") == tree(unbroken)
+    assert nothing_beside(tmp_path / "out")
+
+
+def test_without_locks_the_bytes_are_the_same(
+    pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path, as_tasks, monkeypatch, capsys
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    results = as_tasks(lambda: encoded(shards, pipeline, tmp_path / "out"))
+    assert [found.num_samples for found in results] == [12, 12]
+    assert "can't be locked (No locks available)" in capsys.readouterr().err
+    assert tree(tmp_path / "out") == tree(unbroken)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_stopped_encoding_is_continued(
+    pipeline: Path,
+    shards: Path,
+    unbroken: Path,
+    tmp_path: Path,
+    stop_after,
+    monkeypatch,
+    capsys,
+    error: BaseException,
+) -> None:
+    stop_after(8, error)
+    with pytest.raises(type(error)):
+        encoded(shards, pipeline, tmp_path / "out")
+    assert "2 finished shards are kept in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    partial = tmp_path / ".out.partial"
+    assert not (partial / "working").exists()
+    inodes = {path.name: path.stat().st_ino for path in (partial / "shards").glob("*.tar")}
+    assert sorted(inodes) == ["shard-000000.tar", "shard-000001.tar"]
+    monkeypatch.undo()
+    result = encoded(shards, pipeline, tmp_path / "out", num_workers=2)
+    assert "found 2 finished shards" in capsys.readouterr().err
+    assert (result.num_kept_shards, result.num_shards) == (2, 4)
+    assert tree(tmp_path / "out") == tree(unbroken)
+    for name, inode in inodes.items():
+        assert (tmp_path / "out" / name).stat().st_ino == inode
+    assert nothing_beside(tmp_path / "out")
+
+
+def test_damaged_shards_are_encoded_anew(
+    pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path, stop_after, monkeypatch
+) -> None:
+    stop_after(11, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        encoded(shards, pipeline, tmp_path / "out")
+    monkeypatch.undo()
+    partial = tmp_path / ".out.partial"
+    part = partial / "parts" / "000000.part"
+    part.write_bytes(part.read_bytes()[:-3])
+    (partial / "shards" / "shard-000001.tar").write_bytes(b"torn")
+    (partial / "shards" / "empty.safetensors").unlink()
+    (partial / "shards" / ".index.partial-7").mkdir()
+    (partial / "working" / "dead").mkdir(parents=True)
+    assert encoded(shards, pipeline, tmp_path / "out").num_kept_shards == 1
+    assert tree(tmp_path / "out") == tree(unbroken)
+
+
+def test_another_command_is_refused_where_shards_are_kept(
+    pipeline: Path, shards: Path, tmp_path: Path, stop_after, monkeypatch
+) -> None:
+    stop_after(8, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        encoded(shards, pipeline, tmp_path / "out")
+    monkeypatch.undo()
+    other = shutil.copytree(pipeline, tmp_path / "other")
+    shutil.rmtree(other / "vae")
+    shutil.copytree(make_tiny_pipeline(tmp_path / "seed1", seed=1) / "vae", other / "vae")
+    for checkpoint, options, message in (
+        (other, {}, r"vae=\w{32} \(now \w{32}\)"),
+        (pipeline, {"dtype": "float32"}, r"dtype=float16 \(now float32\)"),
+        (pipeline, {"resolution": 32}, r"resolution=16 \(now 32\)"),
+        (pipeline, {"batch_size": 4}, r"batch_size=2 \(now 4\)"),
+    ):
+        with pytest.raises(DataUserError, match=f"{message}.*remove that folder to begin anew"):
+            encoded(shards, checkpoint, tmp_path / "out", **options)
+    moved = shutil.copytree(shards, tmp_path / "elsewhere")
+    assert encoded(moved, pipeline, tmp_path / "out").num_kept_shards == 2
+
+
+def test_another_command_does_not_join(pipeline: Path, shards: Path, tmp_path: Path) -> None:
+    with SharedPartial(tmp_path / "out", {}):
+        encoded(shards, pipeline, tmp_path / "elsewhere")
+        with pytest.raises(DataUserError, match="another process is at work there with"):
+            encoded(shards, pipeline, tmp_path / "out")
+        assert (tmp_path / ".out.partial" / "lock").exists()
+    assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize(("num_written", "kept"), [(2, 0), (8, 2)])
+def test_a_full_disk_says_what_to_do(
+    pipeline: Path,
+    shards: Path,
+    tmp_path: Path,
+    stop_after,
+    monkeypatch,
+    num_written: int,
+    kept: int,
+) -> None:
+    stop_after(num_written, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(RunFailed, match="No space left on device.*Make room") as error:
+        encoded(shards, pipeline, tmp_path / "out")
+    assert ("2 shards (0.0 MB) were finished" in str(error.value)) == bool(kept)
+    assert ("nothing was kept" in str(error.value)) == (not kept)
+    assert (tmp_path / ".out.partial").exists() == bool(kept)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert encoded(shards, pipeline, tmp_path / "out").num_kept_shards == kept
+
+
+def test_a_task_that_comes_late_finds_the_output(
+    pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = encoded(shards, pipeline, tmp_path / "out")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setattr(train.encode, "SharedPartial", None)
+    late = encoded(shards, pipeline, tmp_path / "out")
+    assert (first.num_kept_shards, late.num_kept_shards) == (0, 4)
+    assert late.num_samples == first.num_samples
+
+
+def test_tasks_do_not_all_index_the_source(
+    pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(shards, tmp_path / "source")
+    shutil.rmtree(source / "index")
+    monkeypatch.setattr(train.encode, "this_task", lambda: Task(1, 2, 1))
+    with pytest.raises(UserError, match="no index.*blackpoint data check shards="):
+        encoded(source, pipeline, tmp_path / "out")
+    assert not (source / "index").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "task"),
+    [
+        ({}, Task(0, 1, 0)),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, Task(5, 8, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, Task(0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "SLURM_PROCID": "0"}, Task(3, 4, 3)),
+        ({"SLURM_NTASKS": "8"}, Task(0, 1, 0)),  # a shell in an allocation
+        ({"RANK": "x", "WORLD_SIZE": "4"}, Task(0, 1, 0)),
+    ],
+)
+def test_tasks_are_told_by_their_launcher(variables: dict[str, str], task: Task) -> None:
+    assert this_task(variables) == task
+
+
+def test_processes_share_gpus_out_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices(task: Task, **options: Any) -> list[str]:
+        return process_devices(EncodeConfig("s", "c", "o", **options), task)
+
+    monkeypatch.setattr("train.encode_tasks.usable_cores", lambda: 3)
+    assert devices(Task(), device="cpu") == ["cpu"] * 3
+    assert devices(Task(1, 2, 1), device="cpu") == ["cpu"]
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
+    assert devices(Task(1, 2, 1), device="cpu") == ["cpu"] * 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert devices(Task()) == [f"cuda:{number}" for number in range(4)]
+    assert devices(Task(), num_processes=6)[4:] == ["cuda:0", "cuda:1"]
+    assert devices(Task(6, 8, 2)) == ["cuda:2"]
+
+
+def test_an_encoding_that_was_changed_is_refused(unbroken: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(unbroken, tmp_path / "changed")
+    path = folder / "encoding.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vae": "0" * 32}))
+    with pytest.raises(DataUserError, match=r"have the key \w{12}, but .* with the key \w{12}"):
+        train.encode.Encoding.read(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_write_the_same_bytes(
+    pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path, processes: int
+) -> None:
+    run = command(shards, pipeline, tmp_path / "out", num_processes=processes, num_workers=1)
+    found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0 and "encoded 12 samples in 4 shards" in found.stdout, found.stderr
+    assert tree(tmp_path / "out") == tree(unbroken)
+    assert nothing_beside(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_tasks_of_slurm_meet_and_a_preempted_one_can_be_resumed(
+    pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    """As srun starts them; one is preempted in its first shard, the other ends the work."""
+    run = command(shards, pipeline, tmp_path / "out")
+    names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    tasks = [
+        subprocess.Popen(
+            run,
+            cwd=ROOT,
+            env=os.environ | dict(zip(names, (str(rank), "2", str(rank)), strict=True)),
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    while not (tmp_path / ".out.partial" / "lock").exists():
+        assert tasks[1].poll() is None
+        time.sleep(0.01)
+    tasks[1].send_signal(signal.SIGUSR1)
+    errors = [task.communicate()[1].decode() for task in tasks]
+    assert tasks[0].returncode == 0, errors[0]
+    assert tasks[1].returncode == 75 and "the same command continues" in errors[1], errors[1]
+    assert tree(tmp_path / "out") == tree(unbroken)
+    assert nothing_beside(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+    pipeline: Path, shards: Path, tmp_path: Path, how: int
+) -> None:
+    options = {"samples_per_shard": 1, "batch_size": 1, "num_workers": 1}
+    encoded(shards, pipeline, tmp_path / "unbroken", **options)
+    output, parts = tmp_path / "made" / "out", tmp_path / "made" / ".out.partial" / "parts"
+    options["num_processes"] = 1 if how == signal.SIGINT else 2
+    run = command(shards, pipeline, output, **options)
+    rng, num_stopped = random.Random(int(how)), 0
+    for _ in range(40):
+        process = subprocess.Popen(run, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
+        wanted = len(list(parts.glob("*"))) + rng.randrange(2, 6)
+        while process.poll() is None:
+            if len(list(parts.glob("*"))) >= wanted:
+                time.sleep(rng.random() * 0.02)
+                if how == signal.SIGKILL:
+                    process.kill()
+                else:
+                    os.killpg(process.pid, how)
+                break
+            time.sleep(0.002)
+        stderr = process.communicate()[1].decode()
+        assert "Traceback" not in stderr, stderr
+        num_stopped += process.returncode != 0
+        if output.exists():  # whole, also where the kill came before the cleanup
+            break
+        # -how: it came when the handlers were not there yet, or no longer.
+        assert process.returncode in ({2: 130, 9: -9}.get(how, 75), -how), stderr
+    assert num_stopped >= 1
+    assert tree(output) == tree(tmp_path / "unbroken")
+    assert process.returncode or nothing_beside(output)
