@@ -16,7 +16,7 @@ from data.check import CheckConfig, check
 from data.config import DataConfig
 from data.errors import RunFailed, UserError
 from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
-from data.latents import Encoding, to_bytes
+from data.latents import Encoding, to_bytes, write_empty
 from data.module import CaptionedImages
 from data.pack import PackConfig, pack
 from data.record import ShardRecords
@@ -27,6 +27,7 @@ from tests.data_images import write_folder
 from tests.shard_server import ShardServer, answers, cut_short, drops_after, serving
 from train.encode import open_source
 from train.encode_config import EncodeConfig
+from train.encode_tasks import Task
 
 NUM_IMAGES = 30
 BRACES = "shard-{000000..000003}.tar"
@@ -269,17 +270,22 @@ def write_latents(folder: Path, num_samples: int) -> None:
     encoding = Encoding(
         source="x",
         checkpoint="x",
+        source_digest="s",
         vae="v",
         text_encoder="t",
         resolution=24,
         crop="center",
         dtype="float32",
-        moments_shape=(2, 3, 3),
-        prompt_embeds_shape=(4, 5),
-        scaling_factor=1.0,
+        batch_size=1,
         samples_per_shard=8,
+        max_image_pixels=10**6,
+        device="cpu",
+        moments_shape=(2, 3, 3),
+        scaling_factor=1.0,
+        prompt_embeds_shape=(4, 5),
     )
-    encoding.write(folder, torch.ones(4, 5))
+    encoding.write(folder)
+    write_empty(folder, torch.ones(4, 5), folder)
 
 
 def test_latents_are_known_as_such_from_afar(server: ShardServer, tmp_path: Path) -> None:
@@ -317,9 +323,9 @@ def test_check_and_encode_read_urls(
     bound = max(path.stat().st_size for path in packed.glob("*.tar")) * 2.5 / 1e9
     options = {"cache_dir": f"{here}3", "cache_gigabytes": bound, "resolution": 16}
     config = EncodeConfig(f"{url}/{BRACES}", "x", "y", **options)  # type: ignore[arg-type]
-    source = open_source(config)
+    source = open_source(config, Task())
     server.num_gets.clear()
-    plain = open_source(EncodeConfig(str(packed), "x", "y", resolution=16))
+    plain = open_source(EncodeConfig(str(packed), "x", "y", resolution=16), Task())
     for index in range(NUM_IMAGES):
         assert source.member_bytes(index) == plain.member_bytes(index)
     assert max(server.num_gets.values()) == 1
