@@ -24,6 +24,7 @@ import torch
 
 from scripts import bench_inputs as inputs
 from scripts import bench_memory as memory
+from scripts import bench_reader as reader
 from scripts import bench_sampling as sampling
 from scripts import bench_startup as startup
 from scripts import bench_training as training
@@ -32,6 +33,7 @@ from scripts.cli import VERBS
 from scripts.config import load
 from train.run_directory import describe_environment
 
+READER_BATCHES = 50
 PEERS = ("accelerate", "diffusers", "torch", "lightning", "transformers", "torchvision")
 
 
@@ -54,6 +56,12 @@ class BenchConfig:
     """Images a sampling run."""
     num_steps: int = 25
     """Sampling steps, with guidance 7.5."""
+    reader_rounds: int = 12
+    """Rounds of the reader, of 50 batches each."""
+    run_rounds: int = 3
+    """Rounds of the runs of train: on images, on the cache, of two processes."""
+    run_steps: int = 60
+    """Optimizer steps of such a run; the second half is timed."""
     startup_rounds: int = 5
     """Rounds of start-up."""
     memory_rounds: int = 2
@@ -73,6 +81,9 @@ QUICK: dict[str, Any] = {
     "sample_rounds": 2,
     "sample_images": 2,
     "num_steps": 2,
+    "reader_rounds": 2,
+    "run_rounds": 1,
+    "run_steps": 4,
     "startup_rounds": 1,
     "memory_rounds": 1,
     "memory_steps": 2,
@@ -108,6 +119,14 @@ def bench(settings: BenchConfig) -> dict[str, Any]:
             config, settings.sample_images, settings.num_steps, settings.sample_rounds
         )
         rows += sampling.sampling_rows(raw["sampling"], settings.sample_images)
+        say("reader")
+        raw["reader"] = reader.time_reader(config, READER_BATCHES, settings.reader_rounds)
+        rows += reader.reader_rows(raw["reader"], READER_BATCHES * config.batch_size)
+        say("cache and processes")
+        raw["runs"] = reader.time_runs(
+            settings.config, prepared, folder, settings.run_steps, settings.run_rounds
+        )
+        rows += reader.run_rows(raw["runs"])
         say("peak memory")
         raw["memory"] = memory.measure_memory(
             settings.config,
