@@ -32,7 +32,7 @@ from data.shard_set import index_shards, open_shards
 from data.shards import is_encoded
 from data.sorted_samples import sorted_samples
 from data.summary import bucket_lines, bucket_rows, mixture_lines
-from data.worker_signals import leave_signals_to_training
+from data.worker_signals import leave_signals_to_parent
 
 VALIDATION = "data.validation_shards"
 
@@ -304,7 +304,7 @@ class CaptionedImages(LightningDataModule):
             batch_size=None,  # The data set yields whole batches.
             collate_fn=_as_it_is,
             num_workers=num_workers,
-            worker_init_fn=leave_signals_to_training,
+            worker_init_fn=leave_signals_to_parent,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

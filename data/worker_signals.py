@@ -12,7 +12,7 @@ import threading
 FROM_SCHEDULERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def leave_signals_to_training(worker: int) -> None:
+def leave_signals_to_parent(worker: int) -> None:
     """Is the worker_init_fn of a DataLoader."""
     if not hasattr(signal, "sigwaitinfo"):  # not Linux, and no SLURM
         return

@@ -80,7 +80,7 @@ class _Worker:
         self.process = context.Process(
             target=_work, args=(function, theirs), daemon=not may_start_others
         )
-        with _signals_held_back():
+        with signals_held_back():
             self.process.start()
         theirs.close()
         self.num_jobs = 0
@@ -129,8 +129,12 @@ def _collect(workers: list[_Worker], advance: Advance, timeout_s: float | None) 
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Blocks what stops a run in the processes started here for good: their parent ends them."""
+def signals_held_back() -> Iterator[None]:
+    """Blocks what stops a run, in the processes started here for good: their parent ends them.
+
+    Here it comes after the block. Within a fork Python would lose an interrupt: what is
+    raised in a hook of `os.fork` is printed and ignored.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

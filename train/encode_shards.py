@@ -4,7 +4,6 @@ A process takes shards that nobody has, from its own place in their order on, un
 finished; while others are at work it waits, and takes over what they leave unfinished.
 """
 
-import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,8 @@ from data.part import Part, part_path, write_part
 from data.reader import Reader
 from data.shard_file import shard_name
 from data.shared_partial import SharedPartial
-from data.workers import STOP_SIGNALS
+from data.worker_signals import leave_signals_to_parent
+from data.workers import signals_held_back
 from sampling.errors import RunFailed, UserError
 from sampling.model import DiffusionModel
 from train.encode_config import EncodeConfig
@@ -147,11 +147,13 @@ def _make(
         num_workers=config.num_workers,
         # Processes that are spawned, as this one may be, would spawn theirs and import all anew.
         multiprocessing_context="fork" if config.num_workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=leave_signals_to_parent,
     )
     path, own_bad = working / shard_name(number), list[BadSample]()
     try:
-        watched = _watched(batches, rules, bad, own_bad, advance)
+        with signals_held_back():  # the loader's processes start here
+            loaded = iter(batches)
+        watched = _watched(loaded, rules, bad, own_bad, advance)
         records, num_bytes = encoder.write_shard(path, watched)
         part = Part(number, rules.encoding.key, num_bytes, len(records), len(samples), own_bad)
         with disk_writes():
@@ -181,11 +183,6 @@ def _watched(
         if len(bad) >= NUM_BAD_BEFORE_STOP and too_many(len(bad), num_samples, share):
             where = f"source={rules.config.source}"
             raise refusal(where, bad, num_samples, share, "max_bad_share")
-
-
-def _ignore_signals(worker: int) -> None:
-    """Leaves Ctrl-C and a scheduler's signals, which reach all processes, to the one that acts."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def _as_it_is(batch: Any) -> Any:
