@@ -22,6 +22,8 @@ from scripts.full_architecture_table import describe_machine
 from scripts.requeue import newest_step
 from train.metrics_file import read_metrics
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
 
 @dataclass
 class RequeueStudyConfig:
@@ -31,6 +33,10 @@ class RequeueStudyConfig:
     """The fine-tune that the job runs."""
     options: str = "--nodes=1 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1 --time=120"
     """Options of sbatch; partition and account go here."""
+    arguments: str = ""
+    """More key=value of the run."""
+    max_steps: int | None = None
+    """Last step of the run, to which it goes after the requeues. Not set: it is cancelled then."""
     run_dir: str = "runs/requeue_study"
     """Where the job trains; removed by hand before another study."""
     output: str = "docs/requeue"
@@ -73,6 +79,9 @@ def study(config: RequeueStudyConfig) -> int:
             rows.append(row)
             print(f"{len(rows)}: {asdict(row)}", file=sys.stderr, flush=True)
             write(path, config, rows)
+        if job is not None and config.max_steps is not None and not rows[-1].hung:
+            ended = wait_for(lambda: job_state(job)["JobState"] in ENDED, config.timeout_s)
+            write(path, config, rows, job_state(job)["JobState"] if ended else "hung")
     finally:
         if job is not None:
             cancel(job)
@@ -80,11 +89,13 @@ def study(config: RequeueStudyConfig) -> int:
 
 
 def submit(config: RequeueStudyConfig) -> str:
-    """Submits the job, endless and without saving but at a signal; returns its id."""
-    keys = {"run_dir": config.run_dir, "trainer.max_steps": 10_000_000}
-    keys |= {"trainer.checkpoint_every_steps": 10_000_000, "trainer.log_every_steps": 1}
+    """Submits the job, which saves at a signal and at its end; returns its id."""
+    last = config.max_steps or 10_000_000
+    keys: dict[str, Any] = {"run_dir": config.run_dir, "trainer.max_steps": last}
+    keys |= {"trainer.checkpoint_every_steps": last, "trainer.log_every_steps": 1}
     keys |= {"trainer.validate_every_steps": 0, "preview.every_steps": 0, "wandb.enabled": "false"}
     arguments = [f"{key}={value}" for key, value in keys.items()]
+    arguments += shlex.split(config.arguments)
     options = ["--parsable", *shlex.split(config.options)]
     return run("sbatch", *options, "slurm/train.sbatch", config.config, *arguments).strip()
 
@@ -128,9 +139,11 @@ def job_state(job: str) -> dict[str, str]:
 
 
 def cancel(job: str) -> None:
-    """Ends the job, which saves, and waits until it is gone."""
+    """Ends the job, unless it has ended; it saves, and is waited for."""
+    if job_state(job)["JobState"] in ENDED:
+        return
     run("scancel", job)
-    wait_for(lambda: job_state(job)["JobState"] not in ("RUNNING", "COMPLETING", "PENDING"), 60)
+    wait_for(lambda: job_state(job)["JobState"] in ENDED, 60)
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
@@ -154,11 +167,13 @@ def run(*command: str) -> str:
     return answer.stdout
 
 
-def write(path: Path, config: RequeueStudyConfig, rows: list[Requeue]) -> None:
-    """Writes every row, and the page."""
+def write(path: Path, config: RequeueStudyConfig, rows: list[Requeue], end: str = "") -> None:
+    """Writes every row, how the job ended if it went to its end, and the page."""
     slurm = run("sinfo", "--version").strip()
     content: dict[str, Any] = {**describe_machine(), "slurm": slurm, "settings": asdict(config)}
     content["requeues"] = [asdict(row) for row in rows]
+    if end:
+        content["end"] = {"state": end, "step": last_step(Path(config.run_dir))}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
     path.with_suffix(".md").write_text(page(content), encoding="ascii")
 
@@ -167,18 +182,21 @@ def page(content: dict[str, Any]) -> str:
     """Writes the summary and one line a requeue."""
     rows = content["requeues"]
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    end, settings = content.get("end"), content["settings"]
+    arguments = f"{settings['config']} {settings['arguments']}".strip()
+    ended = f" Then the job ended {end['state']} at step {end['step']}." if end else ""
     lines = [
         "# Requeues in a row",
         "",
-        f"{sum(row['hung'] for row in rows)} of {len(rows)} requeues hung.",
+        f"{sum(row['hung'] for row in rows)} of {len(rows)} requeues hung.{ended}",
         "",
         f"`python -m scripts.requeue_study` on {content['date']}: {content['machine']}; "
         f"{content['slurm']}, {versions}.",
-        f"The job: `sbatch {content['settings']['options']} slurm/train.sbatch "
-        f"{content['settings']['config']}`. Each time it has made a step it gets SIGUSR1, as at a "
+        f"The job: `sbatch {settings['options']} slurm/train.sbatch "
+        f"{arguments}`. Each time it has made a step it gets SIGUSR1, as at a "
         "time limit. Hung: no new step within "
-        f"{content['settings']['timeout_s']:.0f} s of a wait. Seconds since the signal; raw rows: "
-        f"{Path(content['settings']['output']).name}.json.",
+        f"{settings['timeout_s']:.0f} s of a wait. Seconds since the signal; raw rows: "
+        f"{Path(settings['output']).name}.json.",
         "",
         "| requeue | step saved | saved | second start | next step |",
         "|---|---|---|---|---|",

@@ -97,7 +97,7 @@ def train_job(allocation: Allocation, arguments: list[str]) -> int:
 
 
 def plain_job(allocation: Allocation, verb: list[str], arguments: list[str]) -> int:
-    """Runs a command that leaves nothing half-written; preempted, it starts anew."""
+    """Runs a command that leaves nothing half-written; stopped, it is started again."""
     arguments = [expand(argument, allocation) for argument in arguments]
     status = srun(allocation, ROOT, [*verb, *arguments], {})
     if status not in STOPPED or allocation.restart >= MAX_RESTARTS:

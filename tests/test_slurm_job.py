@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sampling.errors import UserError
 from scripts import slurm_allocation, slurm_job
 from scripts.frozen import CODE, ROOT, freeze, is_frozen, unfreeze
 from scripts.requeue import MAX_FRUITLESS, MAX_RESTARTS, reason_to_end, requeue
+from scripts.requeue_study import Requeue, RequeueStudyConfig, page
 from scripts.slurm_allocation import expand, read_allocation, rendezvous
 from scripts.slurm_job import config_of_job
 from tests.tiny_run import tiny_config
@@ -235,6 +237,22 @@ def test_tasks_meet_where_the_first_node_can_be_found(
     assert rendezvous(read_allocation(JOB)) == {}
 
 
+def test_the_page_of_requeues_counts_what_hung_and_says_how_it_ended() -> None:
+    content = {
+        "date": "2026-01-01",
+        "machine": "m",
+        "slurm": "s",
+        "versions": {"torch": "2"},
+        "settings": asdict(RequeueStudyConfig(arguments="seed=3", max_steps=4)),
+        "requeues": [asdict(Requeue(2, 0.5, 8.0, 20.0, False)), asdict(Requeue(0))],
+    }
+    assert "1 of 2 requeues hung.\n" in page(content)
+    found = page(content | {"end": {"state": "COMPLETED", "step": 4}})
+    assert "1 of 2 requeues hung. Then the job ended COMPLETED at step 4." in found
+    assert "configs/tiny_zero_snr.yaml seed=3`" in found
+    assert "| 1 | 2 | 0.5 | 8.0 | 20.0 |\n| 2 | 0 | hung | hung | hung |\n" in found
+
+
 @pytest.mark.parametrize("name", ["train", "encode", "export"])
 def test_what_people_submit_is_valid_and_logs_where_a_folder_is(name: str) -> None:
     path = ROOT / "slurm" / f"{name}.sbatch"
@@ -242,5 +260,5 @@ def test_what_people_submit_is_valid_and_logs_where_a_folder_is(name: str) -> No
     text = path.read_text()
     for option in ("requeue", "open-mode=append", "output=slurm/logs/%x-%j.out", "time="):
         assert f"#SBATCH --{option}" in text
-    assert ("#SBATCH --signal=USR1@" in text) == (name == "train")
+    assert ("#SBATCH --signal=USR1@" in text) == (name != "export")
     assert (ROOT / "slurm" / "logs").is_dir()
