@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from sampling.choices import Dtype, Weights
-from sampling.errors import UserError
+from sampling.errors import NOT_WRITABLE, RunFailed, UserError
 from sampling.export_check import check_against_diffusers
 from sampling.model import DiffusionModel
 from sampling.model_card import model_card
@@ -31,7 +32,8 @@ def export(
     """Writes `checkpoint` as a diffusers folder and returns the folder.
 
     Raises UserError where `output` is taken or `checkpoint` cannot be loaded, and RunFailed where
-    stock diffusers does not sample the folder as we do; `output` then does not exist.
+    stock diffusers does not sample the folder as we do or the disk is full; `output` then does not
+    exist.
     """
     output = Path(output)
     require_empty(output)
@@ -59,18 +61,40 @@ def require_empty(output: Path) -> None:
 
 @contextlib.contextmanager
 def moved_into_place(output: Path) -> Iterator[Path]:
-    """Yields a folder beside `output` that becomes `output` on success and vanishes otherwise."""
-    output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    """Yields a folder beside `output` that becomes `output` on success and vanishes otherwise.
+
+    Raises UserError where nothing can be made there, and RunFailed where the disk takes no more.
+    """
+    given, output = output, output.resolve()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise UserError(
+            f"output={given} can't be written: {error.strerror}; name a folder that can be made"
+        ) from error
     try:
         yield folder
         _open_to_colleagues(folder)
         _flush_to_disk(folder)
         os.replace(folder, output)  # also replaces an empty folder
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if reason := _reason_not_written(error):
+            raise RunFailed(
+                f"output={given} can't be written: {reason}. Nothing is left of it; make room and "
+                "run the same command again, or name another output"
+            ) from error
         raise
+
+
+def _reason_not_written(error: BaseException) -> str:
+    """Returns what the system says if it is the disk that failed, else nothing."""
+    if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+        return error.strerror
+    # safetensors has one class for all its errors, and passes the system's words on.
+    words = "I/O error: "
+    return str(error).partition(words)[2] if isinstance(error, SafetensorError) else ""
 
 
 def _open_to_colleagues(folder: Path) -> None:

@@ -19,6 +19,7 @@ from scripts.bench_accelerate import accelerate_loop
 from scripts.bench_bare import Steps, bare_loop
 from scripts.bench_inputs import Inputs, training_config
 from scripts.bench_timing import Row, Seconds, ratio_row, row, time_round
+from train import module as train_module
 from train.run import train
 
 OURS, BARE, PEER, PEER_EMA = "ours", "bare", "accelerate", "accelerate_ema"
@@ -64,22 +65,30 @@ def time_training(
     warmup_steps: int,
     block_steps: int,
     rounds: int,
+    keeps_captions: bool = True,
 ) -> Seconds:
     """Returns the seconds of each contestant's blocks, one a round.
 
     The run's first `warmup_steps` are not timed: it keeps the embeddings of captions that it has
-    seen. One step more than the rounds need, so that no block holds the last checkpoint.
+    seen, unless `keeps_captions` is false: then each counts as new, as in a set that has no two
+    alike. One step more than the rounds need, so that no block holds the last checkpoint.
     """
     max_steps = warmup_steps + rounds * block_steps + 1
     changes = {"data.shards": inputs.encoded_shards} if cached else {}
-    config = training_config(yaml, folder / f"run_{cached}", max_steps, **changes)
+    name = f"{cached}_{keeps_captions}"
+    config = training_config(yaml, folder / f"run_{name}", max_steps, **changes)
     unpacked = inputs.encoded if cached else inputs.images
     others = {BARE: bare_loop(config, unpacked, cached)}
-    for name in (PEER, PEER_EMA):
-        log = folder / f"{name}_{cached}.csv"
-        others[name] = accelerate_loop(config, unpacked, cached, name == PEER_EMA, log)
+    for peer in (PEER, PEER_EMA):
+        log = folder / f"{peer}_{name}.csv"
+        others[peer] = accelerate_loop(config, unpacked, cached, peer == PEER_EMA, log)
     blocks = InterleavedBlocks(others, warmup_steps, block_steps, rounds)
-    train(config, Path(config.run_dir), 0, watchers=[blocks])
+    limit = train_module.CAPTION_CACHE_BYTES
+    train_module.CAPTION_CACHE_BYTES = limit if keeps_captions else 0
+    try:
+        train(config, Path(config.run_dir), 0, watchers=[blocks])
+    finally:
+        train_module.CAPTION_CACHE_BYTES = limit
     return blocks.seconds
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from data.errors import RunFailed as DataRunFailed
 from data.errors import UserError as DataUserError
-from sampling.errors import Resumable, RunFailed, UserError
+from sampling.errors import NOT_WRITABLE, Resumable, RunFailed, UserError
 from train import signals
 
 # verb: (module with config_class() and run(config) -> int, purpose)
@@ -80,13 +80,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RunFailed, DataRunFailed) as error:
         _complain(str(error))
         return 1
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            return _not_foreseen()
+        _complain(
+            f"{error.filename or 'the disk'}: {error.strerror}; make room or restore the rights"
+        )
+        return 1
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
     except Exception:
-        traceback.print_exc()
-        _complain("that was not foreseen: please report it with the traceback above")
-        return 1
+        return _not_foreseen()
+
+
+def _not_foreseen() -> int:
+    traceback.print_exc()
+    _complain("that was not foreseen: please report it with the traceback above")
+    return 1
 
 
 def entry() -> None:

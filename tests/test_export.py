@@ -3,7 +3,9 @@
 import inspect
 import json
 import os
+import re
 import signal
+import subprocess
 from pathlib import Path
 
 import diffusers
@@ -275,6 +277,28 @@ def test_interruption_leaves_nothing(tmp_path, error):
         (folder / "half").write_text("half")
         raise error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size_kb", [64, 200])
+def test_a_full_disk_says_what_to_do_and_leaves_nothing(checkpoint, tmp_path, capsys, size_kb):
+    """Too small for the first weights, and for the later ones."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_kb}k", "tmpfs", str(tmp_path)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root to mount a small disk")
+    try:
+        assert main(["export", f"checkpoint={checkpoint}", f"output={tmp_path / 'out'}"]) == 1
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert re.search(r"output=.*out can't be written: No space left on device.*make room", said)
+        assert not list(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_an_output_that_cannot_be_made_is_refused(checkpoint, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["export", f"checkpoint={checkpoint}", f"output={tmp_path / 'file/out'}"]) == 2
+    assert "can't be written: Not a directory" in capsys.readouterr().err
 
 
 def test_killed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch):
