@@ -75,13 +75,13 @@ class BenchConfig:
 
 
 PROFILE = """\
-What was in the way (cProfile of 39 steps, 2026-11-22, the same machine and config): with the encoders
-in the loop a step of 594 ms is backward 48 %, UNet 31 %, VAE 10 %, AdamW 3 %, clipping 2 %; what a
-bare loop has not is reading 2.2 %, the average 1.0 %, the caption look-up .5 %, the draws .4 % and the
-metrics .1 %. From cached latents (503 ms) reading takes 1.1 %. In the code because of profiles: a
-caption is encoded once; the gradients' norm is computed once, without a walk over the modules; the
-average is one fused operation; weights lie channels last (26.9 and 36.5 images/s, where contiguous
-ones gave 23.4 and 25.6 in turn)."""
+What was in the way (cProfile of 39 steps, 2026-11-22, the same machine and config): with the
+encoders in the loop a step of 594 ms is backward 48 %, UNet 31 %, VAE 10 %, AdamW 3 %, clipping 2
+%; what a bare loop has not is reading 2.2 %, the average 1.0 %, the caption look-up .5 %, the
+draws .4 % and the metrics .1 %. From cached latents (503 ms) reading takes 1.1 %. In the code
+because of profiles: a caption is encoded once; the gradients' norm is computed once, without a
+walk over the modules; the average is one fused operation; weights lie channels last (26.9 and 36.5
+images/s, where contiguous ones gave 23.4 and 25.6 in turn)."""
 
 QUICK: dict[str, Any] = {
     "rounds": 2,
