@@ -14,6 +14,7 @@ from sampling.errors import UserError
 from sampling.prediction import PredictionType
 from sampling.schedule import NoiseSchedule, Spacing
 
+EXPORT_TOLERANCE = 1e-5
 SCHEME_KEYS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 
 
@@ -48,6 +49,21 @@ class Process:
         reason = self.unsound()
         if reason and not allow_unsound:
             raise UserError(f"{reason}. allow_unsound=true runs it all the same, for a comparison")
+
+    def check_exportable(self) -> None:
+        """Raises UserError where diffusers, which multiplies betas in float32, finds other noise.
+
+        More than 1e-5 off, relative, at any t up to T - 2: at T - 1 it has a stand-in of its own.
+        """
+        exact = self.schedule.alpha_bar[:-1]
+        found = torch.cumprod(1 - self.schedule.betas.float(), 0)[:-1].double()
+        error = ((found - exact) / exact).abs().max().item()
+        if not error <= EXPORT_TOLERANCE:
+            raise UserError(
+                f"this noise schedule can't be exported: diffusers multiplies betas in float32 and "
+                f"would be {error:.1g} off in alpha_bar, more than {EXPORT_TOLERANCE:g}; choose a "
+                "shift nearer to 1 or narrower log SNR bounds"
+            )
 
     def timesteps(self, num_steps: int) -> list[int]:
         """Returns the sampling timesteps of this checkpoint, noisiest first."""

@@ -89,6 +89,24 @@ class NoiseSchedule:
     cosine = cosine_discrete
 
     @classmethod
+    def cosine_continuous(
+        cls, log_snr_min: float, log_snr_max: float, num_steps: int = SD_NUM_STEPS
+    ) -> "NoiseSchedule":
+        """Hoogeboom et al. 2023: log SNR(u) = -2 log tan(pi u / 2), between two bounds.
+
+        The angle runs evenly from that of `log_snr_max` at t = 0 to that of `log_snr_min` at
+        t = T - 1; without bounds its ends would be SNR infinity and 0.
+        """
+        if not -math.inf < log_snr_min < log_snr_max < math.inf:
+            raise UserError(
+                f"log SNR bounds {log_snr_min} to {log_snr_max}: cosine_continuous needs two "
+                "finite ones, the lower first; -15 and 15 are the paper's"
+            )
+        first, last = (math.atan(math.exp(-bound / 2)) for bound in (log_snr_max, log_snr_min))
+        angle = torch.linspace(first, last, num_steps, dtype=torch.float64)
+        return cls(angle.cos().square())
+
+    @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
         """Reads a diffusers scheduler_config: trained_betas, or a named scheme, and the rescale."""
         if config.get("trained_betas") is not None:
@@ -147,6 +165,37 @@ class NoiseSchedule:
         if self.is_zero_terminal_snr:
             return self
         return NoiseSchedule.from_betas(rescale_zero_terminal_snr(self.betas))
+
+    def shifted(
+        self, base_resolution: float, resolution: float, base_at_start: float | None = None
+    ) -> "NoiseSchedule":
+        """Moves a schedule made for one resolution to another: pooled, it is the noise it was.
+
+            log SNR'(t) = log SNR(t) + 2 log(base / resolution)
+
+        Averaging s x s pixels multiplies the SNR by s^2 (Hoogeboom et al. 2023, section 3.1). With
+        `base_at_start` the base moves with t, evenly in its logarithm: from `base_at_start` at
+        t = 0 to `base_resolution` at T - 1 (the paper's interpolation, t low + (1 - t) high: a
+        lower base at the end makes the end noisier). Resolutions are sides, of images or of
+        latents: only their ratio counts. After the rescale to zero terminal SNR, which it keeps.
+        """
+        start = base_resolution if base_at_start is None else base_at_start
+        if min(base_resolution, resolution, start) <= 0:
+            raise UserError(
+                f"resolutions {start:g}, {base_resolution:g} and {resolution:g} of a shift must be "
+                "positive"
+            )
+        ends = torch.tensor([start, base_resolution], dtype=torch.float64).log()
+        u = torch.linspace(0, 1, self.num_steps, dtype=torch.float64)
+        factor = (torch.lerp(ends[0], ends[1], u).exp() / resolution).square()
+        bar = factor * self.alpha_bar
+        bar = bar / (bar + 1 - self.alpha_bar)
+        if not (bar.diff() < 0).all():
+            raise UserError(
+                f"a shift from {start:g} at the start and {base_resolution:g} at the end to "
+                f"{resolution:g} does not fall at every step; take resolutions nearer to each other"
+            )
+        return NoiseSchedule(bar)
 
     def with_terminal_alpha_bar(self, value: float) -> "NoiseSchedule":
         """Replaces the last alpha_bar; diffusers stands in 2^-24 for 0 in some schedulers.

@@ -186,17 +186,17 @@ def test_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
     log_every_steps: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = FineTuner.losses
+    original = FineTuner.predict
 
-    def losses(self: FineTuner, batch: Any, draws: Any) -> torch.Tensor:
-        poison = torch.zeros(len(batch["key"]))
+    def predict(self: FineTuner, batch: Any, draws: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output, target = original(self, batch, draws)
         if self.global_step == 4:
-            poison[1] = torch.nan
+            target[1, 0, 0, 0] = torch.nan
             poisoned.append(batch["key"][1])
-        return original(self, batch, draws) + poison
+        return output, target
 
     poisoned: list[str] = []
-    monkeypatch.setattr(FineTuner, "losses", losses)
+    monkeypatch.setattr(FineTuner, "predict", predict)
     overrides = {"trainer.log_every_steps": log_every_steps}
     with pytest.raises(RunFailed, match="loss of step 5 is not finite for 1 of 4") as caught:
         train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **overrides))
@@ -224,8 +224,10 @@ def test_no_checkpoint_follows_a_non_finite_loss_that_no_step_has_looked_at(
 
     monkeypatch.setattr(Watch, "check_finite", lambda self, trainer, pl_module: None)
     monkeypatch.setattr(Watch, "on_save_checkpoint", at_saving)
-    step = FineTuner.losses
-    monkeypatch.setattr(FineTuner, "losses", lambda self, *a: step(self, *a) * torch.nan)
+    predict = FineTuner.predict
+    monkeypatch.setattr(
+        FineTuner, "predict", lambda self, *a: (predict(self, *a)[0], torch.tensor(torch.nan))
+    )
     overrides = {"trainer.log_every_steps": 100, "ema.enabled": False}
     with pytest.raises(RunFailed, match="loss of step 1 is not finite"):
         train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **overrides))

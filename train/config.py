@@ -9,25 +9,13 @@ from typing import Literal
 from omegaconf import MISSING
 
 from data.config import DataConfig
-from sampling.choices import Attention, Spacing
+from sampling.choices import Attention
 from sampling.errors import UserError
 from train.loss_config import LossConfig
 from train.ranges import check_range
+from train.schedule_config import ScheduleConfig
 
-Betas = Literal["checkpoint", "scaled_linear", "linear", "cosine_discrete"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-
-
-@dataclass
-class ScheduleConfig:
-    """The noise schedule that the model is fine-tuned to; it travels in every checkpoint."""
-
-    betas: Betas = "checkpoint"
-    """Where the betas come from: the checkpoint's own, or a named scheme with SD's constants."""
-    zero_terminal_snr: bool = True
-    """Rescale the betas so that the last timestep is pure noise (Lin et al. 2023, Algorithm 1)."""
-    timestep_spacing: Spacing = "trailing"
-    """Timesteps that samplers of the result visit; trailing starts at the last one."""
 
 
 @dataclass

@@ -4,14 +4,16 @@ The weightings are in train/weighting.py, the learned one in train/uncertainty.p
 and eps in train/draws.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sampling.choices import PredictionType
+from sampling.errors import UserError
 from train.ranges import check_range
 
 Weighting = Literal["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"]
 Timesteps = Literal["uniform", "stratified"]
+ScaleWeights = Literal["inverse_resolution", "uniform"]
 
 
 @dataclass
@@ -33,6 +35,11 @@ class LossConfig:
     """gamma of p2's 1 / (k + SNR)^gamma; 0 is the published loss of epsilon models."""
     sigmoid_bias: float = 0.0
     """Bias of sigmoid(bias - log SNR); above 0 low noise weighs more, below 0 high noise does."""
+    pool_factors: list[int] = field(default_factory=lambda: [1])
+    """Scales at which the error is squared: means over p x p latents, 1 being full size. [1, 2, 4]
+    is a multi-scale loss (Hoogeboom et al. 2023), which they report to help above 256 px."""
+    scale_weights: ScaleWeights = "inverse_resolution"
+    """Weight of a scale: p, which is 1 over its resolution and 1 at full size, or 1 for all."""
     uncertainty: bool = False
     """Learn how uncertain each timestep is, u(t), and train w L / exp(u) + u (EDM2)."""
     uncertainty_learning_rate: float = 1e-3
@@ -49,6 +56,12 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.floor is not None:
             check_range("loss.floor", self.floor, at_least=0, at_most=1)
+        factors = self.pool_factors
+        if factors[:1] != [1] or any(p >= q for p, q in zip(factors, factors[1:], strict=False)):
+            raise UserError(
+                f"loss.pool_factors={factors}: must begin with 1, full size, and rise; [1] is the "
+                "plain loss, [1, 2, 4] a multi-scale one"
+            )
         check_range("loss.snr_gamma", self.snr_gamma, above=0)
         check_range("loss.p2_k", self.p2_k, above=0)
         check_range("loss.p2_gamma", self.p2_gamma, at_least=0)

@@ -20,7 +20,7 @@ from sampling.model import DiffusionModel
 from sampling.prediction import add_noise, training_target
 from train.config import TrainConfig
 from train.draws import Draws, draw
-from train.loss import squared_error
+from train.loss import scale_errors, scale_weights, squared_error
 from train.optimizer import build_optimizer, learning_rate_factor
 from train.uncertainty import LearnedUncertainty
 from train.weighting import loss_weights
@@ -33,7 +33,8 @@ class FineTuner(LightningModule):
     """Fine-tunes `model.unet` to `model.process`; see `losses` and `objective`.
 
     The training step gives callbacks `losses`, each sample's loss without weight or uncertainty, so
-    that runs of different weights compare; `t`; and `objective`, the number that is minimised.
+    that runs of different weights compare; the same at every scale, `scales`; `t`; and `objective`,
+    the number that is minimised.
     """
 
     def __init__(self, model: DiffusionModel, config: TrainConfig) -> None:
@@ -50,6 +51,7 @@ class FineTuner(LightningModule):
             if config.loss.uncertainty
             else None
         )
+        self.scale_weights = scale_weights(config.loss.pool_factors, config.loss.scale_weights)
         self.gradient_norm: Tensor | None = None
         self._captions: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -65,12 +67,19 @@ class FineTuner(LightningModule):
         draws = draw(
             self.config.seed, epochs, indices, shape, num_timesteps, positions, self.config.loss
         )
-        losses = self.losses(batch, draws)
-        loss = self.objective(losses, draws.t).mean()
-        return {"loss": loss, "objective": loss.detach(), "losses": losses.detach(), "t": draws.t}
+        output, target = self.predict(batch, draws)
+        scales = scale_errors(output, target, self.config.loss.pool_factors)  # (S, B)
+        weighted = (self.scale_weights.to(scales.device).view(-1, 1) * scales).sum(dim=0)
+        loss = self.objective(weighted, draws.t).mean()
+        found = {"losses": scales[0].detach(), "scales": scales.detach(), "t": draws.t}
+        return {"loss": loss, "objective": loss.detach(), **found}
 
     def losses(self, batch: Batch, draws: Draws) -> Tensor:
-        """Returns ||target - output||^2 / (CHW) for each sample, (B,) float32."""
+        """Returns ||target - output||^2 / (CHW) for each sample, (B,) float32, at full size."""
+        return squared_error(*self.predict(batch, draws))
+
+    def predict(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Returns the network's output and its target, both (B, C, H/8, W/8)."""
         process, t = self.model.process, draws.t.to(self.device)
         x0 = self.encode(batch, draws.posterior_noise)  # (B, C, H/8, W/8)
         prompt_embeds = self.condition(batch)  # (B, L, D)
@@ -78,8 +87,7 @@ class FineTuner(LightningModule):
         alpha, sigma = (c.to(self.device).view(-1, 1, 1, 1) for c in process.schedule.at(draws.t))
         x_t = add_noise(x0, draws.perturbed(eps), alpha, sigma)
         output = self.unet(x_t, t, encoder_hidden_states=prompt_embeds).sample
-        target = training_target(process.prediction_type, x0, eps, alpha, sigma)
-        return squared_error(output, target)
+        return output, training_target(process.prediction_type, x0, eps, alpha, sigma)
 
     def objective(self, losses: Tensor, t: Tensor) -> Tensor:
         """Returns w(t) L, or w(t) L / exp(u(t)) + u(t), of losses (B,) and t (B,) on the CPU."""
@@ -92,7 +100,9 @@ class FineTuner(LightningModule):
     @property
     def is_weighted(self) -> bool:
         """Whether the objective differs from the plain mean of the losses."""
-        return self.uncertainty is not None or bool((self.weights != 1).any())
+        if self.uncertainty is not None or len(self.scale_weights) > 1:
+            return True
+        return bool((self.weights != 1).any())
 
     def latent_shape(self, batch: Batch) -> tuple[int, ...]:
         """Returns (C, H/8, W/8) of a batch of images or of moments."""

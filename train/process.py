@@ -24,8 +24,16 @@ def fine_tuned_process(config: TrainConfig, base: Process) -> Process:
         case "cosine_discrete":
             schedule = NoiseSchedule.cosine_discrete(num_steps=num_steps)
             scheme = {"beta_schedule": "squaredcos_cap_v2"}
+        case "cosine_continuous":
+            low, high = config.schedule.log_snr_min, config.schedule.log_snr_max
+            assert low is not None and high is not None
+            schedule = NoiseSchedule.cosine_continuous(low, high, num_steps)
     if config.schedule.zero_terminal_snr:
         schedule = schedule.zero_terminal_snr()
+    shift = config.schedule.shift
+    if shift.base_resolution is not None:
+        resolution = config.data.resolution if shift.resolution == "auto" else shift.resolution
+        schedule = schedule.shifted(shift.base_resolution, float(resolution), shift.base_at_start)
     process = dataclasses.replace(
         base,
         schedule=schedule,
@@ -36,5 +44,6 @@ def fine_tuned_process(config: TrainConfig, base: Process) -> Process:
     )
     # Again, now of the schedule itself: a base may be zero-terminal where the config is not.
     process.check_sound(config.allow_unsound)
+    process.check_exportable()
     check_sound(config.loss, schedule, config.allow_unsound)
     return process

@@ -32,6 +32,7 @@ from train.device import COMPUTE_DTYPE, check_device, set_tf32, training_device
 from train.ema import Ema
 from train.encoders import ready_encoders
 from train.interruption import StopOnSignal, lost_process
+from train.loss import check_scales
 from train.metrics import CsvMetrics, is_first_process
 from train.metrics_file import rows_after
 from train.module import FineTuner
@@ -139,7 +140,7 @@ def train(
     if is_first_process():
         images.prepare_data()
         images.setup("fit")
-        check_sizes(model, images)
+        check_sizes(model, images, config.loss.pool_factors)
         for line in images.summary():
             say(line)
     previews = bool(config.preview.every_steps and config.preview.prompts)
@@ -195,16 +196,19 @@ def batches_note(config: TrainConfig) -> str:
     )
 
 
-def check_sizes(model: DiffusionModel, images: CaptionedImages) -> None:
-    """Raises UserError for a bucket whose size the UNet cannot halve evenly."""
+def check_sizes(
+    model: DiffusionModel, images: CaptionedImages, pool_factors: Sequence[int]
+) -> None:
+    """Raises UserError for a size that the UNet cannot halve evenly or the loss cannot pool."""
     for width, height in images.sizes():
         try:
-            model.latent_shape(height, width)
+            _, *sides = model.latent_shape(height, width)
         except UserError as error:
             raise UserError(
                 f"data.buckets.step_px={images.config.buckets.step_px} makes images of {width} x "
                 f"{height} px, but {error}; set step_px to that"
             ) from None
+        check_scales(pool_factors, *sides)
 
 
 def build_callbacks(

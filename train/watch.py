@@ -123,8 +123,9 @@ class Watch(Callback):
             torch.stack([output["objective"] for output in outputs]).mean(),
             _gradient_norm(pl_module),
         ]
+        means += torch.stack([output["scales"].mean(dim=1) for output in outputs]).mean(dim=0)
         reduced = trainer.strategy.reduce(torch.stack(means), reduce_op="mean").tolist()
-        self.loss, objective, gradient_norm = reduced
+        self.loss, objective, gradient_norm, *by_scale = reduced
         by_snr = self._loss_by_snr(trainer, pl_module, outputs)
         now_s = time.perf_counter()
         elapsed_s = now_s - self._started_s
@@ -133,6 +134,9 @@ class Watch(Callback):
         metrics = {"train/loss": self.loss}
         if pl_module.is_weighted:
             metrics["train/objective"] = objective
+        factors = pl_module.config.loss.pool_factors
+        if len(by_scale) > 1:
+            metrics |= {f"train/loss_pool_{p}": x for p, x in zip(factors, by_scale, strict=True)}
         metrics |= {
             "train/gradient_norm": gradient_norm,
             "train/learning_rate": self._learning_rate,

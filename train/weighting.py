@@ -111,6 +111,16 @@ def loss_weights(loss: LossConfig, schedule: NoiseSchedule) -> Weights:
 
 def check_sound(loss: LossConfig, schedule: NoiseSchedule, allow_unsound: bool = False) -> None:
     """Raises UserError for options that defeat zero terminal SNR, unless they are allowed."""
+    if (
+        loss.prediction_type == "epsilon"
+        and max(loss.pool_factors) > 1
+        and schedule.is_zero_terminal_snr
+    ):
+        raise UserError(
+            f"loss.pool_factors={loss.pool_factors} with epsilon and zero terminal SNR: an error "
+            "in eps is alpha times the one in v, so its means see nothing at the last timestep; "
+            "use loss.prediction_type=v_prediction (or sample)"
+        )
     reason = _unsound(loss, schedule)
     if reason and not allow_unsound:
         raise UserError(f"{reason}. allow_unsound=true runs it all the same, for a comparison")
