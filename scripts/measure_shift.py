@@ -150,8 +150,8 @@ def page(config: ShiftStudyConfig, rows: list[Ratio], machine: dict[str, str]) -
     lines = [
         "# The resolution shift, measured",
         "",
-        f"`python -m scripts.measure_shift` on {machine['date']}: {len(PHOTOGRAPHS)} "
-        f"photographs of scikit-image at {config.resolution_px} px, seed {config.seed}, noised by Stable "
+        f"`python -m scripts.measure_shift` on {machine['date']}: {len(PHOTOGRAPHS)} photographs "
+        f"of scikit-image at {config.resolution_px} px, seed {config.seed}, noised by Stable "
         f"Diffusion's schedule (zero terminal SNR) shifted from {config.base_px} to "
         f"{config.resolution_px} px, then averaged to {config.base_px} px and regressed on the "
         "clean average. If the shift is right, slope^2 / residual variance is the SNR of the "
