@@ -33,14 +33,13 @@ from train.ema import Ema
 from train.encoders import ready_encoders
 from train.interruption import StopOnSignal, lost_process
 from train.metrics import CsvMetrics, is_first_process
-from train.metrics_file import rows_after
 from train.module import FineTuner
 from train.previews import Previews
 from train.process import fine_tuned_process
 from train.progress import Progress
 from train.run_directory import check_continues, write_records
 from train.run_lock import RunLock
-from train.tracking import finish, wandb_logger
+from train.tracking import finish, sent_rows, wandb_logger
 from train.validation import ValidationLoss
 from train.watch import Watch
 from train.weights_watch import WeightsWatch
@@ -155,11 +154,11 @@ def train(
         if rows:
             write_buckets(run_dir / "buckets.csv", rows)
     say(batches_note(config))
-    logged = rows_after(run_dir / "metrics.csv", resume_step)
+    sent = sent_rows(run_dir, resume_step) if is_first_process() else set()
     loggers: list[Logger] = [CsvMetrics(run_dir / "metrics.csv", resume_step)]
     if config.wandb.enabled and is_first_process():
         # Before the other: a row that is in metrics.csv has reached wandb.
-        loggers.insert(0, wandb_logger(config, run_dir, logged))
+        loggers.insert(0, wandb_logger(config, run_dir, sent))
     stop, callbacks = build_callbacks(config, run_dir, resume_step)
     trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers], environment)
     if resume_step:

@@ -76,9 +76,9 @@ def write_records(run_dir: Path, config: TrainConfig) -> None:
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     environment = json.dumps(describe_environment(), indent=2) + "\n"
-    _write(run_dir / "environment.json", environment)
+    write_whole(run_dir / "environment.json", environment)
     # The config comes last: it is what makes the directory a run.
-    _write(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def describe_environment() -> dict[str, Any]:
@@ -140,7 +140,8 @@ def _same(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
     return old.get(key, ABSENT) == new.get(key, ABSENT)
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that a kill leaves as it was before, or whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -1,10 +1,12 @@
 """Weights & Biases: one run there for a run directory, however often it is resumed.
 
 Rows can't be taken back there. A run that was killed goes on from a step before its last row, and
-computes the same numbers again, to the bit: those that were sent already are not sent twice.
+computes the same numbers again, to the bit: those that were sent already are not sent twice. Which
+those are is kept in wandb/sent.json, for metrics.csv is cut back to the checkpoint at every start.
 """
 
 import dataclasses
+import json
 import netrc
 import os
 import secrets
@@ -18,6 +20,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from train.config import TrainConfig
+from train.metrics_file import rows_after
+from train.run_directory import write_whole
 
 
 class ResumedWandbLogger(WandbLogger):
@@ -80,6 +84,25 @@ def finish(logger: WandbLogger) -> None:
             f"note: wandb did not finish ({type(error).__name__}: {error}); metrics.csv is whole",
             file=sys.stderr,
         )
+
+
+def sent_rows(run_dir: Path, resume_step: int) -> set[tuple[int, str]]:
+    """Returns (step, name) of the rows beyond `resume_step` that earlier starts have sent.
+
+    Must come before metrics.csv is cut back to that step; what is returned is kept for later
+    starts. None without run_dir/wandb: nothing was sent yet.
+    """
+    path = run_dir / "wandb" / "sent.json"
+    if not path.parent.is_dir():
+        return set()
+    try:
+        kept = json.loads(path.read_text(encoding="ascii"))
+    except (FileNotFoundError, ValueError):  # ValueError: emptied by a power failure
+        kept = []
+    sent = {(step, name) for step, name in kept if step > resume_step}
+    sent |= rows_after(run_dir / "metrics.csv", resume_step)
+    write_whole(path, json.dumps(sorted(sent)))
+    return sent
 
 
 def logged_in() -> bool:
