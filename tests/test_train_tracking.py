@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import train.run
+import train.run_directory
 from tests.tiny_run import Killed, kill, stop_in_step, tiny_config
 from train.metrics_file import drop_rows_after
-from train.tracking import sent_rows
+from train.tracking import _run_id, sent_rows
 
 
 def wandb_rows(run_dir: Path) -> list[tuple[int, str]]:
@@ -103,3 +104,15 @@ def test_what_was_sent_is_known_after_any_number_of_kills(tmp_path: Path) -> Non
     assert start(20) == set(range(21, 25))
     (tmp_path / "wandb/sent.json").write_text("")
     assert start(20) == set()
+
+
+def test_a_run_id_is_whole_or_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(train.run_directory.os, "replace", lambda source, target: kill())
+        with pytest.raises(Killed):
+            _run_id(tmp_path)
+    assert not (tmp_path / "wandb/run_id").exists()
+    (tmp_path / "wandb/run_id").write_text("")
+    run_id = _run_id(tmp_path)
+    assert len(run_id) == 8
+    assert _run_id(tmp_path) == run_id == (tmp_path / "wandb/run_id").read_text()

@@ -118,7 +118,9 @@ def logged_in() -> bool:
 
 def _run_id(run_dir: Path) -> str:
     path = run_dir / "wandb" / "run_id"
-    if not path.exists():
+    run_id = path.read_text(encoding="ascii").strip() if path.exists() else ""
+    if not run_id:  # an empty file is what a power failure leaves
+        run_id = secrets.token_hex(4)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4), encoding="ascii")
-    return path.read_text(encoding="ascii")
+        write_whole(path, run_id)
+    return run_id
