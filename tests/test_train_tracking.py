@@ -4,14 +4,17 @@ import struct
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import wandb
 
 import train.run
 import train.run_directory
 from tests.tiny_run import Killed, kill, stop_in_step, tiny_config
 from train.metrics_file import drop_rows_after
-from train.tracking import _run_id, sent_rows
+from train.tracking import _run_id, sent_rows, wandb_logger
 
 
 def wandb_rows(run_dir: Path) -> list[tuple[int, str]]:
@@ -116,3 +119,25 @@ def test_a_run_id_is_whole_or_made_anew(tmp_path: Path, monkeypatch: pytest.Monk
     run_id = _run_id(tmp_path)
     assert len(run_id) == 8
     assert _run_id(tmp_path) == run_id == (tmp_path / "wandb/run_id").read_text()
+
+
+def test_without_a_network_the_run_goes_on_offline_under_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    starts = []
+
+    def init(**arguments: Any) -> MagicMock:
+        starts.append((arguments["mode"], arguments["id"]))
+        if arguments["mode"] == "online":
+            raise wandb.errors.CommError("Run initialization has timed out\nafter 90.0 sec.")
+        return MagicMock()
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    wandb_logger(tiny_config(tmp_path, tmp_path, tmp_path), tmp_path)
+    run_id = (tmp_path / "wandb/run_id").read_text()
+    assert starts == [("online", run_id), ("offline", run_id)]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "CommError: Run initialization has timed out after 90.0 sec." in told
+    assert "offline" in told and "wandb sync" in told

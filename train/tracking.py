@@ -46,7 +46,7 @@ class ResumedWandbLogger(WandbLogger):
 def wandb_logger(
     config: TrainConfig, run_dir: Path, logged: Set[tuple[int, str]] = frozenset()
 ) -> WandbLogger:
-    """Starts or continues the run: online if someone is logged in, else offline, which it says.
+    """Starts or continues the run: online if wandb knows us and answers, else offline and says so.
 
     For the first process only; call `.experiment.finish()` at the end. `logged` are the
     rows, (step, name), beyond the checkpoint that the run continues from: sent already.
@@ -60,16 +60,18 @@ def wandb_logger(
             f"upload later with: wandb sync {run_dir}/wandb/offline-run-*",
             file=sys.stderr,
         )
-    experiment = wandb.init(
-        project=config.wandb.project,
-        name=config.wandb.name or run_dir.name,
-        id=_run_id(run_dir),
-        dir=run_dir,
-        mode="offline" if offline else "online",
-        resume="allow",
-        config=dataclasses.asdict(config),
-        settings=wandb.Settings(console="off", silent=offline),
-    )
+    try:
+        experiment = _start(config, run_dir, offline)
+    except wandb.errors.CommError as error:
+        if offline:
+            raise
+        reason = " ".join(str(error).split())
+        print(
+            f"note: wandb can't be reached ({type(error).__name__}: {reason}); this start goes on "
+            f"offline: upload later with: wandb sync {run_dir}/wandb/offline-run-*",
+            file=sys.stderr,
+        )
+        experiment = _start(config, run_dir, offline=True)
     experiment.define_metric("trainer/global_step")
     experiment.define_metric("*", step_metric="trainer/global_step")
     return ResumedWandbLogger(experiment, run_dir, logged)
@@ -114,6 +116,21 @@ def logged_in() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _start(config: TrainConfig, run_dir: Path, offline: bool) -> Any:
+    import wandb
+
+    return wandb.init(
+        project=config.wandb.project,
+        name=config.wandb.name or run_dir.name,
+        id=_run_id(run_dir),
+        dir=run_dir,
+        mode="offline" if offline else "online",
+        resume="allow",
+        config=dataclasses.asdict(config),
+        settings=wandb.Settings(console="off", silent=offline),
+    )
 
 
 def _run_id(run_dir: Path) -> str:
