@@ -112,6 +112,21 @@ def test_a_whole_checkpoint_shows_no_damage(unbroken: Path, tmp_path: Path) -> N
     assert damage(tmp_path / "absent.ckpt")
 
 
+def test_no_flipped_bit_of_the_table_of_contents_stops_the_check(tmp_path: Path) -> None:
+    path = tmp_path / "step_00000001.ckpt"
+    torch.save({"a": torch.zeros(2)}, path)
+    whole = path.read_bytes()
+    told = set()
+    for position in range(whole.index(b"PK\x01\x02"), len(whole)):
+        for bit in range(8):
+            content = bytearray(whole)
+            content[position] ^= 1 << bit
+            path.write_bytes(content)
+            told.add(damage(path))
+    assert any("encrypted" in reason for reason in told if reason)
+    assert any("codec can't decode" in reason for reason in told if reason)
+
+
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES])
 def test_a_checkpoint_that_cannot_be_written_keeps_the_one_before(
     error: int, unbroken: Path, pipeline: Path, shards: Path, tmp_path: Path, monkeypatch
