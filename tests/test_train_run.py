@@ -1,6 +1,7 @@
 """Laws of a whole run: what it leaves behind, how it stops, and that it resumes exactly."""
 
 import errno
+import json
 import os
 import signal
 import time
@@ -108,6 +109,8 @@ def test_killed_and_resumed_run_equals_an_unbroken_one(
             train.run.fit(config)
     assert train.run.fit(config) == 0
     assert_same_run(tmp_path / "run", unbroken)
+    starts = json.loads((tmp_path / "run/environment.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 3 * (step // 3)]
 
 
 def test_signal_finishes_the_step_saves_and_resumes(

@@ -38,7 +38,7 @@ from train.module import FineTuner
 from train.previews import Previews
 from train.process import fine_tuned_process
 from train.progress import Progress
-from train.run_directory import check_continues, write_records
+from train.run_directory import check_continues, describe_batch, write_records
 from train.run_lock import RunLock
 from train.tracking import finish, sent_rows, wandb_logger
 from train.validation import ValidationLoss
@@ -203,7 +203,7 @@ def start_records(
     if lock is not None:
         lock.acquire()
     remove_torn(run_dir / "checkpoints")
-    write_records(run_dir, config)
+    write_records(run_dir, config, resume_step)
     rows = list(bucket_rows(images.readers()))
     if rows:
         write_buckets(run_dir / "buckets.csv", rows)
@@ -217,12 +217,11 @@ def start_records(
 
 def batches_note(config: TrainConfig) -> str:
     """Says how many images a step takes, and who takes them; the learning rate is never scaled."""
-    num_processes = config.trainer.devices * config.trainer.num_nodes
-    accumulated = config.trainer.accumulate_grad_batches
+    batch = describe_batch(config)
     return (
-        f"global batch: {config.batch_size * accumulated} images a step = {num_processes} "
-        f"processes x {config.batch_size // num_processes} images x {accumulated} accumulated; "
-        f"learning rate {config.optimizer.learning_rate:g}"
+        f"global batch: {batch['images_per_step']} images a step = {batch['num_processes']} "
+        f"processes x {batch['images_per_process']} images x {batch['accumulate_grad_batches']} "
+        f"accumulated; learning rate {config.optimizer.learning_rate:g}"
     )
 
 
