@@ -1,11 +1,12 @@
 """One run, from its config to an exported pipeline; started again, it goes on where it stopped."""
 
+import contextlib
 import errno
 import gc
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning.fabric.plugins.environments import ClusterEnvironment
@@ -33,14 +34,13 @@ from train.ema import Ema
 from train.encoders import ready_encoders
 from train.interruption import StopOnSignal, lost_process
 from train.metrics import CsvMetrics, is_first_process
-from train.metrics_file import rows_after
 from train.module import FineTuner
 from train.previews import Previews
 from train.process import fine_tuned_process
 from train.progress import Progress
-from train.run_directory import check_continues, write_records
+from train.run_directory import check_continues, describe_batch, write_records
 from train.run_lock import RunLock
-from train.tracking import finish, wandb_logger
+from train.tracking import finish, sent_rows, wandb_logger
 from train.validation import ValidationLoss
 from train.watch import Watch
 from train.weights_watch import WeightsWatch
@@ -54,7 +54,8 @@ LIGHTNING_NOTES = (
     ".*The `srun` command is available on your system but is not used.*",
 )
 
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, *FORBIDDEN)
 
 
 def fit(config: TrainConfig) -> int:
@@ -64,13 +65,15 @@ def fit(config: TrainConfig) -> int:
     finite or the disk takes no more; Resumable where a signal stopped the run after saving it.
     """
     run_dir = Path(config.run_dir)
-    check_continues(run_dir, config)
-    if is_finished(run_dir):
-        return 0
+    with at_the_start(run_dir):
+        check_continues(run_dir, config)
+        if is_finished(run_dir):
+            return 0
     lock = RunLock(run_dir)
     try:
         if run_dir.exists() and is_first_process():
-            lock.acquire()
+            with at_the_start(run_dir):
+                lock.acquire()
             if is_finished(run_dir):  # by the process that held the lock
                 return 0
         last_step = newest_whole(run_dir / "checkpoints")
@@ -94,6 +97,20 @@ def fit(config: TrainConfig) -> int:
     finally:
         lock.release()
     return 0
+
+
+@contextlib.contextmanager
+def at_the_start(run_dir: Path) -> Iterator[None]:
+    """Turns a run directory that can't be written to into UserError: nothing is lost yet."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*FORBIDDEN, errno.ENOTDIR):
+            raise
+        raise UserError(
+            f"run_dir={run_dir} can't be used ({error.filename or run_dir}: {error.strerror}); get "
+            "the right to write there, or choose another run_dir"
+        ) from error
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -146,20 +163,9 @@ def train(
     note = ready_encoders(model, images.encodings(), previews)
     if note:
         say(f"note: {note}")
-    if is_first_process():
-        if lock is not None:
-            lock.acquire()
-        remove_torn(run_dir / "checkpoints")
-        write_records(run_dir, config)
-        rows = list(bucket_rows(images.readers()))
-        if rows:
-            write_buckets(run_dir / "buckets.csv", rows)
+    with at_the_start(run_dir):
+        loggers = start_records(config, run_dir, resume_step, images, lock)
     say(batches_note(config))
-    logged = rows_after(run_dir / "metrics.csv", resume_step)
-    loggers: list[Logger] = [CsvMetrics(run_dir / "metrics.csv", resume_step)]
-    if config.wandb.enabled and is_first_process():
-        # Before the other: a row that is in metrics.csv has reached wandb.
-        loggers.insert(0, wandb_logger(config, run_dir, logged))
     stop, callbacks = build_callbacks(config, run_dir, resume_step)
     trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers], environment)
     if resume_step:
@@ -184,14 +190,38 @@ def train(
         )
 
 
+def start_records(
+    config: TrainConfig,
+    run_dir: Path,
+    resume_step: int,
+    images: CaptionedImages,
+    lock: RunLock | None,
+) -> list[Logger]:
+    """Writes what a run directory holds before the first step, and returns the run's loggers."""
+    if not is_first_process():
+        return [CsvMetrics(run_dir / "metrics.csv", resume_step)]
+    if lock is not None:
+        lock.acquire()
+    remove_torn(run_dir / "checkpoints")
+    write_records(run_dir, config, resume_step)
+    rows = list(bucket_rows(images.readers()))
+    if rows:
+        write_buckets(run_dir / "buckets.csv", rows)
+    sent = sent_rows(run_dir, resume_step)
+    loggers: list[Logger] = [CsvMetrics(run_dir / "metrics.csv", resume_step)]
+    if config.wandb.enabled:
+        # Before the other: a row that is in metrics.csv has reached wandb.
+        loggers.insert(0, wandb_logger(config, run_dir, sent))
+    return loggers
+
+
 def batches_note(config: TrainConfig) -> str:
     """Says how many images a step takes, and who takes them; the learning rate is never scaled."""
-    num_processes = config.trainer.devices * config.trainer.num_nodes
-    accumulated = config.trainer.accumulate_grad_batches
+    batch = describe_batch(config)
     return (
-        f"global batch: {config.batch_size * accumulated} images a step = {num_processes} "
-        f"processes x {config.batch_size // num_processes} images x {accumulated} accumulated; "
-        f"learning rate {config.optimizer.learning_rate:g}"
+        f"global batch: {batch['images_per_step']} images a step = {batch['num_processes']} "
+        f"processes x {batch['images_per_process']} images x {batch['accumulate_grad_batches']} "
+        f"accumulated; learning rate {config.optimizer.learning_rate:g}"
     )
 
 
