@@ -25,7 +25,7 @@ from data.remote_shards import RemoteShards
 from data.shard_cache import GIGABYTE, ShardCache, locked
 from data.shards import (
     CacheFields,
-    default_cache_folder,
+    cache_folder,
     expand_braces,
     find_shards,
     folder_shards,
@@ -60,7 +60,7 @@ def open_shards(pattern: str, field: str, config: CacheFields, in_order: bool = 
     Raises UserError, which names the field, and RunFailed where a server does not answer.
     """
     names = [pattern] if Path(pattern).is_dir() else expand_braces(pattern, field)
-    cache_dir = _cache_dir(config)
+    cache_dir = cache_folder(config.cache_dir)
     if not any(is_remote(name) or _SHELL.match(name) for name in names):
         return _local(find_shards(pattern, field), cache_dir)
     where = f"{field}={shown(pattern)}"
@@ -118,12 +118,6 @@ def _local(paths: list[Path], cache_dir: Path) -> ShardSet:
     return ShardSet(
         kept, paths, kept, None, is_whole, [f"{beside} has no index; that in {kept} is used"]
     )
-
-
-def _cache_dir(config: CacheFields) -> Path:
-    if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
-    return default_cache_folder()
 
 
 def _kept(cache_dir: Path, name: str, identity: str) -> Path:
