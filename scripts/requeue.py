@@ -32,20 +32,27 @@ def newest_step(run_dir: Path) -> int:
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of run_dir/starts.jsonl: one for each start of a job that ended here."""
+    """Returns the rows of run_dir/starts.jsonl: one for each start of a job that ended here.
+
+    A line that a full disk has cut off is left out.
+    """
     path = run_dir / RECORD
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def record_start(run_dir: Path, row: dict[str, Any]) -> None:
     """Appends a row, with the time; a full disk must not keep the job from the queue."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-    with (
-        contextlib.suppress(OSError),
-        (run_dir / RECORD).open("a", encoding="utf-8") as file,
-    ):
-        file.write(json.dumps({"time": now} | row) + "\n")
+    path = run_dir / RECORD
+    with contextlib.suppress(OSError):
+        before = path.read_bytes() if path.exists() else b""
+        end_of_last = "\n" if before and not before.endswith(b"\n") else ""
+        with path.open("a", encoding="utf-8") as file:
+            file.write(end_of_last + json.dumps({"time": now} | row) + "\n")
 
 
 def reason_to_end(

@@ -14,7 +14,15 @@ from omegaconf import OmegaConf
 from sampling.errors import UserError
 from scripts import slurm_allocation, slurm_job
 from scripts.frozen import CODE, ROOT, freeze, is_frozen, unfreeze
-from scripts.requeue import MAX_FRUITLESS, MAX_RESTARTS, reason_to_end, requeue
+from scripts.requeue import (
+    MAX_FRUITLESS,
+    MAX_RESTARTS,
+    RECORD,
+    read_starts,
+    reason_to_end,
+    record_start,
+    requeue,
+)
 from scripts.requeue_study import Requeue, RequeueStudyConfig, page
 from scripts.slurm_allocation import expand, read_allocation, rendezvous
 from scripts.slurm_job import config_of_job
@@ -198,6 +206,20 @@ def test_a_killed_task_is_requeued_only_after_progress() -> None:
 def test_a_failure_of_the_run_itself_is_never_requeued(status: int, failed: bool) -> None:
     end = reason_to_end(status, failed, 0, starts(10))
     assert end is not None and "fail again" in end
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"time": "2026', b'{"time": "2026\n', b'{"step_after": 0}', b"\xff"]
+)
+def test_a_line_that_a_full_disk_cut_off_costs_no_other_start(tmp_path: Path, torn: bytes) -> None:
+    rows = starts(10, 20, 30)
+    record_start(tmp_path, rows[0])
+    with (tmp_path / RECORD).open("ab") as file:
+        file.write(torn)
+    for row in rows[1:]:
+        record_start(tmp_path, row)
+    found = [row["step_after"] for row in read_starts(tmp_path)]
+    assert [step for step in found if step] == [10, 20, 30]
 
 
 @pytest.mark.parametrize(
