@@ -275,6 +275,23 @@ def test_the_page_of_requeues_counts_what_hung_and_says_how_it_ended() -> None:
     assert "| 1 | 2 | 0.5 | 8.0 | 20.0 |\n| 2 | 0 | hung | hung | hung |\n" in found
 
 
+@pytest.mark.parametrize("missing", ["munged", "slurmctld", "slurmd", "sbatch"])
+def test_continuous_integration_fails_where_a_program_of_slurm_cannot_be_installed(
+    commands: Path, missing: str
+) -> None:
+    for name in ("munged", "slurmctld", "slurmd", "sbatch"):
+        write_command(commands, name, "exit 1")
+    script = (ROOT / ".ci" / "install_slurm").read_text()
+    path = commands.parent / "install_slurm"
+    path.write_text(script.replace("/usr/sbin", str(commands)))
+    assert subprocess.run(["/bin/bash", str(path)]).returncode == 0
+    (commands / missing).unlink()
+    write_command(commands, "id", "echo 1000")
+    found = subprocess.run(["/bin/bash", str(path)], stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 1
+    assert found.stderr.rstrip().endswith(f"only root with apt-get can; missing: {missing}")
+
+
 @pytest.mark.parametrize("name", ["train", "encode", "export"])
 def test_what_people_submit_is_valid_and_logs_where_a_folder_is(name: str) -> None:
     path = ROOT / "slurm" / f"{name}.sbatch"
