@@ -13,6 +13,7 @@ shards on a disk that can't be written.
 import fnmatch
 import hashlib
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,6 +108,16 @@ def index_shards(
         if has_index(shards.kept):  # Another process was quicker.
             return shards.kept, []
         return shards.kept, build_index(shards.kept, *limits, paths, shards.remote)
+
+
+def indexing_command(shards: ShardSet, pattern: str, config: CacheFields) -> str:
+    """Returns the command that indexes the shards of `pattern`, all that an index covers."""
+    arguments = [f"shards={pattern if shards.remote else shards.folder}"]
+    if config.cache_dir is not None:
+        arguments.append(f"cache_dir={config.cache_dir}")
+    if config.allow_shell_urls:
+        arguments.append("allow_shell_urls=true")
+    return f"blackpoint data check {shlex.join(arguments)}"
 
 
 def _local(paths: list[Path], cache_dir: Path) -> ShardSet:
