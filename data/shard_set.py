@@ -58,7 +58,7 @@ def open_shards(pattern: str, field: str, config: CacheFields, in_order: bool = 
     """Finds the shards that `pattern`, the value of the config's `field`, names.
 
     `in_order` says that samples are read in the order of the shards, so that a small cache serves.
-    Raises UserError, which names the field, and RunFailed where a server does not answer.
+    Raises UserError, which names the field, and Unreachable where a server does not answer.
     """
     names = [pattern] if Path(pattern).is_dir() else expand_braces(pattern, field)
     cache_dir = cache_folder(config.cache_dir)

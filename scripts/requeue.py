@@ -1,7 +1,8 @@
 """Whether a job that ended goes back to SLURM's queue, and how.
 
-A stop that a signal asked for, and a task that was killed, go back; a failure of the run's own does
-not, for it would come again. A job that makes no steps between its starts ends, too.
+A stop that a signal asked for or that a server's silence forced, and a task that was killed, go
+back; a failure of the run's own does not, for it would come again. A job that makes no steps
+between its starts ends, too.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from train.signals import RESUMABLE_STATUS
 
 MAX_RESTARTS = 200
 MAX_FRUITLESS = 3
-"""Starts in a row that a signal may end before their first step, as in a burst of preemptions."""
+"""Starts in a row that may be stopped before their first step, as in a burst of preemptions."""
 # 128 + SIGUSR1 and SIGTERM: the signal came before Python could answer it.
 STOPPED = (RESUMABLE_STATUS, 128 + 10, 128 + 15)
 KILLED = 128

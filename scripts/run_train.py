@@ -1,5 +1,7 @@
 """`blackpoint train`: fine-tunes a checkpoint as its config says."""
 
+from data.errors import Unreachable
+from sampling.errors import Resumable
 from train.config import TrainConfig
 
 
@@ -10,4 +12,7 @@ def config_class() -> type[TrainConfig]:
 def run(config: TrainConfig) -> int:
     from train.run import fit
 
-    return fit(config)
+    try:
+        return fit(config)
+    except Unreachable as error:
+        raise Resumable(str(error)) from error

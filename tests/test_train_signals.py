@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
 import train.run
+from data.errors import Unreachable
 from data.errors import UserError as DataUserError
 from data.index import INDEX_FOLDER, has_index
 from data.module import CaptionedImages
@@ -27,6 +28,7 @@ from tests.tiny_run import tiny_config
 from train import signals
 from train.checkpoints import checkpoint_steps
 from train.cluster import cluster_environment, num_started
+from train.interruption import lost_process
 from train.metrics import CsvMetrics, log_metrics
 from train.metrics_file import read_metrics
 
@@ -121,6 +123,14 @@ def test_in_a_job_but_without_srun_processes_start_as_on_a_workstation(
     config.trainer.num_nodes = 2
     with pytest.raises(UserError, match="trainer.num_nodes=2 .* not started by srun"):
         cluster_environment(config)
+
+
+def test_a_server_that_hangs_up_is_not_taken_for_a_lost_process() -> None:
+    trainer: Any = types.SimpleNamespace(world_size=2, global_rank=1)
+    with pytest.raises(Resumable, match="another process"), lost_process(trainer):
+        raise RuntimeError("Connection reset by peer")
+    with pytest.raises(Unreachable), lost_process(trainer):
+        raise Unreachable("0.tar: can't be read after 8 tries (Connection reset by peer).")
 
 
 def test_processes_that_start_at_once_are_those_of_the_launcher_or_one_a_machine(
