@@ -13,7 +13,15 @@ from omegaconf import OmegaConf
 
 from sampling.errors import UserError
 from scripts import slurm_allocation, slurm_job
-from scripts.frozen import CODE, ROOT, freeze, is_frozen, unfreeze
+from scripts.frozen import (
+    CODE,
+    ROOT,
+    freeze,
+    is_frozen,
+    only_job,
+    remove_unused,
+    unfreeze,
+)
 from scripts.requeue import (
     MAX_FRUITLESS,
     MAX_RESTARTS,
@@ -25,7 +33,7 @@ from scripts.requeue import (
 )
 from scripts.requeue_study import Requeue, RequeueStudyConfig, page
 from scripts.slurm_allocation import expand, read_allocation, rendezvous
-from scripts.slurm_job import config_of_job
+from scripts.slurm_job import config_of_job, train_job
 from tests.tiny_run import tiny_config
 
 JOB = {
@@ -167,14 +175,39 @@ def test_code_is_frozen_once_and_no_parts_are_left(tmp_path: Path) -> None:
     assert (frozen / "train" / "run.py").read_text() == "of the first start"
     assert (frozen / "config.yaml").read_text() == "seed: 4\n"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["frozen"]
-    unfreeze(tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    with only_job(tmp_path / "run"):
+        unfreeze(tmp_path / "run")
+        remove_unused(tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_second_job_leaves_the_code_of_one_that_is_starting_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(write_config(tmp_path)), "run_dir=runs/x"]
+    frozen = tmp_path / "runs" / "x" / "frozen"
+
+    def srun(*_: Any) -> int:
+        config = (frozen / "config.yaml").read_text()
+        with pytest.raises(UserError, match='runs/x is in use by another process .*"job": "17"'):
+            train_job(read_allocation(JOB | {"SLURM_JOB_ID": "18"}), [*arguments, "seed=5"])
+        assert (frozen / "train" / "run.py").exists()
+        assert (frozen / "config.yaml").read_text() == config
+        return 0
+
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setattr(slurm_job, "srun", srun)
+    for job in ("17", "19"):  # the first one ended before its run began
+        assert train_job(read_allocation(JOB | {"SLURM_JOB_ID": job}), arguments) == 0
 
 
 def test_a_run_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="run_dir=.*file/run: can't be written"):
         freeze(tmp_path / "file" / "run", "")
+    refused = pytest.raises(UserError, match="run_dir=.*file/run: can't be written")
+    with refused, only_job(tmp_path / "file" / "run"):
+        pass
 
 
 def starts(*steps: int) -> list[dict[str, Any]]:
