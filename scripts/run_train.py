@@ -1,5 +1,9 @@
 """`blackpoint train`: fine-tunes a checkpoint as its config says."""
 
+import contextlib
+import os
+from pathlib import Path
+
 from data.errors import Unreachable
 from sampling.errors import Resumable
 from train.config import TrainConfig
@@ -15,4 +19,7 @@ def run(config: TrainConfig) -> int:
     try:
         return fit(config)
     except Unreachable as error:
+        if "BLACKPOINT_UNREACHABLE" in os.environ:  # a mark for scripts/slurm_job.py
+            with contextlib.suppress(OSError):
+                Path(os.environ["BLACKPOINT_UNREACHABLE"]).touch()
         raise Resumable(str(error)) from error

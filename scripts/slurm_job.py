@@ -84,12 +84,20 @@ def run_frozen(allocation: Allocation, frozen: Path) -> int:
     """Runs the frozen copy in every task; then requeues the job, or ends it."""
     link, run_dir = link_of(allocation), frozen.parent
     before = newest_step(run_dir)
-    mark = run_dir / f".failed.{allocation.element}"
-    mark.unlink(missing_ok=True)
+    marks = {
+        f"BLACKPOINT_{name.upper()}": run_dir / f".{name}.{allocation.element}"
+        for name in ("failed", "unreachable")
+    }
+    for mark in marks.values():
+        mark.unlink(missing_ok=True)
     command = ["train", str(frozen / CONFIG), *from_allocation(allocation)]
-    status = srun(allocation, frozen, command, {"BLACKPOINT_FAILED": str(mark)})
-    failed = mark.exists()
-    mark.unlink(missing_ok=True)
+    extra = {name: str(mark) for name, mark in marks.items()}
+    status = srun(allocation, frozen, command, extra)
+    failed, unreachable = (mark.exists() for mark in marks.values())
+    for mark in marks.values():
+        mark.unlink(missing_ok=True)
+    if unreachable:  # and what became of the other tasks follows from it
+        status, failed = RESUMABLE_STATUS, False
     if status == 2 and not (run_dir / CONFIG).exists():
         unfreeze(run_dir)
         remove_unused(run_dir)

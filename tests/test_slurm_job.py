@@ -35,6 +35,7 @@ from scripts.requeue_study import Requeue, RequeueStudyConfig, page
 from scripts.slurm_allocation import expand, read_allocation, rendezvous
 from scripts.slurm_job import config_of_job, train_job
 from tests.tiny_run import tiny_config
+from train.signals import RESUMABLE_STATUS
 
 JOB = {
     "SLURM_JOB_ID": "17",
@@ -239,6 +240,32 @@ def test_a_killed_task_is_requeued_only_after_progress() -> None:
 def test_a_failure_of_the_run_itself_is_never_requeued(status: int, failed: bool) -> None:
     end = reason_to_end(status, failed, 0, starts(10))
     assert end is not None and "fail again" in end
+
+
+@pytest.mark.parametrize(
+    ("marks", "status"),
+    [
+        (["UNREACHABLE"], RESUMABLE_STATUS),
+        (["UNREACHABLE", "FAILED"], RESUMABLE_STATUS),
+        (["FAILED"], 1),
+        ([], 134),
+    ],
+)
+def test_an_outage_of_the_storage_is_requeued_whatever_ended_the_other_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: list[str], status: int
+) -> None:
+    """NCCL aborts a process that loses another one, before any step may have been saved."""
+
+    def srun(*arguments: Any) -> int:
+        for name in marks:
+            Path(arguments[-1][f"BLACKPOINT_{name}"]).touch()
+        return 134
+
+    monkeypatch.setattr(slurm_job, "srun", srun)
+    monkeypatch.setattr(slurm_job, "requeue", lambda allocation: "requeued")
+    frozen = freeze(tmp_path / "run", "")
+    assert slurm_job.run_frozen(read_allocation(JOB), frozen) == status
+    assert {path.name for path in frozen.parent.iterdir()} == {"frozen", RECORD}
 
 
 @pytest.mark.parametrize(

@@ -145,8 +145,10 @@ def test_a_server_that_stops_answering_leaves_a_run_that_the_same_command_contin
         yaml = tmp_path / "tiny.yaml"
         OmegaConf.save(OmegaConf.structured(config), yaml)
         with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("BLACKPOINT_UNREACHABLE", str(tmp_path / "mark"))
             stop_in_step(patch, 4, lambda: setattr(server, "is_down", True))
             assert main(["train", str(yaml)]) == RESUMABLE_STATUS
+        assert (tmp_path / "mark").exists()
         error = capsys.readouterr().err
         assert "after 3 tries" in error and "Traceback" not in error
         server.is_down = False
