@@ -27,7 +27,7 @@ from train.checkpoints import (
     newest_whole,
     remove_torn,
 )
-from train.cluster import cluster_environment
+from train.cluster import cluster_environment, num_started
 from train.config import TrainConfig
 from train.device import COMPUTE_DTYPE, check_device, set_tf32, training_device
 from train.ema import Ema
@@ -153,6 +153,7 @@ def train(
     if choice:
         say(f"note: {choice}")
     images = CaptionedImages(config.data, config.seed, config.batch_size)
+    images.require_index(num_started(config))
     if is_first_process():
         images.prepare_data()
         images.setup("fit")
