@@ -3,7 +3,6 @@
 Nothing is ever unpickled: folders must hold safetensors, checkpoints load with weights_only.
 """
 
-import errno
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,11 @@ from typing import Any
 import torch
 
 from sampling.choices import Weights
-from sampling.errors import RunFailed, UserError
+from sampling.errors import FULL, NOT_WRITABLE, RunFailed, UserError
 
 MODELS = ("unet", "vae", "text_encoder")
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 SMALL_FILES = ["*.json", "*.txt", "tokenizer/*"]
-FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 NOWHERE = "does not exist; give a folder, .ckpt file or hub id"
 COMMUNITY_IDS = (
     "SD 1.5 is stable-diffusion-v1-5/stable-diffusion-v1-5, SD 2.1 base is "
@@ -162,7 +159,7 @@ def _download(hub_id: str) -> Path:
     except Exception as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             raise UserError(_login_remedy(hub_id)) from error
-        if isinstance(error, OSError) and error.errno in (*FULL, *FORBIDDEN):
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             kind = RunFailed if error.errno in FULL else UserError
             raise kind(
                 f"checkpoint={hub_id} can't be kept in the hub's cache ({error}); make room or get "
@@ -179,9 +176,9 @@ def _download(hub_id: str) -> Path:
 
 def _login_remedy(hub_id: str) -> str:
     return (
-        f"checkpoint={hub_id} needs a login: accept its licence at https://huggingface.co/"
-        f"{hub_id}, then run `hf auth login` or set HF_TOKEN to a token that may read it. Without "
-        f"a login: {COMMUNITY_IDS}"
+        f"checkpoint={hub_id} needs a login: accept its licence on its page of the hub, then run "
+        "`hf auth login` or set HF_TOKEN to a token that may read it. Without a login: "
+        f"{COMMUNITY_IDS}"
     )
 
 

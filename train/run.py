@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from data.module import CaptionedImages
 from data.summary import bucket_rows, write_buckets
-from sampling.errors import Resumable, RunFailed, UserError
+from sampling.errors import FORBIDDEN, NOT_WRITABLE, Resumable, RunFailed, UserError
 from sampling.export import export
 from sampling.model import DiffusionModel
 from sampling.speed import prepare_unet
@@ -53,9 +53,6 @@ LIGHTNING_NOTES = (
     ".*`isinstance\\(treespec, LeafSpec\\)`.*",
     ".*The `srun` command is available on your system but is not used.*",
 )
-
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, *FORBIDDEN)
 
 
 def fit(config: TrainConfig) -> int:
