@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,11 +85,10 @@ def check(config: CheckConfig) -> CheckReport:
     bad: list[BadSample] = []
     try:
         with _scratch(folder) as scratch:
-            with (
-                IndexWriter(scratch) as writer,
-                (scratch / "facts").open("wb") as facts_file,
-                progress("checking", len(shards)) as advance,
-            ):
+            with ExitStack() as stack:
+                with disk_writes():
+                    writer = stack.enter_context(IndexWriter(scratch))
+                advance = stack.enter_context(progress("checking", len(shards)))
                 scans = scan_shards(
                     shards,
                     config.max_image_pixels,
@@ -100,9 +99,9 @@ def check(config: CheckConfig) -> CheckReport:
                 )
                 sizes: list[int] = []
                 for number, scan in enumerate(scans):
-                    with disk_writes():
-                        writer.append(number, scan.records)
+                    with disk_writes(), (scratch / "facts").open("ab") as facts_file:
                         facts_file.write(scan.facts.tobytes())
+                        writer.append(number, scan.records)
                     bad += scan.bad
                     sizes.append(scan.num_bytes)
                 with disk_writes():
@@ -159,7 +158,8 @@ def _scratch(folder: Path) -> Iterator[Path]:
     try:
         scratch = Path(tempfile.mkdtemp(prefix=".check-", dir=folder))
     except OSError:
-        scratch = Path(tempfile.mkdtemp(prefix="blackpoint-check-"))
+        with disk_writes():
+            scratch = Path(tempfile.mkdtemp(prefix="blackpoint-check-"))
     try:
         yield scratch
     finally:

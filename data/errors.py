@@ -21,6 +21,10 @@ class RunFailed(RuntimeError):
         super().__init__(_without_traceback(message, type(self)))
 
 
+class Unreachable(RunFailed):
+    """A server did not answer: the same command goes on when it does (`train`: exit status 75)."""
+
+
 class WriteFailed(Exception):
     """A file that is being made can't be written; the message is the system's reason."""
 

@@ -11,6 +11,7 @@ Records have a fixed size, so opening 10^7 samples costs what 10^4 cost: whole c
 and training reads single records in place (pages of a map would count as its resident memory).
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -129,8 +130,9 @@ class IndexWriter:
         traceback: TracebackType | None,
     ) -> None:
         if kind is not None:
-            self._records.close()
-            self._keys.close()
+            for file in (self._records, self._keys):
+                with contextlib.suppress(OSError):  # on a full disk, closing fails again
+                    file.close()
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def _write_header(self) -> None:

@@ -28,7 +28,7 @@ from data.latents import Encoding, LatentReader
 from data.mixed_reader import MixedReader, check_alike
 from data.order import BucketOrder
 from data.reader import Reader
-from data.shard_set import index_shards, open_shards
+from data.shard_set import ShardSet, index_shards, indexing_command, open_shards
 from data.shards import is_encoded
 from data.sorted_samples import sorted_samples
 from data.summary import bucket_lines, bucket_rows, mixture_lines
@@ -70,13 +70,7 @@ class CaptionedImages(LightningDataModule):
     def prepare_data(self) -> None:
         """Indexes shards made elsewhere and sorts samples by bucket; one process a machine does."""
         for pattern, field in self._patterns():
-            shards = open_shards(pattern, field, self.config)
-            if is_encoded(shards.folder) and not has_index(shards.folder):
-                raise UserError(
-                    f"{field}={pattern}: {shards.folder / INDEX_FOLDER} is missing, and shards of "
-                    "latents can't be indexed anew. Encode the images again with `blackpoint data "
-                    "encode`."
-                )
+            shards = self._shards(pattern, field)
             if not has_index(shards.folder):
                 rank_zero_info(f"{field}={pattern} has no index: building it, once.")
                 limit, pixels = self.config.max_bad_share, self.config.max_image_pixels
@@ -89,6 +83,20 @@ class CaptionedImages(LightningDataModule):
                 self._said.add(note)
             if self.config.buckets.enabled or self.config.max_upscale is not None:
                 self._reader(pattern, field)  # sorts the samples into a file
+
+    def require_index(self, num_processes: int) -> None:
+        """Raises UserError for shards without an index, which one of several processes would make.
+
+        The others would meanwhile wait for it at their rendezvous, and give up.
+        """
+        for pattern, field in self._patterns() if num_processes > 1 else []:
+            shards = self._shards(pattern, field)
+            if not has_index(shards.folder):
+                raise UserError(
+                    f"{field}={pattern}: has no index, and {num_processes} processes that were "
+                    "started at once would wait for the one that makes it. Make it first: "
+                    f"{indexing_command(shards, pattern, self.config)}"
+                )
 
     def setup(self, stage: str) -> None:
         """Opens the shards that `stage` needs."""
@@ -180,6 +188,16 @@ class CaptionedImages(LightningDataModule):
         plain = any(reader.order is None for reader in readers.values())
         return sorted(rows | ({(self.config.resolution,) * 2} if plain else set()))
 
+    def _shards(self, pattern: str, field: str) -> ShardSet:
+        shards = open_shards(pattern, field, self.config)
+        if is_encoded(shards.folder) and not has_index(shards.folder):
+            raise UserError(
+                f"{field}={pattern}: {shards.folder / INDEX_FOLDER} is missing, and shards of "
+                "latents can't be indexed anew. Encode the images again with `blackpoint data "
+                "encode`."
+            )
+        return shards
+
     def _patterns(self) -> list[tuple[str, str]]:
         config = self.config
         patterns = [(config.shards, "data.shards")] if config.shards else []
@@ -236,7 +254,7 @@ class CaptionedImages(LightningDataModule):
             buckets, batch_size = square(config.resolution, config.max_upscale), 1
         else:
             return None
-        samples = sorted_samples(reader.index, reader.chosen(), buckets)
+        samples = sorted_samples(reader.index, reader.chosen(), buckets, config.cache_dir)
         if not any(samples.counts):
             raise UserError(
                 f"{where}: all of {len(reader)} images would have to be enlarged by more than "

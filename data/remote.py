@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from data.errors import RunFailed, UserError, disk_writes
+from data.errors import Unreachable, UserError, disk_writes
 
 ResultT = TypeVar("ResultT")
 
@@ -66,7 +66,7 @@ def fetch(
     """Writes a URL, or a command's output, into the file `path`; returns its size.
 
     Raises FileNotFoundError, Changed where it has not `num_bytes`, TooLarge above `max_bytes`,
-    UserError, RunFailed after the last try, and WriteFailed where `path` can't be written.
+    UserError, Unreachable after the last try, and WriteFailed where `path` can't be written.
     """
     with disk_writes():
         file = path.open("wb")
@@ -256,7 +256,7 @@ class _Patience:
             ) from None
         self.failures = 1 if progress else self.failures + 1
         if self.failures >= self.tries:
-            raise RunFailed(
+            raise Unreachable(
                 f"{shown(self.source)}: can't be read after {self.tries} tries "
                 f"({_reason(error)}). Start the same command again when the server answers: it "
                 "goes on from where it stands."

@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from data.errors import RunFailed, UserError, WriteFailed, disk_writes
+from data.errors import RunFailed, Unreachable, UserError, WriteFailed, disk_writes
 from data.index import INDEX_FOLDER, Index, has_index
 from data.remote import Refused, fetch, read_bytes, shown
 from data.shard_cache import locked
@@ -19,13 +19,13 @@ def fetch_index(folder: str, query: str, kept: Path) -> None:
     """Brings `kept` up to date with what lies in a folder's URL; leaves it alone if nothing does.
 
     If the server does not answer, what is here already is used, which is said. Raises UserError
-    for an index that can't be used, or where `kept` can't be written, and RunFailed.
+    for an index that can't be used, or where `kept` can't be written, Unreachable and RunFailed.
     """
     try:
         kept.mkdir(parents=True, exist_ok=True)
         with locked(kept / "lock"):
             _bring(folder, query, kept)
-    except RunFailed as error:
+    except Unreachable as error:
         if not has_index(kept):
             raise
         print(f"{error} The index in {kept} is used as it is.", file=sys.stderr, flush=True)

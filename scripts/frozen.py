@@ -7,15 +7,17 @@ other code. Files that a config names, such as shards, are not copied.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sampling.errors import UserError
 from train.run_directory import GIT_RECORD, git_state
+from train.run_lock import JOB_LOCK, LOCK, RunLock
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("data", "sampling", "train", "scripts", "slurm")
 SUFFIXES = (".py", ".j2", ".sbatch")
-LOCK = ".lock"  # of train/run_lock.py
 CONFIG = "config.yaml"
 
 
@@ -42,10 +44,7 @@ def freeze(run_dir: Path, config_yaml: str) -> Path:
         (part / GIT_RECORD).write_text(json.dumps(git_state(), indent=2) + "\n", encoding="utf-8")
         os.replace(part, folder)
     except OSError as error:
-        raise UserError(
-            f"run_dir={run_dir}: can't be written ({error.strerror or error}); name a directory "
-            "that is yours, on a disk that every node sees and that has room"
-        ) from None
+        raise _unwritable(run_dir, error) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -59,6 +58,35 @@ def is_frozen(root: Path) -> bool:
 def unfreeze(run_dir: Path) -> None:
     """Removes the copy of a run that never began, so that other input can be tried there."""
     shutil.rmtree(run_dir / "frozen", ignore_errors=True)
-    if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {LOCK}:
-        (run_dir / LOCK).unlink(missing_ok=True)
+
+
+def remove_unused(run_dir: Path) -> None:
+    """Removes a run directory that holds nothing but locks."""
+    if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {LOCK, JOB_LOCK}:
+        for name in (LOCK, JOB_LOCK):
+            (run_dir / name).unlink(missing_ok=True)
         run_dir.rmdir()
+
+
+@contextmanager
+def only_job(run_dir: Path) -> Iterator[None]:
+    """Keeps other jobs out of `run_dir`: they would remove or replace the copy that this one runs.
+
+    Raises UserError where another job is in it, or where it can't be written.
+    """
+    lock = RunLock(run_dir, JOB_LOCK)
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise _unwritable(run_dir, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _unwritable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"run_dir={run_dir}: can't be written ({error.strerror or error}); name a directory that "
+        "is yours, on a disk that every node sees and that has room"
+    )

@@ -98,11 +98,17 @@ def environment(run_dir: Path) -> dict[str, str]:
     """Reads environment.json as flat lines of text."""
     lines: dict[str, str] = {}
     for name, value in _read_json(run_dir / "environment.json").items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {item}" for key, item in value.items())
+        if isinstance(value, list):
+            value = "; ".join(map(_one_line, value))
+        elif isinstance(value, dict):
+            value = _one_line(value)
         if value not in (None, ""):
             lines[name.replace("_", " ")] = str(value)
     return lines
+
+
+def _one_line(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {item}" for key, item in values.items())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Whether a job that ended goes back to SLURM's queue, and how.
 
-A stop that a signal asked for, and a task that was killed, go back; a failure of the run's own does
-not, for it would come again. A job that makes no steps between its starts ends, too.
+A stop that a signal asked for or that a server's silence forced, and a task that was killed, go
+back; a failure of the run's own does not, for it would come again. A job that makes no steps
+between its starts ends, too.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from train.signals import RESUMABLE_STATUS
 
 MAX_RESTARTS = 200
 MAX_FRUITLESS = 3
-"""Starts in a row that a signal may end before their first step, as in a burst of preemptions."""
+"""Starts in a row that may be stopped before their first step, as in a burst of preemptions."""
 # 128 + SIGUSR1 and SIGTERM: the signal came before Python could answer it.
 STOPPED = (RESUMABLE_STATUS, 128 + 10, 128 + 15)
 KILLED = 128
@@ -32,20 +33,27 @@ def newest_step(run_dir: Path) -> int:
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of run_dir/starts.jsonl: one for each start of a job that ended here."""
+    """Returns the rows of run_dir/starts.jsonl: one for each start of a job that ended here.
+
+    A line that a full disk has cut off is left out.
+    """
     path = run_dir / RECORD
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def record_start(run_dir: Path, row: dict[str, Any]) -> None:
     """Appends a row, with the time; a full disk must not keep the job from the queue."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-    with (
-        contextlib.suppress(OSError),
-        (run_dir / RECORD).open("a", encoding="utf-8") as file,
-    ):
-        file.write(json.dumps({"time": now} | row) + "\n")
+    path = run_dir / RECORD
+    with contextlib.suppress(OSError):
+        before = path.read_bytes() if path.exists() else b""
+        end_of_last = "\n" if before and not before.endswith(b"\n") else ""
+        with path.open("a", encoding="utf-8") as file:
+            file.write(end_of_last + json.dumps({"time": now} | row) + "\n")
 
 
 def reason_to_end(

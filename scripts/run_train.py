@@ -1,5 +1,11 @@
 """`blackpoint train`: fine-tunes a checkpoint as its config says."""
 
+import contextlib
+import os
+from pathlib import Path
+
+from data.errors import Unreachable
+from sampling.errors import Resumable
 from train.config import TrainConfig
 
 
@@ -10,4 +16,10 @@ def config_class() -> type[TrainConfig]:
 def run(config: TrainConfig) -> int:
     from train.run import fit
 
-    return fit(config)
+    try:
+        return fit(config)
+    except Unreachable as error:
+        if "BLACKPOINT_UNREACHABLE" in os.environ:  # a mark for scripts/slurm_job.py
+            with contextlib.suppress(OSError):
+                Path(os.environ["BLACKPOINT_UNREACHABLE"]).touch()
+        raise Resumable(str(error)) from error

@@ -17,7 +17,15 @@ from typing import Any
 from data.errors import UserError as DataUserError
 from sampling.errors import UserError
 from scripts.config import load, read_yaml, to_yaml
-from scripts.frozen import CONFIG, ROOT, freeze, is_frozen, unfreeze
+from scripts.frozen import (
+    CONFIG,
+    ROOT,
+    freeze,
+    is_frozen,
+    only_job,
+    remove_unused,
+    unfreeze,
+)
 from scripts.requeue import (
     MAX_RESTARTS,
     STOPPED,
@@ -54,30 +62,45 @@ def main(argv: Sequence[str]) -> int:
 
 def train_job(allocation: Allocation, arguments: list[str]) -> int:
     """Starts, or continues, the run of a job from its frozen copy."""
-    link = LOGS / f"{allocation.job}.frozen"
     if is_frozen(ROOT):
-        frozen = ROOT
-    else:
-        config = config_of_job(allocation, arguments)
-        check_continues(Path(config.run_dir), config)
-        if not (Path(config.run_dir) / CONFIG).exists():
-            unfreeze(Path(config.run_dir))  # of a run that never began
-        is_new = not (Path(config.run_dir) / "frozen").exists()
-        frozen = freeze(Path(config.run_dir), to_yaml(config)).resolve()
-        point_to(link, frozen)
-        if not is_new:
-            say(f"continuing with the code that {config.run_dir} was started with, in {frozen}")
-            os.execv(sys.executable, [sys.executable, str(frozen / LAUNCH), "train", *arguments])
-    run_dir = frozen.parent
+        with only_job(ROOT.parent):
+            return run_frozen(allocation, ROOT)
+    config = config_of_job(allocation, arguments)
+    run_dir = Path(config.run_dir)
+    check_continues(run_dir, config)
+    with only_job(run_dir):
+        if not (run_dir / CONFIG).exists():
+            unfreeze(run_dir)  # of a run that never began
+        is_new = not (run_dir / "frozen").exists()
+        frozen = freeze(run_dir, to_yaml(config)).resolve()
+        point_to(link_of(allocation), frozen)
+        if is_new:
+            return run_frozen(allocation, frozen)
+    say(f"continuing with the code that {run_dir} was started with, in {frozen}")
+    os.execv(sys.executable, [sys.executable, str(frozen / LAUNCH), "train", *arguments])
+
+
+def run_frozen(allocation: Allocation, frozen: Path) -> int:
+    """Runs the frozen copy in every task; then requeues the job, or ends it."""
+    link, run_dir = link_of(allocation), frozen.parent
     before = newest_step(run_dir)
-    mark = run_dir / f".failed.{allocation.element}"
-    mark.unlink(missing_ok=True)
+    marks = {
+        f"BLACKPOINT_{name.upper()}": run_dir / f".{name}.{allocation.element}"
+        for name in ("failed", "unreachable")
+    }
+    for mark in marks.values():
+        mark.unlink(missing_ok=True)
     command = ["train", str(frozen / CONFIG), *from_allocation(allocation)]
-    status = srun(allocation, frozen, command, {"BLACKPOINT_FAILED": str(mark)})
-    failed = mark.exists()
-    mark.unlink(missing_ok=True)
+    extra = {name: str(mark) for name, mark in marks.items()}
+    status = srun(allocation, frozen, command, extra)
+    failed, unreachable = (mark.exists() for mark in marks.values())
+    for mark in marks.values():
+        mark.unlink(missing_ok=True)
+    if unreachable:  # and what became of the other tasks follows from it
+        status, failed = RESUMABLE_STATUS, False
     if status == 2 and not (run_dir / CONFIG).exists():
         unfreeze(run_dir)
+        remove_unused(run_dir)
         link.unlink(missing_ok=True)
         return status
     row = {"job": allocation.element, "restart": allocation.restart, "status": status}
@@ -156,6 +179,11 @@ def srun(allocation: Allocation, code: Path, command: list[str], extra: dict[str
     process = subprocess.Popen(["srun", *options, *task], env=environment)
     status = process.wait()
     return 128 - status if status < 0 else status
+
+
+def link_of(allocation: Allocation) -> Path:
+    """Returns the link to a job's code, which slurm/train.sbatch follows."""
+    return LOGS / f"{allocation.job}.frozen"
 
 
 def point_to(link: Path, frozen: Path) -> None:

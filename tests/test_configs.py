@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from data.errors import UserError
+from data.shards import find_shards
 from scripts.cli import VERBS
 from scripts.config import load, read_yaml
 from scripts.config_fields import fields_of, nested_class
+from train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -66,6 +69,20 @@ def test_config_holds_only_differences_from_the_defaults(path: Path) -> None:
                 yield field.path
 
     assert not list(same_as_default(read_yaml(path)))
+
+
+def test_the_commands_that_slurm_train_shows_need_no_other_argument(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "slurm" / "train.sbatch").read_text(encoding="utf-8")
+    commands = re.findall(r"^#   sbatch .*slurm/train\.sbatch (.+)$", text, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        monkeypatch.chdir(ROOT)
+        config = load(TrainConfig, shlex.split(command.replace("%a", "3")))
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match="data pack source=IMAGES output=shards/train"):
+            find_shards(config.data.shards)
 
 
 def test_the_configs_that_the_readme_and_outside_scripts_name_are_here() -> None:

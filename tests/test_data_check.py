@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.numpy import save
 
 from data.check import CheckConfig, check
 from data.check_report import CheckReport
-from data.errors import UserError
+from data.errors import RunFailed, UserError
 from data.index import Index, build_index
 from data.reader import Reader
 from data.shards import ENCODING_FILE
@@ -237,6 +238,30 @@ def test_the_command_prints_and_writes_the_report(
     assert report["num_samples"] == 3 and report["num_bad"] == 1
     assert report["bad_kinds"] == {"no caption": 1}
     assert report["index"]["state"] == "absent"
+
+
+@pytest.mark.parametrize("full", ["records.npy", "keys.bin", "facts", "records.npy keys.bin facts"])
+def test_a_full_disk_ends_the_check_in_one_line_and_leaves_nothing(
+    tmp_path: Path,
+    full: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_tar(tmp_path / "a.tar", good_samples(0, 4))
+    plain_open = Path.open
+
+    def open_full(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        is_full = path.name in full.split() and mode != "rb"
+        return plain_open(Path("/dev/full") if is_full else path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_full)
+    assert main(["data", "check", f"shards={tmp_path}", "num_processes=1"]) == 1
+    shown = capsys.readouterr().err
+    assert "could not write: No space left on device." in shown and "Traceback" not in shown
+    if full != "facts":
+        with pytest.raises(RunFailed, match="the disk is full; the index was not written"):
+            build_index(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 
 def test_user_mistakes_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

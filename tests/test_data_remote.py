@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import data.remote
-from data.errors import RunFailed, UserError
+from data.errors import RunFailed, Unreachable, UserError
 from data.remote import Changed, TooLarge, fetch, read_range
 from data.shard_cache import ShardCache, locked
 from tests.shard_server import (
@@ -117,7 +117,7 @@ def test_what_does_not_pass_names_the_url_and_the_remedy(
 ) -> None:
     cache = ShardCache(tmp_path / "cache", 10**9, "data.cache_gigabytes")
     server.faults = [drops_after(1000)] + [answers(503)] * 4
-    with pytest.raises(RunFailed, match=r"0.tar: .*5 tries.*status 503.*same command again"):
+    with pytest.raises(Unreachable, match=r"0.tar: .*5 tries.*status 503.*same command again"):
         cached(cache, server, 0)
     assert capfd.readouterr().err.count("trying again in") == 4
     assert files(tmp_path / "cache") == set() and not server.faults

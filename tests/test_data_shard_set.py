@@ -14,7 +14,7 @@ import torch
 import data.remote
 from data.check import CheckConfig, check
 from data.config import DataConfig
-from data.errors import RunFailed, UserError
+from data.errors import RunFailed, Unreachable, UserError
 from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from data.latents import Encoding, to_bytes, write_empty
 from data.module import CaptionedImages
@@ -191,7 +191,7 @@ def test_an_index_that_changes_is_fetched_again(
     capfd.readouterr()
     assert len(batches(module(url, cache))) == 48
     assert "is used as it is" in capfd.readouterr().err
-    with pytest.raises(RunFailed, match="same command again"):
+    with pytest.raises(Unreachable, match="same command again"):
         module(url, tmp_path / "another")
 
 
@@ -250,7 +250,7 @@ def test_a_worker_that_gives_up_ends_the_run_in_one_line(
 ) -> None:
     images = module(f"{server.url}/set", tmp_path / "cache", num_workers=1)
     server.faults = [answers(503)] * 50
-    with pytest.raises(RunFailed, match="after 5 tries") as error:
+    with pytest.raises(Unreachable, match="after 5 tries") as error:
         batches(images)
     assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
 

@@ -13,8 +13,10 @@ import pytest
 
 import data.sorted_samples as module_of
 from data.buckets import BucketsConfig, bucket_table
+from data.config import DataConfig
 from data.errors import UserError
 from data.index import INDEX_FOLDER, Index
+from data.module import CaptionedImages
 from data.order import BucketOrder
 from data.record import RECORD
 from data.sorted_samples import sorted_samples
@@ -61,8 +63,29 @@ def test_sorted_samples_are_written_once_beside_the_index_or_in_the_cache(
     assert cached.path.parent == tmp_path / "cache" / "blackpoint"
     assert cached.path.read_bytes() == content
     monkeypatch.setattr(module_of, "_write", lambda *_: os.stat("/nowhere"))
-    with pytest.raises(UserError, match="nor the cache can be written to .*XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match="nor the cache can be written to .*Set data.cache_dir"):
         sorted_samples(Index(shards), [range(3)], table)
+
+
+def test_read_only_shards_and_an_unwritable_home_need_only_data_cache_dir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, cache = write_images(tmp_path, 20), tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    write = module_of._write
+
+    def refuse(path: Path, *arguments: Any) -> None:
+        if not path.is_relative_to(cache):
+            raise OSError(30, "Read-only file system")
+        write(path, *arguments)
+
+    monkeypatch.setattr(module_of, "_write", refuse)
+    options = {"num_workers": 0, "cache_dir": str(cache), **ON}
+    images = CaptionedImages(DataConfig(str(shards), resolution=16, **options), 3, batch_size=4)
+    images.prepare_data()
+    images.setup("fit")
+    assert len(next(iter(images.train_dataloader()))["key"]) == 4
+    assert [path.parent for path in tmp_path.rglob("sorted-*.bin")] == [cache]
 
 
 def synthetic_index(folder: Path, num_samples: int) -> Index:

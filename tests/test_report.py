@@ -1,6 +1,7 @@
 """The report page: self-contained, with the pictures, plots, numbers and command that it
 promises."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -57,7 +58,12 @@ def make_run(run_dir: Path, checkpoints: dict[str, str]) -> Path:
         if step % 100 == 0:
             lines += [f"{step},validation/{name},{2 / step}" for name in ("loss", "loss_terminal")]
     (run_dir / "metrics.csv").write_text("\n".join(lines) + "\n")
-    (run_dir / "environment.json").write_text('{"command": "a <b>", "versions": {"torch": "2.14"}}')
+    environment = {
+        "command": "a <b>",
+        "versions": {"torch": "2.14"},
+        "starts": [{"step": 0, "num_processes": 1}, {"step": 90, "num_processes": 8}],
+    }
+    (run_dir / "environment.json").write_text(json.dumps(environment))
     (run_dir / "timings.json").write_text('{"fine-tune": 61.4}')
     return run_dir
 
@@ -114,6 +120,7 @@ def test_page_is_whole_and_refers_to_nothing_outside(run_dir: Path, tmp_path: Pa
         "fine-tune",
         "61",
         "a &lt;b&gt;",
+        "step 0, num processes 1; step 90, num processes 8",
     ):
         assert words in text
     assert "control" not in text

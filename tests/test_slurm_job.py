@@ -13,12 +13,29 @@ from omegaconf import OmegaConf
 
 from sampling.errors import UserError
 from scripts import slurm_allocation, slurm_job
-from scripts.frozen import CODE, ROOT, freeze, is_frozen, unfreeze
-from scripts.requeue import MAX_FRUITLESS, MAX_RESTARTS, reason_to_end, requeue
+from scripts.frozen import (
+    CODE,
+    ROOT,
+    freeze,
+    is_frozen,
+    only_job,
+    remove_unused,
+    unfreeze,
+)
+from scripts.requeue import (
+    MAX_FRUITLESS,
+    MAX_RESTARTS,
+    RECORD,
+    read_starts,
+    reason_to_end,
+    record_start,
+    requeue,
+)
 from scripts.requeue_study import Requeue, RequeueStudyConfig, page
 from scripts.slurm_allocation import expand, read_allocation, rendezvous
-from scripts.slurm_job import config_of_job
+from scripts.slurm_job import config_of_job, train_job
 from tests.tiny_run import tiny_config
+from train.signals import RESUMABLE_STATUS
 
 JOB = {
     "SLURM_JOB_ID": "17",
@@ -159,14 +176,39 @@ def test_code_is_frozen_once_and_no_parts_are_left(tmp_path: Path) -> None:
     assert (frozen / "train" / "run.py").read_text() == "of the first start"
     assert (frozen / "config.yaml").read_text() == "seed: 4\n"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["frozen"]
-    unfreeze(tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    with only_job(tmp_path / "run"):
+        unfreeze(tmp_path / "run")
+        remove_unused(tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_second_job_leaves_the_code_of_one_that_is_starting_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(write_config(tmp_path)), "run_dir=runs/x"]
+    frozen = tmp_path / "runs" / "x" / "frozen"
+
+    def srun(*_: Any) -> int:
+        config = (frozen / "config.yaml").read_text()
+        with pytest.raises(UserError, match='runs/x is in use by another process .*"job": "17"'):
+            train_job(read_allocation(JOB | {"SLURM_JOB_ID": "18"}), [*arguments, "seed=5"])
+        assert (frozen / "train" / "run.py").exists()
+        assert (frozen / "config.yaml").read_text() == config
+        return 0
+
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setattr(slurm_job, "srun", srun)
+    for job in ("17", "19"):  # the first one ended before its run began
+        assert train_job(read_allocation(JOB | {"SLURM_JOB_ID": job}), arguments) == 0
 
 
 def test_a_run_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="run_dir=.*file/run: can't be written"):
         freeze(tmp_path / "file" / "run", "")
+    refused = pytest.raises(UserError, match="run_dir=.*file/run: can't be written")
+    with refused, only_job(tmp_path / "file" / "run"):
+        pass
 
 
 def starts(*steps: int) -> list[dict[str, Any]]:
@@ -198,6 +240,46 @@ def test_a_killed_task_is_requeued_only_after_progress() -> None:
 def test_a_failure_of_the_run_itself_is_never_requeued(status: int, failed: bool) -> None:
     end = reason_to_end(status, failed, 0, starts(10))
     assert end is not None and "fail again" in end
+
+
+@pytest.mark.parametrize(
+    ("marks", "status"),
+    [
+        (["UNREACHABLE"], RESUMABLE_STATUS),
+        (["UNREACHABLE", "FAILED"], RESUMABLE_STATUS),
+        (["FAILED"], 1),
+        ([], 134),
+    ],
+)
+def test_an_outage_of_the_storage_is_requeued_whatever_ended_the_other_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: list[str], status: int
+) -> None:
+    """NCCL aborts a process that loses another one, before any step may have been saved."""
+
+    def srun(*arguments: Any) -> int:
+        for name in marks:
+            Path(arguments[-1][f"BLACKPOINT_{name}"]).touch()
+        return 134
+
+    monkeypatch.setattr(slurm_job, "srun", srun)
+    monkeypatch.setattr(slurm_job, "requeue", lambda allocation: "requeued")
+    frozen = freeze(tmp_path / "run", "")
+    assert slurm_job.run_frozen(read_allocation(JOB), frozen) == status
+    assert {path.name for path in frozen.parent.iterdir()} == {"frozen", RECORD}
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"time": "2026', b'{"time": "2026\n', b'{"step_after": 0}', b"\xff"]
+)
+def test_a_line_that_a_full_disk_cut_off_costs_no_other_start(tmp_path: Path, torn: bytes) -> None:
+    rows = starts(10, 20, 30)
+    record_start(tmp_path, rows[0])
+    with (tmp_path / RECORD).open("ab") as file:
+        file.write(torn)
+    for row in rows[1:]:
+        record_start(tmp_path, row)
+    found = [row["step_after"] for row in read_starts(tmp_path)]
+    assert [step for step in found if step] == [10, 20, 30]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +333,23 @@ def test_the_page_of_requeues_counts_what_hung_and_says_how_it_ended() -> None:
     assert "1 of 2 requeues hung. Then the job ended COMPLETED at step 4." in found
     assert "configs/tiny_zero_snr.yaml seed=3`" in found
     assert "| 1 | 2 | 0.5 | 8.0 | 20.0 |\n| 2 | 0 | hung | hung | hung |\n" in found
+
+
+@pytest.mark.parametrize("missing", ["munged", "slurmctld", "slurmd", "sbatch"])
+def test_continuous_integration_fails_where_a_program_of_slurm_cannot_be_installed(
+    commands: Path, missing: str
+) -> None:
+    for name in ("munged", "slurmctld", "slurmd", "sbatch"):
+        write_command(commands, name, "exit 1")
+    script = (ROOT / ".ci" / "install_slurm").read_text()
+    path = commands.parent / "install_slurm"
+    path.write_text(script.replace("/usr/sbin", str(commands)))
+    assert subprocess.run(["/bin/bash", str(path)]).returncode == 0
+    (commands / missing).unlink()
+    write_command(commands, "id", "echo 1000")
+    found = subprocess.run(["/bin/bash", str(path)], stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 1
+    assert found.stderr.rstrip().endswith(f"only root with apt-get can; missing: {missing}")
 
 
 @pytest.mark.parametrize("name", ["train", "encode", "export"])

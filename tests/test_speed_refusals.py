@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import train.run
 from sampling.errors import UserError
 from sampling.model import DiffusionModel
 from sampling.speed import check_dtype, head_widths, prepare_unet
@@ -117,6 +118,7 @@ def config_of(**options: Any) -> Any:
 
 def test_precision_that_a_gpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GeForce GTX 1080")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
@@ -128,6 +130,21 @@ def test_precision_that_a_gpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) 
         check_dtype(gpu, torch.bfloat16)
     check_device(config_of(**{"trainer.precision": "16-mixed"}), gpu)
     check_dtype(gpu, torch.float16)
+
+
+def test_more_devices_than_gpus_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(**{"trainer.devices": 2})
+    config.run_dir = str(tmp_path / "run")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(train.run, "training_device", lambda: torch.device("cuda"))
+    with pytest.raises(UserError, match="trainer.devices=2 needs 2 GPUs.*sees 1; set .*devices=1"):
+        train.run.fit(config)
+    assert not list(tmp_path.iterdir())
+    check_device(config, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device(config, torch.device("cuda"))
 
 
 def test_tf32_sets_products_and_convolutions() -> None:

@@ -1,4 +1,4 @@
-"""Two training processes: the losses of one, and one signal stops both at the same step."""
+"""Two training processes: the losses of one, one signal stops both, and one goes on alone."""
 
 import os
 import signal
@@ -11,9 +11,12 @@ import pytest
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
+import train.run
 from tests.tiny_run import tiny_config
 from train.checkpoints import checkpoint_steps
 from train.metrics_file import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +40,43 @@ def test_two_processes_have_the_losses_of_one(pipeline: Path, shards: Path, tmp_
     for name in ("train/loss", "train/gradient_norm"):
         one, two = metrics[1][name], metrics[2][name]
         assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, 7))
+        assert_close([value for _, value in two], [v for _, v in one], rtol=1e-4, atol=1e-6)
+
+
+STOPPED_IN_STEP_3 = """
+import os, signal, sys
+import pytest
+from scripts.cli import main
+from tests.tiny_run import stop_in_step
+
+stop_in_step(pytest.MonkeyPatch(), 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_of_two_processes_goes_on_in_one(
+    pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    unbroken = tiny_config(tmp_path / "unbroken", pipeline, shards)
+    assert train.run.fit(unbroken) == 0
+    config = tiny_config(tmp_path / "run", pipeline, shards)
+    OmegaConf.save(OmegaConf.structured(config), tmp_path / "run.yaml")
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED_IN_STEP_3)
+    stopped = subprocess.run(
+        [sys.executable, str(script), "train", str(tmp_path / "run.yaml"), "trainer.devices=2"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert stopped.returncode == 75
+    assert max(checkpoint_steps(tmp_path / "run/checkpoints")) == 4
+    assert train.run.fit(config) == 0
+    for name in ("train/loss", "train/gradient_norm"):
+        one, two = (
+            read_metrics(tmp_path / folder / "metrics.csv")[name] for folder in ("unbroken", "run")
+        )
+        assert [step for step, _ in two] == list(range(1, 7))
         assert_close([value for _, value in two], [v for _, v in one], rtol=1e-4, atol=1e-6)
 
 

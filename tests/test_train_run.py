@@ -1,5 +1,7 @@
 """Laws of a whole run: what it leaves behind, how it stops, and that it resumes exactly."""
 
+import errno
+import json
 import os
 import signal
 import time
@@ -12,9 +14,12 @@ import torch
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
+import data.remote
 import train.run
 from sampling.errors import Resumable, RunFailed, UserError
 from sampling.model import DiffusionModel
+from scripts.cli import main
+from tests.shard_server import serving
 from tests.tiny_run import (
     Killed,
     assert_same_run,
@@ -27,6 +32,7 @@ from train.config import TrainConfig
 from train.metrics_file import read_metrics
 from train.module import FineTuner
 from train.run_directory import check_continues
+from train.signals import RESUMABLE_STATUS
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +113,8 @@ def test_killed_and_resumed_run_equals_an_unbroken_one(
             train.run.fit(config)
     assert train.run.fit(config) == 0
     assert_same_run(tmp_path / "run", unbroken)
+    starts = json.loads((tmp_path / "run/environment.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 3 * (step // 3)]
 
 
 def test_signal_finishes_the_step_saves_and_resumes(
@@ -121,6 +129,35 @@ def test_signal_finishes_the_step_saves_and_resumes(
     assert signal.getsignal(signal.SIGTERM) == handler
     assert train.run.fit(config) == 0
     assert_same_run(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_server_that_stops_answering_leaves_a_run_that_the_same_command_continues(
+    num_workers: int,
+    pipeline: Path,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(data.remote, "PAUSES_S", (0.01,) * 2)
+    with serving(shards) as server:
+        values = {"data.cache_dir": str(tmp_path / "cache"), "data.cache_gigabytes": 0.0}
+        values |= {"data.num_workers": num_workers, "trainer.max_steps": 12}
+        config = tiny_config(tmp_path / "run", pipeline, Path("x"), **values)
+        config.data.shards = f"{server.url}/shard-{{000000..000000}}.tar"
+        yaml = tmp_path / "tiny.yaml"
+        OmegaConf.save(OmegaConf.structured(config), yaml)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("BLACKPOINT_UNREACHABLE", str(tmp_path / "mark"))
+            stop_in_step(patch, 4, lambda: setattr(server, "is_down", True))
+            assert main(["train", str(yaml)]) == RESUMABLE_STATUS
+        assert (tmp_path / "mark").exists()
+        error = capsys.readouterr().err
+        assert "after 3 tries" in error and "Traceback" not in error
+        server.is_down = False
+        assert main(["train", str(yaml)]) == 0
+    assert f"resuming {tmp_path / 'run'} at step 3" in capsys.readouterr().err
 
 
 def test_finished_run_does_nothing(
@@ -176,6 +213,45 @@ def test_wrong_input_leaves_no_run_directory(
     with pytest.raises(ValueError, match=str(value)):
         train.run.fit(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_the_way_of_the_run_directory_is_the_users_to_move(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    config = tiny_config(tmp_path / "file" / "run", pipeline, shards)
+    with pytest.raises(UserError, match="run_dir=.*Not a directory.*choose another run_dir"):
+        train.run.fit(config)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+@pytest.mark.parametrize("place", ["check_continues", "RunLock.acquire", "sent_rows"])
+def test_a_directory_that_cannot_be_written_to_at_the_start_is_wrong_input(
+    pipeline: Path,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    place: str,
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number), "/runs/theirs")
+
+    monkeypatch.setattr(f"train.run.{place}", refuse)
+    expected = f"run_dir=.*/runs/theirs: {os.strerror(number)}.*get the right to write"
+    with pytest.raises(UserError, match=expected):
+        train.run.fit(tiny_config(tmp_path / "run", pipeline, shards))
+
+
+def test_rights_that_are_lost_later_are_a_failure_of_the_run(
+    pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("train.metrics.CsvMetrics.log_metrics", refuse)
+    with pytest.raises(RunFailed, match="Permission denied.*the same command continues"):
+        train.run.fit(tiny_config(tmp_path / "run", pipeline, shards))
 
 
 @pytest.mark.parametrize("log_every_steps", [1, 100])

@@ -1,6 +1,8 @@
 """A signal never makes a crash: before training, during it, in a worker process, among tasks."""
 
 import contextlib
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,15 +14,21 @@ from typing import Any
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
 import train.run
+from data.errors import Unreachable
+from data.errors import UserError as DataUserError
+from data.index import INDEX_FOLDER, has_index
 from data.module import CaptionedImages
 from sampling.errors import Resumable, UserError
+from scripts.cli import main
 from tests.tiny_run import tiny_config
 from train import signals
 from train.checkpoints import checkpoint_steps
-from train.cluster import cluster_environment
+from train.cluster import cluster_environment, num_started
+from train.interruption import lost_process
 from train.metrics import CsvMetrics, log_metrics
 from train.metrics_file import read_metrics
 
@@ -115,6 +123,53 @@ def test_in_a_job_but_without_srun_processes_start_as_on_a_workstation(
     config.trainer.num_nodes = 2
     with pytest.raises(UserError, match="trainer.num_nodes=2 .* not started by srun"):
         cluster_environment(config)
+
+
+def test_a_server_that_hangs_up_is_not_taken_for_a_lost_process() -> None:
+    trainer: Any = types.SimpleNamespace(world_size=2, global_rank=1)
+    with pytest.raises(Resumable, match="another process"), lost_process(trainer):
+        raise RuntimeError("Connection reset by peer")
+    with pytest.raises(Unreachable), lost_process(trainer):
+        raise Unreachable("0.tar: can't be read after 8 tries (Connection reset by peer).")
+
+
+def test_processes_that_start_at_once_are_those_of_the_launcher_or_one_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path, tmp_path, tmp_path, **{"trainer.devices": 2})
+    assert num_started(config) == 1
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert num_started(config) == 1
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert num_started(config) == 2
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert num_started(config) == 4
+    for name in ("SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name)
+    config.trainer.num_nodes = 3
+    assert num_started(config) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tasks_that_would_wait_for_an_index_are_told_how_to_make_it(
+    rank: int, pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(shards, tmp_path / "shards", ignore=shutil.ignore_patterns(INDEX_FOLDER))
+    for name, value in (TASK | {"SLURM_NTASKS_PER_NODE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    options = {"trainer.devices": 2, "data.cache_dir": str(tmp_path / "a cache")}
+    first = tmp_path / "shards" / "shard-{000000..000000}.tar"
+    shutil.copyfile(tmp_path / "shards" / "shard-000000.tar", tmp_path / "shards" / "other.tar")
+    config = tiny_config(tmp_path / "run", pipeline, first, **options)
+    with pytest.raises(DataUserError, match="has no index, and 2 processes") as error:
+        train.run.fit(config)
+    assert not has_index(tmp_path / "shards") and not (tmp_path / "run").exists()
+    program, *arguments = shlex.split(str(error.value).partition("Make it first: ")[2])
+    assert program == "blackpoint" and f"cache_dir={tmp_path / 'a cache'}" in arguments
+    assert main(arguments) == 0
+    CaptionedImages(config.data, 0, 4).require_index(2)
 
 
 def test_a_tracker_that_fails_does_not_cost_the_step(

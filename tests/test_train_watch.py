@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.testing import assert_close
 
 import train.run
@@ -19,6 +20,7 @@ from tests.tiny_run import make_tiny_shards, tiny_config
 from train.loader_clock import FETCH, LoaderClock
 from train.metrics import CsvMetrics
 from train.metrics_file import drop_rows_after, read_metrics
+from train.module import FineTuner
 from train.previews import measure
 from train.snr_bins import snr_bins, totals_by_bin
 
@@ -143,6 +145,47 @@ def test_metrics_drop_what_a_kill_left_behind(tmp_path: Path) -> None:
         "3,train/norm,2",
         "4,train/loss,0.25",
     ]
+
+
+class WithoutFloat64(torch.Tensor):
+    """Stands in for a tensor on Apple's MPS until it is on the CPU."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if function is torch.Tensor.cpu:
+            return result.as_subclass(torch.Tensor)
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return result
+
+
+def test_a_device_without_float64_is_not_given_any(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reduce(self: Any, tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        assert tensor.dtype != torch.float64
+        return tensor
+
+    original = FineTuner.losses
+    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce", reduce)
+    monkeypatch.setattr(
+        FineTuner, "losses", lambda self, *a: original(self, *a).as_subclass(WithoutFloat64)
+    )
+    shards = folder / "images" / "shards"
+    overrides = {
+        "trainer.max_steps": 1,
+        "trainer.validate_every_steps": 1,
+        "data.validation_shards": str(shards),
+    }
+    config = tiny_config(tmp_path / "run", folder / "pipeline", shards, **overrides)
+    assert train.run.fit(config) == 0
+    metrics = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert "validation/loss" in metrics
+    assert any(name.startswith("train/loss_") for name in metrics)
 
 
 def zero_snr() -> NoiseSchedule:

@@ -37,6 +37,15 @@ def cluster_environment(config: TrainConfig) -> ClusterEnvironment | None:
     return SLURMEnvironment(auto_requeue=False)
 
 
+def num_started(config: TrainConfig) -> int:
+    """Returns how many of the run's processes exist at its start; these start the others later."""
+    if TorchElasticEnvironment.detect():
+        return int(os.environ["WORLD_SIZE"])
+    if "SLURM_STEP_ID" in os.environ and "SLURM_NTASKS" in os.environ:
+        return int(os.environ["SLURM_NTASKS"])
+    return config.trainer.num_nodes
+
+
 def check_tasks(config: TrainConfig, environment: Mapping[str, str]) -> None:
     """Raises UserError where the tasks of srun are not the processes of the config."""
     num_tasks = int(environment["SLURM_NTASKS"])

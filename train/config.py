@@ -160,7 +160,7 @@ class WatchConfig:
 
 @dataclass
 class WandbConfig:
-    """Weights & Biases: online when logged in, else offline in run_dir/wandb."""
+    """Weights & Biases: online when logged in and reachable, else offline in run_dir/wandb."""
 
     enabled: bool = True
     """Log to wandb beside metrics.csv."""

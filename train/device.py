@@ -23,7 +23,11 @@ def training_device() -> torch.device:
 
 
 def check_device(config: TrainConfig, device: torch.device) -> None:
-    """Raises UserError for a precision, tf32 or optimizer that `device` lacks."""
+    """Raises UserError for more devices than there are, or what `device` lacks.
+
+    That may be a precision, tf32 or an optimizer.
+    """
+    check_count(config, device)
     precision = config.trainer.precision
     if precision == "16-mixed" and device.type != "cuda":
         raise UserError(
@@ -57,6 +61,19 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
                 f"optimizer.name=adamw_8bit cannot run here: {problem}; "
                 "pip install 'blackpoint[eight-bit]', or use optimizer.name=adamw"
             )
+
+
+def check_count(config: TrainConfig, device: torch.device) -> None:
+    """Raises UserError for more devices than GPUs on this machine; of CPUs, any number will do."""
+    devices = config.trainer.devices
+    present = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type != "cpu" and devices > present:
+        raise UserError(
+            f"trainer.devices={devices} needs {devices} GPUs on each machine, and this process "
+            f"sees {present}; set trainer.devices={present}. The training stays the same, for "
+            f"batch_size={config.batch_size} counts the images of all GPUs; if memory runs out, "
+            "halve batch_size and double trainer.accumulate_grad_batches"
+        )
 
 
 def set_tf32(enabled: bool) -> None:

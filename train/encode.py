@@ -31,7 +31,7 @@ from data.partial import refuse_used_output
 from data.progress import progress
 from data.reader import Reader
 from data.shard_file import shard_name
-from data.shard_set import index_shards, open_shards
+from data.shard_set import index_shards, indexing_command, open_shards
 from data.shards import is_encoded
 from data.shared_partial import SharedPartial
 from data.workers import run_in_processes
@@ -96,7 +96,7 @@ def open_source(config: EncodeConfig, task: Task) -> Reader:
         if task.count > 1:
             raise UserError(
                 f"source={config.source}: has no index, and each of {task.count} tasks would make "
-                f"one. Make it first: blackpoint data check shards={config.source}"
+                f"one. Make it first: {indexing_command(shards, config.source, config)}"
             )
         index_shards(shards, config.max_bad_share, config.max_image_pixels)
         shards = open_shards(config.source, "source", config, in_order=True)

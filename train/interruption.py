@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from data.errors import Unreachable
 from sampling.errors import Resumable, RunFailed
 from train import signals
 from train.watch import Watch
@@ -106,6 +107,8 @@ def lost_process(trainer: Trainer) -> Iterator[None]:
     """Turns the error that the end of another process causes here into Resumable."""
     try:
         yield
+    except Unreachable:  # whose reason may read like one of LOST
+        raise
     except RuntimeError as error:
         if trainer.world_size == 1 or not LOST.search(str(error)):
             raise

@@ -1,11 +1,12 @@
 """One run, from its config to an exported pipeline; started again, it goes on where it stopped."""
 
+import contextlib
 import errno
 import gc
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning.fabric.plugins.environments import ClusterEnvironment
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from data.module import CaptionedImages
 from data.summary import bucket_rows, write_buckets
-from sampling.errors import Resumable, RunFailed, UserError
+from sampling.errors import FORBIDDEN, NOT_WRITABLE, Resumable, RunFailed, UserError
 from sampling.export import export
 from sampling.model import DiffusionModel
 from sampling.speed import prepare_unet
@@ -26,7 +27,7 @@ from train.checkpoints import (
     newest_whole,
     remove_torn,
 )
-from train.cluster import cluster_environment
+from train.cluster import cluster_environment, num_started
 from train.config import TrainConfig
 from train.device import COMPUTE_DTYPE, check_device, set_tf32, training_device
 from train.ema import Ema
@@ -34,14 +35,13 @@ from train.encoders import ready_encoders
 from train.interruption import StopOnSignal, lost_process
 from train.loss import check_scales
 from train.metrics import CsvMetrics, is_first_process
-from train.metrics_file import rows_after
 from train.module import FineTuner
 from train.previews import Previews
 from train.process import fine_tuned_process
 from train.progress import Progress
-from train.run_directory import check_continues, write_records
+from train.run_directory import check_continues, describe_batch, write_records
 from train.run_lock import RunLock
-from train.tracking import finish, wandb_logger
+from train.tracking import finish, sent_rows, wandb_logger
 from train.validation import ValidationLoss
 from train.watch import Watch
 from train.weights_watch import WeightsWatch
@@ -55,8 +55,6 @@ LIGHTNING_NOTES = (
     ".*The `srun` command is available on your system but is not used.*",
 )
 
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-
 
 def fit(config: TrainConfig) -> int:
     """Trains, resumes or finishes the run in config.run_dir; returns the exit status 0.
@@ -65,13 +63,15 @@ def fit(config: TrainConfig) -> int:
     finite or the disk takes no more; Resumable where a signal stopped the run after saving it.
     """
     run_dir = Path(config.run_dir)
-    check_continues(run_dir, config)
-    if is_finished(run_dir):
-        return 0
+    with at_the_start(run_dir):
+        check_continues(run_dir, config)
+        if is_finished(run_dir):
+            return 0
     lock = RunLock(run_dir)
     try:
         if run_dir.exists() and is_first_process():
-            lock.acquire()
+            with at_the_start(run_dir):
+                lock.acquire()
             if is_finished(run_dir):  # by the process that held the lock
                 return 0
         last_step = newest_whole(run_dir / "checkpoints")
@@ -95,6 +95,20 @@ def fit(config: TrainConfig) -> int:
     finally:
         lock.release()
     return 0
+
+
+@contextlib.contextmanager
+def at_the_start(run_dir: Path) -> Iterator[None]:
+    """Turns a run directory that can't be written to into UserError: nothing is lost yet."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*FORBIDDEN, errno.ENOTDIR):
+            raise
+        raise UserError(
+            f"run_dir={run_dir} can't be used ({error.filename or run_dir}: {error.strerror}); get "
+            "the right to write there, or choose another run_dir"
+        ) from error
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -137,6 +151,7 @@ def train(
     if choice:
         say(f"note: {choice}")
     images = CaptionedImages(config.data, config.seed, config.batch_size)
+    images.require_index(num_started(config))
     if is_first_process():
         images.prepare_data()
         images.setup("fit")
@@ -147,20 +162,9 @@ def train(
     note = ready_encoders(model, images.encodings(), previews)
     if note:
         say(f"note: {note}")
-    if is_first_process():
-        if lock is not None:
-            lock.acquire()
-        remove_torn(run_dir / "checkpoints")
-        write_records(run_dir, config)
-        rows = list(bucket_rows(images.readers()))
-        if rows:
-            write_buckets(run_dir / "buckets.csv", rows)
+    with at_the_start(run_dir):
+        loggers = start_records(config, run_dir, resume_step, images, lock)
     say(batches_note(config))
-    logged = rows_after(run_dir / "metrics.csv", resume_step)
-    loggers: list[Logger] = [CsvMetrics(run_dir / "metrics.csv", resume_step)]
-    if config.wandb.enabled and is_first_process():
-        # Before the other: a row that is in metrics.csv has reached wandb.
-        loggers.insert(0, wandb_logger(config, run_dir, logged))
     stop, callbacks = build_callbacks(config, run_dir, resume_step)
     trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers], environment)
     if resume_step:
@@ -185,14 +189,38 @@ def train(
         )
 
 
+def start_records(
+    config: TrainConfig,
+    run_dir: Path,
+    resume_step: int,
+    images: CaptionedImages,
+    lock: RunLock | None,
+) -> list[Logger]:
+    """Writes what a run directory holds before the first step, and returns the run's loggers."""
+    if not is_first_process():
+        return [CsvMetrics(run_dir / "metrics.csv", resume_step)]
+    if lock is not None:
+        lock.acquire()
+    remove_torn(run_dir / "checkpoints")
+    write_records(run_dir, config, resume_step)
+    rows = list(bucket_rows(images.readers()))
+    if rows:
+        write_buckets(run_dir / "buckets.csv", rows)
+    sent = sent_rows(run_dir, resume_step)
+    loggers: list[Logger] = [CsvMetrics(run_dir / "metrics.csv", resume_step)]
+    if config.wandb.enabled:
+        # Before the other: a row that is in metrics.csv has reached wandb.
+        loggers.insert(0, wandb_logger(config, run_dir, sent))
+    return loggers
+
+
 def batches_note(config: TrainConfig) -> str:
     """Says how many images a step takes, and who takes them; the learning rate is never scaled."""
-    num_processes = config.trainer.devices * config.trainer.num_nodes
-    accumulated = config.trainer.accumulate_grad_batches
+    batch = describe_batch(config)
     return (
-        f"global batch: {config.batch_size * accumulated} images a step = {num_processes} "
-        f"processes x {config.batch_size // num_processes} images x {accumulated} accumulated; "
-        f"learning rate {config.optimizer.learning_rate:g}"
+        f"global batch: {batch['images_per_step']} images a step = {batch['num_processes']} "
+        f"processes x {batch['images_per_process']} images x {batch['accumulate_grad_batches']} "
+        f"accumulated; learning rate {config.optimizer.learning_rate:g}"
     )
 
 

@@ -70,15 +70,34 @@ def check_continues(run_dir: Path, config: TrainConfig) -> None:
         )
 
 
-def write_records(run_dir: Path, config: TrainConfig) -> None:
-    """Writes config.yaml and environment.json, unless the run is being continued."""
-    if (run_dir / "config.yaml").exists():
-        return
+def write_records(run_dir: Path, config: TrainConfig, resume_step: int = 0) -> None:
+    """Writes config.yaml and environment.json; a start that continues adds itself to the latter."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    environment = json.dumps(describe_environment(), indent=2) + "\n"
-    _write(run_dir / "environment.json", environment)
-    # The config comes last: it is what makes the directory a run.
-    _write(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    continues = (run_dir / "config.yaml").exists()
+    path = run_dir / "environment.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if continues else {}
+    except (FileNotFoundError, ValueError):  # removed, or emptied by a power failure
+        record = {}
+    start = {"started": _now(), "host": platform.node(), "step": resume_step}
+    starts = [*record.get("starts", []), start | describe_batch(config)]
+    environment = (record or describe_environment()) | {"starts": starts}
+    write_whole(path, json.dumps(environment, indent=2) + "\n")
+    if not continues:
+        # The config comes last: it is what makes the directory a run.
+        write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def describe_batch(config: TrainConfig) -> dict[str, int]:
+    """Returns how many images a step takes, and how they are divided."""
+    num_processes = config.trainer.devices * config.trainer.num_nodes
+    accumulated = config.trainer.accumulate_grad_batches
+    return {
+        "images_per_step": config.batch_size * accumulated,
+        "num_processes": num_processes,
+        "images_per_process": config.batch_size // num_processes,
+        "accumulate_grad_batches": accumulated,
+    }
 
 
 def describe_environment() -> dict[str, Any]:
@@ -91,7 +110,7 @@ def describe_environment() -> dict[str, Any]:
             versions[package] = "not installed as a distribution"
     return {
         "command": shlex.join(sys.argv),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": _now(),
         "host": platform.node(),
         "platform": platform.platform(),
         "versions": versions,
@@ -108,6 +127,10 @@ def git_state() -> dict[str, str | None]:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": _git("status", "--porcelain", "--untracked-files=no"),
     }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _git(*arguments: str) -> str | None:
@@ -140,7 +163,8 @@ def _same(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
     return old.get(key, ABSENT) == new.get(key, ABSENT)
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that a kill leaves as it was before, or whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -1,7 +1,8 @@
 """One process at a time works in a run directory: two would write the same checkpoints.
 
 The lock is the system's, on run_dir/.lock: it ends with its process, however that ends, so that a
-requeued job finds it free. The file says who holds it.
+requeued job finds it free. The file says who holds it. A SLURM job has a lock of its own as well,
+run_dir/.job.lock, from before its first task starts until its last has ended.
 """
 
 import errno
@@ -16,14 +17,15 @@ from typing import IO
 
 from sampling.errors import UserError
 
+LOCK, JOB_LOCK = ".lock", ".job.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 class RunLock:
     """Holds a run directory for this process, from `acquire` to `release`."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, name: str = LOCK) -> None:
+        self.run_dir, self.name = run_dir, name
         self._file: IO[str] | None = None
 
     def acquire(self) -> None:
@@ -34,7 +36,7 @@ class RunLock:
         if self._file is not None:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        file = (self.run_dir / ".lock").open("a+", encoding="utf-8")
+        file = (self.run_dir / self.name).open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

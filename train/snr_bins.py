@@ -38,6 +38,6 @@ def totals_by_bin(
     """Returns each range's sum of losses and number of samples, float64 on the CPU."""
     starts = torch.tensor([low for low, _ in snr_bins(schedule).values()])
     which = torch.searchsorted(starts, t.cpu(), right=True) - 1
-    values = losses.detach().double().cpu()
+    values = losses.detach().cpu().double()
     totals = torch.zeros(2, len(starts), dtype=torch.float64)
     return totals.index_add_(1, which, torch.stack([values, torch.ones_like(values)]))

@@ -1,10 +1,12 @@
 """Weights & Biases: one run there for a run directory, however often it is resumed.
 
 Rows can't be taken back there. A run that was killed goes on from a step before its last row, and
-computes the same numbers again, to the bit: those that were sent already are not sent twice.
+computes the same numbers again, to the bit: those that were sent already are not sent twice. Which
+those are is kept in wandb/sent.json, for metrics.csv is cut back to the checkpoint at every start.
 """
 
 import dataclasses
+import json
 import netrc
 import os
 import secrets
@@ -18,6 +20,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from train.config import TrainConfig
+from train.metrics_file import rows_after
+from train.run_directory import write_whole
 
 
 class ResumedWandbLogger(WandbLogger):
@@ -42,7 +46,7 @@ class ResumedWandbLogger(WandbLogger):
 def wandb_logger(
     config: TrainConfig, run_dir: Path, logged: Set[tuple[int, str]] = frozenset()
 ) -> WandbLogger:
-    """Starts or continues the run: online if someone is logged in, else offline, which it says.
+    """Starts or continues the run: online if wandb knows us and answers, else offline and says so.
 
     For the first process only; call `.experiment.finish()` at the end. `logged` are the
     rows, (step, name), beyond the checkpoint that the run continues from: sent already.
@@ -56,16 +60,18 @@ def wandb_logger(
             f"upload later with: wandb sync {run_dir}/wandb/offline-run-*",
             file=sys.stderr,
         )
-    experiment = wandb.init(
-        project=config.wandb.project,
-        name=config.wandb.name or run_dir.name,
-        id=_run_id(run_dir),
-        dir=run_dir,
-        mode="offline" if offline else "online",
-        resume="allow",
-        config=dataclasses.asdict(config),
-        settings=wandb.Settings(console="off", silent=offline),
-    )
+    try:
+        experiment = _start(config, run_dir, offline)
+    except wandb.errors.CommError as error:
+        if offline:
+            raise
+        reason = " ".join(str(error).split())
+        print(
+            f"note: wandb can't be reached ({type(error).__name__}: {reason}); this start goes on "
+            f"offline: upload later with: wandb sync {run_dir}/wandb/offline-run-*",
+            file=sys.stderr,
+        )
+        experiment = _start(config, run_dir, offline=True)
     experiment.define_metric("trainer/global_step")
     experiment.define_metric("*", step_metric="trainer/global_step")
     return ResumedWandbLogger(experiment, run_dir, logged)
@@ -82,6 +88,25 @@ def finish(logger: WandbLogger) -> None:
         )
 
 
+def sent_rows(run_dir: Path, resume_step: int) -> set[tuple[int, str]]:
+    """Returns (step, name) of the rows beyond `resume_step` that earlier starts have sent.
+
+    Must come before metrics.csv is cut back to that step; what is returned is kept for later
+    starts. None without run_dir/wandb: nothing was sent yet.
+    """
+    path = run_dir / "wandb" / "sent.json"
+    if not path.parent.is_dir():
+        return set()
+    try:
+        kept = json.loads(path.read_text(encoding="ascii"))
+    except (FileNotFoundError, ValueError):  # ValueError: emptied by a power failure
+        kept = []
+    sent = {(step, name) for step, name in kept if step > resume_step}
+    sent |= rows_after(run_dir / "metrics.csv", resume_step)
+    write_whole(path, json.dumps(sorted(sent)))
+    return sent
+
+
 def logged_in() -> bool:
     """Whether a key for the wandb server is in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
@@ -93,9 +118,26 @@ def logged_in() -> bool:
         return False
 
 
+def _start(config: TrainConfig, run_dir: Path, offline: bool) -> Any:
+    import wandb
+
+    return wandb.init(
+        project=config.wandb.project,
+        name=config.wandb.name or run_dir.name,
+        id=_run_id(run_dir),
+        dir=run_dir,
+        mode="offline" if offline else "online",
+        resume="allow",
+        config=dataclasses.asdict(config),
+        settings=wandb.Settings(console="off", silent=offline),
+    )
+
+
 def _run_id(run_dir: Path) -> str:
     path = run_dir / "wandb" / "run_id"
-    if not path.exists():
+    run_id = path.read_text(encoding="ascii").strip() if path.exists() else ""
+    if not run_id:  # an empty file is what a power failure leaves
+        run_id = secrets.token_hex(4)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4), encoding="ascii")
-    return path.read_text(encoding="ascii")
+        write_whole(path, run_id)
+    return run_id

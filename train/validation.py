@@ -17,7 +17,7 @@ from train.ema import Ema
 from train.metrics import log_metrics
 from train.module import FineTuner
 from train.snr_bins import snr_bins
-from train.watch import Watch
+from train.watch import Watch, sum_over_processes
 
 
 class ValidationLoss(Callback):
@@ -63,9 +63,9 @@ class ValidationLoss(Callback):
                 chosen = [ranges[row] for row in which.tolist()]
                 draws = draw_validation(module.config.seed, indices, chosen, shape)
                 batch = module.transfer_batch_to_device(batch, module.device, 0)
-                losses = module.losses(batch, draws).double().cpu()
+                losses = module.losses(batch, draws).cpu().double()
                 totals.index_add_(1, which, torch.stack([losses, torch.ones_like(losses)]))
-        totals = trainer.strategy.reduce(totals.to(module.device), reduce_op="sum").cpu()
+        totals = sum_over_processes(trainer, totals)
         means = (totals[0] / totals[1]).tolist()
         seen = [row for row, count in enumerate(totals[1].tolist()) if count]
         shares = [high - low for low, high in ranges]

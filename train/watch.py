@@ -154,13 +154,24 @@ class Watch(Callback):
         schedule = module.model.process.schedule
         t = torch.cat([output["t"] for output in outputs])
         totals = totals_by_bin(schedule, t, torch.cat([output["losses"] for output in outputs]))
-        totals = trainer.strategy.reduce(totals.to(module.device), reduce_op="sum").cpu()
+        totals = sum_over_processes(trainer, totals)
         names, (sums, counts) = snr_bins(schedule), totals.tolist()
         return {
             f"train/loss_{name}": total / count
             for name, total, count in zip(names, sums, counts, strict=True)
             if count
         }
+
+
+def sum_over_processes(trainer: Trainer, totals: Tensor) -> Tensor:
+    """Returns float64 `totals`, on the CPU, summed over all processes.
+
+    A lone process keeps them there: Apple's MPS, which has no float64, trains in one only.
+    """
+    if trainer.world_size == 1:
+        return totals
+    device = trainer.strategy.root_device
+    return trainer.strategy.reduce(totals.to(device), reduce_op="sum").cpu()
 
 
 def _gradient_norm(pl_module: LightningModule) -> Tensor:

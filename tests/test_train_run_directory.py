@@ -1,0 +1,64 @@
+"""Laws of what a run directory records of the run's starts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_run import tiny_config
+from train.run import batches_note
+from train.run_directory import write_records
+
+
+def read_environment(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "environment.json").read_text())
+
+
+def test_every_start_tells_its_global_batch(tmp_path: Path) -> None:
+    settings = {"batch_size": 8, "trainer.accumulate_grad_batches": 3, "trainer.devices": 2}
+    config = tiny_config(tmp_path, Path("base"), Path("shards"), **settings)
+    write_records(tmp_path, config)
+    first = read_environment(tmp_path)
+    config.trainer.devices, config.trainer.num_nodes = 4, 2
+    write_records(tmp_path, config, resume_step=500)
+    second = read_environment(tmp_path)
+    assert second["starts"][0] == first["starts"][0]
+    assert {**second, "starts": None} == {**first, "starts": None}
+    common = {"images_per_step": 24, "accumulate_grad_batches": 3}
+    for start, expected in zip(
+        second["starts"],
+        [
+            {"step": 0, "num_processes": 2, "images_per_process": 4, **common},
+            {"step": 500, "num_processes": 8, "images_per_process": 1, **common},
+        ],
+        strict=True,
+    ):
+        assert start.pop("started") and start.pop("host")
+        assert start == expected
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_text("")])
+def test_a_lost_record_does_not_stop_a_run(tmp_path: Path, spoil: Any) -> None:
+    config = tiny_config(tmp_path, Path("base"), Path("shards"))
+    write_records(tmp_path, config)
+    spoil(tmp_path / "environment.json")
+    write_records(tmp_path, config, resume_step=3)
+    environment = read_environment(tmp_path)
+    assert environment["versions"]
+    assert [start["step"] for start in environment["starts"]] == [3]
+
+
+def test_a_directory_that_is_no_run_yet_takes_nothing_over(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text('{"command": "another"}')
+    write_records(tmp_path, tiny_config(tmp_path, Path("base"), Path("shards")))
+    assert read_environment(tmp_path)["command"] != "another"
+
+
+def test_the_global_batch_is_said(tmp_path: Path) -> None:
+    settings = {"batch_size": 8, "trainer.accumulate_grad_batches": 3, "trainer.devices": 2}
+    config = tiny_config(tmp_path, Path("base"), Path("shards"), **settings)
+    assert batches_note(config) == (
+        "global batch: 24 images a step = 2 processes x 4 images x 3 accumulated; "
+        "learning rate 0.001"
+    )

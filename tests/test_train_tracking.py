@@ -1,0 +1,143 @@
+"""Laws of what wandb gets of a run: every row once, in one run, whether it answers or not."""
+
+import struct
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import wandb
+
+import train.run
+import train.run_directory
+from tests.tiny_run import Killed, kill, stop_in_step, tiny_config
+from train.metrics_file import drop_rows_after
+from train.tracking import _run_id, sent_rows, wandb_logger
+
+
+def wandb_rows(run_dir: Path) -> list[tuple[int, str]]:
+    """Reads (step, name) of every history row of the offline runs: LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        content, position, message = path.read_bytes(), 7, b""
+        while position + 7 <= len(content):
+            left = 32768 - position % 32768
+            if left < 7:
+                position += left
+                continue
+            _, size, kind = struct.unpack_from("<IHB", content, position)
+            message += content[position + 7 : position + 7 + size]
+            position += 7 + size
+            if kind not in (1, 4):  # whole, or the last part
+                continue
+            record = Record()
+            record.ParseFromString(message)
+            message = b""
+            items = record.history.item
+            values = {(item.key or item.nested_key[0]): item.value_json for item in items}
+            if "trainer/global_step" in values:
+                step = int(values["trainer/global_step"])
+                found += [(step, name) for name in values if not name.startswith(("_", "trainer/"))]
+    return found
+
+
+@pytest.mark.slow
+def test_wandb_gets_every_row_once_however_the_run_was_broken(
+    pipeline: Path,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_dir = tmp_path / "run"
+    settings = {
+        "wandb.enabled": True,
+        "trainer.checkpoint_every_steps": 3,
+        "data.validation_shards": str(shards),
+        "trainer.validate_every_steps": 2,
+        "preview.every_steps": 2,
+        "preview.num_steps": 1,
+        "preview.num_images": 1,
+    }
+    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    config = tiny_config(run_dir, pipeline, shards, **settings)
+    for step in (5, 4):  # the second start does not come as far as the first
+        with pytest.MonkeyPatch.context() as patch:
+            stop_in_step(patch, step, kill)
+            with pytest.raises(Killed):
+                train.run.fit(config)
+        time.sleep(1.1)  # wandb names its folders by the second
+    assert train.run.fit(config) == 0
+    assert "wandb is offline" in capsys.readouterr().err
+    run_id = (run_dir / "wandb" / "run_id").read_text()
+    assert len(list((run_dir / "wandb").glob(f"offline-run-*-{run_id}"))) == 3
+    rows = Counter(wandb_rows(run_dir))
+    assert set(rows.values()) == {1}
+    assert {step for step, name in rows if name == "train/loss"} == set(range(1, 7))
+    assert {step for step, name in rows if name == "previews"} == {2, 4, 6}
+    assert {step for step, name in rows if name == "validation/loss"} == {2, 4, 6}
+
+
+def write_metrics(run_dir: Path, steps: range) -> None:
+    with (run_dir / "metrics.csv").open("a") as file:
+        file.write("".join(f"{step},train/loss,0.5\n" for step in steps))
+
+
+def test_what_was_sent_is_known_after_any_number_of_kills(tmp_path: Path) -> None:
+    def start(resume_step: int) -> set[int]:
+        sent = sent_rows(tmp_path, resume_step)
+        drop_rows_after(tmp_path / "metrics.csv", resume_step)
+        return {step for step, _ in sent}
+
+    assert start(0) == set()
+    write_metrics(tmp_path, range(1, 20))
+    assert start(10) == set()  # wandb was not used so far
+    (tmp_path / "wandb").mkdir()
+    write_metrics(tmp_path, range(11, 20))
+    assert start(10) == set(range(11, 20))
+    write_metrics(tmp_path, range(11, 16))
+    assert start(10) == set(range(11, 20))
+    assert start(10) == set(range(11, 20))  # killed before its first step
+    assert start(5) == set(range(6, 20))  # the checkpoint of step 10 is damaged
+    write_metrics(tmp_path, range(6, 25))
+    assert start(20) == set(range(21, 25))
+    (tmp_path / "wandb/sent.json").write_text("")
+    assert start(20) == set()
+
+
+def test_a_run_id_is_whole_or_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(train.run_directory.os, "replace", lambda source, target: kill())
+        with pytest.raises(Killed):
+            _run_id(tmp_path)
+    assert not (tmp_path / "wandb/run_id").exists()
+    (tmp_path / "wandb/run_id").write_text("")
+    run_id = _run_id(tmp_path)
+    assert len(run_id) == 8
+    assert _run_id(tmp_path) == run_id == (tmp_path / "wandb/run_id").read_text()
+
+
+def test_without_a_network_the_run_goes_on_offline_under_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    starts = []
+
+    def init(**arguments: Any) -> MagicMock:
+        starts.append((arguments["mode"], arguments["id"]))
+        if arguments["mode"] == "online":
+            raise wandb.errors.CommError("Run initialization has timed out\nafter 90.0 sec.")
+        return MagicMock()
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    wandb_logger(tiny_config(tmp_path, tmp_path, tmp_path), tmp_path)
+    run_id = (tmp_path / "wandb/run_id").read_text()
+    assert starts == [("online", run_id), ("offline", run_id)]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "CommError: Run initialization has timed out after 90.0 sec." in told
+    assert "offline" in told and "wandb sync" in told
