@@ -90,7 +90,7 @@ class NoiseSchedule:
 
     @classmethod
     def cosine_continuous(
-        cls, log_snr_min: float, log_snr_max: float, num_steps: int = SD_NUM_STEPS
+        cls, log_snr_min: int | float, log_snr_max: int | float, num_steps: int = SD_NUM_STEPS
     ) -> "NoiseSchedule":
         """Hoogeboom et al. 2023: log SNR(u) = -2 log tan(pi u / 2), between two bounds.
 
@@ -167,7 +167,10 @@ class NoiseSchedule:
         return NoiseSchedule.from_betas(rescale_zero_terminal_snr(self.betas))
 
     def shifted(
-        self, base_resolution: float, resolution: float, base_at_start: float | None = None
+        self,
+        base_resolution: int | float,
+        resolution: int | float,
+        base_at_start: int | float | None = None,
     ) -> "NoiseSchedule":
         """Moves a schedule made for one resolution to another: pooled, it is the noise it was.
 

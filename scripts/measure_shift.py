@@ -28,7 +28,7 @@ from scripts.config import load
 from scripts.full_architecture_table import describe_machine
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
-SHOWN_TIMESTEPS = (199, 399, 599, 799, 949)
+SHOWN_TIMESTEPS = (49, 149, 299, 499, 799)
 
 
 @dataclass
