@@ -15,13 +15,14 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sampling.errors import UserError
 from scripts import bench_inputs as inputs
 from scripts import bench_memory as memory
 from scripts import bench_reader as reader
@@ -31,6 +32,7 @@ from scripts import bench_training as training
 from scripts.bench_timing import Row
 from scripts.cli import VERBS
 from scripts.config import load
+from train.config import TrainConfig
 from train.run_directory import describe_environment
 
 READER_BATCHES = 50
@@ -50,9 +52,9 @@ class BenchConfig:
     warmup_steps: int = 40
     """Steps of ours before the first round, in which it keeps the embeddings of captions it has
     seen; it encodes each once, the others encode every batch."""
-    sample_rounds: int = 12
-    """Rounds of sampling."""
-    sample_images: int = 8
+    sample_rounds: int = 32
+    """Rounds of sampling; short ones, as the machine's speed drifts within seconds."""
+    sample_images: int = 4
     """Images a sampling run."""
     num_steps: int = 25
     """Sampling steps, with guidance 7.5."""
@@ -68,6 +70,9 @@ class BenchConfig:
     """Rounds of peak memory."""
     memory_steps: int = 8
     """Optimizer or sampling steps after which the peak memory is read."""
+    parts: list[str] = field(default_factory=list)
+    """Measure only these (training, captions, cached, sampling, reader, runs, memory, startup) and
+    keep what output/benchmarks.json has of the others; empty: all."""
     quick: bool = False
     """The smallest of everything, to see that it runs; the numbers mean nothing."""
     output: str = "docs"
@@ -100,59 +105,113 @@ QUICK: dict[str, Any] = {
 
 
 def bench(settings: BenchConfig) -> dict[str, Any]:
-    """Measures everything and returns rows, raw numbers, machine and versions."""
-    raw: dict[str, Any] = {}
-    rows: list[Row] = []
+    """Measures the parts that are asked for; returns all, with date, machine and versions."""
+    kept = _measured_before(Path(settings.output) / "benchmarks.json") if settings.parts else {}
+    wanted = settings.parts or list(PARTS)
+    unknown = [name for name in wanted if name not in PARTS]
+    if unknown:
+        raise UserError(f"parts={unknown}: is none of {', '.join(PARTS)}")
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = inputs.training_config(settings.config, folder / "unused", 1)
-        prepared = inputs.prepare(config, folder)
-        for group, cached, keeps_captions in (
-            ("training, encoders in the loop", False, True),
-            ("training, encoders in the loop, no caption met before", False, False),
-            ("training, cached latents", True, True),
-        ):
-            say(group)
-            raw[group] = training.time_training(
-                settings.config,
-                prepared,
-                folder,
-                cached,
-                settings.warmup_steps,
-                settings.block_steps,
-                settings.rounds,
-                keeps_captions,
-            )
-            images = settings.block_steps * config.batch_size
-            rows += training.training_rows(group, raw[group], images)
-        say("sampling")
-        raw["sampling"] = sampling.time_sampling(
-            config, settings.sample_images, settings.num_steps, settings.sample_rounds
-        )
-        rows += sampling.sampling_rows(raw["sampling"], settings.sample_images)
-        say("reader")
-        raw["reader"] = reader.time_reader(config, READER_BATCHES, settings.reader_rounds)
-        rows += reader.reader_rows(raw["reader"], READER_BATCHES * config.batch_size)
-        say("cache and processes")
-        raw["runs"] = reader.time_runs(
-            settings.config, prepared, folder, settings.run_steps, settings.run_rounds
-        )
-        rows += reader.run_rows(raw["runs"])
-        say("peak memory")
-        raw["memory"] = memory.measure_memory(
-            settings.config,
-            prepared,
-            folder,
-            settings.memory_steps,
-            settings.sample_images,
-            settings.memory_rounds,
-        )
-        rows += memory.memory_rows(raw["memory"])
-    say("start-up")
-    verbs = ["data pack"] if settings.quick else list(VERBS)
-    raw["startup"] = startup.time_startup(verbs, settings.startup_rounds)
-    rows += startup.startup_rows(raw["startup"])
-    return {**describe(settings), "rows": [_as_json(row) for row in rows], "raw": raw}
+        given = Given(settings, config, inputs.prepare(config, folder), folder)
+        for part, measure in PARTS.items():
+            if part in wanted:
+                say(part)
+                raw, rows = measure(given)
+                found[part] = {**describe(settings), "rows": list(map(_as_json, rows)), "raw": raw}
+            elif part in kept:
+                found[part] = kept[part]
+    return {"parts": found}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every part may use."""
+
+    settings: BenchConfig
+    config: TrainConfig
+    inputs: inputs.Inputs
+    folder: Path
+
+
+Measured = tuple[Any, list[Row]]  # raw numbers, and the rows made of them
+
+
+def _training(given: Given, group: str, cached: bool, keeps_captions: bool) -> Measured:
+    settings = given.settings
+    seconds = training.time_training(
+        settings.config,
+        given.inputs,
+        given.folder,
+        cached,
+        settings.warmup_steps,
+        settings.block_steps,
+        settings.rounds,
+        keeps_captions,
+    )
+    images = settings.block_steps * given.config.batch_size
+    return seconds, training.training_rows(group, seconds, images, is_bound=keeps_captions)
+
+
+def _sampling(given: Given) -> Measured:
+    settings = given.settings
+    seconds = sampling.time_sampling(
+        given.config, settings.sample_images, settings.num_steps, settings.sample_rounds
+    )
+    return seconds, sampling.sampling_rows(seconds, settings.sample_images)
+
+
+def _reader(given: Given) -> Measured:
+    seconds = reader.time_reader(given.config, READER_BATCHES, given.settings.reader_rounds)
+    return seconds, reader.reader_rows(seconds, READER_BATCHES * given.config.batch_size)
+
+
+def _runs(given: Given) -> Measured:
+    settings = given.settings
+    found = reader.time_runs(
+        settings.config, given.inputs, given.folder, settings.run_steps, settings.run_rounds
+    )
+    return found, reader.run_rows(found)
+
+
+def _memory(given: Given) -> Measured:
+    settings = given.settings
+    peaks = memory.measure_memory(
+        settings.config,
+        given.inputs,
+        given.folder,
+        settings.memory_steps,
+        settings.sample_images,
+        settings.memory_rounds,
+    )
+    return peaks, memory.memory_rows(peaks)
+
+
+def _startup(given: Given) -> Measured:
+    verbs = ["data pack"] if given.settings.quick else list(VERBS)
+    seconds = startup.time_startup(verbs, given.settings.startup_rounds)
+    return seconds, startup.startup_rows(seconds)
+
+
+IN_THE_LOOP = "training, encoders in the loop"
+PARTS: dict[str, Callable[[Given], Measured]] = {
+    "training": lambda given: _training(given, IN_THE_LOOP, False, True),
+    "captions": lambda given: _training(
+        given, f"{IN_THE_LOOP}, no caption met before", False, False
+    ),
+    "cached": lambda given: _training(given, "training, cached latents", True, True),
+    "sampling": _sampling,
+    "reader": _reader,
+    "runs": _runs,
+    "memory": _memory,
+    "startup": _startup,
+}
+
+
+def _measured_before(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
 
 
 def describe(settings: BenchConfig) -> dict[str, Any]:
@@ -169,33 +228,37 @@ def describe(settings: BenchConfig) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Writes the Markdown page."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    settings = BenchConfig(**result["settings"])
-    lines = [
-        "# Benchmarks",
-        "",
-        f"`make bench` on {result['date']}: {result['machine']}; {versions}.",
-        "",
+    lines = ["# Benchmarks", ""]
+    by_run: dict[str, list[str]] = {}
+    for name, part in result["parts"].items():
+        versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
+        run = f"`make bench` on {part['date']}: {part['machine']}; {versions}."
+        by_run.setdefault(run, []).append(name)
+    for run, names in by_run.items():
+        lines += [run + (f" Parts: {', '.join(names)}." if len(by_run) > 1 else ""), ""]
+    settings = BenchConfig(**next(iter(result["parts"].values()))["settings"])
+    lines += [
         f"The model, data and batch size of {settings.config}, float32, on the CPU. The contestants"
         " take turns within one run; ratios are taken round by round. Spread is the lowest and the"
         " highest round, the interval (95 %, bootstrap) is of the ratios' geometric mean over n"
-        " rounds. Raw seconds: benchmarks.json.",
+        " rounds. Raw seconds and settings: benchmarks.json.",
         "",
-        f"Training: blocks of {settings.block_steps} optimizer steps. Ours is `blackpoint train`"
+        "Training: blocks of optimizer steps. Ours is `blackpoint train`"
         " with its EMA, checks and metrics; it keeps the embeddings of captions, which the digits"
         " repeat; where it meets none twice it encodes them one by one on a CPU, for the sake of a"
         " resume that repeats every bit. The bare loop has its batches decoded in memory, keeps no"
         " average and logs nothing. The accelerate loop has the"
         " structure of diffusers' public text-to-image example, over a folder of files. No"
         " contestant has loader processes.",
-        f"Sampling: {settings.sample_images} images in a batch, {settings.num_steps} DDIM steps,"
-        " guidance 7.5 with rescale .7.",
+        f"Sampling: {settings.num_steps} DDIM steps of one batch, guidance 7.5 with rescale .7.",
+        "",
+        PROFILE,
     ]
-    lines += ["", PROFILE]
-    for group, rows in itertools.groupby(result["rows"], key=lambda row: row["group"]):
+    rows = [row for part in result["parts"].values() for row in part["rows"]]
+    for group, members in itertools.groupby(rows, key=lambda row: row["group"]):
         lines += ["", f"## {group[0].upper()}{group[1:]}", ""]
         lines += ["| what | median | spread | interval | n | wanted |", "|---|---|---|---|---|---|"]
-        lines += [_line(row) for row in rows]
+        lines += [_line(row) for row in members]
     return "\n".join(lines) + "\n"
 
 
@@ -254,4 +317,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        sys.exit(2)

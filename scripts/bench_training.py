@@ -92,8 +92,11 @@ def time_training(
     return blocks.seconds
 
 
-def training_rows(group: str, seconds: Seconds, images: int) -> list[Row]:
-    """Returns images/s of all and ours over each; `images` is the number in a block."""
+def training_rows(group: str, seconds: Seconds, images: int, is_bound: bool) -> list[Row]:
+    """Returns images/s of all and ours over each; `images` is the number in a block.
+
+    `is_bound` says whether the ratios have a bound to keep.
+    """
     rows = [
         row(group, NAMES[name], "images/s", [images / s for s in seconds[name]])
         for name in (OURS, BARE, PEER, PEER_EMA)
@@ -101,5 +104,6 @@ def training_rows(group: str, seconds: Seconds, images: int) -> list[Row]:
     wanted = {BARE: 0.97, PEER: 1.0, PEER_EMA: 1.0}
     for name, bound in wanted.items():  # images/s of ours over theirs: their seconds over ours
         what = f"ours / {NAMES[name]}"
-        rows.append(ratio_row(group, what, seconds[name], seconds[OURS], at_least=bound))
+        at_least = bound if is_bound else None
+        rows.append(ratio_row(group, what, seconds[name], seconds[OURS], at_least=at_least))
     return rows

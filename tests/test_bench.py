@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.bench import BenchConfig, main, table
+from sampling.errors import UserError
+from scripts.bench import PARTS, BenchConfig, main, table
 from scripts.bench_startup import commands, required_keys
 from scripts.bench_timing import Seconds, ratio_row, row, time_round
 from scripts.cli import VERBS
@@ -66,15 +67,24 @@ def test_quick_bench_writes_the_table_and_every_raw_second(tmp_path: Path) -> No
     result = json.loads((output / "benchmarks.json").read_text())
     page = (output / "benchmarks.md").read_text()
     assert page == table(result)
-    for group in ("training, encoders in the loop", "training, cached latents"):
-        assert {name: len(values) for name, values in result["raw"][group].items()} == {
+    parts = result["parts"]
+    assert list(parts) == list(PARTS)
+    for name in ("training", "captions", "cached"):
+        assert {name: len(values) for name, values in parts[name]["raw"].items()} == {
             "ours": 2,
             "bare": 2,
             "accelerate": 2,
             "accelerate_ema": 2,
         }
-    whats = {row["what"] for row in result["rows"]}
+    rows = [row for part in parts.values() for row in part["rows"]]
+    whats = {row["what"] for row in rows}
     assert {"ours / bare loop", "ours / accelerate loop, with EMA", "blackpoint --help"} <= whats
-    assert all(row["median"] > 0 for row in result["rows"])
-    assert result["versions"]["diffusers"] in page
-    assert BenchConfig(**result["settings"]).quick
+    assert all(row["median"] > 0 for row in rows)
+    assert parts["startup"]["versions"]["diffusers"] in page
+    assert BenchConfig(**parts["startup"]["settings"]).quick
+    main([f"config={config}", f"output={output}", "quick=true", "parts=[startup]"])
+    again = json.loads((output / "benchmarks.json").read_text())["parts"]
+    assert again.pop("startup")["raw"] != parts.pop("startup")["raw"]
+    assert again == parts
+    with pytest.raises(UserError, match="is none of training, captions"):
+        main([f"config={config}", f"output={output}", "parts=[all]"])
