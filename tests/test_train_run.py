@@ -14,12 +14,9 @@ import torch
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-import data.remote
 import train.run
 from sampling.errors import Resumable, RunFailed, UserError
 from sampling.model import DiffusionModel
-from scripts.cli import main
-from tests.shard_server import serving
 from tests.tiny_run import (
     Killed,
     assert_same_run,
@@ -32,7 +29,6 @@ from train.config import TrainConfig
 from train.metrics_file import read_metrics
 from train.module import FineTuner
 from train.run_directory import check_continues
-from train.signals import RESUMABLE_STATUS
 
 
 @pytest.fixture(autouse=True)
@@ -129,35 +125,6 @@ def test_signal_finishes_the_step_saves_and_resumes(
     assert signal.getsignal(signal.SIGTERM) == handler
     assert train.run.fit(config) == 0
     assert_same_run(tmp_path / "run", unbroken)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_server_that_stops_answering_leaves_a_run_that_the_same_command_continues(
-    num_workers: int,
-    pipeline: Path,
-    shards: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(data.remote, "PAUSES_S", (0.01,) * 2)
-    with serving(shards) as server:
-        values = {"data.cache_dir": str(tmp_path / "cache"), "data.cache_gigabytes": 0.0}
-        values |= {"data.num_workers": num_workers, "trainer.max_steps": 12}
-        config = tiny_config(tmp_path / "run", pipeline, Path("x"), **values)
-        config.data.shards = f"{server.url}/shard-{{000000..000000}}.tar"
-        yaml = tmp_path / "tiny.yaml"
-        OmegaConf.save(OmegaConf.structured(config), yaml)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("BLACKPOINT_UNREACHABLE", str(tmp_path / "mark"))
-            stop_in_step(patch, 4, lambda: setattr(server, "is_down", True))
-            assert main(["train", str(yaml)]) == RESUMABLE_STATUS
-        assert (tmp_path / "mark").exists()
-        error = capsys.readouterr().err
-        assert "after 3 tries" in error and "Traceback" not in error
-        server.is_down = False
-        assert main(["train", str(yaml)]) == 0
-    assert f"resuming {tmp_path / 'run'} at step 3" in capsys.readouterr().err
 
 
 def test_finished_run_does_nothing(
