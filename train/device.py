@@ -72,7 +72,8 @@ def check_count(config: TrainConfig, device: torch.device) -> None:
             f"trainer.devices={devices} needs {devices} GPUs on each machine, and this process "
             f"sees {present}; set trainer.devices={present}. The training stays the same, for "
             f"batch_size={config.batch_size} counts the images of all GPUs; if memory runs out, "
-            "halve batch_size and double trainer.accumulate_grad_batches"
+            "halve batch_size and double trainer.accumulate_grad_batches. (Under SLURM, "
+            "--gpus-per-task hides GPUs: use --gpus-per-node)"
         )
 
 
