@@ -1,7 +1,7 @@
 """Jobs on a real SLURM of two emulated nodes: however they are broken, they end as if never broken.
 
-All compare with one unbroken run of two processes, bit by bit: the order of the sums is the same
-wherever the two processes are.
+Trainings compare with one unbroken run of two processes, bit by bit: the order of the sums is the
+same wherever the two processes are.
 """
 
 import os
@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from torch.testing import assert_close
 from scripts.frozen import CODE, ROOT
 from scripts.requeue import STOPPED, newest_step, read_starts
 from tests.slurm_cluster import Cluster, wait_until, why_not
-from tests.tiny_run import tiny_config
+from tests.tiny_run import make_tiny_shards, tiny_config
+from train.encode import encode
+from train.encode_config import EncodeConfig
 from train.metrics_file import read_metrics
 
 pytestmark = [
@@ -30,6 +33,7 @@ pytestmark = [
     pytest.mark.xdist_group("slurm"),
 ]
 NUM_STEPS = 40
+NUM_ENCODED = 300
 TWO_TASKS = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
 ONE_TASK = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1")
@@ -201,6 +205,50 @@ def test_wrong_input_ends_the_job_with_status_2_and_leaves_nothing(
         assert (state["JobState"], state["ExitCode"]) == ("FAILED", "2:0"), log
         assert message in log and "Traceback" not in log
     assert not list((checkout / "runs").glob("*"))
+
+
+def test_an_encoding_on_two_nodes_that_a_signal_stops_once_has_the_bytes_of_one_process(
+    cluster: Cluster, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_tiny_shards(tmp_path / "images", NUM_ENCODED)
+    options: dict[str, Any] = {"source": str(source), "checkpoint": "base", "device": "cpu"}
+    options |= {"resolution": 16, "batch_size": 1, "samples_per_shard": 1, "num_workers": 0}
+    arguments = [f"{name}={value}" for name, value in options.items()]
+    job = cluster.submit(
+        "--time=10",
+        "--cpus-per-task=1",
+        *TWO_NODES,
+        "slurm/encode.sbatch",
+        "output=latents",
+        *arguments,
+        cwd=checkout,
+    )
+    parts = checkout / ".latents.partial" / "parts"
+    wait_until(lambda: any(parts.glob("*.part")), TIMEOUT_S, lambda: logs_of(checkout))
+    cluster.run("scancel", "--signal=USR1", job)
+    log = assert_done(cluster, job, checkout, restarts=1)
+    assert "stopped by SIGUSR1; the same command continues" in log and "requeued" in log
+    assert re.search(rf"encoded {NUM_ENCODED} samples in {NUM_ENCODED} shards, \d+ of them", log)
+    monkeypatch.chdir(checkout)
+    encode(EncodeConfig(output="unbroken", num_processes=1, **options))
+    assert tree(checkout / "latents") == tree(checkout / "unbroken")
+
+
+def test_an_export_job_writes_what_the_run_exported(cluster: Cluster, unbroken: Path) -> None:
+    checkout = unbroken.parents[1]
+    arguments = [f"checkpoint=runs/{unbroken.name}", "output=exported"]
+    options = ("--time=10", "--cpus-per-task=1", *ONE_TASK)
+    job = cluster.submit(*options, "slurm/export.sbatch", *arguments, cwd=checkout)
+    assert "verified against diffusers" in assert_done(cluster, job, checkout, restarts=0)
+    found, expected = tree(checkout / "exported"), tree(unbroken / "export")
+    assert found.keys() == expected.keys()
+    names = ("README.md", "/config.json")  # which name where the weights came from
+    assert all(found[name] == expected[name] for name in found if not name.endswith(names))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def pid_of_task(job: str, rank: int) -> int:
