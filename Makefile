@@ -21,7 +21,7 @@ help:
 	@echo "make demo         show the flaw and its cure on real digits: runs/demo/report.html"
 	@echo "make test         run every test, the fast ones first"
 	@echo "make lint         ruff and mypy"
-	@echo "make bench        speed and memory beside a bare loop, accelerate and diffusers; ten minutes"
+	@echo "make bench        speed and memory beside a bare loop, accelerate and diffusers; half an hour"
 	@echo "make black-point  measure the black point, 500 images a cell"
 	@echo "make full-architecture  every verb at full size: time and memory (24 GB, 40 GB of disk)"
 	@echo "PYTHON=python3.12 make ... chooses the Python that .venv is made from (3.10 or newer)"

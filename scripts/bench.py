@@ -41,7 +41,7 @@ PEERS = ("accelerate", "diffusers", "torch", "lightning", "transformers", "torch
 
 @dataclass
 class BenchConfig:
-    """What is timed; the defaults take about twenty minutes on two idle cores."""
+    """What is timed; the defaults take about half an hour on two idle cores."""
 
     config: str = "configs/tiny_zero_snr.yaml"
     """The fine-tune whose model, data and batch size are timed."""

@@ -14,7 +14,7 @@ import train.run
 import train.run_directory
 from tests.tiny_run import Killed, kill, stop_in_step, tiny_config
 from train.metrics_file import drop_rows_after
-from train.tracking import _run_id, sent_rows, wandb_logger
+from train.tracking import _run_id, finish, sent_rows, wandb_logger
 
 
 def wandb_rows(run_dir: Path) -> list[tuple[int, str]]:
@@ -121,7 +121,7 @@ def test_a_run_id_is_whole_or_made_anew(tmp_path: Path, monkeypatch: pytest.Monk
     assert _run_id(tmp_path) == run_id == (tmp_path / "wandb/run_id").read_text()
 
 
-def test_without_a_network_the_run_goes_on_offline_under_its_id(
+def test_an_answer_that_does_not_come_is_said_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     starts = []
@@ -141,3 +141,21 @@ def test_without_a_network_the_run_goes_on_offline_under_its_id(
     (told,) = capsys.readouterr().err.splitlines()
     assert "CommError: Run initialization has timed out after 90.0 sec." in told
     assert "offline" in told and "wandb sync" in told
+
+
+@pytest.mark.slow
+def test_without_a_network_the_run_goes_on_offline_under_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    wandb.teardown()  # what has read the environment before
+    logger = wandb_logger(tiny_config(tmp_path, tmp_path, tmp_path), tmp_path)
+    logger.log_metrics({"train/loss": 0.5}, 1)
+    finish(logger)
+    wandb.teardown()
+    run_id = (tmp_path / "wandb/run_id").read_text()
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}"))) == 1
+    assert wandb_rows(tmp_path) == [(1, "train/loss")]

@@ -71,6 +71,7 @@ def wandb_logger(
             f"offline: upload later with: wandb sync {run_dir}/wandb/offline-run-*",
             file=sys.stderr,
         )
+        wandb.teardown()  # else its service takes the id for in use
         experiment = _start(config, run_dir, offline=True)
     experiment.define_metric("trainer/global_step")
     experiment.define_metric("*", step_metric="trainer/global_step")
