@@ -52,9 +52,9 @@ class BenchConfig:
     warmup_steps: int = 40
     """Steps of ours before the first round, in which it keeps the embeddings of captions it has
     seen; it encodes each once, the others encode every batch."""
-    sample_rounds: int = 32
-    """Rounds of sampling; short ones, as the machine's speed drifts within seconds."""
-    sample_images: int = 4
+    sample_rounds: int = 16
+    """Rounds of sampling."""
+    sample_images: int = 8
     """Images a sampling run."""
     num_steps: int = 25
     """Sampling steps, with guidance 7.5."""

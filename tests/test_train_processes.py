@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import train.run
+from tests.test_data_buckets import write_images
 from tests.tiny_run import tiny_config
 from train.checkpoints import checkpoint_steps
 from train.metrics_file import read_metrics
@@ -22,20 +24,28 @@ pytestmark = pytest.mark.slow
 
 
 def start(
-    run_dir: Path, pipeline: Path, shards: Path, devices: int, max_steps: int
+    run_dir: Path, pipeline: Path, shards: Path, devices: int, max_steps: int, **values: Any
 ) -> subprocess.Popen:
-    config = tiny_config(run_dir, pipeline, shards, **{"trainer.max_steps": max_steps})
+    values |= {"trainer.max_steps": max_steps}
+    config = tiny_config(run_dir, pipeline, shards, **values)
     yaml = run_dir.with_suffix(".yaml")
     yaml.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     command = [sys.executable, "-m", "scripts.cli", "train", str(yaml)]
     return subprocess.Popen([*command, f"trainer.devices={devices}"])
 
 
-def test_two_processes_have_the_losses_of_one(pipeline: Path, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_buckets", [False, True])
+def test_two_processes_have_the_losses_of_one(
+    with_buckets: bool, pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {}
+    if with_buckets:
+        shards = write_images(tmp_path / "rectangles", 20)
+        values = {"data.buckets.enabled": True, "data.buckets.step_px": 8}
     metrics = {}
     for devices in (1, 2):
         run_dir = tmp_path / f"run{devices}"
-        assert start(run_dir, pipeline, shards, devices, max_steps=6).wait(300) == 0
+        assert start(run_dir, pipeline, shards, devices, 6, **values).wait(300) == 0
         metrics[devices] = read_metrics(run_dir / "metrics.csv")
     for name in ("train/loss", "train/gradient_norm"):
         one, two = metrics[1][name], metrics[2][name]
