@@ -73,7 +73,7 @@ def contestants(
         return (doubled[: len(x)],)
 
     def around() -> None:
-        unet, model.unet = model.unet, given  # type: ignore[assignment]
+        unet, model.unet = model.unet, given
         try:
             loop()
         finally:
