@@ -9,19 +9,19 @@ import os
 import signal
 import threading
 
-FROM_SCHEDULERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from data.workers import STOP_SIGNALS
 
 
 def leave_signals_to_parent(worker: int) -> None:
     """Is the worker_init_fn of a DataLoader."""
     if not hasattr(signal, "sigwaitinfo"):  # not Linux, and no SLURM
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, FROM_SCHEDULERS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_with_parent(parent: int) -> None:
     while True:
-        received = signal.sigwaitinfo(FROM_SCHEDULERS)
+        received = signal.sigwaitinfo(STOP_SIGNALS)
         if received.si_signo == signal.SIGTERM and received.si_pid in (parent, os.getppid()):
             os._exit(128 + signal.SIGTERM)

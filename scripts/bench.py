@@ -8,6 +8,7 @@ benchmarks.md.
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -115,7 +116,7 @@ def bench(settings: BenchConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = inputs.training_config(settings.config, folder / "unused", 1)
-        given = Given(settings, config, inputs.prepare(config, folder), folder)
+        given = Given(settings, config, folder)
         for part, measure in PARTS.items():
             if part in wanted:
                 say(part)
@@ -132,8 +133,12 @@ class Given:
 
     settings: BenchConfig
     config: TrainConfig
-    inputs: inputs.Inputs
     folder: Path
+
+    @functools.cached_property
+    def prepared(self) -> inputs.Inputs:
+        """Packed and encoded once, by the first part that needs it."""
+        return inputs.prepare(self.config, self.folder)
 
 
 Measured = tuple[Any, list[Row]]  # raw numbers, and the rows made of them
@@ -143,7 +148,7 @@ def _training(given: Given, group: str, cached: bool, keeps_captions: bool) -> M
     settings = given.settings
     seconds = training.time_training(
         settings.config,
-        given.inputs,
+        given.prepared,
         given.folder,
         cached,
         settings.warmup_steps,
@@ -171,7 +176,7 @@ def _reader(given: Given) -> Measured:
 def _runs(given: Given) -> Measured:
     settings = given.settings
     found = reader.time_runs(
-        settings.config, given.inputs, given.folder, settings.run_steps, settings.run_rounds
+        settings.config, given.prepared, given.folder, settings.run_steps, settings.run_rounds
     )
     return found, reader.run_rows(found)
 
@@ -180,7 +185,7 @@ def _memory(given: Given) -> Measured:
     settings = given.settings
     peaks = memory.measure_memory(
         settings.config,
-        given.inputs,
+        given.prepared,
         given.folder,
         settings.memory_steps,
         settings.sample_images,

@@ -51,7 +51,9 @@ class FineTuner(LightningModule):
             if config.loss.uncertainty
             else None
         )
-        self.scale_weights = scale_weights(config.loss.pool_factors, config.loss.scale_weights)
+        # Numbers, not a buffer: nothing to move to the device, or to broadcast, at every step.
+        weights = scale_weights(config.loss.pool_factors, config.loss.scale_weights)
+        self.scale_weights: list[float] = weights.tolist()
         self.gradient_norm: Tensor | None = None
         self._captions: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -69,8 +71,8 @@ class FineTuner(LightningModule):
         )
         output, target = self.predict(batch, draws)
         scales = scale_errors(output, target, self.config.loss.pool_factors)  # (S, B)
-        weighted = (self.scale_weights.to(scales.device).view(-1, 1) * scales).sum(dim=0)
-        loss = self.objective(weighted, draws.t).mean()
+        weighted = torch.stack([w * x for w, x in zip(self.scale_weights, scales, strict=True)])
+        loss = self.objective(weighted.sum(dim=0), draws.t).mean()
         found = {"losses": scales[0].detach(), "scales": scales.detach(), "t": draws.t}
         return {"loss": loss, "objective": loss.detach(), **found}
 
