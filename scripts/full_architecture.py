@@ -24,18 +24,11 @@ from scripts.config import load
 from scripts.full_architecture_table import describe_machine, markdown
 from scripts.full_architecture_verbs import Verb, verbs
 from scripts.measured_process import Measured, run_measured
+from scripts.photographs import CAPTIONS, photograph
 
 GB = 1e9
 STOPPED_BUT_RESUMABLE = 75
 OVERHEAD_BYTES = 1.5e9  # interpreter, libraries and activations
-CAPTIONS = {
-    "astronaut": "a photo of an astronaut in an orange suit in front of a flag",
-    "chelsea": "a close photo of a tabby cat",
-    "coffee": "a photo of a cup of coffee on a wooden table",
-    "rocket": "a photo of a rocket at night before its launch",
-    "hubble_deep_field": "a photo of galaxies on a black sky",
-    "retina": "a photo of a retina on a black background",
-}
 
 
 @dataclass
@@ -174,15 +167,10 @@ def available_memory() -> int | None:
 
 
 def write_photos(folder: Path) -> None:
-    """Writes a few photographs that scikit-image ships, each with its caption."""
-    try:
-        import skimage.data
-        from PIL import Image
-    except ImportError:
-        raise UserError("the photographs need scikit-image: pip install '.[dev]'") from None
+    """Writes the photographs, each with its caption."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, caption in CAPTIONS.items():
-        Image.fromarray(getattr(skimage.data, name)()).save(folder / f"{name}.png")
+        photograph(name).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
 
 

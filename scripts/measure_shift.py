@@ -26,8 +26,8 @@ from sampling.pictures import caption_grid, to_picture
 from sampling.schedule import NoiseSchedule
 from scripts.config import load
 from scripts.full_architecture_table import describe_machine
+from scripts.photographs import CAPTIONS, photograph
 
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
 SHOWN_TIMESTEPS = (49, 149, 299, 499, 799)
 
 
@@ -65,11 +65,9 @@ class Ratio:
 
 def photographs(size_px: int) -> Tensor:
     """Returns real photographs, center-cropped, (N, 3, size, size) in [-1, 1], float64."""
-    import skimage.data
-
     found = []
-    for name in PHOTOGRAPHS:
-        picture = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+    for name in CAPTIONS:
+        picture = photograph(name).convert("RGB")
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         box = (left, top, left + side, top + side)
@@ -150,7 +148,7 @@ def page(config: ShiftStudyConfig, rows: list[Ratio], machine: dict[str, str]) -
     lines = [
         "# The resolution shift, measured",
         "",
-        f"`python -m scripts.measure_shift` on {machine['date']}: {len(PHOTOGRAPHS)} photographs "
+        f"`python -m scripts.measure_shift` on {machine['date']}: {len(CAPTIONS)} photographs "
         f"of scikit-image at {config.resolution_px} px, seed {config.seed}, noised by Stable "
         f"Diffusion's schedule (zero terminal SNR) shifted from {config.base_px} to "
         f"{config.resolution_px} px, then averaged to {config.base_px} px and regressed on the "
