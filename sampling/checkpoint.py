@@ -98,8 +98,12 @@ def _lightning_checkpoint(path: Path, weights: Weights) -> Resolved:
     if weights == "raw":
         state = stored.get("current_model_state", state)
     unet = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
+    base_path = record["base"]
+    beside = path.parent.parent / Path(base_path).name  # of a run directory that was moved
+    if not Path(base_path).exists() and (beside / "model_index.json").is_file():
+        base_path = beside
     try:
-        base = resolve(record["base"])
+        base = resolve(base_path)
     except UserError as error:
         raise UserError(
             f"checkpoint={path} holds a UNet only; the rest is in the base that it was fine-tuned "

@@ -41,7 +41,8 @@ def export(
     model = DiffusionModel.load(checkpoint, dtype=getattr(torch, dtype), weights=weights)
     with moved_into_place(output) as folder:
         model.save(folder)
-        card = model_card(model.process, weights, str(checkpoint), _run_dir_of(Path(checkpoint)))
+        run_dir = _run_dir_of(Path(checkpoint))
+        card = model_card(model.process, weights, str(checkpoint), run_dir, model.pixels)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if verify:
             check_against_diffusers(model.to(device), folder)

@@ -2,8 +2,9 @@
 
 Popular trainers get everything right until the export: a scheduler_config.json that forgets the
 prediction type, the spacing or the betas. So the written folder is loaded with
-StableDiffusionPipeline and both sides sample the same noise with DDIM, Euler and DPM++ 2M, from the
-prompt on; UniPC, which we do not have, must come out finite and not constant.
+the pipeline that its model_index.json names and both sides sample the same noise with DDIM, Euler
+and DPM++ 2M, from the prompt on; UniPC, which we do not have, must come out finite and not
+constant.
 
 Everything runs in float32, whatever the number format of the files, on few steps and small
 latents: what is compared is arithmetic, and a wrong setting shows at the first step. Our samplers
@@ -14,12 +15,14 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
     DDIMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
@@ -37,6 +40,11 @@ from sampling.samplers import SampleState, SamplingGrid, run
 PROMPT, SEED = "a photo on a black background", 0
 GUIDANCE = Guidance(scale=3.0, rescale=0.7)
 MAX_NUM_STEPS, MAX_LATENT_SIZE = 5, 16
+WITHOUT_CHECKER: dict[str, Any] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
 GPU_SLACK = 10  # attention and convolution kernels there round in another order each time
 
 STAND_IN = 2**-24
@@ -83,12 +91,16 @@ def check_against_diffusers(model: DiffusionModel, folder: Path) -> dict[str, fl
     differences: dict[str, float] = {}
     with _full_float32(), torch.no_grad():
         ours = our_latents(model, scheduler, noise)
-        for part in (model.unet, model.vae, model.text_encoder):
+        prompt = check_prompt(model)
+        for part in model.loaded_parts():
             part.to("meta")
-        pipeline = _stock_pipeline(folder, device)
+        pipeline = _stock_pipeline(folder, device, model.pixels is not None)
+        pipeline_latents = partial(
+            _stock_latents, pipeline, prompt, noise, num_check_steps(process)
+        )
         for name, latents in ours.items():
             comparison = COMPARISONS[name]
-            theirs = _stock_latents(pipeline, comparison.scheduler, noise, num_check_steps(process))
+            theirs = pipeline_latents(comparison.scheduler)
             differences[name] = _largest(theirs - latents)
             at_zero_snr = process.schedule.is_zero_terminal_snr
             tolerance = comparison.zero_snr_tolerance if at_zero_snr else comparison.tolerance
@@ -97,7 +109,7 @@ def check_against_diffusers(model: DiffusionModel, folder: Path) -> dict[str, fl
                 failures.append(
                     f"{name}: latents differ by {differences[name]:.2g}, more than {tolerance:.2g}"
                 )
-        latents = _stock_latents(pipeline, UniPCMultistepScheduler, noise, num_check_steps(process))
+        latents = pipeline_latents(UniPCMultistepScheduler)
         if not (torch.isfinite(latents).all() and latents.std() > 1e-3):
             failures.append("UniPC: latents are not finite, or constant")
     if failures:
@@ -111,9 +123,10 @@ def our_latents(model: DiffusionModel, scheduler: Any, noise: Tensor) -> dict[st
     Returns latents by name in COMPARISONS. Turns `model` to float32 in place.
     """
     process = model.process
-    for part in (model.unet, model.text_encoder):
+    model.load_encoders()
+    for part in model.loaded_parts():
         part.float()
-    condition, empty = model.encode_prompts([PROMPT]), model.encode_prompts([""])
+    condition, empty = model.encode_prompts([check_prompt(model)]), model.encode_prompts([""])
     latents = {}
     for name, comparison in COMPARISONS.items():
         if name == "DDIM" and process.timestep_spacing == "linspace":
@@ -133,6 +146,13 @@ def our_latents(model: DiffusionModel, scheduler: Any, noise: Tensor) -> dict[st
         denoise = walker.denoiser(condition, empty, GUIDANCE)
         latents[name] = run(comparison.sampler, denoise, grid, SampleState(start)).x
     return latents
+
+
+def check_prompt(model: DiffusionModel) -> str:
+    """Returns a prompt that the model knows: a text, its first class, or nothing."""
+    if model.pixels is None or model.pixels.has_text:
+        return PROMPT
+    return model.pixels.classes[0] if model.pixels.classes else ""
 
 
 def config_failures(process: Process, config: dict[str, Any]) -> list[str]:
@@ -165,26 +185,24 @@ def num_check_steps(process: Process) -> int:
     return 1
 
 
-def _stock_pipeline(folder: Path, device: torch.device) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        use_safetensors=True,
-        local_files_only=True,
-        dtype=torch.float32,
+def _stock_pipeline(folder: Path, device: torch.device, in_pixels: bool) -> Any:
+    """Loads the folder; a pixel-space model with the pipeline file that lies beside it."""
+    kind, settings = StableDiffusionPipeline, WITHOUT_CHECKER
+    if in_pixels:
+        kind, settings = DiffusionPipeline, {"trust_remote_code": True}
+    pipeline = kind.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, **settings
     ).to(device, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def _stock_latents(
-    pipeline: StableDiffusionPipeline, scheduler: Any, noise: Tensor, num_steps: int
+    pipeline: Any, prompt: str, noise: Tensor, num_steps: int, scheduler: Any
 ) -> Tensor:
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     latents: Tensor = pipeline(
-        PROMPT,
+        prompt,
         height=noise.shape[-2] * pipeline.vae_scale_factor,
         width=noise.shape[-1] * pipeline.vae_scale_factor,
         latents=noise,
@@ -197,7 +215,10 @@ def _stock_latents(
 
 
 def _noise(model: DiffusionModel) -> Tensor:
-    side = min(model.image_size, MAX_LATENT_SIZE * model.vae_scale)
+    """Draws noise for an image as small as the check can do with and the model can take."""
+    multiple = model.size_multiple
+    small = max(MAX_LATENT_SIZE * model.factor // multiple, 1) * multiple
+    side = min(model.image_size, small)
     return initial_noise([SEED], model.latent_shape(side, side)).to(model.device)
 
 

@@ -8,6 +8,7 @@ Both branches are one batched call; at scale 1 only the conditional branch is ev
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from torch import Tensor
 from sampling.errors import UserError
 
 Output = Float[Tensor, "b c h w"]
+Condition = TypeVar("Condition")
 
 
 @dataclass(frozen=True)
@@ -53,22 +55,22 @@ def rescale_guidance(guided: Output, conditional: Output, phi: float) -> Output:
 
 
 def guided_output(
-    predict: Callable[[Tensor, Tensor], Tensor],
+    predict: Callable[[Tensor, Condition], Tensor],
     x_t: Output,
     t: int,
-    conditional: Float[Tensor, "b l d"],
-    unconditional: Float[Tensor, "b l d"] | None,
+    conditional: Condition,
+    both: Condition | None,
     guidance: Guidance,
 ) -> Output:
-    """Evaluates `predict(x, embeddings)` with guidance; returns float32 (B, C, H, W).
+    """Evaluates `predict(x, condition)` with guidance; returns float32 (B, C, H, W).
 
-    NFE: one row an image where guidance is off, two where it is on.
+    `both` holds the B unconditional rows and then the conditional ones; it is needed where guidance
+    is on. NFE: one row an image where guidance is off, two where it is on.
     """
     if not guidance.is_on(t):
         return predict(x_t, conditional).float()
-    if unconditional is None:
-        raise ValueError("guidance needs the unconditional embeddings")
-    both = predict(torch.cat([x_t, x_t]), torch.cat([unconditional, conditional])).float()
-    u, c = both.chunk(2)
+    if both is None:
+        raise ValueError("guidance needs the unconditional rows too")
+    u, c = predict(torch.cat([x_t, x_t]), both).float().chunk(2)
     guided = u + guidance.scale * (c - u)
     return rescale_guidance(guided, c, guidance.rescale) if guidance.rescale else guided

@@ -1,14 +1,13 @@
 """The bundle that samples: UNet, autoencoder, text encoder and the process they were trained for.
 
-Loads any Stable Diffusion 1.x or 2.x, samples it by its own schedule, and saves a diffusers folder.
-The autoencoder and the text encoder are loaded on first use: training from cached latents needs
-neither.
+Loads any Stable Diffusion 1.x or 2.x, and models of our own that paint in pixels; samples by their
+own schedule, and saves a diffusers folder. The autoencoder and the text encoder are loaded on first
+use: training from cached latents needs neither. A pixel-space model has no autoencoder, and a text
+encoder only if it understands text.
 """
 
-import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,13 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sampling.checkpoint import Weights, resolve
+from sampling.conditioning import Conditioning, encode_classes, encode_text
 from sampling.errors import UserError
 from sampling.guidance import NO_GUIDANCE, Guidance, guided_output
-from sampling.loading import Part, empty_unet, load_tokenizer, load_unet, read_json, save_tokenizer
+from sampling.loading import Part, empty_unet, load_tokenizer, load_unet, read_json
 from sampling.noise import initial_noise, step_noise
+from sampling.pixel_codec import IMAGE_CHANNELS
+from sampling.pixel_folder import PixelForm
 from sampling.prediction import to_eps, to_x0
 from sampling.process import Process
 from sampling.samplers import (
@@ -34,48 +36,44 @@ from sampling.samplers import (
     check_sampler,
     run,
 )
+from sampling.saving import save_model
 
 log = logging.getLogger(__name__)
 
 VAE_SLICE_IMAGES = 8
-TEXT_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a UNet is conditioned on. `pooled` and `time_ids` are None for SD 1.x and 2.x."""
-
-    prompt_embeds: Float[Tensor, "n tokens width"]
-    pooled: Tensor | None = None
-    time_ids: Tensor | None = None
-
-    def __getitem__(self, rows: slice | Tensor) -> "Conditioning":
-        pooled = None if self.pooled is None else self.pooled[rows]
-        time_ids = None if self.time_ids is None else self.time_ids[rows]
-        return Conditioning(self.prompt_embeds[rows], pooled, time_ids)
 
 
 class DiffusionModel:
-    """A loaded Stable Diffusion: not a Module, so that a trainer can own the UNet alone."""
+    """A loaded model: no Module itself, so that a trainer can own the UNet alone.
+
+    `pixels` is set for models in pixel space, which have no VAE; `text_encoder` and `tokenizer` are
+    None for those that know classes, or nothing at all.
+    """
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL | Part,
-        text_encoder: CLIPTextModel | Part,
-        tokenizer: CLIPTokenizer,
+        vae: AutoencoderKL | Part | None,
+        text_encoder: CLIPTextModel | Part | None,
+        tokenizer: CLIPTokenizer | None,
         process: Process,
         source: str = "",
         folder: Path | None = None,
+        pixels: PixelForm | None = None,
     ) -> None:
+        assert (vae is None) == (pixels is not None)
         self.unet, self.tokenizer, self.process, self.source = unet, tokenizer, process, source
         self.folder = folder  # where the encoders were read
+        self.pixels = pixels
         self._device = unet.device
-        self._encoders: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder}
-        setting = vae.setting if isinstance(vae, Part) else partial(getattr, vae.config)
-        self.vae_scale = 2 ** (len(setting("block_out_channels")) - 1)
-        self.scaling_factor = float(setting("scaling_factor"))
-        for part in (unet, *self._loaded_encoders()):
+        parts = {"vae": vae, "text_encoder": text_encoder}
+        self._encoders: dict[str, Any] = {k: part for k, part in parts.items() if part is not None}
+        self.vae_scale, self.scaling_factor = 1, 1.0
+        if vae is not None:
+            setting = vae.setting if isinstance(vae, Part) else partial(getattr, vae.config)
+            self.vae_scale = 2 ** (len(setting("block_out_channels")) - 1)
+            self.scaling_factor = float(setting("scaling_factor"))
+        for part in self.loaded_parts():
             part.requires_grad_(False).eval()
 
     @classmethod
@@ -91,12 +89,14 @@ class DiffusionModel:
 
         `weights` chooses the averaged or the raw UNet of a .ckpt or run directory; without the
         UNet's weights the model only encodes and decodes. Raises UserError for what is not there,
-        not a Stable Diffusion 1.x / 2.x, or only a pickle.
+        neither a Stable Diffusion 1.x / 2.x nor a pixel-space model of ours, or only a pickle.
         """
         found = resolve(checkpoint, weights)
         folder = found.folder
         index = read_json(folder / "model_index.json")
-        if "text_encoder_2" in index or "transformer" in index or "unet" not in index:
+        pixels = PixelForm.of(index, checkpoint)
+        wrong = "text_encoder_2" in index or "transformer" in index or "unet" not in index
+        if pixels is None and wrong:
             raise UserError(
                 f"checkpoint={checkpoint} is a {index.get('_class_name')}; this version takes "
                 "Stable Diffusion 1.x and 2.x (one UNet, one CLIP text encoder)"
@@ -106,22 +106,29 @@ class DiffusionModel:
         )
         if process.unsound():
             log.warning("note: %s: %s", checkpoint, process.unsound())
-        vae = Part(AutoencoderKL, folder, "vae", dtype)
-        text_encoder = Part(CLIPTextModel, folder, "text_encoder", dtype)
-        tokenizer = load_tokenizer(folder)
+        vae = None if pixels else Part(AutoencoderKL, folder, "vae", dtype)
+        text_encoder, tokenizer = None, None
+        if pixels is None or pixels.has_text:
+            text_encoder = Part(CLIPTextModel, folder, "text_encoder", dtype)
+            tokenizer = load_tokenizer(folder)
         unet = load_unet(found, dtype) if with_unet else empty_unet(folder)
-        model = cls(unet, vae, text_encoder, tokenizer, process, str(checkpoint), folder)
-        return model.to(device)
+        source = str(checkpoint)
+        return cls(unet, vae, text_encoder, tokenizer, process, source, folder, pixels).to(device)
 
     @property
     def vae(self) -> AutoencoderKL:
-        """The autoencoder, loaded when it is first asked for."""
+        """The autoencoder, loaded when it is first asked for; pixel-space models have none."""
         return self._encoder("vae")
 
     @property
     def text_encoder(self) -> CLIPTextModel:
         """The text encoder, loaded when it is first asked for."""
         return self._encoder("text_encoder")
+
+    @property
+    def is_unconditional(self) -> bool:
+        """Whether the model knows neither texts nor classes, so that guidance has no effect."""
+        return self.pixels is not None and not (self.pixels.has_text or self.pixels.classes)
 
     def load_encoders(self) -> None:
         """Loads now what would be loaded on first use, so that its faults show now."""
@@ -135,42 +142,19 @@ class DiffusionModel:
             self._encoders[name] = found
         return found
 
-    def _loaded_encoders(self) -> list[Any]:
-        return [part for part in self._encoders.values() if not isinstance(part, Part)]
+    def loaded_parts(self) -> list[Any]:
+        """Returns the UNet and the encoders that are in memory."""
+        encoders = self._encoders.values()
+        return [self.unet, *(part for part in encoders if not isinstance(part, Part))]
 
     def save(self, folder: str | Path) -> None:
-        """Writes a diffusers folder (StableDiffusionPipeline) that any tool reads."""
-        folder = Path(folder)
-        for part, name in ((self.unet, "unet"), (self.vae, "vae")):
-            part.save_pretrained(folder / name, safe_serialization=True)
-        # transformers 5 drops the prefix that all published files have and other tools look for.
-        published = {
-            f"text_model.{name.removeprefix('text_model.')}": tensor
-            for name, tensor in self.text_encoder.state_dict().items()
-        }
-        self.text_encoder.save_pretrained(folder / "text_encoder", state_dict=published)
-        save_tokenizer(self.tokenizer, folder)
-        _write_json(folder / "scheduler" / "scheduler_config.json", self.process.to_diffusers())
-        _write_json(
-            folder / "model_index.json",
-            {
-                "_class_name": "StableDiffusionPipeline",
-                "feature_extractor": [None, None],
-                "image_encoder": [None, None],
-                "requires_safety_checker": False,
-                "safety_checker": [None, None],
-                "scheduler": ["diffusers", "DDIMScheduler"],
-                "text_encoder": ["transformers", "CLIPTextModel"],
-                "tokenizer": ["transformers", "CLIPTokenizer"],
-                "unet": ["diffusers", "UNet2DConditionModel"],
-                "vae": ["diffusers", "AutoencoderKL"],
-            },
-        )
+        """Writes a diffusers folder: StableDiffusionPipeline, or PixelPipeline with its code."""
+        save_model(self, Path(folder))
 
     def to(self, device: str | torch.device) -> "DiffusionModel":
         """Moves all parts, those not yet loaded when they are; returns itself."""
         self._device = torch.device(device)
-        for part in (self.unet, *self._loaded_encoders()):
+        for part in self.loaded_parts():
             if part.device.type != "meta":
                 part.to(device)
         return self
@@ -181,51 +165,51 @@ class DiffusionModel:
         return self._device if device.type == "meta" else device
 
     @property
+    def factor(self) -> int:
+        """Pixels to a position of what the UNet sees, along one side."""
+        return self.pixels.codec.patch if self.pixels else self.vae_scale
+
+    @property
     def image_size(self) -> int:
         """The side that the model was trained for, in pixels."""
-        return int(self.unet.config.sample_size) * self.vae_scale
+        return int(self.unet.config.sample_size) * self.factor
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of images must be multiples of, in pixels: the UNet halves them."""
+        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """Returns (C, H/f, W/f); raises UserError where the UNet cannot halve the size evenly."""
+        """Returns the shape of x0, (C, H/f, W/f), or (3, H, W) of a pixel-space model.
+
+        Raises UserError where the UNet cannot halve the size evenly.
+        """
         height = self.image_size if height is None else height
         width = self.image_size if width is None else width
-        multiple = self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        multiple = self.size_multiple
         for name, side in (("height", height), ("width", width)):
             if side < multiple or side % multiple:
                 raise UserError(f"{name}={side} must be a positive multiple of {multiple} px")
-        channels = int(self.unet.config.in_channels)
+        channels = IMAGE_CHANNELS if self.pixels else int(self.unet.config.in_channels)
         return channels, height // self.vae_scale, width // self.vae_scale
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encodes each distinct prompt once; over-long ones are cut, with a warning."""
-        distinct = list(dict.fromkeys(prompts))
-        limit = self.tokenizer.model_max_length
-        states = []
-        for start in range(0, len(distinct), TEXT_BATCH):
-            texts = distinct[start : start + TEXT_BATCH]
-            tokens = self.tokenizer(
-                texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-            )
-            lengths = map(len, self.tokenizer(texts).input_ids)
-            for text, length in zip(texts, lengths, strict=True):
-                if length > limit:
-                    log.warning("cut to %d of %d tokens: %.60r", limit, length, text)
-            uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-            mask = tokens.attention_mask.to(self.device) if uses_mask else None
-            encoded = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)
-            states.append(encoded.last_hidden_state)
-        place = {text: row for row, text in enumerate(distinct)}
-        rows = torch.tensor([place[text] for text in prompts], device=self.device)
-        return Conditioning(torch.cat(states)[rows])
+        """Encodes texts or class names (sampling/conditioning.py); "" stands for no condition."""
+        if self.tokenizer is None:
+            assert self.pixels is not None
+            return encode_classes(self.pixels.classes, prompts, self.device)
+        return encode_text(self.tokenizer, self.text_encoder, prompts, self.device)
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "n 3 h w"], noise: Tensor | None = None) -> Tensor:
-        """Encodes images in [0, 1] to scaled latents (N, C, H/f, W/f) float32.
+        """Encodes images in [0, 1] to x0: scaled latents (N, C, H/f, W/f), or pixels in [-1, 1].
 
         `noise` is unit noise of the latents' shape that draws from the posterior; None takes its
-        mean.
+        mean. Float32.
         """
+        if self.pixels:
+            return 2 * images.to(self.device) - 1
         return self.draw_latents(self.encode_moments(images), noise)
 
     @torch.no_grad()
@@ -247,7 +231,9 @@ class DiffusionModel:
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
-        """Decodes scaled latents to images in [0, 1], float32."""
+        """Decodes x0 to images in [0, 1], float32."""
+        if self.pixels:
+            return (latents / 2 + 0.5).clamp(0, 1)
         images = self._by_slices(lambda x: self.vae.decode(x).sample, latents / self.scaling_factor)
         return (images / 2 + 0.5).clamp(0, 1)
 
@@ -273,6 +259,17 @@ class DiffusionModel:
                 results.append(result)
         return torch.cat(results)
 
+    def network(self, x: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
+        """Evaluates the UNet on x of x0's shape; returns its raw output, of that shape.
+
+        `t` is (N,). A pixel-space model is down-sampled before and up-sampled after it.
+        """
+        codec = self.pixels.codec if self.pixels else None
+        x = codec.to_channels(x) if codec else x
+        labels = {} if condition.class_labels is None else {"class_labels": condition.class_labels}
+        output = self.unet(x, t, condition.prompt_embeds, **labels, return_dict=False)[0]
+        return codec.to_pixels(output) if codec else output
+
     def denoiser(
         self,
         conditioning: Conditioning,
@@ -283,16 +280,17 @@ class DiffusionModel:
         kind = self.process.prediction_type
         schedule = self.process.schedule
         alphas, sigmas = schedule.alpha.tolist(), schedule.sigma.tolist()
-        condition = conditioning.prompt_embeds
-        empty = None if unconditional is None else unconditional.prompt_embeds
         dtype = _dtype_of(self.unet)
+        conditioning = conditioning.to(dtype)
+        unconditional = None if unconditional is None else unconditional.to(dtype)
+        both = None if unconditional is None else unconditional.followed_by(conditioning)
 
         def denoise(x_t: Tensor, t: int) -> Prediction:
-            def predict(x: Tensor, embeds: Tensor) -> Tensor:
+            def predict(x: Tensor, condition: Conditioning) -> Tensor:
                 steps = torch.full((len(x),), t, device=x.device)
-                return self.unet(x.to(dtype), steps, embeds.to(dtype), return_dict=False)[0]
+                return self.network(x.to(dtype), steps, condition)
 
-            output = guided_output(predict, x_t, t, condition, empty, guidance)
+            output = guided_output(predict, x_t, t, conditioning, both, guidance)
             alpha, sigma = alphas[t], sigmas[t]
             return Prediction(
                 to_x0(kind, output, x_t, alpha, sigma), to_eps(kind, output, x_t, alpha, sigma)
@@ -333,6 +331,8 @@ class DiffusionModel:
         schedule = self.process.schedule
         grid = SamplingGrid.of(schedule, self.process.timesteps(num_steps))
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
+        if self.is_unconditional:
+            guidance = NO_GUIDANCE  # both branches would be the same
         conditioning = self.encode_prompts([negative_prompt, *prompts])
         images = []
         for start in range(0, len(seeds), batch_size):
@@ -366,8 +366,3 @@ def _dtype_of(part: torch.nn.Module) -> torch.dtype:
 def _overflowed(given: Tensor, result: Tensor) -> bool:
     """Whether the result is not finite though what it was made of is."""
     return not torch.isfinite(result).all() and bool(torch.isfinite(given).all())
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from sampling.pixel_folder import PixelForm
 from sampling.process import Process
 
 HONOUR_ZERO_SNR = (
@@ -47,7 +48,13 @@ RUN_KEYS = (
 )
 
 
-def model_card(process: Process, weights: str, checkpoint: str, run_dir: Path | None = None) -> str:
+def model_card(
+    process: Process,
+    weights: str,
+    checkpoint: str,
+    run_dir: Path | None = None,
+    pixels: PixelForm | None = None,
+) -> str:
     """Returns the card as Markdown, with YAML front matter that hubs read.
 
     The base that it names is what the run directory's config started from, else `checkpoint`.
@@ -55,23 +62,30 @@ def model_card(process: Process, weights: str, checkpoint: str, run_dir: Path | 
     base = checkpoint
     if run_dir is not None:
         base = OmegaConf.select(OmegaConf.load(run_dir / "config.yaml"), "checkpoint") or base
-    parts = [_front_matter(base), _summary(process, weights, base), _usage(process)]
+    title = "A pixel-space model" if pixels else "Stable Diffusion"
+    parts = [_front_matter(base, pixels), _summary(title, process, weights, base)]
+    parts.append(_pixel_usage(pixels) if pixels else _usage(process))
+    parts.append(_settings(process))
     if process.schedule.is_zero_terminal_snr:
         parts.append(_schedulers(process))
-    parts.append(_single_file(process))
+    if pixels is None:
+        parts.append(_single_file(process))
     if run_dir is not None:
         parts.append(_training(run_dir))
     return "\n".join(part for part in parts if part)
 
 
-def _front_matter(base: str) -> str:
-    lines = ["library_name: diffusers", "pipeline_tag: text-to-image"]
+def _front_matter(base: str, pixels: PixelForm | None) -> str:
+    knows_text = pixels is None or pixels.has_text
+    task = "text-to-image" if knows_text else "unconditional-image-generation"
+    lines = ["library_name: diffusers", f"pipeline_tag: {task}"]
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) and not Path(base).exists():
         lines.append(f"base_model: {base}")
-    return "\n".join(["---", *lines, "tags: [stable-diffusion]", "---", ""])
+    lines += [] if pixels else ["tags: [stable-diffusion]"]
+    return "\n".join(["---", *lines, "---", ""])
 
 
-def _summary(process: Process, weights: str, base: str) -> str:
+def _summary(title: str, process: Process, weights: str, base: str) -> str:
     schedule = process.schedule
     ending = (
         "zero terminal SNR (Lin et al. 2023): it can paint true black and true white"
@@ -86,12 +100,12 @@ def _summary(process: Process, weights: str, base: str) -> str:
         "base": base,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"# Stable Diffusion, exported by blackpoint\n\n| | |\n|---|---|\n{table}\n"
+    return f"# {title}, exported by blackpoint\n\n| | |\n|---|---|\n{table}\n"
 
 
 def _usage(process: Process) -> str:
     rescale = ", guidance_rescale=0.7" if process.schedule.is_zero_terminal_snr else ""
-    text = f"""## Use
+    return f"""## Use
 
 ```python
 import torch
@@ -101,9 +115,36 @@ pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder", safety_che
 generator = torch.Generator("cpu").manual_seed(0)
 image = pipe("a prompt", generator=generator, num_inference_steps=25{rescale}).images[0]
 ```
+"""
 
-`scheduler/scheduler_config.json` carries the whole process: prediction type, betas and timestep
-spacing. To change scheduler, build it from that config, so that nothing is lost:
+
+def _pixel_usage(pixels: PixelForm) -> str:
+    prompt = "a prompt" if pixels.has_text else next(iter(pixels.classes), "")
+    known = "the name of a class" if pixels.classes else "a text" if pixels.has_text else "empty"
+    return f"""## Use
+
+`pixel_pipeline.py` and `pixel_codec.py`, which lie here, are the pipeline's code; they need torch
+and diffusers alone. Read them, then allow them:
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
+generator = torch.Generator("cpu").manual_seed(0)
+image = pipe("{prompt}", generator=generator, num_inference_steps=25).images[0]
+```
+
+The prompt is {known}; the empty one asks for anything. There is no autoencoder:
+noise and pictures are in pixels, which the UNet sees as {pixels.codec.channels} channels of
+{pixels.codec.patch} x {pixels.codec.patch} px ({pixels.codec.kind}).
+"""
+
+
+def _settings(process: Process) -> str:
+    text = """The whole process (prediction type, betas and timestep spacing) is in
+`scheduler/scheduler_config.json`. To change scheduler, build it from that config, so that nothing
+is lost:
 `pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)`.
 """
     if not process.schedule.is_zero_terminal_snr:

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-CORE = ("schedule", "prediction", "noise", "guidance", "samplers", "model")
+CORE = ("schedule", "prediction", "noise", "guidance", "samplers", "conditioning", "model")
 install_import_hook([f"sampling.{name}" for name in CORE], "beartype.beartype")
 
 

@@ -27,7 +27,8 @@ class Predict:
 
 def output(guidance, t=500, unconditional=UNCONDITIONAL):
     predict = Predict()
-    return guided_output(predict, X, t, CONDITIONAL, unconditional, guidance), predict.rows
+    both = None if unconditional is None else torch.cat([unconditional, CONDITIONAL])
+    return guided_output(predict, X, t, CONDITIONAL, both, guidance), predict.rows
 
 
 def test_guided_step_is_one_call_of_both_branches():
@@ -78,14 +79,24 @@ def test_guidance_of_a_sample_does_not_depend_on_its_batch():
     for row in range(3):
         rows = slice(row, row + 1)
         alone = guided_output(
-            predict, X[rows], 500, CONDITIONAL[rows], UNCONDITIONAL[rows], guidance
+            predict,
+            X[rows],
+            500,
+            CONDITIONAL[rows],
+            torch.cat([UNCONDITIONAL[rows], CONDITIONAL[rows]]),
+            guidance,
         )
         assert_close(alone, whole[rows], rtol=0, atol=1e-5)
 
 
 def test_output_is_float32_even_from_a_half_precision_network():
     guided = guided_output(
-        lambda x, embeddings: x.half(), X, 0, CONDITIONAL, UNCONDITIONAL, Guidance(2.0)
+        lambda x, embeddings: x.half(),
+        X,
+        0,
+        CONDITIONAL,
+        torch.cat([UNCONDITIONAL, CONDITIONAL]),
+        Guidance(2.0),
     )
     assert guided.dtype == torch.float32
 

@@ -32,12 +32,14 @@ def make_tiny_shards(folder: Path, num_images: int = 12) -> Path:
     return folder / "shards"
 
 
-def tiny_config(run_dir: Path, pipeline: Path, shards: Path, **overrides: Any) -> TrainConfig:
+def tiny_config(
+    run_dir: Path, pipeline: Path | None, shards: Path, **overrides: Any
+) -> TrainConfig:
     """Returns a config of 6 steps of 4 images on the CPU; `overrides` are dotted keys."""
     config = OmegaConf.structured(TrainConfig)
     values: dict[str, Any] = {
         "run_dir": str(run_dir),
-        "checkpoint": str(pipeline),
+        "checkpoint": None if pipeline is None else str(pipeline),
         "batch_size": 4,
         "data.shards": str(shards),
         "data.resolution": 16,

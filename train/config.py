@@ -12,6 +12,7 @@ from data.config import DataConfig
 from sampling.choices import Attention
 from sampling.errors import UserError
 from train.loss_config import LossConfig
+from train.model_config import DropoutConfig, ModelConfig
 from train.ranges import check_range
 from train.schedule_config import ScheduleConfig
 
@@ -172,12 +173,16 @@ class WandbConfig:
 
 @dataclass
 class TrainConfig:
-    """A fine-tune of a Stable Diffusion UNet, from its checkpoint to an exported pipeline."""
+    """A fine-tune of a Stable Diffusion UNet, from its checkpoint to an exported pipeline.
+
+    Or the training of a pixel-space model, from random weights.
+    """
 
     run_dir: str = MISSING
     """Directory of the run; the same command there continues an interrupted run."""
-    checkpoint: str = MISSING
-    """What to start from: a diffusers folder, hub id, run directory or .ckpt."""
+    checkpoint: str | None = None
+    """What to start from: a diffusers folder, hub id, run directory or .ckpt. Not set: from random
+    weights, with the pixel-space architecture of `model`."""
     seed: int = 0
     """Decides every draw of the run, together with the epoch and the sample's index."""
     batch_size: int = 16
@@ -186,6 +191,10 @@ class TrainConfig:
     allow_unsound: bool = False
     """Allow pairs that cannot work, for study: epsilon, leading timesteps, offset noise or a weight
     of 0 at the last timestep with zero SNR."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """A pixel-space model to make, where there is no checkpoint."""
+    dropout: DropoutConfig = field(default_factory=DropoutConfig)
+    """Dropout in the UNet."""
     data: DataConfig = field(default_factory=DataConfig)
     """Shards and how images are read."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -214,6 +223,7 @@ class TrainConfig:
                 f"batch_size={self.batch_size} cannot be divided among {world_size} processes "
                 "(trainer.devices * trainer.num_nodes); choose a multiple"
             )
+        self._check_start()
         if self.optimizer.name == "adamw_8bit" and self.trainer.channels_last:
             raise UserError(
                 "optimizer.name=adamw_8bit and trainer.channels_last=true do not combine: "
@@ -229,3 +239,25 @@ class TrainConfig:
             process = Process(zero_snr, self.loss.prediction_type, self.schedule.timestep_spacing)
             process.check_sound(self.allow_unsound)
             check_sound(self.loss, zero_snr, self.allow_unsound)
+
+    def _check_start(self) -> None:
+        if self.checkpoint is not None:
+            if self.model.channels:
+                raise UserError(
+                    f"checkpoint={self.checkpoint} and model.channels={self.model.channels}: a run "
+                    "starts from a checkpoint or makes its own model; set checkpoint=null for the "
+                    "latter"
+                )
+            return
+        if not self.model.channels:
+            raise UserError(
+                "checkpoint is not set: name what to start from (a diffusers folder, hub id, run "
+                "directory or .ckpt), or describe a pixel-space model to train from random "
+                "weights: model.channels, model.blocks, model.transformer_blocks"
+            )
+        if self.schedule.betas == "checkpoint":
+            raise UserError(
+                "schedule.betas=checkpoint, but the run starts from random weights: choose "
+                "cosine_continuous (with schedule.log_snr_min and log_snr_max), cosine_discrete, "
+                "linear or scaled_linear"
+            )

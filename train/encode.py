@@ -114,6 +114,11 @@ def open_source(config: EncodeConfig, task: Task) -> Reader:
 def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encoding:
     """Returns what the encoders of the checkpoint will make of the source; loads no weights."""
     model = DiffusionModel.load(config.checkpoint, with_unet=False)
+    if model.pixels:
+        raise UserError(
+            f"checkpoint={config.checkpoint} is a pixel-space model, which has no autoencoder: "
+            "train it on the shards of images themselves"
+        )
     channels, height, width = model.latent_shape(config.resolution, config.resolution)
     assert model.folder is not None
     return Encoding(

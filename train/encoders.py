@@ -40,6 +40,12 @@ def check_encodings(
     encodings = [(where, encoding) for where, encoding in data_sets if encoding is not None]
     if not encodings:
         return
+    if model.pixels:
+        where, encoding = encodings[0]
+        raise UserError(
+            f"{where}: holds latents, and a pixel-space model is trained on images; name the "
+            f"shards that they were encoded from ({encoding.source})"
+        )
     assert model.folder is not None
     vae, text_encoder = vae_digest(model.folder), text_encoder_digest(model.folder)
     for where, encoding in encodings:

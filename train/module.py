@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from sampling.conditioning import Conditioning
 from sampling.model import DiffusionModel
 from sampling.prediction import add_noise, training_target
 from train.config import TrainConfig
 from train.draws import Draws, draw
+from train.dropout import add_dropout
 from train.loss import scale_errors, scale_weights, squared_error
 from train.optimizer import build_optimizer, learning_rate_factor
 from train.uncertainty import LearnedUncertainty
@@ -43,6 +45,8 @@ class FineTuner(LightningModule):
         self.model = model
         self.unet = model.unet
         self.unet.requires_grad_(True).train()
+        side = model.latent_shape(*[config.data.resolution] * 2)[-1] * model.vae_scale
+        self.dropout_seeds = add_dropout(self.unet, config.dropout, side // model.factor)
         if config.trainer.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.weights = loss_weights(config.loss, model.process.schedule)
@@ -69,6 +73,8 @@ class FineTuner(LightningModule):
         draws = draw(
             self.config.seed, epochs, indices, shape, num_timesteps, positions, self.config.loss
         )
+        if self.dropout_seeds is not None:
+            self.dropout_seeds.set(self.config.seed, epochs, indices, self.device)
         output, target = self.predict(batch, draws)
         scales = scale_errors(output, target, self.config.loss.pool_factors)  # (S, B)
         weighted = torch.stack([w * x for w, x in zip(self.scale_weights, scales, strict=True)])
@@ -81,14 +87,14 @@ class FineTuner(LightningModule):
         return squared_error(*self.predict(batch, draws))
 
     def predict(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Returns the network's output and its target, both (B, C, H/8, W/8)."""
+        """Returns the network's output and its target, both of x0's shape."""
         process, t = self.model.process, draws.t.to(self.device)
-        x0 = self.encode(batch, draws.posterior_noise)  # (B, C, H/8, W/8)
-        prompt_embeds = self.condition(batch)  # (B, L, D)
+        x0 = self.encode(batch, draws.posterior_noise)  # (B, C, H/f, W/f), or pixels
+        condition = self.condition(batch)
         eps = draws.eps.to(self.device)
         alpha, sigma = (c.to(self.device).view(-1, 1, 1, 1) for c in process.schedule.at(draws.t))
         x_t = add_noise(x0, draws.perturbed(eps), alpha, sigma)
-        output = self.unet(x_t, t, encoder_hidden_states=prompt_embeds).sample
+        output = self.model.network(x_t, t, condition)
         return output, training_target(process.prediction_type, x0, eps, alpha, sigma)
 
     def objective(self, losses: Tensor, t: Tensor) -> Tensor:
@@ -107,7 +113,7 @@ class FineTuner(LightningModule):
         return bool((self.weights != 1).any())
 
     def latent_shape(self, batch: Batch) -> tuple[int, ...]:
-        """Returns (C, H/8, W/8) of a batch of images or of moments."""
+        """Returns the shape of one x0 for a batch of images or of moments."""
         if "moments" in batch:
             _, channels, height, width = batch["moments"].shape
             return channels // 2, height, width
@@ -115,21 +121,22 @@ class FineTuner(LightningModule):
 
     @torch.no_grad()
     def encode(self, batch: Batch, posterior_noise: Tensor) -> Tensor:
-        """Returns scaled latents, float32, of moments, or of uint8 images by the VAE.
-
-        The VAE runs in its own precision.
-        """
+        """Returns x0, float32, from moments or from uint8 images; a VAE has its own precision."""
         noise = posterior_noise.to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             if "moments" in batch:
                 return self.model.draw_latents(batch["moments"], noise)
             return self.model.encode(batch["image"].float() / 255, noise)
 
-    def condition(self, batch: Batch) -> Tensor:
-        """Returns prompt embeddings (B, L, D), those of the batch or of its captions."""
+    def condition(self, batch: Batch) -> Conditioning:
+        """Returns what the UNet is conditioned on: embeddings of the batch, or of its captions."""
         if "prompt_embeds" in batch:
-            return batch["prompt_embeds"]
-        return self.embed(batch["caption"])
+            return Conditioning(batch["prompt_embeds"])
+        captions = batch["caption"]
+        if self.model.tokenizer is None:  # classes are looked up, and nothing is known of nothing
+            captions = [""] * len(captions) if self.model.is_unconditional else captions
+            return self.model.encode_prompts(captions)
+        return Conditioning(self.embed(captions))
 
     @torch.no_grad()
     def embed(self, captions: list[str]) -> Tensor:

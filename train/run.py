@@ -37,10 +37,10 @@ from train.loss import check_scales
 from train.metrics import CsvMetrics, is_first_process
 from train.module import FineTuner
 from train.previews import Previews
-from train.process import fine_tuned_process
 from train.progress import Progress
 from train.run_directory import check_continues, describe_batch, write_records
 from train.run_lock import RunLock
+from train.start import keep_base, starting_model
 from train.tracking import finish, sent_rows, wandb_logger
 from train.validation import ValidationLoss
 from train.watch import Watch
@@ -136,8 +136,7 @@ def train(
     check_device(config, device)
     environment = cluster_environment(config)
     set_tf32(config.trainer.tf32)
-    model = DiffusionModel.load(config.checkpoint)
-    model.process = fine_tuned_process(config, model.process)
+    model = starting_model(config)
     model.latent_shape(config.data.resolution, config.data.resolution)
     choice = prepare_unet(
         model.unet,
@@ -159,11 +158,15 @@ def train(
         for line in images.summary():
             say(line)
     previews = bool(config.preview.every_steps and config.preview.prompts)
+    if previews and model.tokenizer is None:
+        model.encode_prompts(config.preview.prompts)  # refuses what it does not know
     note = ready_encoders(model, images.encodings(), previews)
     if note:
         say(f"note: {note}")
     with at_the_start(run_dir):
         loggers = start_records(config, run_dir, resume_step, images, lock)
+        if is_first_process():
+            keep_base(model, config)
     say(batches_note(config))
     stop, callbacks = build_callbacks(config, run_dir, resume_step)
     trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers], environment)

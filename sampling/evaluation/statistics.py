@@ -3,7 +3,7 @@
 Means and ratios of standard deviations take percentile bootstrap intervals (Efron 1979), seeded;
 proportions take Wilson's score interval (Wilson 1927), differences of proportions Newcombe's hybrid
 of two of them (Newcombe 1998, method 10), which stays honest near 0 and 1 where the normal
-approximation does not.
+approximation does not. A few paired differences, one a seed, take Student's t.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from scipy import optimize, stats
 
 from sampling.errors import UserError
 
@@ -85,6 +86,38 @@ def proportion_difference(
     below = ((first.value - first.low) ** 2 + (second.high - second.value) ** 2) ** 0.5
     above = ((first.high - first.value) ** 2 + (second.value - second.low) ** 2) ** 0.5
     return Estimate(value, value - below, value + above, n)
+
+
+def paired_mean(differences: Values, level: float = LEVEL) -> Estimate:
+    """Estimates the mean of a few paired differences, with the interval of Student's t."""
+    sample = _checked(differences, 2)
+    half = float(stats.t.ppf(0.5 + level / 2, len(sample) - 1)) * _standard_error(sample)
+    value = float(sample.mean())
+    return Estimate(value, value - half, value + half, len(sample))
+
+
+def smallest_detectable_effect(
+    differences: Values, power: float = 0.8, level: float = LEVEL
+) -> float:
+    """Returns the mean difference that a two-sided paired t-test would find with this power.
+
+    It takes the spread of `differences` for the true one (noncentral t; Cohen 1988, chapter 2).
+    """
+    sample = _checked(differences, 2)
+    freedom, error = len(sample) - 1, _standard_error(sample)
+    critical = stats.t.ppf(0.5 + level / 2, freedom)
+
+    def missing(effect: float) -> float:  # the other tail holds nothing at such a power
+        return float(stats.nct.sf(critical, freedom, effect) - power)
+
+    largest = 1.0
+    while missing(largest) < 0:  # scipy's tail is not a number far beyond the answer
+        largest *= 1.5
+    return float(optimize.brentq(missing, 0, largest)) * error
+
+
+def _standard_error(sample: np.ndarray) -> float:
+    return float(sample.std(ddof=1) / len(sample) ** 0.5)
 
 
 def _checked(values: Values, smallest: int) -> np.ndarray:

@@ -1,0 +1,99 @@
+"""From prompts to what a UNet is conditioned on: text embeddings, class labels, or nothing.
+
+The empty prompt stands for "no condition" in every case: the text "", the class beyond the last, or
+nothing. A UNet without text still has the inputs of its class: one token of one zero.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sampling.errors import UserError
+
+log = logging.getLogger(__name__)
+
+TEXT_BATCH = 64
+NO_TEXT_WIDTH = 1
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a UNet is conditioned on.
+
+    `pooled` and `time_ids` are None for SD 1.x and 2.x, `class_labels` for all but class models.
+    """
+
+    prompt_embeds: Float[Tensor, "n tokens width"]
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+    class_labels: Int[Tensor, " n"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Conditioning":
+        return Conditioning(*(None if p is None else p[rows] for p in self._parts()))  # type: ignore[arg-type]
+
+    def followed_by(self, other: "Conditioning") -> "Conditioning":
+        """Returns the rows of both, these first."""
+        pairs = zip(self._parts(), other._parts(), strict=True)
+        return Conditioning(*(None if a is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type, list-item]
+
+    def to(self, dtype: torch.dtype) -> "Conditioning":
+        """Returns it with embeddings of another number format."""
+        return replace(self, prompt_embeds=self.prompt_embeds.to(dtype))
+
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return self.prompt_embeds, self.pooled, self.time_ids, self.class_labels
+
+
+def encode_text(
+    tokenizer: Any, text_encoder: Any, prompts: Sequence[str], device: torch.device
+) -> Conditioning:
+    """Encodes each distinct prompt once; over-long ones are cut, with a warning."""
+    distinct = list(dict.fromkeys(prompts))
+    limit = tokenizer.model_max_length
+    states = []
+    for start in range(0, len(distinct), TEXT_BATCH):
+        texts = distinct[start : start + TEXT_BATCH]
+        tokens = tokenizer(
+            texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        )
+        lengths = map(len, tokenizer(texts).input_ids)
+        for text, length in zip(texts, lengths, strict=True):
+            if length > limit:
+                log.warning("cut to %d of %d tokens: %.60r", limit, length, text)
+        uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(device) if uses_mask else None
+        encoded = text_encoder(tokens.input_ids.to(device), attention_mask=mask)
+        states.append(encoded.last_hidden_state)
+    place = {text: row for row, text in enumerate(distinct)}
+    rows = torch.tensor([place[text] for text in prompts], device=device)
+    return Conditioning(torch.cat(states)[rows])
+
+
+def encode_classes(
+    classes: Sequence[str], prompts: Sequence[str], device: torch.device
+) -> Conditioning:
+    """Looks up class names; without classes only the empty prompt is one. Raises UserError."""
+    labels = {name: label for label, name in enumerate(classes)} | {"": len(classes)}
+    for prompt in prompts:
+        if prompt not in labels:
+            shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
+            raise UserError(
+                f"prompt {prompt!r:.60} is not one of the {len(classes)} classes of this model: "
+                f"{shown}; the empty prompt asks for any of them"
+                if classes
+                else f"prompt {prompt!r:.60}: this model is unconditional and knows the empty "
+                "prompt alone; give prompts=''"
+            )
+    embeds = torch.zeros(len(prompts), 1, NO_TEXT_WIDTH, device=device)
+    if not classes:
+        return Conditioning(embeds)
+    rows = torch.tensor([labels[prompt] for prompt in prompts], dtype=torch.long, device=device)
+    return Conditioning(embeds, class_labels=rows)

@@ -1,0 +1,96 @@
+"""Dropout whose masks are functions of (sample, layer, position), at the low levels of a UNet.
+
+    keep[i] = hash(seed of the sample, layer, i) >= p,   y = x keep / (1 - p)
+
+torch's own draws from a stream that depends on the batch and on all that came before: a resumed
+run, or one on other processes, would drop other activations. The hash is the finaliser of
+SplitMix64 (Steele, Lea and Flood 2014) in the integers of the device, so no generator is needed and
+a recomputed forward pass (gradient checkpointing) drops the same.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import UNet2DConditionModel
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from sampling.errors import UserError
+from sampling.noise import derive_seed
+from train.model_config import DropoutConfig
+
+STEP = 0x9E3779B97F4A7C15 - 2**64  # of SplitMix64, as the signed integers of torch hold it
+MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+def keep_mask(seeds: Int[Tensor, " b"], shape: Sequence[int], p: float) -> Bool[Tensor, "b ..."]:
+    """Returns, for each sample, which of `shape` activations stay."""
+    index = torch.arange(torch.Size(shape).numel(), device=seeds.device)
+    bits = seeds[:, None] + index * STEP
+    for shift, multiplier in zip((30, 27), MULTIPLIERS, strict=True):
+        bits = (bits ^ _shifted(bits, shift)) * multiplier
+    bits = bits ^ _shifted(bits, 31)
+    return ((bits & (2**32 - 1)) >= round(p * 2**32)).view(-1, *shape)
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """Shifts right and fills with zeros, where torch would repeat the sign."""
+    return (bits >> by) & (2 ** (64 - by) - 1)
+
+
+class SampleSeeds:
+    """The seeds of the batch that is in the network: set before each forward pass."""
+
+    def __init__(self) -> None:
+        self.of_batch: Tensor | None = None
+
+    def set(self, seed: int, epochs: Sequence[int], indices: Sequence[int], device: object) -> None:
+        """Takes the samples `indices` in their `epochs`."""
+        seeds = [derive_seed(seed, "dropout", e, i) for e, i in zip(epochs, indices, strict=True)]
+        self.of_batch = torch.tensor(seeds).to(device)  # type: ignore[call-overload]
+
+
+class SampleDropout(nn.Module):
+    """Stands in for one nn.Dropout; does nothing in evaluation mode."""
+
+    def __init__(self, p: float, layer: int, seeds: SampleSeeds) -> None:
+        super().__init__()
+        self.p, self.layer, self.seeds = p, layer, seeds
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        assert self.seeds.of_batch is not None and len(self.seeds.of_batch) == len(x)
+        seeds = self.seeds.of_batch ^ derive_seed("layer", self.layer)
+        return x * keep_mask(seeds, x.shape[1:], self.p) / (1 - self.p)
+
+
+def add_dropout(unet: UNet2DConditionModel, config: DropoutConfig, side: int) -> SampleSeeds | None:
+    """Puts dropout into the levels whose feature maps are at most max_resolution wide.
+
+    `side` is that of the UNet's input. Returns None where the config asks for none; raises
+    UserError where no level is meant.
+    """
+    if not config.probability:
+        return None
+    num_levels = len(unet.down_blocks)
+    sides = [side >> level for level in range(num_levels)]
+    largest = sides[0] if config.max_resolution is None else config.max_resolution
+    if largest not in sides:
+        raise UserError(
+            f"dropout.max_resolution={largest}: no level of this UNet has that side; they have "
+            f"{', '.join(map(str, sides))}"
+        )
+    seeds, layer = SampleSeeds(), 0
+    levels = [*enumerate(unet.down_blocks), (num_levels - 1, unet.mid_block)]
+    levels += [(num_levels - 1 - place, block) for place, block in enumerate(unet.up_blocks)]
+    for level, block in levels:
+        for parent in block.modules():
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Dropout):
+                    if sides[level] <= largest:
+                        new = SampleDropout(config.probability, layer, seeds)
+                        new.training = parent.training
+                        parent._modules[name] = new
+                    layer += 1
+    return seeds

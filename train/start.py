@@ -1,0 +1,33 @@
+"""The model that a run starts from: a checkpoint, or a pixel-space model made for the run."""
+
+from pathlib import Path
+
+from sampling.export import moved_into_place
+from sampling.model import DiffusionModel
+from sampling.process import Process
+from sampling.schedule import NoiseSchedule
+from train.config import TrainConfig
+from train.pixel_model import build_pixel_model
+from train.process import fine_tuned_process
+
+BASE = "base"
+
+
+def starting_model(config: TrainConfig) -> DiffusionModel:
+    """Loads or builds the model, with the process that it is to be trained to; writes nothing."""
+    if config.checkpoint is not None:
+        model = DiffusionModel.load(config.checkpoint)
+        model.process = fine_tuned_process(config, model.process)
+        return model
+    process = fine_tuned_process(config, Process(NoiseSchedule.scaled_linear()))
+    model = build_pixel_model(config.model, config.data.resolution, process)
+    model.source = str(Path(config.run_dir) / BASE)
+    return model
+
+
+def keep_base(model: DiffusionModel, config: TrainConfig) -> None:
+    """Writes a model made for the run to run_dir/base, once: its checkpoints are weights alone."""
+    base = Path(config.run_dir) / BASE
+    if config.checkpoint is None and not base.exists():
+        with moved_into_place(base) as folder:
+            model.save(folder)
