@@ -21,13 +21,13 @@ UNET = {
 UVIT = UNET | {"blocks": [1, 1], "transformer_blocks": [0, 3]}
 
 
-def model_config(condition: str, pipeline: Path | None = None, **changes: Any) -> ModelConfig:
+def model_config(condition: str, pipeline: Path | None = None, /, **changes: Any) -> ModelConfig:
     """Returns the config of a model of 16 px images."""
     own = {"class": {"classes": CLASSES}, "text": {"text_encoder": str(pipeline)}}
     return ModelConfig(**(UNET | {"condition": condition} | own.get(condition, {}) | changes))
 
 
-def pixel_model(condition: str, pipeline: Path | None = None, **changes: Any) -> DiffusionModel:
+def pixel_model(condition: str, pipeline: Path | None = None, /, **changes: Any) -> DiffusionModel:
     """Builds the model with a process of its own."""
     schedule = NoiseSchedule.cosine_continuous(-15, 15).zero_terminal_snr().shifted(8, 16)
     return build_pixel_model(model_config(condition, pipeline, **changes), 16, Process(schedule))

@@ -131,7 +131,10 @@ def test_dropout_is_at_the_chosen_levels_alone_and_only_in_training() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({"dropout.probability": 0.1, "dropout.max_resolution": 5}, "sides?.*they have 8, 4"),
+        (
+            {"dropout.probability": 0.1, "dropout.max_resolution": 5},
+            "no level of this UNet has feature maps of that side; theirs are 8, 4",
+        ),
         ({"data.resolution": 18}, "data.resolution=18: must be a multiple of 4 px"),
         ({"loss.pool_factors": [1, 3]}, "3 does not divide"),
         ({"preview.every_steps": 2, "preview.prompts": ["a dog"]}, "unconditional"),

@@ -65,32 +65,38 @@ class SampleDropout(nn.Module):
         return x * keep_mask(seeds, x.shape[1:], self.p) / (1 - self.p)
 
 
-def add_dropout(unet: UNet2DConditionModel, config: DropoutConfig, side: int) -> SampleSeeds | None:
-    """Puts dropout into the levels whose feature maps are at most max_resolution wide.
+def dropout_levels(unet: UNet2DConditionModel, config: DropoutConfig, side: int) -> list[int]:
+    """Returns the levels that the config means, 0 being the input's, which is `side` wide.
 
-    `side` is that of the UNet's input. Returns None where the config asks for none; raises
-    UserError where no level is meant.
+    Raises UserError where no level has feature maps of max_resolution.
     """
-    if not config.probability:
-        return None
-    num_levels = len(unet.down_blocks)
-    sides = [side >> level for level in range(num_levels)]
+    sides = [side >> level for level in range(len(unet.down_blocks))]
     largest = sides[0] if config.max_resolution is None else config.max_resolution
     if largest not in sides:
         raise UserError(
-            f"dropout.max_resolution={largest}: no level of this UNet has that side; they have "
-            f"{', '.join(map(str, sides))}"
+            f"dropout.max_resolution={largest}: no level of this UNet has feature maps of that "
+            f"side; theirs are {', '.join(map(str, sides))}"
         )
-    seeds, layer = SampleSeeds(), 0
-    levels = [*enumerate(unet.down_blocks), (num_levels - 1, unet.mid_block)]
-    levels += [(num_levels - 1 - place, block) for place, block in enumerate(unet.up_blocks)]
-    for level, block in levels:
-        for parent in block.modules():
-            for name, child in parent.named_children():
-                if isinstance(child, nn.Dropout):
-                    if sides[level] <= largest:
-                        new = SampleDropout(config.probability, layer, seeds)
-                        new.training = parent.training
-                        parent._modules[name] = new
-                    layer += 1
+    return [level for level, own in enumerate(sides) if own <= largest]
+
+
+def add_dropout(unet: UNet2DConditionModel, config: DropoutConfig, side: int) -> SampleSeeds | None:
+    """Puts dropout into the levels that the config means, and the middle; None if it wants none."""
+    if not config.probability:
+        return None
+    chosen, last = dropout_levels(unet, config, side), len(unet.down_blocks) - 1
+    levels = [*enumerate(unet.down_blocks), (last, unet.mid_block)]
+    levels += [(last - place, block) for place, block in enumerate(unet.up_blocks)]
+    places = [
+        (level, parent, name)
+        for level, block in levels
+        for parent in block.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Dropout)
+    ]
+    seeds = SampleSeeds()
+    for layer, (level, parent, name) in enumerate(places):
+        if level in chosen:
+            new = SampleDropout(config.probability, layer, seeds).train(parent.training)
+            parent.register_module(name, new)
     return seeds

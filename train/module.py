@@ -45,8 +45,8 @@ class FineTuner(LightningModule):
         self.model = model
         self.unet = model.unet
         self.unet.requires_grad_(True).train()
-        side = model.latent_shape(*[config.data.resolution] * 2)[-1] * model.vae_scale
-        self.dropout_seeds = add_dropout(self.unet, config.dropout, side // model.factor)
+        side = config.data.resolution // model.factor
+        self.dropout_seeds = add_dropout(self.unet, config.dropout, side)
         if config.trainer.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.weights = loss_weights(config.loss, model.process.schedule)

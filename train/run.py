@@ -30,6 +30,7 @@ from train.checkpoints import (
 from train.cluster import cluster_environment, num_started
 from train.config import TrainConfig
 from train.device import COMPUTE_DTYPE, check_device, set_tf32, training_device
+from train.dropout import dropout_levels
 from train.ema import Ema
 from train.encoders import ready_encoders
 from train.interruption import StopOnSignal, lost_process
@@ -138,6 +139,7 @@ def train(
     set_tf32(config.trainer.tf32)
     model = starting_model(config)
     model.latent_shape(config.data.resolution, config.data.resolution)
+    dropout_levels(model.unet, config.dropout, config.data.resolution // model.factor)
     choice = prepare_unet(
         model.unet,
         config.trainer.attention,
