@@ -62,7 +62,8 @@ class DiffusionModel:
         pixels: PixelForm | None = None,
     ) -> None:
         assert (vae is None) == (pixels is not None)
-        self.unet, self.tokenizer, self.process, self.source = unet, tokenizer, process, source
+        self.unet, self.process, self.source = unet, process, source
+        self.tokenizer: Any = tokenizer
         self.folder = folder  # where the encoders were read
         self.pixels = pixels
         self._device = unet.device

@@ -45,7 +45,8 @@ class PixelCodec:
             return F.pixel_unshuffle(images, self.patch)
         for _ in range(self.patch.bit_length() - 1):
             low, high = _analyse(images)
-            images = torch.cat([*_transposed(_analyse, low), *_transposed(_analyse, high)], dim=1)
+            bands = (*_analyse(low.mT), *_analyse(high.mT))
+            images = torch.cat([band.mT for band in bands], dim=1)
         return images
 
     def to_pixels(self, channels: Tensor) -> Tensor:
@@ -56,11 +57,6 @@ class PixelCodec:
             ll, lh, hl, hh = (band.mT for band in channels.chunk(4, dim=1))
             channels = _synthesise(_synthesise(ll, lh).mT, _synthesise(hl, hh).mT)
         return channels
-
-
-def _transposed(analyse, images: Tensor) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    """Applies a transform of rows to columns."""
-    return [band.mT for band in analyse(images.mT)]
 
 
 def _analyse(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ def accelerate_loop(config: TrainConfig, folder: Path, cached: bool, ema: bool, 
 def _loop(config: TrainConfig, folder: Path, cached: bool, ema: bool, log: Path) -> Iterator[None]:
     settings = config.optimizer
     accelerator = Accelerator(cpu=True, log_with=StepLog(log))
-    model = DiffusionModel.load(config.checkpoint)
+    model = DiffusionModel.load(str(config.checkpoint))
     process = fine_tuned_process(config, model.process)
     scheduler = DDPMScheduler.from_config(process.to_diffusers())
     unet = model.unet.requires_grad_(True).train()

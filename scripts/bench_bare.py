@@ -29,7 +29,7 @@ def bare_loop(config: TrainConfig, folder: Path, cached: bool) -> Steps:
 
     `folder` holds the unpacked images, or with `cached` the unpacked moments and embeddings.
     """
-    model = DiffusionModel.load(config.checkpoint)
+    model = DiffusionModel.load(str(config.checkpoint))
     process = fine_tuned_process(config, model.process)
     schedule, kind = process.schedule, process.prediction_type
     unet = model.unet.requires_grad_(True).train()

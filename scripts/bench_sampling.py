@@ -45,7 +45,7 @@ def contestants(
     config: TrainConfig, num_images: int, num_steps: int
 ) -> dict[str, Callable[[], object]]:
     """Returns what is timed by name, over one model with the fine-tune's process."""
-    model = DiffusionModel.load(config.checkpoint)
+    model = DiffusionModel.load(str(config.checkpoint))
     model.process = fine_tuned_process(config, model.process)
     prompts = [
         config.preview.prompts[number % len(config.preview.prompts)] for number in range(num_images)

@@ -74,10 +74,11 @@ def train_digit_judge(
         rows = torch.randint(len(images), (batch_size,), generator=generator)
         shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
         features = judge(images[rows].roll(shift, dims=(2, 3)))
-        loss = sum(
+        errors = [
             F.cross_entropy(head(features), labels[rows, place])
             for place, head in enumerate(judge.heads)
-        )
+        ]
+        loss = torch.stack(errors).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

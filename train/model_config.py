@@ -98,12 +98,12 @@ class ModelConfig:
 
 @dataclass
 class DropoutConfig:
-    """Dropout in the low levels of the UNet, while it trains (Hoogeboom et al. 2023, 3.3)."""
+    """Dropout in the low levels of the UNet, while it trains (Hoogeboom et al. 2023, 3.4)."""
 
     probability: float = 0.0
-    """Share of activations that are dropped; the paper has .1 to .2."""
+    """Share of activations that are dropped, such as .1."""
     max_resolution: int | None = None
-    """Largest side of feature maps that have dropout, 16 in the paper; not set: every level."""
+    """Largest side of feature maps that have dropout, such as 16; not set: every level."""
 
     def __post_init__(self) -> None:
         check_range("dropout.probability", self.probability, at_least=0, below=1)

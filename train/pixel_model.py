@@ -45,8 +45,9 @@ def build_pixel_model(config: ModelConfig, resolution: int, process: Process) ->
         torch.manual_seed(config.seed)
         unet = build_unet(config, resolution, width)
     form = PixelForm(codec, tuple(config.classes), text is not None)
-    parts = (None, None) if text is None else (text.text_encoder, text.tokenizer)
-    return DiffusionModel(unet, None, *parts, process, pixels=form)
+    text_encoder = None if text is None else text.text_encoder
+    tokenizer = None if text is None else text.tokenizer
+    return DiffusionModel(unet, None, text_encoder, tokenizer, process, pixels=form)
 
 
 def build_unet(config: ModelConfig, resolution: int, text_width: int) -> UNet2DConditionModel:
