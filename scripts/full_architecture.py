@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,13 +47,17 @@ class FullArchitectureConfig:
     """Side of the training images in px: 16x16 latents."""
     sample_px: int = 512
     """Side of the sampled picture in px: 64x64 latents."""
+    training: list[str] = field(default_factory=list)
+    """Further key=value settings of the training, such as schedule.shift.base_resolution=512."""
+    variant: str = ""
+    """Name of these figures beside the architecture's own, where `training` differs."""
     keep: bool = False
     """Keep the weights in the work folder when all is done."""
 
 
 def measure(config: FullArchitectureConfig) -> dict[str, Any]:
     """Runs what is not done yet and returns the figures of this architecture."""
-    work = Path(config.work) / config.architecture
+    work = Path(config.work) / name_of(config)
     state_file = work / "state.json"
     state: dict[str, Any] = _read(state_file) or {"verbs": {}}
     base = work / "base"
@@ -67,7 +71,7 @@ def measure(config: FullArchitectureConfig) -> dict[str, Any]:
         _write(state_file, state)
     parameters = state["parameters"]
     check_room(work, state["verbs"], parameters["unet"])
-    for verb in verbs(work, parameters, config.resolution, config.sample_px):
+    for verb in verbs(work, parameters, config.resolution, config.sample_px, config.training):
         if verb.name not in state["verbs"]:
             run_verb(verb, work, state)
             _write(state_file, state)
@@ -75,9 +79,16 @@ def measure(config: FullArchitectureConfig) -> dict[str, Any]:
         for name in ("base", "shards", "latents", "photos"):
             shutil.rmtree(work / name, ignore_errors=True)
     settings = {
-        key: value for key, value in asdict(config).items() if key not in ("output", "keep")
+        key: value
+        for key, value in asdict(config).items()
+        if key not in ("output", "keep") and value not in ("", [])
     }
     return {"settings": settings, **describe_machine(), **state}
+
+
+def name_of(config: FullArchitectureConfig) -> str:
+    """Returns the key of these figures: the architecture and, after a space, the variant."""
+    return f"{config.architecture} {config.variant}".strip()
 
 
 def run_verb(verb: Verb, work: Path, state: dict[str, Any]) -> None:
@@ -194,7 +205,7 @@ def main(argv: list[str]) -> int:
         print(f"full_architecture: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     output = Path(config.output)
-    results = _read(output.with_suffix(".json")) | {config.architecture: found}
+    results = _read(output.with_suffix(".json")) | {name_of(config): found}
     _write(output.with_suffix(".json"), results)
     text = markdown(results)
     output.with_suffix(".md").write_text(text, encoding="utf-8")

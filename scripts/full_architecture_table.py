@@ -2,8 +2,10 @@
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +53,23 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([INTRODUCTION, *(_section(name, found) for name, found in results.items())])
 
 
+def _title(name: str) -> str:
+    architecture, _, variant = name.partition(" ")
+    return TITLES[architecture] + (f", {variant}" if variant else "")
+
+
+def _written(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list) else value
+
+
 def _section(name: str, found: dict[str, Any]) -> str:
     rows = found["verbs"]
     imports_gb = rows[IMPORTS]["peak_rss_gb"]
     counts = ", ".join(f"{part} {count:,}" for part, count in found["parameters"].items())
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    settings = " ".join(f"{key}={value}" for key, value in found["settings"].items())
+    settings = shlex.join(f"{key}={_written(v)}" for key, v in found["settings"].items())
     lines = [
-        f"## {TITLES[name]}",
+        f"## {_title(name)}",
         "",
         f"Parameters: {counts}. {found['date']}, {found['machine']}; {versions}.",
         f"`python -m scripts.full_architecture {settings}`",

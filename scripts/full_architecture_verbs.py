@@ -1,6 +1,7 @@
 """What a full-size run does, command by command, and what each must hold in memory."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,11 +34,17 @@ class Verb:
     """metrics.csv; SIGTERM is sent when it names the first step."""
 
 
-def verbs(work: Path, parameters: dict[str, int], resolution: int, sample_px: int) -> list[Verb]:
+def verbs(
+    work: Path,
+    parameters: dict[str, int],
+    resolution: int,
+    sample_px: int,
+    training: Sequence[str] = (),
+) -> list[Verb]:
     """Lists the commands in their order; they start from work/base and work/photos.
 
     `parameters` counts those of unet, vae and text_encoder; training images have `resolution` px,
-    the sampled picture `sample_px`.
+    the sampled picture `sample_px`. `training` are further settings of the run.
     """
     python, base, run_dir = sys.executable, work / "base", work / "run"
     blackpoint = [python, "-m", "scripts.cli"]
@@ -62,6 +69,7 @@ def verbs(work: Path, parameters: dict[str, int], resolution: int, sample_px: in
         "trainer.validate_every_steps=0",
         "preview.every_steps=0",
         "wandb.enabled=false",
+        *training,
     ]
     five = "UNet 4 B/parameter, gradients 4, AdamW 8, average 4"
     whole = "UNet, VAE and text encoder, 4 B/parameter"

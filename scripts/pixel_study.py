@@ -17,12 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from data.digits import digit_of, digit_samples
+from data.transform import transform
 from sampling.errors import UserError
 from sampling.evaluation.digit_reader import DigitReader
 from sampling.model import DiffusionModel
@@ -43,7 +46,7 @@ ARMS = {
     "both": [],
 }
 DIGIT_READER = "assets/digit_reader"
-NUM_PICTURED = 12
+NUM_PICTURED, SIDE_PX = 12, 32
 
 
 @dataclass
@@ -56,7 +59,7 @@ class PixelStudyConfig:
     """Folder of the rows, the page and the pictures."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of the trainings: initial weights, order, t and eps."""
-    max_steps: int = 400
+    max_steps: int = 1200
     """Optimizer steps of each run, 32 images each."""
     num_train_images: int = 16000
     """Composed training images, of 4,500 digits."""
@@ -77,7 +80,7 @@ def study(config: PixelStudyConfig) -> None:
     pack_digits(demo, "held_out")
     judge = load_judge(work / "judge.safetensors", config)
     images, captions, _ = digit_samples(config.num_samples, 0, "held_out")
-    real = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    real = as_trained(images)
     for seed in config.seeds:
         for arm in ARMS:
             rows_file = work / "rows" / f"{arm}_{seed}.json"
@@ -169,17 +172,20 @@ def load_judge(path: Path, config: PixelStudyConfig) -> DigitJudge:
         judge.load_state_dict(load_file(path))
         return judge.eval()
     samples = digit_samples(config.num_train_images, 0, "train")
-    judge = train_digit_judge(_pixels(samples[0]), labels_of(*samples))
+    judge = train_digit_judge(as_trained(samples[0]), labels_of(*samples))
     held_out = digit_samples(2000, 1, "held_out")
-    shares = judge.accuracy(_pixels(held_out[0]), labels_of(*held_out))
+    shares = judge.accuracy(as_trained(held_out[0]), labels_of(*held_out))
     accuracy = dict(zip(("digit", "ink", "background"), shares, strict=True))
     path.with_suffix(".json").write_text(json.dumps(accuracy, indent=1) + "\n", encoding="utf-8")
     save_file(judge.state_dict(), path)
     return judge
 
 
-def _pixels(images: Any) -> Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+def as_trained(images: np.ndarray) -> Tensor:
+    """Resizes images (N, 64, 64, 3) as the models see them; returns uint8 (N, 3, 32, 32)."""
+    size = (SIDE_PX, SIDE_PX)
+    small = [transform(Image.fromarray(image), size, 0.5, 0.5, flip=False) for image in images]
+    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
 
 
 def main(argv: list[str]) -> int:

@@ -17,9 +17,10 @@ NUM_LABELS = (len(DIGIT_NAMES), len(INKS), len(BACKGROUNDS))
 
 
 class DigitJudge(nn.Module):
-    """Four convolutions of stride 2, a layer of features and one head for each label.
+    """Four convolutions, a layer of features and one head for each label.
 
-    Called on images (N, 3, 64, 64), uint8 or in [0, 1], it returns the features (N, 128).
+    Called on images (N, 3, 32, 32), uint8 or in [0, 1], it returns the features (N, 128), each
+    within -1 and 1.
     """
 
     num_features = NUM_FEATURES
@@ -28,10 +29,10 @@ class DigitJudge(nn.Module):
         super().__init__()
         widths = (3, 24, 48, 96, 128)
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
+        for before, after, stride in zip(widths[:-1], widths[1:], (1, 2, 2, 2), strict=True):
+            layers += [nn.Conv2d(before, after, 3, stride, 1), nn.GroupNorm(8, after), nn.SiLU()]
         self.layers = nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(128 * 16, NUM_FEATURES), nn.SiLU()
+            *layers, nn.Flatten(), nn.Linear(128 * 16, NUM_FEATURES), nn.Tanh()
         )
         self.heads = nn.ModuleList(nn.Linear(NUM_FEATURES, count) for count in NUM_LABELS)
 
@@ -63,7 +64,7 @@ def labels_of(images: np.ndarray, captions: list[str], digits: np.ndarray) -> Te
 def train_digit_judge(
     images: Tensor, labels: Tensor, seed: int = 0, num_steps: int = 1500, batch_size: int = 64
 ) -> DigitJudge:
-    """Trains on uint8 images (N, 3, 64, 64) and labels (N, 3), shifted by up to 3 px at random."""
+    """Trains on uint8 images (N, 3, 32, 32) and labels (N, 3), shifted by up to 2 px at random."""
     generator = torch.Generator("cpu").manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -72,7 +73,7 @@ def train_digit_judge(
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps)
     for _ in track(range(num_steps), description="digit judge"):
         rows = torch.randint(len(images), (batch_size,), generator=generator)
-        shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
+        shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
         features = judge(images[rows].roll(shift, dims=(2, 3)))
         errors = [
             F.cross_entropy(head(features), labels[rows, place])
