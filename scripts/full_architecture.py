@@ -57,7 +57,7 @@ class FullArchitectureConfig:
 
 def measure(config: FullArchitectureConfig) -> dict[str, Any]:
     """Runs what is not done yet and returns the figures of this architecture."""
-    work = Path(config.work) / name_of(config)
+    work = Path(config.work) / name_of(config).replace(" ", "_")
     state_file = work / "state.json"
     state: dict[str, Any] = _read(state_file) or {"verbs": {}}
     base = work / "base"
