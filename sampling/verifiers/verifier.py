@@ -1,4 +1,4 @@
-"""What every verifier is: a function from images and their prompts to one score each, higher better.
+"""What every verifier is: from images and their prompts to one score each, the higher the better.
 
 Searches compare scores after rounding them to 1e-4 and never see more of a verifier than this.
 """
