@@ -1,9 +1,9 @@
 """Shift x multi-scale loss in pixel space, on real digits: python -m scripts.pixel_study.
 
-Four arms (neither, the shift, the multi-scale loss, both) of configs/tiny_pixel.yaml, trained from
-random weights with the same seeds, and so the same initial weights, batches, t and eps. Each model
-samples the same prompts from the same seeds; KID is the distance of a classifier's features of them
-from those of held-out images with the same captions (Binkowski et al. 2018).
+Four arms (neither, the shift, the multi-scale loss, both) of one class-conditional model, trained
+from random weights on MNIST digits at 32 px with the same seeds, and so the same initial weights,
+batches, t and eps. Each model samples the same classes from the same seeds; KID is the distance of a
+classifier's features of them from those of held-out digits (Binkowski et al. 2018).
 
 Every run resumes or is skipped when it is done. seeds=[1] does a part, for a second process; the
 page is written from all rows that are there.
@@ -24,29 +24,33 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from data.digits import digit_of, digit_samples
+from data.digits import DIGIT_NAMES, Split, compose, mnist_digits
+from data.pack import PackConfig, pack
 from data.transform import transform
 from sampling.errors import UserError
-from sampling.evaluation.digit_reader import DigitReader
 from sampling.model import DiffusionModel
 from sampling.pictures import caption_grid, to_picture
 from scripts.config import load
-from scripts.demo_steps import pack_digits
 from scripts.pixel_study_page import write_page
-from scripts.run_demo import DemoConfig
 from train.config import TrainConfig
-from train.digit_judge import DigitJudge, labels_of, train_digit_judge
+from train.digit_judge import DigitJudge, train_digit_judge
 from train.run import fit
 
 YAML = "configs/tiny_pixel.yaml"
+MODEL = [
+    "model.condition=class",
+    f"model.classes=[{','.join(DIGIT_NAMES)}]",
+    "model.text_encoder=null",
+    "model.blocks=[1,2]",
+    "model.transformer_blocks=[0,0]",
+]
 ARMS = {
     "neither": ["schedule.shift.base_resolution=null", "loss.pool_factors=[1]"],
     "shift": ["loss.pool_factors=[1]"],
     "multi-scale": ["schedule.shift.base_resolution=null"],
     "both": [],
 }
-DIGIT_READER = "assets/digit_reader"
-NUM_PICTURED, SIDE_PX = 12, 32
+NUM_PICTURED, SIDE_PX = 20, 32
 
 
 @dataclass
@@ -59,10 +63,8 @@ class PixelStudyConfig:
     """Folder of the rows, the page and the pictures."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of the trainings: initial weights, order, t and eps."""
-    max_steps: int = 1200
-    """Optimizer steps of each run, 32 images each."""
-    num_train_images: int = 16000
-    """Composed training images, of 4,500 digits."""
+    max_steps: int = 1500
+    """Optimizer steps of each run, 32 images each; 4,500 digits are there to train on."""
     num_samples: int = 500
     """Samples of each model, and held-out images that they are compared with."""
     num_steps: int = 25
@@ -75,17 +77,16 @@ def study(config: PixelStudyConfig) -> None:
     """Runs what is missing and writes the page."""
     work, output = Path(config.work), Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    demo = DemoConfig(run_dir=config.work, num_train_images=config.num_train_images)
-    pack_digits(demo, "train")
-    pack_digits(demo, "held_out")
-    judge = load_judge(work / "judge.safetensors", config)
-    images, captions, _ = digit_samples(config.num_samples, 0, "held_out")
-    real = as_trained(images)
+    splits: tuple[Split, ...] = ("train", "held_out")
+    for split in splits:
+        pack_digits(work, split)
+    judge = load_judge(work / "judge.safetensors")
+    real = digits_of("held_out")[0][: config.num_samples]
     for seed in config.seeds:
         for arm in ARMS:
             rows_file = work / "rows" / f"{arm}_{seed}.json"
             if not rows_file.is_file():
-                row = measure(config, arm, seed, real, captions, judge)
+                row = measure(config, arm, seed, real, judge)
                 rows_file.parent.mkdir(parents=True, exist_ok=True)
                 rows_file.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
                 print(f"* {arm}, seed {seed}: KID {row['kid']:.5f}", flush=True)
@@ -102,7 +103,6 @@ def measure(
     arm: str,
     seed: int,
     real: Tensor,
-    captions: list[str],
     judge: DigitJudge,
 ) -> dict[str, Any]:
     """Trains one model, samples it and returns its row."""
@@ -110,6 +110,7 @@ def measure(
     run_dir = work / "runs" / f"{arm}_{seed}"
     started_s = time.perf_counter()
     settings = [
+        *MODEL,
         *ARMS[arm],
         f"run_dir={run_dir}",
         f"seed={seed}",
@@ -125,27 +126,28 @@ def measure(
     fit(load(TrainConfig, [YAML, *settings]))
     trained_s = time.perf_counter()
     model = DiffusionModel.load(run_dir)
+    digits = torch.arange(config.num_samples) % len(DIGIT_NAMES)
     samples = model.sample(
-        captions,
-        seeds=list(range(len(captions))),
+        [DIGIT_NAMES[digit] for digit in digits.tolist()],
+        seeds=list(range(config.num_samples)),
         num_steps=config.num_steps,
         guidance_scale=config.guidance_scale,
         guidance_rescale=0.0,
         batch_size=50,
     )
     sampled_s = time.perf_counter()
-    digits = torch.tensor([digit_of(caption) for caption in captions])
-    read = DigitReader.load(DIGIT_READER).read(samples)
+    pixels = (255 * samples).round().to(torch.uint8)
+    names = [DIGIT_NAMES[digit] for digit in digits[:NUM_PICTURED].tolist()]
     pictures = [to_picture(image) for image in samples[:NUM_PICTURED]]
-    caption_grid([arm], [pictures], captions[:NUM_PICTURED]).save(
+    caption_grid([f"{arm}, seed {seed}"], [pictures], names).save(
         Path(config.output) / f"samples_{arm}_{seed}.png"
     )
     return {
         "arm": arm,
         "seed": seed,
-        "kid": kid(judge, real, (255 * samples).round().to(torch.uint8)),
-        "digits_read": (read == digits).double().mean().item(),
-        "num_samples": len(captions),
+        "kid": kid(judge, real, pixels),
+        "digits_read": (judge.read(pixels) == digits).double().mean().item(),
+        "num_samples": config.num_samples,
         "max_steps": config.max_steps,
         "num_steps": config.num_steps,
         "guidance_scale": config.guidance_scale,
@@ -165,27 +167,42 @@ def kid(judge: DigitJudge, real: Tensor, fake: Tensor) -> float:
     return float(mean)
 
 
-def load_judge(path: Path, config: PixelStudyConfig) -> DigitJudge:
-    """Loads the classifier, or trains it on the images that the models are trained on."""
+def load_judge(path: Path) -> DigitJudge:
+    """Loads the classifier, or trains it on the digits that the models are trained on."""
     judge = DigitJudge()
     if path.is_file():
         judge.load_state_dict(load_file(path))
         return judge.eval()
-    samples = digit_samples(config.num_train_images, 0, "train")
-    judge = train_digit_judge(as_trained(samples[0]), labels_of(*samples))
-    held_out = digit_samples(2000, 1, "held_out")
-    shares = judge.accuracy(as_trained(held_out[0]), labels_of(*held_out))
-    accuracy = dict(zip(("digit", "ink", "background"), shares, strict=True))
+    judge = train_digit_judge(*digits_of("train"))
+    images, labels = digits_of("held_out")
+    accuracy = {"digit": (judge.read(images) == labels).double().mean().item()}
     path.with_suffix(".json").write_text(json.dumps(accuracy, indent=1) + "\n", encoding="utf-8")
     save_file(judge.state_dict(), path)
     return judge
 
 
-def as_trained(images: np.ndarray) -> Tensor:
-    """Resizes images (N, 64, 64, 3) as the models see them; returns uint8 (N, 3, 32, 32)."""
+def digits_of(split: Split) -> tuple[Tensor, Tensor]:
+    """Returns a split as the models see it, white on black: uint8 (N, 3, 32, 32), and labels."""
+    masks, labels = mnist_digits(split)
+    images = [Image.fromarray(compose(mask, "white", "black")) for mask in masks]
     size = (SIDE_PX, SIDE_PX)
-    small = [transform(Image.fromarray(image), size, 0.5, 0.5, flip=False) for image in images]
-    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
+    small = [transform(image, size, 0.5, 0.5, flip=False) for image in images]
+    pixels = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
+    return pixels, torch.from_numpy(labels)
+
+
+def pack_digits(work: Path, split: Split) -> None:
+    """Writes one split, each digit captioned with its name, and packs it."""
+    shards, folder = work / "shards" / split, work / "digits" / split
+    if shards.exists():  # data pack makes it only when it is whole
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (image, label) in enumerate(zip(*digits_of(split), strict=True)):
+        name = f"{number:06d}"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(DIGIT_NAMES[int(label)] + "\n", encoding="ascii")
+    shards.parent.mkdir(parents=True, exist_ok=True)
+    pack(PackConfig(source=str(folder), output=str(shards)))
 
 
 def main(argv: list[str]) -> int:

@@ -82,9 +82,9 @@ def write_page(output: Path, rows: list[dict[str, Any]], judge: dict[str, float]
 {datetime.date.today().isoformat()}, {describe_machine()["machine"]}; {len(rows)} runs of
 {first["max_steps"]} steps of 32 images, {seconds / 60:.0f} minutes of training and sampling in all,
 one core each. {first["num_samples"]} samples a model, DDIM with {first["num_steps"]} steps,
-guidance {first["guidance_scale"]:g}; KID against as many held-out images of the same captions, on
-features of a classifier trained on the training images (held-out accuracy: {accuracy}). Lower KID
-is better. Raw rows: rows.csv.
+guidance {first["guidance_scale"]:g}; KID against as many held-out digits, on features of a
+classifier trained on the training digits (held-out accuracy: {accuracy}). Lower KID is better.
+Raw rows: rows.csv.
 
 {tables(rows)}"""
     (output / "results.md").write_text(text.rstrip() + "\n", encoding="utf-8")

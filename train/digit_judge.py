@@ -1,23 +1,20 @@
-"""A classifier of composed digits in colour: digit, ink and background; its features judge samples.
+"""A classifier of digits whose features judge samples: what KID is measured on.
 
-Unlike the digit reader (sampling/evaluation/digit_reader.py), which is made blind to ink and
-background, it sees the picture as it is, and so does a distance of feature distributions.
+The digit reader (sampling/evaluation/digit_reader.py) is made blind to much of a picture. This one
+is trained on the pictures that a generator is trained on, as they are, so that the distance of
+feature distributions sees what the generator got wrong.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
-from data.digits import BACKGROUNDS, DIGIT_NAMES, INKS
-
-NUM_FEATURES = 128
-NUM_LABELS = (len(DIGIT_NAMES), len(INKS), len(BACKGROUNDS))
+NUM_FEATURES, NUM_DIGITS = 128, 10
 
 
 class DigitJudge(nn.Module):
-    """Four convolutions, a layer of features and one head for each label.
+    """Four convolutions, a layer of features and a head.
 
     Called on images (N, 3, 32, 32), uint8 or in [0, 1], it returns the features (N, 128), each
     within -1 and 1.
@@ -34,37 +31,23 @@ class DigitJudge(nn.Module):
         self.layers = nn.Sequential(
             *layers, nn.Flatten(), nn.Linear(128 * 16, NUM_FEATURES), nn.Tanh()
         )
-        self.heads = nn.ModuleList(nn.Linear(NUM_FEATURES, count) for count in NUM_LABELS)
+        self.head = nn.Linear(NUM_FEATURES, NUM_DIGITS)
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         return self.layers(2 * pixels - 1)
 
     @torch.inference_mode()
-    def accuracy(self, images: Tensor, labels: Tensor) -> list[float]:
-        """Returns the share of right answers for each label of uint8 images and labels (N, 3)."""
+    def read(self, images: Tensor) -> Tensor:
+        """Returns the digit that each image shows, (N,) int64."""
         self.eval()
-        features = torch.cat([self(chunk) for chunk in images.split(256)])
-        read = torch.stack([head(features).argmax(dim=1) for head in self.heads], dim=1)
-        return (read == labels).double().mean(dim=0).tolist()
-
-
-def labels_of(images: np.ndarray, captions: list[str], digits: np.ndarray) -> Tensor:
-    """Returns digit, ink and background of composed images, (N, 3) int64.
-
-    Captions name the ink; the background, which some leave out, is read from the corner.
-    """
-    inks = [list(INKS).index(caption.split()[1]) for caption in captions]
-    levels = np.asarray(list(BACKGROUNDS.values()))
-    corners = images[:, 0, 0, :1] / 255
-    backgrounds = np.abs(corners - levels).argmin(axis=1)
-    return torch.from_numpy(np.stack([digits, inks, backgrounds], axis=1).astype(np.int64))
+        return torch.cat([self.head(self(chunk)).argmax(dim=1) for chunk in images.split(256)])
 
 
 def train_digit_judge(
     images: Tensor, labels: Tensor, seed: int = 0, num_steps: int = 1500, batch_size: int = 64
 ) -> DigitJudge:
-    """Trains on uint8 images (N, 3, 32, 32) and labels (N, 3), shifted by up to 2 px at random."""
+    """Trains on uint8 images (N, 3, 32, 32) and labels (N,), shifted by up to 2 px at random."""
     generator = torch.Generator("cpu").manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -74,12 +57,8 @@ def train_digit_judge(
     for _ in track(range(num_steps), description="digit judge"):
         rows = torch.randint(len(images), (batch_size,), generator=generator)
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        features = judge(images[rows].roll(shift, dims=(2, 3)))
-        errors = [
-            F.cross_entropy(head(features), labels[rows, place])
-            for place, head in enumerate(judge.heads)
-        ]
-        loss = torch.stack(errors).sum()
+        logits = judge.head(judge(images[rows].roll(shift, dims=(2, 3))))
+        loss = F.cross_entropy(logits, labels[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
