@@ -2,8 +2,8 @@
 
 Four arms (neither, the shift, the multi-scale loss, both) of one class-conditional model, trained
 from random weights on MNIST digits at 32 px with the same seeds, and so the same initial weights,
-batches, t and eps. Each model samples the same classes from the same seeds; KID is the distance of a
-classifier's features of them from those of held-out digits (Binkowski et al. 2018).
+batches, t and eps. Each model samples the same classes from the same seeds; KID is the distance of
+a classifier's features of them from those of held-out digits (Binkowski et al. 2018).
 
 Every run resumes or is skipped when it is done. seeds=[1] does a part, for a second process; the
 page is written from all rows that are there.
