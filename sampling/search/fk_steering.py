@@ -1,0 +1,120 @@
+"""FK steering: particles of a stochastic sampler, resampled by the verifier's view of x0.
+
+Sequential Monte Carlo (Singhal et al. 2025; Wu et al. 2023). With r_k the score of a particle's
+x0-prediction at level k and lambda_k rising to lambda (tempering), the potential of a step is
+
+    difference: lambda_k r_k - lambda_(k-1) r_(k-1)   (telescopes: the target is p exp(lambda r))
+    max:        lambda_k max_(j <= k) r_j             (greedy)
+    sum:        lambda_k sum_(j <= k) r_j
+
+Log-weights are carried from level to level and reset by a resampling, which is systematic
+(Carpenter et al. 1999) and happens where the effective sample size (sum w)^2 / sum w^2 falls below
+a share of the particles. It needs a sampler with noise: copies of a particle would stay copies.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sampling.errors import UserError
+from sampling.search.trial import Outcome, Problem, Search, Seeded, Trial
+
+Potential = Literal["difference", "max", "sum"]
+
+
+@dataclass
+class FkSteeringConfig:
+    """Feynman-Kac steering."""
+
+    strength: float = 10.0
+    """lambda: how strongly the score tilts the distribution."""
+    potential: Potential = "difference"
+    """How scores along the way become weights."""
+    resample_every_steps: int = 5
+    """Sampling steps between looks at the particles."""
+    ess_threshold: float = 0.5
+    """Resampling happens where the effective sample size is below this share; 1 is always."""
+    tempering: float = 1.0
+    """lambda_k = lambda (k / S)^tempering, S the sampling steps; 0 has lambda from the start."""
+
+    def __post_init__(self) -> None:
+        if self.resample_every_steps < 1:
+            raise UserError(f"resample_every_steps={self.resample_every_steps} must be at least 1")
+        if not 0 <= self.ess_threshold <= 1:
+            raise UserError(f"ess_threshold={self.ess_threshold} must lie in 0..1")
+        if self.tempering < 0 or not math.isfinite(self.strength):
+            raise UserError("tempering must be at least 0 and strength finite")
+
+
+def systematic(weights: Sequence[float], uniform: float) -> list[int]:
+    """Returns the parent of each particle: points (u + i) / n on the cumulated weights."""
+    shares = np.asarray(weights, dtype=np.float64)
+    points = (uniform + np.arange(len(shares))) / len(shares)
+    edges = np.cumsum(shares / shares.sum())
+    return np.minimum(np.searchsorted(edges, points, side="right"), len(shares) - 1).tolist()
+
+
+def effective_sample_size(log_weights: Sequence[float]) -> float:
+    """Returns (sum w)^2 / sum w^2."""
+    weights = normalised(log_weights)
+    return 1 / float((weights**2).sum())
+
+
+def normalised(log_weights: Sequence[float]) -> np.ndarray:
+    """Returns weights that add up to 1; particles of weight 0 have log-weight -inf."""
+    logs = np.asarray(log_weights, dtype=np.float64)
+    weights = np.exp(logs - logs.max())
+    return weights / weights.sum()
+
+
+def fk_steering(problem: Problem, config: FkSteeringConfig) -> Search:
+    """Walks as many particles as the budget completes; every one is scored at the end."""
+    last = problem.grid.num_steps
+    count = problem.budget_nfe // problem.full_cost
+    levels = [*range(config.resample_every_steps, last, config.resample_every_steps), last]
+    seeds = [problem.draw_seed("candidate", number) for number in range(count)]
+    particles: list[Outcome] = []
+    log_weights, tilts, number = [0.0] * count, [0.0] * count, 0
+    history: list[list[float]] = [[] for _ in range(count)]
+    for round_number, level in enumerate(levels):
+        trials = []
+        for slot in range(count):
+            # The noise of the steps belongs to the slot: copies of a particle part here.
+            seed = seeds[slot] if not particles else problem.draw_seed("slot", round_number, slot)
+            start = particles[slot].state if particles else Seeded(seed)
+            assert start is not None
+            goal: Literal["final", "preview"] = "final" if level == last else "preview"
+            parent = particles[slot].trial.candidate if particles else None
+            trials.append(Trial(round_number, number, start, level, goal, seed, parent))
+            number += 1
+        particles = yield trials
+        strength = config.strength * (level / last) ** config.tempering
+        for slot, particle in enumerate(particles):
+            history[slot].append(particle.score)
+            tilt = strength * _tilted(history[slot], config.potential)
+            before = tilts[slot] if config.potential == "difference" else 0.0
+            rejected = math.isnan(particle.score)
+            log_weights[slot] = -math.inf if rejected else log_weights[slot] + tilt - before
+            tilts[slot] = 0.0 if rejected else tilt
+        if level == last or max(log_weights) == -math.inf:
+            return
+        if effective_sample_size(log_weights) < config.ess_threshold * count:
+            uniform = problem.draw_seed("resample", round_number) / 2**31
+            parents = systematic(normalised(log_weights).tolist(), uniform)
+            particles = [particles[parent] for parent in parents]
+            tilts = [tilts[parent] for parent in parents]
+            history = [list(history[parent]) for parent in parents]
+            log_weights = [0.0] * count
+
+
+def _tilted(scores: Sequence[float], potential: Potential) -> float:
+    match potential:
+        case "difference":
+            return scores[-1]
+        case "max":
+            return max(scores)
+        case "sum":
+            return sum(scores)

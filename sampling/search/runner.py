@@ -1,0 +1,205 @@
+"""Runs trials of any number of prompts in batches: denoise, preview or decode, verify.
+
+Trials that go from the same level to the same level share a batch, whatever their prompts. What
+becomes of a trial does not depend on its batch; the ledger counts rows as forward hooks would.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sampling.conditioning import Conditioning
+from sampling.guidance import Guidance
+from sampling.model import DiffusionModel
+from sampling.noise import step_noise
+from sampling.samplers import SampleState, SamplingGrid, renoise, run
+from sampling.search.ledger import Ledger
+from sampling.search.trial import (
+    Neighbour,
+    Outcome,
+    Renoised,
+    Seeded,
+    Trial,
+    join_states,
+    rounded,
+    slice_state,
+)
+from sampling.verifiers.verifier import Verifier, checked_scores
+
+
+@dataclass(frozen=True)
+class SearchSampling:
+    """How every candidate is sampled."""
+
+    num_steps: int
+    guidance: Guidance
+    sampler: str = "ddim"
+    eta: float | None = None
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """An outcome, and the image where it is final, on the CPU."""
+
+    outcome: Outcome
+    image: Tensor | None = None  # (3, H, W)
+    seconds: float = 0.0
+
+
+class TrialRunner:
+    """Runs trials of `prompts` on one model.
+
+    Every one of `verifiers` scores every image; `weights` names those whose weighted sum is an
+    outcome's score.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        prompts: Sequence[str],
+        sampling: SearchSampling,
+        verifiers: Sequence[Verifier],
+        weights: dict[str, float],
+        batch_size: int,
+    ) -> None:
+        self.model, self.prompts, self.sampling = model, list(prompts), sampling
+        self.verifiers, self.weights, self.batch_size = verifiers, weights, batch_size
+        self.shape = model.latent_shape(sampling.height, sampling.width)
+        process = model.process
+        self.grid = SamplingGrid.of(process.schedule, process.timesteps(sampling.num_steps))
+        encoded = model.encode_prompts([sampling.negative_prompt, *self.prompts])
+        self._empty, self._conditions = encoded[:1], encoded[1:]
+        wanted = (verifier.preview_log_snr for verifier in verifiers)
+        self._preview_steps = [None if snr is None else self._nearest_step(snr) for snr in wanted]
+        self.ledger = Ledger()
+
+    def cost(self, first: int, stop: int) -> int:
+        """Returns the NFE of one sample's run from level `first` to level `stop`."""
+        heun, total = self.sampling.sampler == "heun", 0
+        for step in range(first, stop):
+            total += self._rows(step)
+            if heun and step + 1 < self.grid.num_steps:
+                total += self._rows(step + 1)
+        return total
+
+    def _nearest_step(self, log_snr: float) -> int:
+        distance = (self.model.process.schedule.log_snr[list(self.grid.timesteps)] - log_snr).abs()
+        return int(distance.argmin())
+
+    def _rows(self, step: int) -> int:
+        return 2 if self.sampling.guidance.is_on(self.grid.timesteps[step]) else 1
+
+    @torch.no_grad()
+    def run(self, trials: Sequence[tuple[int, Trial]]) -> list[Result]:
+        """Runs (prompt index, trial) pairs; returns their results in the same order."""
+        groups: dict[tuple[int, int, str], list[int]] = {}
+        for place, (_, trial) in enumerate(trials):
+            goal = (trial.first_step, trial.stop, trial.goal)
+            groups.setdefault(goal, []).append(place)
+        found: dict[int, Result] = {}
+        for _, places in sorted(groups.items()):
+            for start in range(0, len(places), self.batch_size):
+                chunk = places[start : start + self.batch_size]
+                found |= zip(chunk, self._run_batch([trials[p] for p in chunk]), strict=True)
+        return [found[place] for place in range(len(trials))]
+
+    def _run_batch(self, batch: list[tuple[int, Trial]]) -> list[Result]:
+        started_s = time.perf_counter()
+        rows = torch.tensor([prompt for prompt, _ in batch], device=self.model.device)
+        trials = [trial for _, trial in batch]
+        stop, goal = trials[0].stop, trials[0].goal
+        start, conditions = self._start(trials), self._conditions[rows]
+        state, readings = self._denoise(start, stop, conditions, trials)
+        price = self.cost(trials[0].first_step, stop)
+        images = self._decode(state.x if goal == "final" else state.x0)
+        prompts = [self.prompts[prompt] for prompt, _ in batch]
+        scores = self._verify(images, prompts, readings)
+        seconds = (time.perf_counter() - started_s) / len(batch)
+        results = []
+        for row, trial in enumerate(trials):
+            score = rounded(sum(w * scores[row][name] for name, w in self.weights.items()))
+            kept = None if goal == "final" else slice_state(state, row)
+            image = images[row].cpu() if goal == "final" else None
+            outcome = Outcome(trial, score, price, kept, scores[row])
+            results.append(Result(outcome, image, seconds))
+        return results
+
+    def _start(self, trials: Sequence[Trial]) -> SampleState:
+        device, states = self.model.device, []
+        for trial in trials:
+            start = trial.start
+            if isinstance(start, Seeded | Neighbour):
+                states.append(SampleState(start.noise(self.shape)[None]))
+            elif isinstance(start, Renoised):
+                noise = Seeded(start.seed).noise(self.shape)[None]
+                states.append(renoise(self.grid, start.state, start.step, noise))
+            else:
+                states.append(start)
+        return join_states(states, device)
+
+    def _denoise(
+        self, state: SampleState, stop: int, conditions: Conditioning, trials: Sequence[Trial]
+    ) -> tuple[SampleState, dict[int, Tensor]]:
+        """Returns the state at `stop` and the readings of x0 that verifiers want, by step."""
+        started_s = time.perf_counter()
+        count, seeds = len(trials), [trial.seed for trial in trials]
+        empty = self._empty[torch.zeros(count, dtype=torch.long, device=self.model.device)]
+        denoise = self.model.denoiser(conditions, empty, self.sampling.guidance)
+        first = state.step
+        readings: dict[int, Tensor] = {}
+
+        def keep_reading(reached: SampleState) -> None:
+            if reached.step - 1 in self._preview_steps and reached.x0 is not None:
+                readings[reached.step - 1] = reached.x0
+
+        state = run(
+            self.sampling.sampler,
+            denoise,
+            self.grid,
+            state,
+            stop,
+            self.sampling.eta,
+            lambda step: step_noise(seeds, step, self.shape),
+            keep_reading,
+        )
+        guided = self.cost(first, stop)
+        plain = self._conditional_cost(first, stop)
+        self.ledger.conditional_rows += count * plain
+        self.ledger.unconditional_rows += count * (guided - plain)
+        self.ledger.denoising_s += time.perf_counter() - started_s
+        return state, readings
+
+    def _conditional_cost(self, first: int, stop: int) -> int:
+        twice = self.sampling.sampler == "heun"
+        return sum(
+            2 if twice and step + 1 < self.grid.num_steps else 1 for step in range(first, stop)
+        )
+
+    def _decode(self, latents: Tensor | None) -> Tensor:
+        assert latents is not None
+        started_s = time.perf_counter()
+        images = self.model.decode(latents)
+        self.ledger.decoded_images += len(images)
+        self.ledger.decoding_s += time.perf_counter() - started_s
+        return images
+
+    def _verify(
+        self, images: Tensor, prompts: Sequence[str], readings: dict[int, Tensor]
+    ) -> list[dict[str, float]]:
+        previews = {step: self._decode(x0) for step, x0 in readings.items()}
+        started_s = time.perf_counter()
+        columns = {}
+        for verifier, step in zip(self.verifiers, self._preview_steps, strict=True):
+            seen = None if step is None else previews.get(step)
+            columns[verifier.name] = checked_scores(verifier, images, prompts, seen).tolist()
+            self.ledger.verifier_calls += len(images)
+        self.ledger.verifying_s += time.perf_counter() - started_s
+        return [
+            {name: column[row] for name, column in columns.items()} for row in range(len(images))
+        ]

@@ -1,0 +1,140 @@
+"""The driver: walks the searches of many prompts side by side, from their records or by running.
+
+Every prompt has an algorithm (a generator, sampling/search/trial.py). In each turn the trials that
+all open prompts ask for are gathered; those that candidates.jsonl knows are answered from there,
+the rest is run together. Winners are the best final candidates, ties going to the lower number;
+what is not a finite score is rejected and counted.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sampling.errors import RunFailed
+from sampling.search.journal import Journal
+from sampling.search.runner import TrialRunner
+from sampling.search.trial import Outcome, Problem, Search, Trial
+
+MakeSearch = Callable[[Problem], Search]
+
+
+@dataclass
+class PromptSearch:
+    """One prompt's search as it stands."""
+
+    problem: Problem
+    search: Search
+    pending: list[Trial]
+    finals: list[Outcome] = field(default_factory=list)
+    """Final candidates with a finite score, so far."""
+    spent_nfe: int = 0
+    num_rejected: int = 0
+    is_done: bool = False
+
+    @property
+    def best(self) -> Outcome | None:
+        """The best of the final candidates, ranked together."""
+        return self.problem.best_first(self.finals)[0] if self.finals else None
+
+    def is_better(self, outcome: Outcome) -> bool:
+        """Tells whether a candidate is final and beats the best so far."""
+        if outcome.trial.goal != "final" or math.isnan(outcome.score):
+            return False
+        return self.problem.best_first([*self.finals, outcome])[0] is outcome
+
+    def take(self, outcomes: list[Outcome]) -> None:
+        """Hands the outcomes of `pending` to the algorithm, and takes what it asks for next."""
+        for outcome in outcomes:
+            self.spent_nfe += outcome.nfe
+            self.num_rejected += math.isnan(outcome.score)
+            if outcome.trial.goal == "final" and not math.isnan(outcome.score):
+                self.finals.append(outcome)
+        assert self.spent_nfe <= self.problem.budget_nfe, "an algorithm overspent"
+        try:
+            self.pending = self.search.send(outcomes)
+        except StopIteration:
+            self.pending, self.is_done = [], True
+
+
+def open_search(problem: Problem, make: MakeSearch) -> PromptSearch:
+    """Starts the algorithm of one prompt; it has asked for its first round."""
+    search = make(problem)
+    return PromptSearch(problem, search, next(search))
+
+
+def drive(
+    runner: TrialRunner,
+    journal: Journal,
+    searches: Iterable[PromptSearch],
+    about: Callable[[int], Mapping[str, Any]] = lambda index: {},
+    on_image: Callable[[PromptSearch, Outcome, Tensor], None] = lambda *_: None,
+    on_turn: Callable[[list[PromptSearch]], None] = lambda _: None,
+) -> list[PromptSearch]:
+    """Runs all searches to their end; returns them.
+
+    `on_image` is told of every image that becomes the best of its prompt, when it does; `about`
+    adds to the rows of a prompt. Raises RunFailed where every score of a prompt was rejected.
+    """
+    waiting = iter(searches)
+    finished: list[PromptSearch] = []
+    active = list(itertools.islice(waiting, 1))
+    while active:
+        fresh: dict[tuple[int, int], Outcome] = {}
+        wanted = _unpaid(active, journal)
+        while len(wanted) < runner.batch_size and (more := list(itertools.islice(waiting, 1))):
+            active += more
+            wanted += _unpaid(more, journal)
+        wanted.sort(key=lambda pair: (pair[1].first_step, pair[1].stop, pair[1].goal))
+        for start in range(0, len(wanted), runner.batch_size):
+            chunk = wanted[start : start + runner.batch_size]
+            results = runner.run([(one.problem.prompt_index, trial) for one, trial in chunk])
+            for (one, trial), result in zip(chunk, results, strict=True):
+                index = one.problem.prompt_index
+                journal.write(index, result, about(index))
+                fresh[index, trial.candidate] = result.outcome
+                if result.image is not None and one.is_better(result.outcome):
+                    on_image(one, result.outcome, result.image)
+        for one in active:
+            one.take([_outcome(one, trial, fresh, journal) for trial in one.pending])
+            if one.is_done:
+                _close(one, journal)
+        on_turn(active)
+        finished += [one for one in active if one.is_done]
+        active = [one for one in active if not one.is_done]
+        active = active or list(itertools.islice(waiting, 1))
+    return finished
+
+
+def _unpaid(searches: list[PromptSearch], journal: Journal) -> list[tuple[PromptSearch, Trial]]:
+    """Returns the trials that are asked for and not recorded."""
+    return [
+        (one, trial)
+        for one in searches
+        for trial in one.pending
+        if journal.find(one.problem.prompt_index, trial) is None
+    ]
+
+
+def _outcome(
+    one: PromptSearch, trial: Trial, fresh: dict[tuple[int, int], Outcome], journal: Journal
+) -> Outcome:
+    """Returns what became of a trial, just now or in an earlier start."""
+    index = one.problem.prompt_index
+    outcome = fresh.get((index, trial.candidate)) or journal.find(index, trial)
+    assert outcome is not None
+    return outcome
+
+
+def _close(one: PromptSearch, journal: Journal) -> None:
+    """Drops what a finished prompt no longer needs; raises RunFailed where it has no winner."""
+    index = one.problem.prompt_index
+    journal.forget_states(index)
+    if one.best is None:
+        raise RunFailed(
+            f"prompt {index}: none of its {one.num_rejected} candidates has a finite score, so "
+            "there is no winner; look at the verifier and at the images"
+        )

@@ -1,0 +1,170 @@
+"""The one search problem: what an algorithm asks for, and what it is told.
+
+An algorithm is a generator for one prompt. It yields rounds of trials, each a run from a start to a
+level of the grid, and is sent their outcomes in the same order; it neither runs a network nor sees
+an image. So the driver is free to put trials of many prompts into one batch, to split them among
+processes and, after a kill, to answer from its records what was paid for already.
+
+    def algorithm(problem: Problem) -> Search:
+        outcomes = yield [Trial(...), ...]
+
+Budgets are in NFE, which `Problem.cost` tells before anything is run.
+"""
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sampling.noise import derive_seed, seeded_noise
+from sampling.samplers import SampleState, SamplingGrid
+
+Goal = Literal["final", "preview"]
+SCORE_DECIMALS = 4
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """The noise of a seed: what diffusers draws from torch.Generator("cpu") at it."""
+
+    seed: int
+
+    def noise(self, shape: Sequence[int]) -> Float[Tensor, "c h w"]:
+        """Returns unit noise (C, H, W)."""
+        return seeded_noise(self.seed, shape)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A noise at the angle arccos(cosine) of its parent, with the parent's norm.
+
+    y = |x| (c u + sqrt(1 - c^2) w),  u = x / |x|,  w the part of fresh noise across u, normalised
+    (an implementation of Ma et al. 2025, zero-order search, by one of its authors).
+    """
+
+    parent: "Noise"
+    seed: int
+    cosine: float
+
+    def noise(self, shape: Sequence[int]) -> Float[Tensor, "c h w"]:
+        """Returns the noise (C, H, W)."""
+        x = self.parent.noise(shape).double()
+        fresh = seeded_noise(self.seed, shape).double()
+        u = x / x.norm()
+        across = fresh - (fresh * u).sum() * u
+        w = across / across.norm()
+        return (x.norm() * (self.cosine * u + math.sqrt(1 - self.cosine**2) * w)).float()
+
+
+Noise = Seeded | Neighbour
+
+
+@dataclass(frozen=True)
+class Renoised:
+    """A state taken back to a noisier level by the forward process, with the noise of a seed."""
+
+    state: SampleState  # of one sample, (1, C, H, W)
+    step: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run that is asked for; `candidate` numbers those of a prompt, in the order of asking."""
+
+    round: int
+    candidate: int
+    start: Noise | SampleState | Renoised
+    stop: int
+    goal: Goal
+    seed: int
+    """Names the noise of a stochastic sampler's steps, and the start where it is Seeded."""
+    parent: int | None = None
+
+    @property
+    def first_step(self) -> int:
+        """The level that the run starts from."""
+        return 0 if isinstance(self.start, Seeded | Neighbour) else self.start.step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial.
+
+    `score` is rounded to 1e-4: of the image, or of the preview of x0, NaN where it is not finite;
+    of several verifiers it is the weighted sum, and `scores` has each. `state` is of one sample,
+    (1, C, H, W), on the CPU; None for goal "final".
+    """
+
+    trial: Trial
+    score: float
+    nfe: int
+    state: SampleState | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+Search = Generator[list[Trial], list[Outcome], None]
+Ranking = Callable[[Sequence[Outcome]], Sequence[float]]
+"""Values of the candidates of a group, by which they are compared; the higher the better."""
+
+
+def by_score(outcomes: Sequence[Outcome]) -> list[float]:
+    """Ranks by the score alone."""
+    return [outcome.score for outcome in outcomes]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One prompt's search: its number, the run's seed, the grid, and what may be spent."""
+
+    prompt_index: int
+    seed: int
+    grid: SamplingGrid
+    cost: Callable[[int, int], int]
+    """NFE of a run from level a to level b, both branches of guidance counted."""
+    budget_nfe: int
+    ranking: Ranking = by_score
+
+    def best_first(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Sorts outcomes, the best first; ties go to the lower candidate, rejected ones go last."""
+        values = self.ranking(outcomes)
+        keys = [
+            (math.inf if math.isnan(outcome.score) else -value, outcome.trial.candidate)
+            for outcome, value in zip(outcomes, values, strict=True)
+        ]
+        order = sorted(range(len(outcomes)), key=keys.__getitem__)
+        return [outcomes[place] for place in order]
+
+    @property
+    def full_cost(self) -> int:
+        """NFE of one image."""
+        return self.cost(0, self.grid.num_steps)
+
+    def draw_seed(self, *parts: int | str) -> int:
+        """Returns a seed below 2^31 that is recorded and works in every tool."""
+        return derive_seed(self.seed, self.prompt_index, *parts) >> 32
+
+
+def rounded(score: float) -> float:
+    """Returns a score as choices see it."""
+    return round(score, SCORE_DECIMALS)
+
+
+def slice_state(state: SampleState, row: int) -> SampleState:
+    """Takes one sample out of a batch, as (1, C, H, W) on the CPU."""
+    rows = slice(row, row + 1)
+    x0 = None if state.x0 is None else state.x0[rows].cpu()
+    return SampleState(state.x[rows].cpu(), state.step, x0)
+
+
+def join_states(states: Sequence[SampleState], device: torch.device) -> SampleState:
+    """Joins samples of one level into a batch; `x0` only where all of them have one."""
+    [step] = {state.step for state in states}
+    x = torch.cat([state.x for state in states]).to(device)
+    memories = [state.x0 for state in states if state.x0 is not None]
+    x0 = torch.cat(memories).to(device) if len(memories) == len(states) else None
+    return SampleState(x, step, x0)

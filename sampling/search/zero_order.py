@@ -1,0 +1,49 @@
+"""Zero-order search: a pivot noise, N neighbours of it, the best becomes the pivot; repeat.
+
+Ma et al. 2025, section 3.1. Where no neighbour is better the pivot stays; it is never run or scored
+again.
+"""
+
+from dataclasses import dataclass
+
+from sampling.errors import UserError
+from sampling.search.trial import Neighbour, Problem, Search, Seeded, Trial
+
+
+@dataclass
+class ZeroOrderConfig:
+    """ZO-N."""
+
+    num_neighbours: int = 2
+    """Neighbours of the pivot a round, N; the authors have 2 for text-to-image, 4 on ImageNet."""
+    cosine: float = 0.95
+    """Cosine of the angle between a neighbour and the pivot."""
+
+    def __post_init__(self) -> None:
+        if self.num_neighbours < 1:
+            raise UserError(f"num_neighbours={self.num_neighbours} must be at least 1")
+        if not -1 <= self.cosine < 1:
+            raise UserError(
+                f"cosine={self.cosine} must lie in [-1, 1); 1 would be the pivot itself"
+            )
+
+
+def zero_order(problem: Problem, config: ZeroOrderConfig) -> Search:
+    """Spends the budget round by round; the last may have fewer neighbours."""
+    stop, seed = problem.grid.num_steps, problem.draw_seed("candidate", 0)
+    [best] = yield [Trial(0, 0, Seeded(seed), stop, "final", seed)]
+    left, number, round_number = problem.budget_nfe - best.nfe, 1, 1
+    while left >= problem.full_cost:
+        count = min(config.num_neighbours, left // problem.full_cost)
+        pivot = best.trial.start
+        assert isinstance(pivot, Seeded | Neighbour)
+        trials = []
+        for candidate in range(number, number + count):
+            seed = problem.draw_seed("candidate", candidate)
+            start = Neighbour(pivot, seed, config.cosine)
+            parent = best.trial.candidate
+            trials.append(Trial(round_number, candidate, start, stop, "final", seed, parent))
+        outcomes = yield trials
+        best = problem.best_first([best, *outcomes])[0]
+        left -= sum(outcome.nfe for outcome in outcomes)
+        number, round_number = number + count, round_number + 1
