@@ -80,7 +80,7 @@ def test_false_alarms_are_rare() -> None:
         hacking_alarm(scores("clip", 0.5, 30, s), [scores("reader", 0.0, 30, s)], seed=s).raised
         for s in range(100)
     )
-    assert raised <= 10  # 2.5 expected; more than 10 happens once in 10,000
+    assert raised <= 10  # 2.5 expected; more than 10 happens once in 20,000
 
 
 def test_scores_that_are_not_finite_are_left_out_and_counted() -> None:
