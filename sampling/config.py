@@ -22,7 +22,7 @@ class SampleConfig:
     checkpoint: str = MISSING
     """What to sample: a folder, hub id, run directory or .ckpt."""
     prompts: Any = MISSING
-    """A prompt, a list of prompts, or a .txt file with one prompt a line."""
+    """A prompt, a list of them, or a file: .txt (one a line), .jsonl, .csv, .tsv or .parquet."""
     output: str = MISSING
     """Folder to write; must be empty or not exist."""
     seed: int = 0

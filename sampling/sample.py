@@ -13,6 +13,7 @@ from sampling.errors import UserError
 from sampling.export import require_empty
 from sampling.model import DiffusionModel
 from sampling.pictures import caption_grid, to_picture
+from sampling.prompts import read_prompts
 from sampling.speed import check_dtype, prepare_unet
 
 log = logging.getLogger(__name__)
@@ -79,33 +80,6 @@ def sample_to_folder(config: SampleConfig) -> Path:
     )
     grid.save(output / "grid.png")
     return output
-
-
-def read_prompts(prompts: object) -> list[str]:
-    """Returns the prompts that a string, a list of strings or a .txt file holds; at least one."""
-    if isinstance(prompts, str) and prompts.endswith(".txt"):
-        path = Path(prompts)
-        if not path.is_file():
-            raise UserError(
-                f"prompts={prompts}: no such file; give a prompt, a list or a .txt file"
-            )
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"prompts={prompts} is not UTF-8 text; save it as UTF-8") from None
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise UserError(f"prompts={prompts} holds no prompt; write one a line")
-        return found
-    found = [prompts] if isinstance(prompts, str) else prompts  # type: ignore[assignment]
-    if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
-        raise UserError(
-            f"prompts={prompts!r} must be a prompt, a list of prompts or a .txt file; "
-            "quote a prompt that reads as a number or holds a colon"
-        )
-    if not found:
-        raise UserError("prompts is empty; give at least one prompt")
-    return found
 
 
 def find_device(name: str) -> torch.device:

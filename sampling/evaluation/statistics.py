@@ -32,24 +32,24 @@ class Estimate:
 
 def mean(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
     """Estimates a mean, with a percentile bootstrap interval."""
-    sample = _checked(values, 1)
+    sample = checked_values(values, 1)
     resampled = _resampled(sample, np.random.default_rng(seed)).mean(axis=1)
-    low, high = _percentiles(resampled, level)
+    low, high = percentiles(resampled, level)
     return Estimate(float(sample.mean()), low, high, len(sample))
 
 
 def std(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
     """Estimates a standard deviation (divisor n - 1), with a percentile bootstrap interval."""
-    sample = _checked(values, 2)
+    sample = checked_values(values, 2)
     resampled = _resampled(sample, np.random.default_rng(seed)).std(axis=1, ddof=1)
-    low, high = _percentiles(resampled, level)
+    low, high = percentiles(resampled, level)
     return Estimate(float(sample.std(ddof=1)), low, high, len(sample))
 
 
 def std_ratio(values: Values, reference: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
     """Estimates std(values) / std(reference); both are resampled, independently. n counts
     `values`."""
-    sample, base = _checked(values, 2), _checked(reference, 2)
+    sample, base = checked_values(values, 2), checked_values(reference, 2)
     if base.std() == 0:
         raise UserError(
             "reference: its standard deviation is 0, so there is no ratio; give values that vary"
@@ -57,7 +57,7 @@ def std_ratio(values: Values, reference: Values, level: float = LEVEL, seed: int
     rng = np.random.default_rng(seed)
     above = _resampled(sample, rng).std(axis=1, ddof=1)
     below = _resampled(base, rng).std(axis=1, ddof=1)
-    low, high = _percentiles(above / np.maximum(below, 1e-12), level)
+    low, high = percentiles(above / np.maximum(below, 1e-12), level)
     return Estimate(float(sample.std(ddof=1) / base.std(ddof=1)), low, high, len(sample))
 
 
@@ -90,7 +90,7 @@ def proportion_difference(
 
 def paired_mean(differences: Values, level: float = LEVEL) -> Estimate:
     """Estimates the mean of a few paired differences, with the interval of Student's t."""
-    sample = _checked(differences, 2)
+    sample = checked_values(differences, 2)
     half = float(stats.t.ppf(0.5 + level / 2, len(sample) - 1)) * _standard_error(sample)
     value = float(sample.mean())
     return Estimate(value, value - half, value + half, len(sample))
@@ -103,7 +103,7 @@ def smallest_detectable_effect(
 
     It takes the spread of `differences` for the true one (noncentral t; Cohen 1988, chapter 2).
     """
-    sample = _checked(differences, 2)
+    sample = checked_values(differences, 2)
     freedom, error = len(sample) - 1, _standard_error(sample)
     critical = stats.t.ppf(0.5 + level / 2, freedom)
 
@@ -116,11 +116,8 @@ def smallest_detectable_effect(
     return float(optimize.brentq(missing, 0, largest)) * error
 
 
-def _standard_error(sample: np.ndarray) -> float:
-    return float(sample.std(ddof=1) / len(sample) ** 0.5)
-
-
-def _checked(values: Values, smallest: int) -> np.ndarray:
+def checked_values(values: Values, smallest: int) -> np.ndarray:
+    """Returns values as float64; raises UserError for fewer than `smallest` or not finite ones."""
     sample = np.asarray(values, dtype=np.float64)
     if sample.ndim != 1 or len(sample) < smallest:
         raise UserError(
@@ -134,11 +131,16 @@ def _checked(values: Values, smallest: int) -> np.ndarray:
     return sample
 
 
+def percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+    """Returns the quantiles between which a share `level` of the values lies."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _standard_error(sample: np.ndarray) -> float:
+    return float(sample.std(ddof=1) / len(sample) ** 0.5)
+
+
 def _resampled(sample: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draws NUM_RESAMPLES samples of the same size with replacement."""
     return sample[rng.integers(len(sample), size=(NUM_RESAMPLES, len(sample)))]
-
-
-def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
