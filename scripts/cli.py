@@ -25,6 +25,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "Fine-tunes a Stable Diffusion UNet to zero terminal SNR and v-prediction by default.",
     ),
     "sample": ("scripts.run_sample", "Paints images from prompts and seeds with a checkpoint."),
+    "search": (
+        "scripts.run_search",
+        "Searches over starting noises for the image that verifiers score best.",
+    ),
     "evaluate": (
         "scripts.run_evaluate",
         "Measures the black point and the other metrics of checkpoints.",

@@ -14,12 +14,19 @@ from torch.testing import assert_close
 from sampling.errors import RunFailed, UserError
 from sampling.guidance import Guidance
 from sampling.noise import seeded_noise
-from sampling.search.fk_steering import FkSteeringConfig, fk_steering, systematic
-from sampling.search.halving import HalvingConfig, halving
-from sampling.search.paths import PathsConfig, paths
-from sampling.search.random_search import RandomSearchConfig, random_search
+from sampling.search.algorithm_configs import (
+    FkSteeringConfig,
+    HalvingConfig,
+    PathsConfig,
+    RandomSearchConfig,
+    ZeroOrderConfig,
+)
+from sampling.search.fk_steering import fk_steering, systematic
+from sampling.search.halving import halving, measured_kendall, walk
+from sampling.search.paths import paths
+from sampling.search.random_search import random_search
 from sampling.search.trial import Neighbour, Problem, Search, Seeded
-from sampling.search.zero_order import ZeroOrderConfig, zero_order
+from sampling.search.zero_order import zero_order
 from tests.search_problems import SHAPE, GaussianModel, linear, pixel_law, runner, search
 
 
@@ -50,6 +57,8 @@ ALGORITHMS = {
     "halving": (halves, {}),
     "fk": (particles, {"sampler": "euler_ancestral"}),
 }
+GRID = np.linspace(-6, 6, 241)
+LARGER_OF_TWO = 2 * stats.norm.pdf(GRID) * stats.norm.cdf(GRID)  # density of the larger of two
 EACH = pytest.mark.parametrize("name", ALGORITHMS)
 
 
@@ -89,12 +98,8 @@ def test_a_zero_order_round_gains_what_its_geometry_says(tmp_path: Path) -> None
         across = math.sqrt(max(0.0, 1 - (start / norm) ** 2) / (noise.numel() - 1))
         scale = sine * norm * across
 
-        def gain(z: float, start: float = start, scale: float = scale) -> float:
-            density = 2 * stats.norm.pdf(z) * stats.norm.cdf(z)
-            return max(0.0, (cosine - 1) * start + scale * z) * density
-
-        grid = np.linspace(-6, 6, 241)
-        expected.append(spread * np.trapezoid([gain(z) for z in grid], grid))
+        gain = np.maximum(0.0, (cosine - 1) * start + scale * GRID)
+        expected.append(spread * np.trapezoid(gain * LARGER_OF_TWO, GRID))
         gains.append(each.best.score - row["score"])
         assert row["score"] == pytest.approx(mean + spread * start, abs=2e-4)
     error = np.std(np.subtract(gains, expected)) / len(gains) ** 0.5
@@ -213,6 +218,22 @@ def test_halving_starts_more_noises_than_best_of_n_and_prunes_only_where_it_may(
     assert {trial.stop for trial in blind} == {10} and len(blind) == 16
 
 
+def test_the_rank_correlation_is_measured_on_whole_runs(tmp_path: Path) -> None:
+    """The ideal denoiser's preview of a pixel rises with its end, so every level tells it all."""
+    search(runner(2), tmp_path, lambda problem: walk(problem, [3, 7], 6, 1.0), 60)
+    rows = [json.loads(line) for line in (tmp_path / "candidates.jsonl").open()]
+    assert len(rows) == 2 * 6 * 3
+    assert measured_kendall(rows) == pytest.approx({3: 1.0, 7: 1.0})
+    for row in rows:
+        row["score"] = row["candidate"] % 3 if row["goal"] == "final" else 0.0
+    assert measured_kendall(rows) == {}
+
+
+def test_a_budget_below_one_image_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="budget_nfe=9 is smaller than one image, which takes 10"):
+        search(runner(1), tmp_path, best_of, 9)
+
+
 def test_systematic_resampling_keeps_expected_counts() -> None:
     weights = [0.5, 0.25, 0.125, 0.125]
     draws = [systematic(weights, (u + 0.5) / 64) for u in range(64)]
@@ -225,7 +246,7 @@ def test_systematic_resampling_keeps_expected_counts() -> None:
 
 def test_steering_tilts_a_gaussian(tmp_path: Path) -> None:
     """exp(lambda x) moves the mean of N(m, s^2) by lambda s^2 and leaves its spread."""
-    strength, count = 1.5, 400
+    strength, count = 1.5, 200
     config = FkSteeringConfig(strength=strength, resample_every_steps=2, ess_threshold=1.0)
     settings: dict[str, Any] = {"sampler": "euler_ancestral", "num_steps": 20}
     scores = {}

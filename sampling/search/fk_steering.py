@@ -14,39 +14,12 @@ a share of the particles. It needs a sampler with noise: copies of a particle wo
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from sampling.errors import UserError
+from sampling.search.algorithm_configs import FkSteeringConfig, Potential
 from sampling.search.trial import Outcome, Problem, Search, Seeded, Trial
-
-Potential = Literal["difference", "max", "sum"]
-
-
-@dataclass
-class FkSteeringConfig:
-    """Feynman-Kac steering."""
-
-    strength: float = 10.0
-    """lambda: how strongly the score tilts the distribution."""
-    potential: Potential = "difference"
-    """How scores along the way become weights."""
-    resample_every_steps: int = 5
-    """Sampling steps between looks at the particles."""
-    ess_threshold: float = 0.5
-    """Resampling happens where the effective sample size is below this share; 1 is always."""
-    tempering: float = 1.0
-    """lambda_k = lambda (k / S)^tempering, S the sampling steps; 0 has lambda from the start."""
-
-    def __post_init__(self) -> None:
-        if self.resample_every_steps < 1:
-            raise UserError(f"resample_every_steps={self.resample_every_steps} must be at least 1")
-        if not 0 <= self.ess_threshold <= 1:
-            raise UserError(f"ess_threshold={self.ess_threshold} must lie in 0..1")
-        if self.tempering < 0 or not math.isfinite(self.strength):
-            raise UserError("tempering must be at least 0 and strength finite")
 
 
 def systematic(weights: Sequence[float], uniform: float) -> list[int]:

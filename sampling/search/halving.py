@@ -3,35 +3,17 @@
 Jamieson and Talwalkar 2016, with the verifier's score of the x0-prediction in place of a partial
 training's. A preview that does not tell what the final score will be prunes at random, so a level
 prunes only where the rank correlation (Kendall's tau) of preview and final score, measured
-beforehand on whole runs, is high enough (`measured_levels`).
+beforehand on whole runs (`measured_kendall`), is high enough.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from sampling.errors import UserError
-from sampling.search.trial import Outcome, Problem, Search, Seeded, Trial
+from scipy import stats
 
-
-@dataclass
-class HalvingConfig:
-    """Successive halving."""
-
-    levels: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
-    """Where to look, in shares of the sampling steps."""
-    keep: float = 0.5
-    """Share of the candidates that stays at each of them."""
-    min_kendall: float = 0.3
-    """Least rank correlation of preview and final score at which a level prunes."""
-
-    def __post_init__(self) -> None:
-        rising = all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False))
-        if not self.levels or not rising or not 0 < self.levels[0] <= self.levels[-1] < 1:
-            raise UserError(f"levels={self.levels} must be shares between 0 and 1, rising")
-        if not 0 < self.keep < 1:
-            raise UserError(f"keep={self.keep} must lie between 0 and 1")
-        if not -1 <= self.min_kendall <= 1:
-            raise UserError(f"min_kendall={self.min_kendall} must lie in [-1, 1]")
+from sampling.search.algorithm_configs import HalvingConfig
+from sampling.search.trial import Goal, Outcome, Problem, Search, Seeded, Trial
 
 
 def pruning_levels(
@@ -70,26 +52,58 @@ def halving(
     problem: Problem, config: HalvingConfig, kendall: Mapping[int, float] | None = None
 ) -> Search:
     """Starts as many noises as the budget completes; without pruning levels it is best-of-N."""
-    last = problem.grid.num_steps
-    levels = pruning_levels(config, last, kendall)
+    levels = pruning_levels(config, problem.grid.num_steps, kendall)
     count = num_candidates(problem, levels, config.keep)
-    seeds = [problem.draw_seed("candidate", number) for number in range(count)]
-    runs: list[tuple[int, int, Outcome | None]] = [
-        (number, seed, None) for number, seed in enumerate(seeds)
-    ]
+    return walk(problem, levels, count, config.keep)
+
+
+def walk(problem: Problem, levels: Sequence[int], count: int, keep: float) -> Search:
+    """Runs `count` noises from level to level and keeps a share at each; 1 keeps all of them.
+
+    A continuation is a candidate of its own, whose parent is what it continues.
+    """
+    last, number = problem.grid.num_steps, 0
+    seeds = [problem.draw_seed("candidate", place) for place in range(count)]
+    kept: list[Outcome] = []
     for round_number, level in enumerate((*levels, last)):
-        trials = [
-            Trial(
-                round_number,
-                number,
-                Seeded(seed) if before is None or before.state is None else before.state,
-                level,
-                "final" if level == last else "preview",
-                seed,
-                None if before is None else number,
-            )
-            for number, seed, before in runs
-        ]
+        goal: Goal = "final" if level == last else "preview"
+        trials = []
+        for place in range(len(kept) or count):
+            if kept:
+                before, seed = kept[place], kept[place].trial.seed
+                assert before.state is not None
+                start, parent = before.state, before.trial.candidate
+                trials.append(Trial(round_number, number, start, level, goal, seed, parent))
+            else:
+                seed = seeds[place]
+                trials.append(Trial(round_number, number, Seeded(seed), level, goal, seed))
+            number += 1
         outcomes = yield trials
-        kept = problem.best_first(outcomes)[: max(1, round(len(outcomes) * config.keep))]
-        runs = [(kept_one.trial.candidate, kept_one.trial.seed, kept_one) for kept_one in kept]
+        best = problem.best_first(outcomes)[: max(1, round(len(outcomes) * keep))]
+        kept = sorted(best, key=lambda outcome: outcome.trial.candidate)
+
+
+def measured_kendall(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """Returns Kendall's tau-b of preview and final score for each level, the mean over prompts.
+
+    `rows` are those of candidates.jsonl after `walk` with keep 1; prompts whose scores are all
+    equal say nothing and are left out.
+    """
+    scores: dict[int, dict[int, list[tuple[float, float]]]] = {}
+    by_key = {(row["prompt_index"], row["candidate"]): row for row in rows}
+    for (prompt, _), row in by_key.items():
+        if row["goal"] != "final" or row["score"] is None:
+            continue
+        before = row
+        while before["parent"] is not None:
+            before = by_key[prompt, before["parent"]]
+            if before["score"] is not None:
+                pairs = scores.setdefault(before["stop"], {}).setdefault(prompt, [])
+                pairs.append((before["score"], row["score"]))
+    found = {}
+    for level, prompts in scores.items():
+        taus = [stats.kendalltau(*zip(*pairs, strict=True)).statistic for pairs in prompts.values()]
+        usable = [float(tau) for tau in taus if not math.isnan(tau)]
+        if usable:
+            found[level] = sum(usable) / len(usable)
+    return found

@@ -3,17 +3,8 @@
 Ma et al. 2025, section 3.1. Candidate k of prompt i starts from a seed that any tool re-makes.
 """
 
-from dataclasses import dataclass
-
+from sampling.search.algorithm_configs import RandomSearchConfig
 from sampling.search.trial import Problem, Search, Seeded, Trial
-
-
-@dataclass
-class RandomSearchConfig:
-    """Best-of-N."""
-
-    first_seed: int | None = None
-    """Seeds are first_seed, first_seed + 1, ...; not set: drawn from the run's seed and prompt."""
 
 
 def random_search(problem: Problem, config: RandomSearchConfig) -> Search:

@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from sampling.errors import RunFailed
+from sampling.errors import RunFailed, UserError
 from sampling.search.journal import Journal
-from sampling.search.runner import TrialRunner
-from sampling.search.trial import Outcome, Problem, Search, Trial
+from sampling.search.runner import Result, TrialRunner
+from sampling.search.trial import Outcome, Problem, Search, Trial, by_score
 
 MakeSearch = Callable[[Problem], Search]
 
@@ -40,10 +38,15 @@ class PromptSearch:
         """The best of the final candidates, ranked together."""
         return self.problem.best_first(self.finals)[0] if self.finals else None
 
-    def is_better(self, outcome: Outcome) -> bool:
-        """Tells whether a candidate is final and beats the best so far."""
+    def may_win(self, outcome: Outcome) -> bool:
+        """Tells whether a final candidate can still be the winner.
+
+        Ranks within a group change as it grows, so by rank any one can; by score the best so far.
+        """
         if outcome.trial.goal != "final" or math.isnan(outcome.score):
             return False
+        if self.problem.ranking is not by_score:
+            return True
         return self.problem.best_first([*self.finals, outcome])[0] is outcome
 
     def take(self, outcomes: list[Outcome]) -> None:
@@ -61,7 +64,16 @@ class PromptSearch:
 
 
 def open_search(problem: Problem, make: MakeSearch) -> PromptSearch:
-    """Starts the algorithm of one prompt; it has asked for its first round."""
+    """Starts the algorithm of one prompt; it has asked for its first round.
+
+    Raises UserError where the budget does not pay for one image.
+    """
+    if problem.budget_nfe < problem.full_cost:
+        raise UserError(
+            f"budget_nfe={problem.budget_nfe} is smaller than one image, which takes "
+            f"{problem.full_cost} NFE with these sampling steps and guidance; raise it, or take "
+            "fewer num_steps"
+        )
     search = make(problem)
     return PromptSearch(problem, search, next(search))
 
@@ -71,13 +83,15 @@ def drive(
     journal: Journal,
     searches: Iterable[PromptSearch],
     about: Callable[[int], Mapping[str, Any]] = lambda index: {},
-    on_image: Callable[[PromptSearch, Outcome, Tensor], None] = lambda *_: None,
+    on_image: Callable[[PromptSearch, Result], None] = lambda *_: None,
+    on_done: Callable[[PromptSearch], None] = lambda _: None,
     on_turn: Callable[[list[PromptSearch]], None] = lambda _: None,
 ) -> list[PromptSearch]:
     """Runs all searches to their end; returns them.
 
-    `on_image` is told of every image that becomes the best of its prompt, when it does; `about`
-    adds to the rows of a prompt. Raises RunFailed where every score of a prompt was rejected.
+    `on_image` is told of every image that may be the winner of its prompt, when it is made,
+    `on_done` of a prompt that is finished; `about` adds to the rows of a prompt. Raises RunFailed
+    where every score of a prompt was rejected.
     """
     waiting = iter(searches)
     finished: list[PromptSearch] = []
@@ -94,14 +108,15 @@ def drive(
             results = runner.run([(one.problem.prompt_index, trial) for one, trial in chunk])
             for (one, trial), result in zip(chunk, results, strict=True):
                 index = one.problem.prompt_index
+                if one.may_win(result.outcome):
+                    on_image(one, result)  # before its row, which says that nothing is missing
                 journal.write(index, result, about(index))
                 fresh[index, trial.candidate] = result.outcome
-                if result.image is not None and one.is_better(result.outcome):
-                    on_image(one, result.outcome, result.image)
         for one in active:
             one.take([_outcome(one, trial, fresh, journal) for trial in one.pending])
             if one.is_done:
                 _close(one, journal)
+                on_done(one)
         on_turn(active)
         finished += [one for one in active if one.is_done]
         active = [one for one in active if not one.is_done]

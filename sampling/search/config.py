@@ -1,0 +1,129 @@
+"""The configuration of `blackpoint search`; free of torch, so that its help is instant."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+from sampling.choices import Dtype, Weights
+from sampling.errors import UserError
+from sampling.search.algorithm_configs import (
+    FkSteeringConfig,
+    HalvingConfig,
+    PathsConfig,
+    RandomSearchConfig,
+    ZeroOrderConfig,
+)
+from sampling.verifiers.load import VerifierConfig
+
+Algorithm = Literal["random", "zero_order", "paths", "halving", "fk_steering"]
+EnsembleRule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
+STOCHASTIC = "sampler=euler_ancestral, or sampler=ddim with eta above 0"
+
+
+@dataclass
+class SearchConfig:
+    """From prompts to the best picture that a budget of network evaluations finds for each."""
+
+    checkpoint: str = MISSING
+    """What to sample: a folder, hub id, run directory or .ckpt."""
+    prompts: Any = MISSING
+    """A prompt, a list of prompts, or a file of them (.txt, .jsonl, .csv, .tsv, .parquet)."""
+    output: str = MISSING
+    """Folder to write; the same command there continues a search that was stopped."""
+    budget_nfe: int = MISSING
+    """Most UNet evaluations a prompt, both branches of guidance counted; the winner's included."""
+    algorithm: Algorithm = "random"
+    """random (best-of-N), zero_order, paths, halving or fk_steering."""
+    verifiers: dict[str, VerifierConfig] = field(default_factory=dict)
+    """What is searched for, by name; several are combined by `ensemble`."""
+    held_out: dict[str, VerifierConfig] = field(default_factory=dict)
+    """Verifiers that judge the winners and are not searched with: they show hacking."""
+    ensemble: EnsembleRule = "mean_rank"
+    """How several verifiers rank candidates; fk_steering takes weighted_sum alone."""
+    seed: int = 0
+    """Decides every draw of the search, together with prompt, candidate, round and step."""
+    limit: int | None = None
+    """Take only so many prompts."""
+    offset: int = 0
+    """Leave out so many prompts at the start."""
+    num_steps: int = 25
+    """Sampling steps of every candidate."""
+    sampler: str = "ddim"
+    """ddim, euler, euler_ancestral, heun or dpmpp_2m."""
+    eta: float | None = None
+    """Share of fresh noise in a step of ddim: 0 (also if not set) is deterministic, 1 ancestral."""
+    guidance_scale: float = 7.5
+    """Weight of the prompt; 1 is off, and halves the NFE of a step."""
+    guidance_rescale: float = 0.7
+    """Share of the guided output's standard deviation that is set back; 0 to 1."""
+    negative_prompt: str = ""
+    """What guidance steers away from."""
+    height: int | None = None
+    """Height in px; the model's own if not set."""
+    width: int | None = None
+    """Width in px; the model's own if not set."""
+    random: RandomSearchConfig = field(default_factory=RandomSearchConfig)
+    """Best-of-N."""
+    zero_order: ZeroOrderConfig = field(default_factory=ZeroOrderConfig)
+    """Zero-order search."""
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    """Search over paths."""
+    halving: HalvingConfig = field(default_factory=HalvingConfig)
+    """Successive halving."""
+    fk_steering: FkSteeringConfig = field(default_factory=FkSteeringConfig)
+    """FK steering."""
+    weights: Weights = "ema"
+    """Which weights of a training checkpoint: their moving average or the last step's."""
+    dtype: Dtype = "float32"
+    """Number format of the model's weights."""
+    device: str = "auto"
+    """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
+    batch_size: int = 16
+    """Candidates run at once, of any prompts; does not change a choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("budget_nfe", "num_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must be 0 or more")
+        if not self.verifiers:
+            raise UserError(
+                "verifiers is empty: name what to search for, such as verifiers.black.kind="
+                "luminance verifiers.black.target=0, or verifiers.clip.kind=clip_score "
+                "verifiers.clip.checkpoint=FOLDER"
+            )
+        both = sorted(self.verifiers.keys() & self.held_out.keys())
+        if both:
+            raise UserError(
+                f"held_out.{both[0]} is among the verifiers too: a verifier that is searched with "
+                "cannot judge the search; give it another name if it is another one"
+            )
+        for name, config in {**self.verifiers, **self.held_out}.items():
+            if config.kind == "oracle":
+                raise UserError(
+                    f"{name}: kind=oracle scores a set that grows with every winner, and prompts "
+                    "are searched side by side; use it from Python (sampling/verifiers/oracle.py)"
+                )
+            whole = self.algorithm in ("random", "zero_order")
+            if config.kind == "self_supervised" and name in self.verifiers and not whole:
+                raise UserError(
+                    f"verifiers.{name}: kind=self_supervised compares a run's preview with its end "
+                    f"and needs whole runs; algorithm={self.algorithm} has parts. Use random or "
+                    "zero_order"
+                )
+        if self.algorithm == "fk_steering":
+            if not (self.sampler == "euler_ancestral" or (self.eta or 0) > 0):
+                raise UserError(
+                    f"algorithm=fk_steering with sampler={self.sampler}: copies of a particle "
+                    f"would stay copies without noise in the steps; use {STOCHASTIC}"
+                )
+            if len(self.verifiers) > 1 and self.ensemble != "weighted_sum":
+                raise UserError(
+                    f"ensemble={self.ensemble}: algorithm=fk_steering weighs particles by a score, "
+                    "which a rank is not; use ensemble=weighted_sum"
+                )
+        from sampling.samplers import check_sampler  # torch: for a config, not for its help
+
+        check_sampler(self.sampler, self.eta)
