@@ -17,7 +17,12 @@ ALLOWED = {
     "scripts": {"scripts", "train", "sampling", "data"},
 }
 # Distributions that are not called what they are imported as.
-DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "open_clip": "open-clip-torch",
+    "skimage": "scikit-image",
+    "yaml": "pyyaml",
+}
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 SOURCES = MODULES + sorted((ROOT / "tests").glob("*.py"))
 

@@ -1,0 +1,85 @@
+"""Several verifiers' scores made into one by which the candidates of a group are ranked.
+
+    mean_rank     -sum_k w_k rank_k / sum_k w_k        rank 1 is the best, ties share the mean
+    z_score        sum_k w_k z_k / sum_k w_k           z = (score - mean) / std within the group
+    minimum        min_k z_k                           as good as its weakest side
+    weighted_sum   sum_k w_k score_k                   on the scores' own scales
+
+(Ma et al. 2025 use the unweighted mean rank, which no verifier's scale can dominate.) Scores are
+rounded to 1e-4 first, so that near-ties are ties. A candidate with a score that is not finite gets
+-inf, whatever its other scores, and does not move the ranks, means and deviations of the others.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sampling.errors import UserError
+
+Rule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
+DECIMALS = 4
+
+
+def combined(
+    scores: Float[Tensor, "n k"], rule: Rule = "mean_rank", weights: Sequence[float] | None = None
+) -> Float[Tensor, " n"]:
+    """Returns one ranking score a candidate, the higher the better, in float64.
+
+    scores: one row a candidate of the group that is compared, one column a verifier.
+    """
+    if scores.ndim != 2:
+        raise UserError(
+            f"scores: shape {tuple(scores.shape)}; give one row a candidate, one column a verifier"
+        )
+    weight = _checked_weights(weights, scores.shape[1], rule)
+    usable = torch.isfinite(scores).all(dim=1)
+    kept = scores[usable].double().round(decimals=DECIMALS)
+    if rule == "mean_rank":
+        values = -(_ranks(kept) @ weight) / weight.sum()
+    elif rule == "z_score":
+        values = _z_scores(kept) @ weight / weight.sum()
+    elif rule == "minimum":
+        values = _z_scores(kept)[:, weight > 0].amin(dim=1)
+    elif rule == "weighted_sum":
+        values = kept @ weight
+    else:
+        raise UserError(
+            f"ensemble={rule} is not one; use mean_rank, z_score, minimum or weighted_sum"
+        )
+    answer = torch.full((len(scores),), -torch.inf, dtype=torch.float64)
+    answer[usable] = values
+    return answer
+
+
+def _ranks(scores: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """Returns each candidate's place in each column, from 1 for the highest."""
+    above = (scores[None] > scores[:, None]).sum(dim=1)
+    equal = (scores[None] == scores[:, None]).sum(dim=1)  # itself included
+    return (above + (equal + 1) / 2).double()
+
+
+def _z_scores(scores: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """Returns deviations from the mean in standard deviations; 0 where all are equal."""
+    if not len(scores):
+        return scores
+    std = scores.std(dim=0, correction=0)
+    return (scores - scores.mean(dim=0)) / torch.where(std > 0, std, 1.0)
+
+
+def _checked_weights(weights: Sequence[float] | None, num_verifiers: int, rule: str) -> Tensor:
+    given = torch.tensor([1.0] * num_verifiers if weights is None else list(weights)).double()
+    if len(given) != num_verifiers or num_verifiers == 0:
+        raise UserError(
+            f"weight: {len(given)} weights for {num_verifiers} verifiers; give one a verifier"
+        )
+    if not torch.isfinite(given).all() or not given.any():
+        raise UserError(f"weight={given.tolist()} must be finite numbers, not all 0")
+    if rule != "weighted_sum" and (given < 0).any():
+        raise UserError(
+            f"weight={given.tolist()} must be 0 or more for ensemble={rule}; a weighted_sum alone "
+            "takes a verifier with the opposite sign"
+        )
+    return given

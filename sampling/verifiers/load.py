@@ -1,0 +1,181 @@
+"""Which verifiers a search uses, and how they are loaded: once, on a device, in a number format.
+
+No import of torch at the top, so that the help of a verb that has verifiers is instant.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from sampling.choices import Dtype
+from sampling.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sampling.verifiers.verifier import Verifier
+
+Kind = Literal[
+    "clip_score",
+    "pick_score",
+    "aesthetic",
+    "hpsv2",
+    "image_reward",
+    "classifier",
+    "self_supervised",
+    "oracle",
+    "luminance",
+    "custom",
+]
+
+NEEDS_CHECKPOINT = {
+    "clip_score": "a CLIP folder or hub id, such as openai/clip-vit-large-patch14",
+    "pick_score": "a PickScore folder or hub id, such as yuvalkirstain/PickScore_v1",
+    "aesthetic": "the head's file, sac+logos+ava1-l14-linearMSE.pth of LAION's predictor",
+    "hpsv2": "the file of weights, HPS_v2.1_compressed.pt of the hub's xswu/HPSv2",
+    "image_reward": "the folder with ImageReward.pt and med_config.json, or THUDM/ImageReward",
+}
+NEEDS_A_MODEL = ("classifier", "self_supervised", "oracle")
+
+
+@dataclass
+class VerifierConfig:
+    """One verifier: what judges the images, and how much its judgement weighs."""
+
+    kind: Kind = "clip_score"
+    """clip_score, pick_score, aesthetic, hpsv2, image_reward, classifier, self_supervised, oracle,
+    luminance or custom."""
+    checkpoint: str | None = None
+    """Its weights: a transformers folder, a hub id, or the file of a head."""
+    module: str | None = None
+    """Import path package.module:name of a custom verifier, or of the classifier or features."""
+    name: str | None = None
+    """Column of its scores; its kind if not set. Two verifiers of one kind need two names."""
+    weight: float = 1.0
+    """Its weight among the verifiers of an ensemble."""
+    dtype: Dtype = "float32"
+    """Number format of its weights."""
+    batch_size: int = 16
+    """Images judged at once; does not change the scores."""
+    base: str | None = None
+    """What a checkpoint stands on: the CLIP of aesthetic, the tokenizer of image_reward."""
+    label: str | None = None
+    """classifier: name or number of the wanted class; found in each prompt if not set."""
+    labels: list[str] = field(default_factory=list)
+    """classifier: names of its classes in order; the model's own if empty."""
+    output: Literal["logit", "log_prob"] = "log_prob"
+    """classifier: the logit of the class, or its log-probability."""
+    target: float | None = None
+    """luminance: the wanted mean, 0 black to 1 white; read from each prompt if not set."""
+    where: Literal["border", "image"] = "image"
+    """luminance: where the target holds; the border is the outer two pixels."""
+    preview_log_snr: float = 4.18
+    """self_supervised: log SNR of the x0-prediction that is compared with the final image."""
+    metric: Literal["fid", "is"] = "fid"
+    """oracle: Frechet distance to the reference, or the Inception Score."""
+    reference: str | None = None
+    """oracle: folder of pictures, or .safetensors with mean and covariance of their features."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("checkpoint", self.checkpoint), ("module", self.module)):
+            if value == "":
+                raise UserError(f"{name} is empty; leave it out or give one")
+        if self.kind in NEEDS_CHECKPOINT and self.checkpoint is None:
+            raise UserError(
+                f"checkpoint is not set and kind={self.kind} needs it: give "
+                f"{NEEDS_CHECKPOINT[self.kind]}"
+            )
+        if self.kind in NEEDS_A_MODEL and self.checkpoint is None and self.module is None:
+            raise UserError(
+                f"checkpoint and module are not set and kind={self.kind} needs one: a transformers "
+                "folder or hub id, or package.module:name"
+            )
+        if self.kind == "custom" and self.module is None:
+            raise UserError("module is not set and kind=custom needs it: give package.module:name")
+        if self.kind == "oracle" and (self.reference is None) == (self.metric == "fid"):
+            raise UserError(
+                f"reference={self.reference}: metric=fid needs one (a folder of pictures or "
+                ".safetensors) and metric=is has none"
+            )
+        if self.target is not None and not 0 <= self.target <= 1:
+            raise UserError(f"target={self.target} must be from 0 (black) to 1 (white)")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size} must be at least 1")
+
+    @property
+    def column(self) -> str:
+        """What its scores are called."""
+        return self.name or self.kind
+
+
+def load_verifier(config: VerifierConfig, device: "torch.device") -> "Verifier":
+    """Loads what the config names; raises UserError naming the file that is missing."""
+    import torch
+
+    from sampling.speed import check_dtype
+
+    dtype = getattr(torch, config.dtype)
+    check_dtype(device, dtype)
+    name, batch_size, checkpoint = config.column, config.batch_size, config.checkpoint or ""
+    match config.kind:
+        case "clip_score":
+            from sampling.verifiers import clip_score
+            from sampling.verifiers.clip import Clip
+
+            clip = Clip(checkpoint, clip_score.EXAMPLE, device, dtype)
+            return clip_score.ClipScore(clip, name, batch_size)
+        case "pick_score":
+            from sampling.verifiers import pick_score
+            from sampling.verifiers.clip import Clip
+
+            clip = Clip(checkpoint, pick_score.EXAMPLE, device, dtype)
+            return pick_score.PickScore(clip, name, batch_size)
+        case "aesthetic":
+            from sampling.verifiers import aesthetic, image_model
+
+            head = aesthetic.load_head(checkpoint, device)
+            base = config.base or aesthetic.BASE
+            features = image_model.load_features(base, None, device, dtype, field="base")
+            return aesthetic.Aesthetic(features, head, name, batch_size)
+        case "hpsv2":
+            from sampling.verifiers.hpsv2 import load_hpsv2
+
+            return load_hpsv2(checkpoint, device, dtype, name, batch_size)
+        case "image_reward":
+            from sampling.verifiers.image_reward import load_image_reward
+
+            return load_image_reward(checkpoint, config.base, device, dtype, name, batch_size)
+        case "classifier":
+            from sampling.verifiers import classifier, image_model
+
+            model = image_model.load_classifier(config.checkpoint, config.module, device, dtype)
+            chosen = (config.labels, config.label, config.output)
+            return classifier.Classifier(model, *chosen, name, batch_size)
+        case "self_supervised":
+            from sampling.verifiers import image_model, self_supervised
+
+            features = image_model.load_features(config.checkpoint, config.module, device, dtype)
+            return self_supervised.SelfSupervised(
+                features, config.preview_log_snr, name, batch_size
+            )
+        case "oracle":
+            from sampling.verifiers import image_model, oracle
+
+            source = (config.checkpoint, config.module, device, dtype)
+            if config.reference is None:
+                return oracle.Oracle(image_model.load_classifier(*source), None, name, batch_size)
+            features = image_model.load_features(*source)
+            reference = oracle.load_reference(config.reference, features)
+            return oracle.Oracle(features, reference, name, batch_size)
+        case "luminance":
+            from sampling.verifiers.luminance import Luminance
+
+            return Luminance(config.target, config.where, name, batch_size)
+        case "custom":
+            from sampling.verifiers.custom import load_custom
+
+            path = config.module or ""
+            return load_custom(path, config.checkpoint, config.name, device, batch_size)
+    raise UserError(
+        f"kind={config.kind} is no verifier; use clip_score, pick_score, aesthetic, hpsv2, "
+        "image_reward, classifier, self_supervised, oracle, luminance or custom"
+    )
