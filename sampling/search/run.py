@@ -77,7 +77,8 @@ def search_to_folder(config: SearchConfig) -> Path:
         total = len(prompts) - len(done)
         task = progress.add_task("search", total=total * config.budget_nfe, state="")
 
-        def tell(active: list[PromptSearch]) -> None:
+        def tell(turn: list[PromptSearch]) -> None:
+            active = [one for one in turn if not one.is_done]
             spent = sum(one.spent_nfe for one in active)
             bests = [one.best.score for one in active if one.best is not None]
             best = f"best so far {max(bests):.4f}, " if bests else ""

@@ -4,6 +4,7 @@ Every candidate that becomes the best of its prompt is kept as latents until the
 so that a killed search has all it needs. A picture carries the settings that made it as PNG text.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -81,6 +82,8 @@ class Winners:
     def forget(self, one: PromptSearch) -> None:
         """Removes what only a prompt without a row needs."""
         shutil.rmtree(self.folder / BESTS / f"{one.problem.prompt_index:06d}", ignore_errors=True)
+        with contextlib.suppress(OSError):  # others are still searched
+            (self.folder / BESTS).rmdir()
 
     def _contact_sheet(self, one: PromptSearch) -> None:
         """Shows the bests in the order that they were found, from the first to the winner."""

@@ -1,0 +1,198 @@
+"""`blackpoint search` on a tiny pipeline: what it leaves, resume, and refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from sampling.errors import UserError
+from sampling.model import DiffusionModel
+from sampling.search.config import SearchConfig
+from sampling.search.run import search_to_folder
+from sampling.search.winners import image_of
+from sampling.verifiers.load import VerifierConfig
+from scripts.cli import main
+
+PROMPTS = ["a red photo of snow", "a blue night"]
+
+
+def config(pipeline: Path, output: Path, **changes: Any) -> SearchConfig:
+    settings: dict[str, Any] = {
+        "checkpoint": str(pipeline),
+        "prompts": PROMPTS,
+        "output": str(output),
+        "budget_nfe": 24,
+        "num_steps": 4,
+        "guidance_scale": 1.0,
+        "verifiers": {"dark": VerifierConfig(kind="luminance", target=0.0)},
+        "held_out": {
+            "border": VerifierConfig(kind="luminance", target=0.0, where="border"),
+        },
+    }
+    return SearchConfig(**(settings | changes))
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_a_random_winner_is_made_again_from_its_seed(pipeline: Path, tmp_path: Path) -> None:
+    output = search_to_folder(config(pipeline, tmp_path / "out"))
+    winners = rows(output, "winners.jsonl")
+    assert [row["prompt"] for row in winners] == PROMPTS
+    model = DiffusionModel.load(pipeline)
+    for row in winners:
+        mine = [
+            each
+            for each in rows(output, "candidates.jsonl")
+            if each["prompt_index"] == row["prompt_index"]
+        ]
+        assert len(mine) == 6 and row["nfe"] == 24
+        assert row["score"] == max(each["score"] for each in mine)
+        again = model.sample(
+            row["prompt"], seeds=[row["seed"]], num_steps=4, guidance_scale=1.0, batch_size=1
+        )[0]
+        assert_close(image_of(output, row), again, rtol=0, atol=0.6 / 255)
+        picture = Image.open(output / row["image"])
+        about = json.loads(picture.text["blackpoint"])  # type: ignore[attr-defined]
+        assert about["seed"] == row["seed"] and about["num_steps"] == 4
+        assert (output / "images" / f"{row['prompt_index']:06d}.sheet.png").is_file()
+        assert set(row["held_out"]) == {"border"}
+    ledger = json.loads((output / "ledger.json").read_text())
+    assert ledger["nfe"] == ledger["conditional_rows"] == 48
+    assert {path.name for path in output.iterdir()} == {
+        "candidates.jsonl",
+        "winners.jsonl",
+        "images",
+        "ledger.json",
+        "search.json",
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "zero_order"},
+        {"algorithm": "paths"},
+        {"algorithm": "halving"},
+        {"algorithm": "fk_steering", "sampler": "euler_ancestral"},
+    ],
+    ids=lambda changes: changes["algorithm"],
+)
+def test_every_algorithm_finds_a_winner_inside_its_budget(
+    changes: dict[str, Any], pipeline: Path, tmp_path: Path
+) -> None:
+    output = search_to_folder(config(pipeline, tmp_path / "out", **changes))
+    winners = rows(output, "winners.jsonl")
+    assert len(winners) == 2 and all(row["nfe"] <= 24 for row in winners)
+    if changes["algorithm"] == "zero_order":
+        for row in winners:
+            noise = output / "images" / f"{row['prompt_index']:06d}.noise.safetensors"
+            assert noise.is_file() == (row["seed"] is None)
+            if row["seed"] is None:
+                assert load_file(noise)["noise"].shape == (4, 8, 8)
+
+
+def test_several_verifiers_rank_together(pipeline: Path, tmp_path: Path) -> None:
+    both = {
+        "dark": VerifierConfig(kind="luminance", target=0.0),
+        "half": VerifierConfig(kind="luminance", target=0.5, weight=2.0),
+    }
+    output = search_to_folder(config(pipeline, tmp_path / "out", verifiers=both))
+    for row in rows(output, "candidates.jsonl"):
+        assert row["score"] == pytest.approx(
+            row["scores"]["dark"] + 2 * row["scores"]["half"], abs=1e-4
+        )
+    assert len(rows(output, "winners.jsonl")) == 2
+
+
+def test_the_same_command_continues_and_another_is_refused(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = search_to_folder(config(pipeline, tmp_path / "whole"))
+    from sampling.search import journal
+
+    class Killed(Exception):
+        pass
+
+    written = 0
+    original = journal.Journal.write
+
+    def write(self: Any, *arguments: Any) -> None:
+        nonlocal written
+        written += 1
+        if written > 4:
+            raise Killed
+        original(self, *arguments)
+
+    broken = config(pipeline, tmp_path / "broken", batch_size=2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(journal.Journal, "write", write)
+        search_to_folder(broken)
+    assert len(rows(tmp_path / "broken", "candidates.jsonl")) == 4
+    search_to_folder(broken)
+    for name in ("winners.jsonl", "candidates.jsonl"):
+        one, two = (rows(folder, name) for folder in (whole, tmp_path / "broken"))
+        keys = [(row["prompt_index"], row["candidate"], row["score"]) for row in one]
+        assert sorted(keys) == sorted((r["prompt_index"], r["candidate"], r["score"]) for r in two)
+    before = (tmp_path / "broken" / "winners.jsonl").read_bytes()
+    search_to_folder(broken)  # finished: nothing to do
+    assert (tmp_path / "broken" / "winners.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match="other settings .num_steps: 4 there, 5 now"):
+        search_to_folder(config(pipeline, tmp_path / "broken", num_steps=5))
+
+
+def test_a_folder_that_holds_something_else_is_refused(pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something that is no search"):
+        search_to_folder(config(pipeline, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"verifiers": {}}, "verifiers is empty: name what to search for"),
+        ({"held_out": {"dark": VerifierConfig(kind="luminance", target=1.0)}}, "held_out.dark"),
+        ({"algorithm": "fk_steering"}, "would stay copies without noise"),
+        ({"budget_nfe": 0}, "budget_nfe=0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    changes: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=expected):
+        config(tmp_path, tmp_path / "out", **changes)
+
+
+def test_the_command_line_refuses_a_budget_below_one_image(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        f"checkpoint={pipeline}",
+        "prompts=a red photo",
+        f"output={tmp_path / 'out'}",
+        "budget_nfe=7",
+        "num_steps=4",
+        "verifiers.dark.kind=luminance",
+        "verifiers.dark.target=0",
+    ]
+    assert main(["search", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "budget_nfe=7 is smaller than one image, which takes 8 NFE" in error
+    assert "Traceback" not in error
+    assert main(["search", "--help"]) == 0
+    assert "halving.min_kendall" in capsys.readouterr().out
+
+
+def test_an_image_of_a_winner_is_what_was_painted(tmp_path: Path) -> None:
+    pixels = torch.arange(48, dtype=torch.uint8).view(4, 4, 3)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "a.png")
+    image = image_of(tmp_path, {"image": "a.png"})
+    assert_close(image, pixels.permute(2, 0, 1).float() / 255)
