@@ -19,6 +19,8 @@ from scripts.config_fields import fields_of
 GROUP = "start-up, whole process"
 PYTHON, TORCH, HELP = "python -c pass", "python -c 'import torch'", "blackpoint --help"
 LONGEST_HELP_S = 1.0
+# Verbs that need one of several keys, so that none of them is required by itself.
+ALSO_NEEDED = {"train": ["checkpoint=x"], "search": ["verifiers.x.kind=luminance"]}
 
 
 def commands(verbs: list[str]) -> dict[str, list[str]]:
@@ -39,11 +41,15 @@ def commands(verbs: list[str]) -> dict[str, list[str]]:
 def required_keys(verb: str) -> list[str]:
     """Returns a key=value for every key that the verb's config requires."""
     config_class: type[Any] = importlib.import_module(VERBS[verb][0]).config_class()
-    return [
-        f"{field.path}={{name: x}}" if field.is_container else f"{field.path}=x"
+    values = {int: "1"}
+    required = [
+        f"{field.path}={{name: x}}"
+        if field.is_container
+        else f"{field.path}={values.get(field.hint, 'x')}"
         for field in fields_of(config_class).values()
         if field.default == "???"
     ]
+    return [*required, *ALSO_NEEDED.get(verb, [])]
 
 
 def time_startup(verbs: list[str], rounds: int) -> Seconds:

@@ -11,8 +11,8 @@ page is written from all rows that are there.
 
 import csv
 import json
+import statistics
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from scripts.config import load
 from scripts.pixel_study_page import write_page
 from train.config import TrainConfig
 from train.digit_judge import DigitJudge, train_digit_judge
+from train.metrics_file import read_metrics
 from train.run import fit
 
 YAML = "configs/tiny_pixel.yaml"
@@ -65,8 +66,8 @@ class PixelStudyConfig:
     """Seeds of the trainings: initial weights, order, t and eps."""
     max_steps: int = 1500
     """Optimizer steps of each run, 32 images each; 4,500 digits are there to train on."""
-    num_samples: int = 500
-    """Samples of each model, and held-out images that they are compared with."""
+    num_samples: int = 1500
+    """Samples of each model; KID is the mean over parts as large as the 500 held-out digits."""
     num_steps: int = 25
     """Sampling steps, DDIM, trailing."""
     guidance_scale: float = 1.0
@@ -81,7 +82,12 @@ def study(config: PixelStudyConfig) -> None:
     for split in splits:
         pack_digits(work, split)
     judge = load_judge(work / "judge.safetensors")
-    real = digits_of("held_out")[0][: config.num_samples]
+    real = digits_of("held_out")[0]
+    if config.num_samples % len(real):
+        raise UserError(
+            f"num_samples={config.num_samples}: must be a multiple of the {len(real)} held-out "
+            "digits"
+        )
     for seed in config.seeds:
         for arm in ARMS:
             rows_file = work / "rows" / f"{arm}_{seed}.json"
@@ -108,7 +114,6 @@ def measure(
     """Trains one model, samples it and returns its row."""
     work = Path(config.work)
     run_dir = work / "runs" / f"{arm}_{seed}"
-    started_s = time.perf_counter()
     settings = [
         *MODEL,
         *ARMS[arm],
@@ -124,7 +129,6 @@ def measure(
         "wandb.enabled=false",
     ]
     fit(load(TrainConfig, [YAML, *settings]))
-    trained_s = time.perf_counter()
     model = DiffusionModel.load(run_dir)
     digits = torch.arange(config.num_samples) % len(DIGIT_NAMES)
     samples = model.sample(
@@ -135,7 +139,7 @@ def measure(
         guidance_rescale=0.0,
         batch_size=50,
     )
-    sampled_s = time.perf_counter()
+    speeds = read_metrics(run_dir / "metrics.csv")["train/images_per_s"]
     pixels = (255 * samples).round().to(torch.uint8)
     names = [DIGIT_NAMES[digit] for digit in digits[:NUM_PICTURED].tolist()]
     pictures = [to_picture(image) for image in samples[:NUM_PICTURED]]
@@ -151,20 +155,21 @@ def measure(
         "max_steps": config.max_steps,
         "num_steps": config.num_steps,
         "guidance_scale": config.guidance_scale,
-        "training_s": round(trained_s - started_s, 1),
-        "sampling_s": round(sampled_s - trained_s, 1),
+        "images_per_s": round(statistics.median(value for _, value in speeds), 1),
     }
 
 
 @torch.inference_mode()
 def kid(judge: DigitJudge, real: Tensor, fake: Tensor) -> float:
-    """Returns the unbiased KID of all images: one subset, as large as the sets."""
-    metric = KernelInceptionDistance(feature=judge, subsets=1, subset_size=len(fake))
-    for images, is_real in ((real, True), (fake, False)):
-        for chunk in images.split(250):
-            metric.update(chunk, real=is_real)
-    mean, _ = metric.compute()
-    return float(mean)
+    """Returns the unbiased KID, the mean over parts of `fake` that are as large as `real`."""
+    found = []
+    for part in fake.split(len(real)):
+        metric = KernelInceptionDistance(feature=judge, subsets=1, subset_size=len(real))
+        for images, is_real in ((real, True), (part, False)):
+            for chunk in images.split(250):
+                metric.update(chunk, real=is_real)
+        found.append(float(metric.compute()[0]))
+    return statistics.mean(found)
 
 
 def load_judge(path: Path) -> DigitJudge:

@@ -20,6 +20,7 @@ from train.loss import squared_error
 from train.loss_config import LossConfig
 from train.metrics_file import read_metrics
 from train.module import FineTuner
+from train.process import fine_tuned_process
 from train.snr_bins import snr_bins
 
 SHAPE = (4, 8, 8)
@@ -96,7 +97,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tuner(pipeline: Path, **overrides: Any) -> FineTuner:
     config = tiny_config(Path("run"), pipeline, Path("shards"), **overrides)
     model = DiffusionModel.load(pipeline)
-    model.process = train.run.fine_tuned_process(config, model.process)
+    model.process = fine_tuned_process(config, model.process)
     return FineTuner(model, config)
 
 
