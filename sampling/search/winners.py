@@ -21,7 +21,7 @@ from torch import Tensor
 from sampling.pictures import caption_grid, to_picture
 from sampling.search.runner import Result
 from sampling.search.search import PromptSearch
-from sampling.search.trial import Neighbour, Seeded
+from sampling.search.trial import Neighbour, Outcome, Seeded
 
 BESTS, IMAGES, WINNERS = "bests", "images", "winners.jsonl"
 MAX_SHEET = 12
@@ -87,7 +87,8 @@ class Winners:
 
     def _contact_sheet(self, one: PromptSearch) -> None:
         """Shows the bests in the order that they were found, from the first to the winner."""
-        index, bests = one.problem.prompt_index, []
+        index = one.problem.prompt_index
+        bests: list[Outcome] = []
         for outcome in sorted(one.finals, key=lambda each: each.trial.candidate):
             if one.problem.best_first([*bests, outcome])[0] is outcome:
                 bests.append(outcome)
