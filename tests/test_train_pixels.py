@@ -53,8 +53,10 @@ def test_captions_are_class_names_in_a_class_conditional_run(
 def test_a_killed_run_with_dropout_equals_an_unbroken_one(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit(pixel_train_config(tmp_path / "whole", shards, "none", **DROPOUT))
-    broken = pixel_train_config(tmp_path / "broken", shards, "none", **DROPOUT)
+    validation = {"data.validation_shards": str(shards), "data.validation_images": 5}
+    overrides = DROPOUT | validation
+    fit(pixel_train_config(tmp_path / "whole", shards, "none", **overrides))
+    broken = pixel_train_config(tmp_path / "broken", shards, "none", **overrides)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_in_step(patch, 4, kill)
         fit(broken)

@@ -54,6 +54,7 @@ class ValidationLoss(Callback):
         ranges = list(bins.values())
         totals = torch.zeros(2, len(ranges), dtype=torch.float64)  # sums of losses, counts
         swap = self.ema.swapped_in(module) if self.ema else torch.no_grad()
+        module.unet.eval()  # nothing is dropped out of a measurement
         with swap, trainer.precision_plugin.forward_context():
             for batch in self._loader:
                 trainer.datamodule.account(batch["replaced"], training=False)  # type: ignore[attr-defined]
@@ -65,6 +66,7 @@ class ValidationLoss(Callback):
                 batch = module.transfer_batch_to_device(batch, module.device, 0)
                 losses = module.losses(batch, draws).cpu().double()
                 totals.index_add_(1, which, torch.stack([losses, torch.ones_like(losses)]))
+        module.unet.train()
         totals = sum_over_processes(trainer, totals)
         means = (totals[0] / totals[1]).tolist()
         seen = [row for row, count in enumerate(totals[1].tolist()) if count]
