@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,8 @@ from typing import Any
 from data.errors import UserError, WriteFailed, disk_writes
 from data.part import Part, finished_part, part_path
 from data.partial import different_settings
+
+OTHERS_FINISH_S = 5.0
 
 
 class SharedPartial:
@@ -77,6 +80,17 @@ class SharedPartial:
     def is_whole(self) -> bool:
         """Tells whether the output is there: all are done."""
         return self.target.is_dir() and any(self.target.iterdir())
+
+    def becomes_whole(self) -> bool:
+        """Tells whether the output is there, or is within seconds.
+
+        Without locks two processes can finish at once, and the one that is second stumbles over
+        what the first is about to name.
+        """
+        deadline_s = time.monotonic() + (0 if self.has_locks else OTHERS_FINISH_S)
+        while not self.is_whole and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        return self.is_whole
 
     def num_finished(self) -> int:
         """Counts the shards that have a part file."""

@@ -82,7 +82,7 @@ def encode(config: EncodeConfig) -> EncodeResult:
                 if not partial.is_whole:
                     _finish(rules)
         except (WriteFailed, DataRunFailed) as error:
-            if not partial.is_whole:  # without locks, another process may be the one that ended it
+            if not partial.becomes_whole():
                 raise _failure(error, config, partial) from error
     return result_of(output, kept)
 
