@@ -18,6 +18,8 @@ from sampling.search.winners import image_of
 from sampling.verifiers.load import VerifierConfig
 from scripts.cli import main
 
+SELF = VerifierConfig(kind="self_supervised", checkpoint="features")
+ORACLE = VerifierConfig(kind="oracle", checkpoint="features", metric="is")
 PROMPTS = ["a red photo of snow", "a blue night"]
 
 
@@ -161,6 +163,9 @@ def test_a_folder_that_holds_something_else_is_refused(pipeline: Path, tmp_path:
         ({"held_out": {"dark": VerifierConfig(kind="luminance", target=1.0)}}, "held_out.dark"),
         ({"algorithm": "fk_steering"}, "would stay copies without noise"),
         ({"budget_nfe": 0}, "budget_nfe=0"),
+        ({"held_out": {"own": SELF}}, "held_out.own: kind=self_supervised"),
+        ({"verifiers": {"own": SELF}, "algorithm": "paths"}, "needs whole runs"),
+        ({"verifiers": {"set": ORACLE}}, "kind=oracle scores a set that grows"),
         ({"seed": -1}, "seed=-1"),
     ],
 )

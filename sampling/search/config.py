@@ -106,6 +106,11 @@ class SearchConfig:
                     f"{name}: kind=oracle scores a set that grows with every winner, and prompts "
                     "are searched side by side; use it from Python (sampling/verifiers/oracle.py)"
                 )
+            if config.kind == "self_supervised" and name in self.held_out:
+                raise UserError(
+                    f"held_out.{name}: kind=self_supervised compares a run's preview with its end, "
+                    "and a winner is judged by its picture alone; hold out another kind"
+                )
             whole = self.algorithm in ("random", "zero_order")
             if config.kind == "self_supervised" and name in self.verifiers and not whole:
                 raise UserError(

@@ -224,7 +224,6 @@ def judge(held_out: dict[str, Verifier], image: Tensor, prompt: str) -> dict[str
     return {
         name: checked_scores(verifier, image[None], [prompt]).item()
         for name, verifier in held_out.items()
-        if verifier.preview_log_snr is None
     }
 
 
