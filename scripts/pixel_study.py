@@ -38,13 +38,6 @@ from train.metrics_file import read_metrics
 from train.run import fit
 
 YAML = "configs/tiny_pixel.yaml"
-MODEL = [
-    "model.condition=class",
-    f"model.classes=[{','.join(DIGIT_NAMES)}]",
-    "model.text_encoder=null",
-    "model.blocks=[1,2]",
-    "model.transformer_blocks=[0,0]",
-]
 ARMS = {
     "neither": ["schedule.shift.base_resolution=null", "loss.pool_factors=[1]"],
     "shift": ["loss.pool_factors=[1]"],
@@ -115,7 +108,6 @@ def measure(
     work = Path(config.work)
     run_dir = work / "runs" / f"{arm}_{seed}"
     settings = [
-        *MODEL,
         *ARMS[arm],
         f"run_dir={run_dir}",
         f"seed={seed}",
@@ -196,13 +188,14 @@ def digits_of(split: Split) -> tuple[Tensor, Tensor]:
     return pixels, torch.from_numpy(labels)
 
 
-def pack_digits(work: Path, split: Split) -> None:
-    """Writes one split, each digit captioned with its name, and packs it."""
+def pack_digits(work: Path, split: Split, num_images: int | None = None) -> None:
+    """Writes the first digits of a split (all), each captioned with its name, and packs them."""
     shards, folder = work / "shards" / split, work / "digits" / split
     if shards.exists():  # data pack makes it only when it is whole
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (image, label) in enumerate(zip(*digits_of(split), strict=True)):
+    images, labels = (each[:num_images] for each in digits_of(split))
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         name = f"{number:06d}"
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(DIGIT_NAMES[int(label)] + "\n", encoding="ascii")
