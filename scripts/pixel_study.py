@@ -189,12 +189,14 @@ def digits_of(split: Split) -> tuple[Tensor, Tensor]:
 
 
 def pack_digits(work: Path, split: Split, num_images: int | None = None) -> None:
-    """Writes the first digits of a split (all), each captioned with its name, and packs them."""
+    """Writes digits of a split, evenly chosen or all, captioned with their names; packs them."""
     shards, folder = work / "shards" / split, work / "digits" / split
     if shards.exists():  # data pack makes it only when it is whole
         return
     folder.mkdir(parents=True, exist_ok=True)
-    images, labels = (each[:num_images] for each in digits_of(split))
+    images, labels = digits_of(split)  # sorted by class
+    chosen = torch.linspace(0, len(images) - 1, num_images or len(images)).round().long()
+    images, labels = images[chosen], labels[chosen]
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         name = f"{number:06d}"
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
