@@ -38,15 +38,16 @@ def save_model(model: "DiffusionModel", folder: Path) -> None:
         }
         model.text_encoder.save_pretrained(folder / "text_encoder", state_dict=published)
         save_tokenizer(model.tokenizer, folder)
-    _write_json(folder / "scheduler" / "scheduler_config.json", model.process.to_diffusers())
+    write_json(folder / "scheduler" / "scheduler_config.json", model.process.to_diffusers())
     index = STABLE_DIFFUSION
     if model.pixels is not None:
         index = model.pixels.to_index()
         for name in CODE:
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
-    _write_json(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", index)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes one of a pipeline's JSON files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

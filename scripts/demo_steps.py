@@ -5,7 +5,6 @@ stopped continues with the same command.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from sampling.evaluation.black_point_summary import (
 )
 from sampling.export_check import check_against_diffusers
 from sampling.model import DiffusionModel
+from sampling.whole_file import write_whole
 from scripts import evaluation, report_content
 from scripts.config import load
 from scripts.run_demo import DemoConfig
@@ -84,10 +84,7 @@ def timed(run_dir: Path, name: str, again: bool = False) -> Iterator[None]:
         path = run_dir / "timings.json"
         timings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         timings[name] = seconds + (0.0 if again else timings.get(name, 0.0))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}")
-        unfinished.write_text(json.dumps(timings, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(path, json.dumps(timings, indent=1) + "\n")
 
 
 def skipped(name: str, result: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sampling.errors import RunFailed, UserError
+from sampling.whole_file import write_whole
 from scripts.config import load
 from scripts.full_architecture_table import describe_machine, markdown
 from scripts.full_architecture_verbs import Verb, verbs
@@ -190,10 +191,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def main(argv: list[str]) -> int:

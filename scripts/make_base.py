@@ -4,7 +4,6 @@ Each stage leaves its result in `work` and is skipped when the result is there; 
 from its last saved state. About an hour on two CPU cores.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from rich.progress import track
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from data.digits import BACKGROUNDS, DIGIT_NAMES, INKS, digit_samples
+from sampling.saving import STABLE_DIFFUSION, write_json
 from sampling.schedule import NoiseSchedule
 from train import embedded_base as base
 from train.digit_reader import train_digit_reader
@@ -145,22 +145,9 @@ def write_pipeline(work: Path, output: Path) -> None:
     for name, part in {"unet": unet, "vae": autoencoder, "text_encoder": encoder}.items():
         part.half().save_pretrained(output / name)
     CLIPTokenizer.from_pretrained(work / "tokenizer").save_pretrained(output / "tokenizer")
-    scheduler = output / "scheduler" / "scheduler_config.json"
-    scheduler.parent.mkdir(parents=True, exist_ok=True)
-    scheduler.write_text(json.dumps(SCHEDULER, indent=2) + "\n", encoding="utf-8")
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (output / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "scheduler" / "scheduler_config.json", SCHEDULER)
+    scheduler = {"scheduler": ["diffusers", SCHEDULER["_class_name"]]}
+    write_json(output / "model_index.json", STABLE_DIFFUSION | scheduler)
 
 
 if __name__ == "__main__":

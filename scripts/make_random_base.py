@@ -8,7 +8,6 @@ Weights are uniform in +-1/sqrt(fan_in), as PyTorch's own layers start; norms ar
 Activations then stay far inside fp16's range and outputs vary.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sampling.errors import UserError
 from sampling.export import moved_into_place, require_empty
+from sampling.saving import STABLE_DIFFUSION, write_json
 from scripts.config import load
 
 Name = Literal["sd15", "sd21_base", "sd21", "small"]
@@ -216,21 +216,9 @@ def make(config: RandomBaseConfig) -> Path:
         for part in parts:
             write_part(folder, architecture, part, dtype, generator)
         write_tokenizer(folder / "tokenizer")
-        _write_json(folder / "scheduler" / "scheduler_config.json", architecture.scheduler)
-        _write_json(
-            folder / "model_index.json",
-            {
-                "_class_name": "StableDiffusionPipeline",
-                "feature_extractor": [None, None],
-                "requires_safety_checker": False,
-                "safety_checker": [None, None],
-                "scheduler": ["diffusers", architecture.scheduler["_class_name"]],
-                "text_encoder": ["transformers", "CLIPTextModel"],
-                "tokenizer": ["transformers", "CLIPTokenizer"],
-                "unet": ["diffusers", "UNet2DConditionModel"],
-                "vae": ["diffusers", "AutoencoderKL"],
-            },
-        )
+        write_json(folder / "scheduler" / "scheduler_config.json", architecture.scheduler)
+        scheduler = {"scheduler": ["diffusers", architecture.scheduler["_class_name"]]}
+        write_json(folder / "model_index.json", STABLE_DIFFUSION | scheduler)
     return output
 
 
@@ -239,11 +227,6 @@ def _byte_letters() -> list[str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     num_others = 256 - len(printable)
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(num_others)]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str]) -> int:

@@ -7,7 +7,6 @@ and not run again. Writes docs/pixel_cost.md and .json.
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from sampling.errors import RunFailed, UserError
+from sampling.whole_file import write_whole
 from scripts.config import load
 from scripts.full_architecture_table import describe_machine
 
-GB, RSS_UNIT = 1e9, 1 if sys.platform == "darwin" else 1024
+GB = 1e9
 
 
 @dataclass
@@ -68,7 +68,7 @@ def measure(config: PixelCostConfig) -> dict[str, Any]:
                     raise RunFailed(f"{name}: {result.stderr[-2000:]}")
                 found["cells"][name] = json.loads(result.stdout.splitlines()[-1])
                 print(f"{name}: {found['cells'][name]}", flush=True)
-                path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                write_whole(path, json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -77,6 +77,7 @@ def run_cell(task: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from sampling.pixel_codec import PixelCodec
+    from train.memory import process_peak_bytes
     from train.model_config import ModelConfig
     from train.pixel_model import build_unet
 
@@ -89,7 +90,7 @@ def run_cell(task: dict[str, Any]) -> dict[str, Any]:
         condition="none",
     )
     torch.manual_seed(0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = process_peak_bytes()
     unet = build_unet(model, task["resolution"], 1).train()
     codec = PixelCodec(model.codec, model.patch)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
@@ -104,11 +105,10 @@ def run_cell(task: dict[str, Any]) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started_s)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),
         "seconds": [round(each, 4) for each in seconds[1:]],
-        "peak_bytes": (peak - before) * RSS_UNIT,
+        "peak_bytes": process_peak_bytes() - before,
     }
 
 

@@ -111,7 +111,7 @@ def test_what_was_sent_is_known_after_any_number_of_kills(tmp_path: Path) -> Non
 
 def test_a_run_id_is_whole_or_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(train.run_directory.os, "replace", lambda source, target: kill())
+        patch.setattr("os.replace", lambda source, target: kill())
         with pytest.raises(Killed):
             _run_id(tmp_path)
     assert not (tmp_path / "wandb/run_id").exists()

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from sampling.errors import RunFailed, UserError
+from sampling.whole_file import write_whole
 from train.validation import ValidationLoss
 from train.watch import Watch
 
@@ -170,9 +171,7 @@ class SaveCheckpoints(Checkpoint):
         if self.best is None or measured[1] < self.best[1]:
             self.best = measured
             text = json.dumps({"step": step, "validation_loss": measured[1]})
-            unfinished = self.folder / f".{BEST}.tmp"
-            unfinished.write_text(text + "\n", encoding="ascii")
-            os.replace(unfinished, self.folder / BEST)
+            write_whole(self.folder / BEST, text + "\n")
 
     def _remove_old(self, step: int) -> None:
         """Removes all but the newest, up to `step`, and the best; later ones are damaged."""

@@ -7,7 +7,6 @@ run is finished, export/.
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sampling.errors import UserError
+from sampling.whole_file import write_whole
 from train.config import TrainConfig
 
 PACKAGES = ("blackpoint", "torch", "lightning", "diffusers", "transformers", "webdataset", "wandb")
@@ -161,10 +161,3 @@ def _same(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
     if any(key == free or (free[-1] == "." and key.startswith(free)) for free in FREE_KEYS):
         return True
     return old.get(key, ABSENT) == new.get(key, ABSENT)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that a kill leaves as it was before, or whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -19,9 +19,9 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from sampling.whole_file import write_whole
 from train.config import TrainConfig
 from train.metrics_file import rows_after
-from train.run_directory import write_whole
 
 
 class ResumedWandbLogger(WandbLogger):

@@ -5,7 +5,6 @@ The page refers to nothing outside itself (plots are inline SVG, pictures data U
 mailed or archived. What a run lacks is left out of its page.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from sampling.evaluation.black_point_summary import Finding, table
 from sampling.evaluation.rows import DATA, Row
 from sampling.evaluation.run_page import at_a_glance, embedded, run_figures
 from sampling.evaluation.run_series import Series
+from sampling.whole_file import write_whole
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 NUM_COLUMNS = 8
@@ -79,10 +79,7 @@ class Gallery:
 
 def write_report(path: Path, content: ReportContent) -> Path:
     """Writes the page and returns its path; the file is whole or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(render(content), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, render(content))
     return path
 
 

@@ -8,13 +8,13 @@ the name `data`.
 import csv
 import gzip
 import io
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from sampling.errors import UserError
+from sampling.whole_file import write_whole
 
 DATA = "data"
 """Checkpoint name of the rows that describe real images."""
@@ -67,10 +67,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     content = to_csv(rows).encode()
     if path.suffix == ".gz":
         content = gzip.compress(content, mtime=0)  # equal rows make equal files
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    write_whole(path, content)
 
 
 def read_rows(path: Path) -> list[Row]:
