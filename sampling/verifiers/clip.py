@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sampling.verifiers.batching import in_batches
 from sampling.verifiers.preprocessing import load_preprocessing
 from sampling.verifiers.pretrained import find_folder, load_model, require_one_of
 from sampling.verifiers.verifier import Images
@@ -75,6 +76,24 @@ class Clip:
             truncation=True,
             return_tensors="pt",
         )
+
+
+class CosineVerifier:
+    """What verifiers of an image's cosine with its prompt share; each scales it in its own way."""
+
+    kind: str
+    """Name where none is given."""
+    preview_log_snr: float | None = None
+
+    def __init__(self, clip: Clip, name: str | None = None, batch_size: int = 16) -> None:
+        self.name = name or self.kind
+        self.differentiable = clip.differentiable
+        self._clip = clip
+        self._batch_size = batch_size
+
+    def cosines(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
+        """Returns the cosine of each image with its prompt, a batch at a time."""
+        return in_batches(self._clip.cosines, images, prompts, self._batch_size)
 
 
 def warn_if_cut(text: str, num_tokens: int, max_tokens: int) -> None:
