@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +15,6 @@ from sampling.errors import UserError
 from sampling.model import DiffusionModel
 from sampling.search.config import SearchConfig
 from sampling.search.run import search_to_folder
-from sampling.search.winners import image_of
 from sampling.verifiers.load import VerifierConfig
 from scripts.cli import main
 
@@ -41,6 +41,12 @@ def config(pipeline: Path, output: Path, **changes: Any) -> SearchConfig:
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def image_of(folder: Path, row: dict[str, Any]) -> torch.Tensor:
+    """Reads a winner's picture as (3, H, W) in [0, 1]."""
+    pixels = np.asarray(Image.open(folder / row["image"]).convert("RGB"))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
 def test_a_random_winner_is_made_again_from_its_seed(pipeline: Path, tmp_path: Path) -> None:
@@ -192,6 +198,7 @@ def test_the_command_line_refuses_a_budget_below_one_image(
     error = capsys.readouterr().err
     assert "budget_nfe=7 is smaller than one image, which takes 8 NFE" in error
     assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
     assert main(["search", "--help"]) == 0
     assert "halving.min_kendall" in capsys.readouterr().out
 

@@ -23,8 +23,8 @@ from sampling.evaluation.statistics import (
     mean,
     smallest_detectable_effect,
 )
+from sampling.verifiers.verifier import SCORE_DECIMALS
 
-TIE_DECIMALS = 4
 """Scores equal after rounding to so many decimals are a tie, as in every choice of a search."""
 
 
@@ -73,7 +73,7 @@ def count_outcomes(values: Values, baseline: Values, level: float = LEVEL) -> Ou
 
     With ties alone the p-value is 1, the share of wins nan, and its interval [0, 1].
     """
-    first, second = (np.round(v, TIE_DECIMALS) for v in _checked_pairs(values, baseline, 1))
+    first, second = (np.round(v, SCORE_DECIMALS) for v in _checked_pairs(values, baseline, 1))
     wins, losses = int((first > second).sum()), int((first < second).sum())
     decided = wins + losses
     ties = len(first) - decided

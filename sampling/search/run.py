@@ -9,7 +9,6 @@ search.json        the settings; another search is refused in the same folder
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +31,7 @@ from sampling.search.ledger import Ledger
 from sampling.search.paths import paths
 from sampling.search.random_search import random_search
 from sampling.search.runner import SearchSampling, TrialRunner
-from sampling.search.search import MakeSearch, PromptSearch, drive, open_search
+from sampling.search.search import MakeSearch, PromptSearch, check_budget, drive, open_search
 from sampling.search.trial import Outcome, Problem, Ranking, by_score
 from sampling.search.winners import WINNERS, Winners, read_winners
 from sampling.search.zero_order import zero_order
@@ -40,6 +39,7 @@ from sampling.speed import check_dtype
 from sampling.verifiers.ensemble import combined
 from sampling.verifiers.load import load_verifier
 from sampling.verifiers.verifier import Verifier, checked_scores
+from sampling.whole_file import write_whole
 
 SETTINGS, LEDGER, CALIBRATION = "search.json", "ledger.json", "calibration"
 FREE = ("output", "batch_size", "device")  # keys that change no choice
@@ -54,13 +54,10 @@ def search_to_folder(config: SearchConfig) -> Path:
     if len(done) == len(prompts):
         return output
     runner, held_out = prepare(config, prompts)
-    shape = runner.shape
-    output.mkdir(parents=True, exist_ok=True)
-    _write_whole(output / SETTINGS, settings)
+    check_budget(make_problem(config, runner, 0))  # before anything is written or measured
+    write_whole(output / SETTINGS, json.dumps(settings, indent=1) + "\n")
     make = algorithm(config, kendall_of(config, runner, output))
-    problem = make_problem(config, runner, 0)
-    open_search(problem, make)  # a budget that pays for nothing is refused before anything is run
-    winners = Winners(output, runner.prompts, settings, shape)
+    winners = Winners(output, runner.prompts, settings, runner.shape)
     reproducible = config.algorithm in ("random", "zero_order", "halving") and not (
         config.sampler == "euler_ancestral" or (config.eta or 0) > 0
     )
@@ -84,7 +81,8 @@ def search_to_folder(config: SearchConfig) -> Path:
             best = f"best so far {max(bests):.4f}, " if bests else ""
             left = sum(one.problem.budget_nfe - one.spent_nfe for one in active)
             progress.update(task, completed=progress_base + spent, state=f"{best}{left} NFE left")
-            _write_whole(output / LEDGER, (before + runner.ledger).to_row())
+            ledger = (before + runner.ledger).to_row()
+            write_whole(output / LEDGER, json.dumps(ledger, indent=1) + "\n")
 
         progress_base = 0
 
@@ -254,9 +252,3 @@ def _read_ledger(output: Path) -> Ledger:
     row = json.loads(path.read_text(encoding="utf-8"))
     row.pop("nfe")
     return Ledger(**row)
-
-
-def _write_whole(path: Path, content: dict[str, Any]) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)

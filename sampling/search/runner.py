@@ -5,7 +5,7 @@ becomes of a trial does not depend on its batch; the ledger counts rows as forwa
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,12 +81,14 @@ class TrialRunner:
 
     def cost(self, first: int, stop: int) -> int:
         """Returns the NFE of one sample's run from level `first` to level `stop`."""
-        heun, total = self.sampling.sampler == "heun", 0
-        for step in range(first, stop):
-            total += self._rows(step)
-            if heun and step + 1 < self.grid.num_steps:
-                total += self._rows(step + 1)
-        return total
+        return sum(map(self._rows, self._evaluated(first, stop)))
+
+    def _evaluated(self, first: int, stop: int) -> list[int]:
+        """Returns the steps whose timesteps the network is asked at; Heun asks ahead too."""
+        steps = list(range(first, stop))
+        if self.sampling.sampler == "heun":
+            steps += [step + 1 for step in steps if step + 1 < self.grid.num_steps]
+        return steps
 
     def _nearest_step(self, log_snr: float) -> int:
         distance = (self.model.process.schedule.log_snr[list(self.grid.timesteps)] - log_snr).abs()
@@ -95,20 +97,18 @@ class TrialRunner:
     def _rows(self, step: int) -> int:
         return 2 if self.sampling.guidance.is_on(self.grid.timesteps[step]) else 1
 
-    @torch.no_grad()
-    def run(self, trials: Sequence[tuple[int, Trial]]) -> list[Result]:
-        """Runs (prompt index, trial) pairs; returns their results in the same order."""
+    def run(self, trials: Sequence[tuple[int, Trial]]) -> Iterator[tuple[int, Result]]:
+        """Runs (prompt index, trial) pairs; yields each one's place and result as a batch ends."""
         groups: dict[tuple[int, int, str], list[int]] = {}
         for place, (_, trial) in enumerate(trials):
             goal = (trial.first_step, trial.stop, trial.goal)
             groups.setdefault(goal, []).append(place)
-        found: dict[int, Result] = {}
         for _, places in sorted(groups.items()):
             for start in range(0, len(places), self.batch_size):
                 chunk = places[start : start + self.batch_size]
-                found |= zip(chunk, self._run_batch([trials[p] for p in chunk]), strict=True)
-        return [found[place] for place in range(len(trials))]
+                yield from zip(chunk, self._run_batch([trials[p] for p in chunk]), strict=True)
 
+    @torch.no_grad()
     def _run_batch(self, batch: list[tuple[int, Trial]]) -> list[Result]:
         started_s = time.perf_counter()
         rows = torch.tensor([prompt for prompt, _ in batch], device=self.model.device)
@@ -168,18 +168,11 @@ class TrialRunner:
             lambda step: step_noise(seeds, step, self.shape),
             keep_reading,
         )
-        guided = self.cost(first, stop)
-        plain = self._conditional_cost(first, stop)
+        plain = len(self._evaluated(first, stop))
         self.ledger.conditional_rows += count * plain
-        self.ledger.unconditional_rows += count * (guided - plain)
+        self.ledger.unconditional_rows += count * (self.cost(first, stop) - plain)
         self.ledger.denoising_s += time.perf_counter() - started_s
         return state, readings
-
-    def _conditional_cost(self, first: int, stop: int) -> int:
-        twice = self.sampling.sampler == "heun"
-        return sum(
-            2 if twice and step + 1 < self.grid.num_steps else 1 for step in range(first, stop)
-        )
 
     def _decode(self, latents: Tensor | None) -> Tensor:
         assert latents is not None

@@ -68,14 +68,19 @@ def open_search(problem: Problem, make: MakeSearch) -> PromptSearch:
 
     Raises UserError where the budget does not pay for one image.
     """
+    check_budget(problem)
+    search = make(problem)
+    return PromptSearch(problem, search, next(search))
+
+
+def check_budget(problem: Problem) -> None:
+    """Raises UserError where the budget does not pay for one image."""
     if problem.budget_nfe < problem.full_cost:
         raise UserError(
             f"budget_nfe={problem.budget_nfe} is smaller than one image, which takes "
             f"{problem.full_cost} NFE with these sampling steps and guidance; raise it, or take "
             "fewer num_steps"
         )
-    search = make(problem)
-    return PromptSearch(problem, search, next(search))
 
 
 def drive(
@@ -102,16 +107,14 @@ def drive(
         while len(wanted) < runner.batch_size and (more := list(itertools.islice(waiting, 1))):
             active += more
             wanted += _unpaid(more, journal)
-        wanted.sort(key=lambda pair: (pair[1].first_step, pair[1].stop, pair[1].goal))
-        for start in range(0, len(wanted), runner.batch_size):
-            chunk = wanted[start : start + runner.batch_size]
-            results = runner.run([(one.problem.prompt_index, trial) for one, trial in chunk])
-            for (one, trial), result in zip(chunk, results, strict=True):
-                index = one.problem.prompt_index
-                if one.may_win(result.outcome):
-                    on_image(one, result)  # before its row, which says that nothing is missing
-                journal.write(index, result, about(index))
-                fresh[index, trial.candidate] = result.outcome
+        trials = [(one.problem.prompt_index, trial) for one, trial in wanted]
+        for place, result in runner.run(trials):
+            one, trial = wanted[place]
+            index = one.problem.prompt_index
+            if one.may_win(result.outcome):
+                on_image(one, result)  # before its row, which says that nothing is missing
+            journal.write(index, result, about(index))
+            fresh[index, trial.candidate] = result.outcome
         for one in active:
             one.take([_outcome(one, trial, fresh, journal) for trial in one.pending])
             if one.is_done:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from sampling.noise import derive_seed, seeded_noise
 from sampling.samplers import SampleState, SamplingGrid
+from sampling.verifiers.verifier import SCORE_DECIMALS
 
 Goal = Literal["final", "preview"]
-SCORE_DECIMALS = 4
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a search leaves for each prompt: the winner's picture, its noise, its row, a contact sheet.
 
-Every candidate that becomes the best of its prompt is kept as latents until the prompt is finished,
-so that a killed search has all it needs. A picture carries the settings that made it as PNG text.
+The image of every candidate that may win is kept, unrounded, until its prompt is finished, so that
+a killed search has all it needs. A picture carries the settings that made it as PNG text.
 """
 
 import contextlib
@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,7 +39,7 @@ class Winners:
         (folder / IMAGES).mkdir(parents=True, exist_ok=True)
 
     def keep(self, one: PromptSearch, result: Result) -> None:
-        """Keeps a new best of its prompt."""
+        """Keeps the image of a candidate that may win."""
         index, candidate = one.problem.prompt_index, result.outcome.trial.candidate
         path = self._best_path(index, candidate)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,11 +113,3 @@ def read_winners(folder: Path) -> dict[int, dict[str, Any]]:
             continue
         found[row["prompt_index"]] = row
     return found
-
-
-def image_of(folder: Path, row: Mapping[str, Any]) -> Tensor:
-    """Reads a winner's picture as (3, H, W) in [0, 1]."""
-    import numpy as np
-
-    pixels = np.asarray(Image.open(folder / row["image"]).convert("RGB"))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sampling.errors import UserError
+from sampling.verifiers.verifier import SCORE_DECIMALS
 
 Rule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
-DECIMALS = 4
 
 
 def combined(
@@ -36,7 +36,7 @@ def combined(
         )
     weight = _checked_weights(weights, scores.shape[1], rule)
     usable = torch.isfinite(scores).all(dim=1)
-    kept = scores[usable].double().round(decimals=DECIMALS)
+    kept = scores[usable].double().round(decimals=SCORE_DECIMALS)
     if rule == "mean_rank":
         values = -(_ranks(kept) @ weight) / weight.sum()
     elif rule == "z_score":

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sampling.errors import RunFailed
 
+SCORE_DECIMALS = 4
+"""Scores that agree in so many decimals are tied."""
 Images = Float[Tensor, "n 3 h w"]
 
 
