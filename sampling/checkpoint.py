@@ -13,6 +13,7 @@ import torch
 from sampling.choices import Weights
 from sampling.errors import FULL, NOT_WRITABLE, RunFailed, UserError
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MODELS = ("unet", "vae", "text_encoder")
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 SMALL_FILES = ["*.json", "*.txt", "tokenizer/*"]
@@ -51,7 +52,7 @@ def resolve(checkpoint: str | Path, weights: Weights = "ema") -> Resolved:
             "directory (no checkpoints/) and no .ckpt file; name the folder that holds unet/, "
             "vae/, text_encoder/ and tokenizer/"
         )
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(checkpoint)):
+    if HUB_ID.fullmatch(str(checkpoint)):
         return Resolved(_download(str(checkpoint)))
     raise UserError(f"checkpoint={checkpoint} {NOWHERE}")
 
@@ -147,7 +148,7 @@ def _download(hub_id: str) -> Path:
         try:
             names = [item.rfilename for item in HfApi().model_info(hub_id).siblings or []]
         except Exception as error:
-            if isinstance(error, HfHubHTTPError) or not _is_unreachable(error):
+            if isinstance(error, HfHubHTTPError) or not is_unreachable(error):
                 raise
             return Path(snapshot_download(hub_id, local_files_only=True))
         return Path(snapshot_download(hub_id, allow_patterns=_patterns(names)))
@@ -169,7 +170,7 @@ def _download(hub_id: str) -> Path:
                 f"checkpoint={hub_id} can't be kept in the hub's cache ({error}); make room or get "
                 "the right to write there, or set HF_HOME to another folder"
             ) from error
-        if not isinstance(error, LocalEntryNotFoundError) and not _is_unreachable(error):
+        if not isinstance(error, LocalEntryNotFoundError) and not is_unreachable(error):
             raise
         raise UserError(
             f"checkpoint={hub_id} is not a local folder, and the hub cannot be reached from here "
@@ -186,7 +187,7 @@ def _login_remedy(hub_id: str) -> str:
     )
 
 
-def _is_unreachable(error: Exception) -> bool:
+def is_unreachable(error: Exception) -> bool:
     """Whether the network failed; the libraries that the hub's client may use have no class in
     common."""
     library = type(error).__module__.partition(".")[0]

@@ -7,6 +7,7 @@ written to. A file in another number format is converted tensor by tensor.
 
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import CLIPTokenizer
 
 from sampling.checkpoint import Resolved, variant_of
 from sampling.errors import UserError
+
+CLIP_TOKENIZER_FILES = ("tokenizer.json", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,18 @@ def empty_unet(folder: Path) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
 
 
+def require_tokenizer(folder: Path, files: Sequence[str] = CLIP_TOKENIZER_FILES) -> None:
+    """Raises UserError unless one of a tokenizer's files is in `folder`.
+
+    transformers 5 makes an empty tokenizer of a folder without them, and every prompt is the same.
+    """
+    if not any((folder / file).is_file() for file in files):
+        raise UserError(f"{folder}: its tokenizer is missing; {' or '.join(files)} belongs there")
+
+
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """Loads folder/tokenizer."""
+    require_tokenizer(folder / "tokenizer")
     try:
         return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError) as error:

@@ -81,6 +81,17 @@ def test_incomplete_folder_is_refused(base, tmp_path, missing, message):
         DiffusionModel.load(folder)
 
 
+def test_a_tokenizer_without_its_files_is_refused(base, tmp_path):
+    """transformers makes an empty one of it, to which every prompt is the same."""
+    folder = tmp_path / "sd"
+    shutil.copytree(base, folder)
+    for path in (folder / "tokenizer").iterdir():
+        if path.name != "tokenizer_config.json":
+            path.unlink()
+    with pytest.raises(UserError, match="tokenizer is missing; tokenizer.json or merges.txt"):
+        DiffusionModel.load(folder)
+
+
 def test_weights_that_do_not_fit_their_config_are_refused(base, tmp_path):
     folder = tmp_path / "sd"
     shutil.copytree(base, folder)

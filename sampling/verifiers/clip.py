@@ -11,16 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sampling.loading import require_tokenizer
 from sampling.verifiers.batching import in_batches
 from sampling.verifiers.preprocessing import load_preprocessing
-from sampling.verifiers.pretrained import find_folder, load_model, require_one_of
+from sampling.verifiers.pretrained import find_folder, load_model
 from sampling.verifiers.verifier import Images
 
 log = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 4096
 TEXT_BATCH = 64
-TOKENIZER_FILES = ("tokenizer.json", "merges.txt")
 
 
 class Clip:
@@ -33,7 +33,7 @@ class Clip:
 
         folder = find_folder(checkpoint, "checkpoint", example)
         self.preprocess = load_preprocessing(folder)
-        require_one_of(folder, TOKENIZER_FILES)
+        require_tokenizer(folder)
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.model, _ = load_model(CLIPModel, folder, device, dtype)
         positions = self.model.config.text_config.max_position_embeddings

@@ -18,11 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sampling.errors import UserError
+from sampling.loading import require_tokenizer
 from sampling.verifiers.batching import in_batches
 from sampling.verifiers.clip import warn_if_cut
 from sampling.verifiers.linear_head import linear_chain
 from sampling.verifiers.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
-from sampling.verifiers.pretrained import HUB_ID, download, frozen, load_weights, require_one_of
+from sampling.verifiers.pretrained import HUB_ID, download, frozen, load_weights
 from sampling.verifiers.verifier import Images
 
 EXAMPLE = "THUDM/ImageReward"
@@ -188,5 +189,5 @@ def _tokenizer(folder: Path, base: str | None) -> Any:
     path = Path(source)
     if not path.is_dir() and HUB_ID.fullmatch(source):
         path = download(source, "base", TOKENIZER, ("tokenizer*", "vocab.txt", "config.json"))
-    require_one_of(path, TOKENIZER_FILES)
+    require_tokenizer(path, TOKENIZER_FILES)
     return BertTokenizer.from_pretrained(path, local_files_only=True)

@@ -4,7 +4,6 @@ A weight that is missing from the file would be drawn at random and still give s
 must match, but for the parts that a verifier says it does without.
 """
 
-import errno
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sampling.checkpoint import HTTP_LIBRARIES
-from sampling.errors import FULL, RunFailed, UserError
+from sampling.checkpoint import HUB_ID, is_unreachable
+from sampling.errors import FORBIDDEN, FULL, RunFailed, UserError
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 NEEDED_FILES = ("*.json", "*.txt", "model*.safetensors")
 NOTHING, ANYTHING = r"(?!)", ""
 """Regular expressions: weights that a model may lack, or that its file may hold beside."""
@@ -55,29 +53,16 @@ def download(hub_id: str, field: str, example: str, files: Sequence[str] = NEEDE
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise RunFailed(f"{field}={hub_id} does not fit on the disk: {error}") from error
-        library = type(error).__module__.partition(".")[0]
-        if not isinstance(error, OSError | HfHubHTTPError | HFValidationError) and (
-            library not in HTTP_LIBRARIES
-        ):
+        answered = isinstance(error, HfHubHTTPError | HFValidationError)
+        if not answered and not is_unreachable(error):
             raise
-        refused = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
+        refused = getattr(error, "errno", None) in FORBIDDEN
         reason = "may not be written to the hub's cache" if refused else "cannot be fetched"
         raise UserError(
             f"{field}={hub_id} is not a local folder and {reason} ({type(error).__name__}); "
             f"download it where there is a network (`hf download {hub_id}`) and give the folder. "
             f"A model that fits: {example}"
         ) from error
-
-
-def require_one_of(folder: Path, files: Sequence[str]) -> None:
-    """Raises UserError unless a tokenizer's files are there.
-
-    transformers 5 makes an empty tokenizer of a folder without them, and every prompt is the same.
-    """
-    if not any((folder / file).is_file() for file in files):
-        raise UserError(
-            f"{folder}: its tokenizer is missing; {' or '.join(files)} belongs beside the weights"
-        )
 
 
 def load_model(
