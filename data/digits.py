@@ -20,6 +20,7 @@ from data.errors import UserError
 
 IMAGE_PX, DIGIT_PX = 64, 56
 HELD_OUT_PER_CLASS = 50
+UCI_PX = 42
 DIGIT_NAMES = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 )  # fmt: skip
@@ -65,6 +66,25 @@ def mnist_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
     large = [Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC) for digit in small]
     masks = np.stack([np.asarray(digit, np.float32) for digit in large]) / 255
     return masks, labels[chosen]
+
+
+@functools.cache
+def uci_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns masks (1797, 56, 56) float32 in [0, 1] and labels of other writers' digits.
+
+    They are the 8x8 digits of the UCI repository (Alpaydin and Kaynak 1998) that scikit-learn
+    holds, enlarged to the size that MNIST's have in their frames.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    small = (255 * pixels.reshape(-1, 8, 8) / 16).round().astype(np.uint8)
+    large = [
+        Image.fromarray(one).resize((UCI_PX, UCI_PX), Image.Resampling.BICUBIC) for one in small
+    ]
+    margin = (DIGIT_PX - UCI_PX) // 2
+    masks = np.stack([np.pad(np.asarray(digit, np.float32), margin) for digit in large]) / 255
+    return masks, labels
 
 
 @functools.cache

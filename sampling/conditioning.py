@@ -41,8 +41,7 @@ class Conditioning:
 
     def followed_by(self, other: "Conditioning") -> "Conditioning":
         """Returns the rows of both, these first."""
-        pairs = zip(self._parts(), other._parts(), strict=True)
-        return Conditioning(*(None if a is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type, list-item]
+        return joined([self, other])
 
     def to(self, dtype: torch.dtype) -> "Conditioning":
         """Returns it with embeddings of another number format."""
@@ -50,6 +49,12 @@ class Conditioning:
 
     def _parts(self) -> tuple[Tensor | None, ...]:
         return self.prompt_embeds, self.pooled, self.time_ids, self.class_labels
+
+
+def joined(parts: Sequence[Conditioning]) -> Conditioning:
+    """Returns the rows of all parts, in their order."""
+    columns = zip(*(part._parts() for part in parts), strict=True)
+    return Conditioning(*(None if c[0] is None else torch.cat(c) for c in columns))  # type: ignore[arg-type]
 
 
 def encode_text(

@@ -28,6 +28,7 @@ from scripts import bench_inputs as inputs
 from scripts import bench_memory as memory
 from scripts import bench_reader as reader
 from scripts import bench_sampling as sampling
+from scripts import bench_search as search
 from scripts import bench_startup as startup
 from scripts import bench_training as training
 from scripts.bench_timing import Row
@@ -59,6 +60,10 @@ class BenchConfig:
     """Images a sampling run."""
     num_steps: int = 25
     """Sampling steps, with guidance 7.5."""
+    search_rounds: int = 6
+    """Rounds of search."""
+    search_candidates: int = 16
+    """Candidates of each of two prompts, all of one prompt at once."""
     reader_rounds: int = 12
     """Rounds of the reader, of 50 batches each."""
     run_rounds: int = 3
@@ -72,8 +77,8 @@ class BenchConfig:
     memory_steps: int = 8
     """Optimizer or sampling steps after which the peak memory is read."""
     parts: list[str] = field(default_factory=list)
-    """Measure only these (training, captions, cached, sampling, reader, runs, memory, startup) and
-    keep what output/benchmarks.json has of the others; empty: all."""
+    """Measure only these (training, captions, cached, sampling, search, reader, runs, memory,
+    startup) and keep what output/benchmarks.json has of the others; empty: all."""
     quick: bool = False
     """The smallest of everything, to see that it runs; the numbers mean nothing."""
     output: str = "docs"
@@ -95,6 +100,8 @@ QUICK: dict[str, Any] = {
     "warmup_steps": 1,
     "sample_rounds": 2,
     "sample_images": 2,
+    "search_rounds": 1,
+    "search_candidates": 2,
     "num_steps": 2,
     "reader_rounds": 2,
     "run_rounds": 1,
@@ -168,6 +175,18 @@ def _sampling(given: Given) -> Measured:
     return seconds, sampling.sampling_rows(seconds, settings.sample_images)
 
 
+def _search(given: Given) -> Measured:
+    settings = given.settings
+    seconds = search.time_search(
+        given.config,
+        given.folder,
+        settings.search_candidates,
+        settings.num_steps,
+        settings.search_rounds,
+    )
+    return seconds, search.search_rows(seconds, settings.search_candidates)
+
+
 def _reader(given: Given) -> Measured:
     seconds = reader.time_reader(given.config, READER_BATCHES, given.settings.reader_rounds)
     return seconds, reader.reader_rows(seconds, READER_BATCHES * given.config.batch_size)
@@ -208,6 +227,7 @@ PARTS: dict[str, Callable[[Given], Measured]] = {
     ),
     "cached": lambda given: _training(given, "training, cached latents", True, True),
     "sampling": _sampling,
+    "search": _search,
     "reader": _reader,
     "runs": _runs,
     "memory": _memory,
@@ -255,7 +275,8 @@ def table(result: dict[str, Any]) -> str:
         " average and logs nothing. The accelerate loop has the"
         " structure of diffusers' public text-to-image example, over a folder of files. No"
         " contestant has loader processes.",
-        f"Sampling: {settings.num_steps} DDIM steps of one batch, guidance 7.5 with rescale .7.",
+        f"Sampling: {settings.num_steps} DDIM steps of one batch, guidance 7.5 with rescale .7."
+        f" Search: the best of {settings.search_candidates} of each of two prompts, so sampled.",
         "",
         PROFILE,
     ]

@@ -94,9 +94,8 @@ def contestants(
     return {**parts, SAMPLE: sample, PIPELINE: pipeline}
 
 
-def _pipeline(
-    model: DiffusionModel, prompts: list[str], seeds: list[int], num_steps: int
-) -> Callable[[], torch.Tensor]:
+def pipeline_of(model: DiffusionModel) -> StableDiffusionPipeline:
+    """Returns diffusers' pipeline of a model and its process."""
     pipeline = StableDiffusionPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder,
@@ -108,6 +107,13 @@ def _pipeline(
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _pipeline(
+    model: DiffusionModel, prompts: list[str], seeds: list[int], num_steps: int
+) -> Callable[[], torch.Tensor]:
+    pipeline = pipeline_of(model)
 
     def call() -> torch.Tensor:
         return pipeline(

@@ -16,10 +16,11 @@ from rich.progress import track
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from data.digits import BACKGROUNDS, DIGIT_NAMES, INKS, digit_samples
+from sampling.evaluation.digit_reader import DigitReader, save_weights
 from sampling.saving import STABLE_DIFFUSION, write_json
 from sampling.schedule import NoiseSchedule
 from train import embedded_base as base
-from train.digit_reader import train_digit_reader
+from train.digit_reader import train_reader
 
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
@@ -129,8 +130,8 @@ def make_digit_reader(config: BaseConfig) -> None:
         return
     images, _, labels = digit_samples(9000, config.seed + 1)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    reader = train_digit_reader(pixels, labels.tolist(), config.seed, config.reader_steps)
-    reader.save(folder)
+    reader = train_reader(DigitReader, pixels, labels.tolist(), config.seed, config.reader_steps)
+    save_weights(reader, folder)
     images, _, labels = digit_samples(2000, config.seed + 1, "held_out")
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     right = reader.read(pixels.float() / 255) == torch.from_numpy(labels)

@@ -77,7 +77,7 @@ def runner(
     model = model or GaussianModel()
     return TrialRunner(
         model,  # type: ignore[arg-type]
-        [f"prompt {number}" for number in range(num_prompts)],
+        {number: f"prompt {number}" for number in range(num_prompts)},
         settings,
         [Scored(verifier)],
         {"linear": 1.0},

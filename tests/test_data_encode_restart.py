@@ -23,9 +23,10 @@ from data.errors import UserError as DataUserError
 from data.shard_file import ShardFile
 from data.shared_partial import SharedPartial
 from sampling.errors import RunFailed, UserError
+from sampling.tasks import Task, this_task
 from tests.tiny_pipeline import make_tiny_pipeline
 from train.encode import EncodeConfig, EncodeResult, encode
-from train.encode_tasks import Task, process_devices, this_task
+from train.encode_tasks import process_devices
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS: dict[str, Any] = {"resolution": 16, "batch_size": 2, "samples_per_shard": 3}

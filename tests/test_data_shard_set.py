@@ -22,12 +22,12 @@ from data.pack import PackConfig, pack
 from data.record import ShardRecords
 from data.shard_file import ShardFile
 from data.shard_set import open_shards
+from sampling.tasks import Task
 from scripts.cli import main
 from tests.data_images import write_folder
 from tests.shard_server import ShardServer, answers, cut_short, drops_after, serving
 from train.encode import open_source
 from train.encode_config import EncodeConfig
-from train.encode_tasks import Task
 
 NUM_IMAGES = 30
 BRACES = "shard-{000000..000003}.tar"

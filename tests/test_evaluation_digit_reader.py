@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from sampling.errors import UserError
 from sampling.evaluation.digit_reader import DigitReader, contrast_map
-from train.digit_reader import train_digit_reader
+from train.digit_reader import train_reader
 
 
 def bars(num_images: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,13 +40,13 @@ def test_a_blank_image_is_not_amplified_into_noise() -> None:
 
 def test_reader_learns_and_survives_its_file(tmp_path: Path) -> None:
     images, places = bars(256)
-    reader = train_digit_reader(images, places, seed=0, num_steps=60, batch_size=32)
+    reader = train_reader(DigitReader, images, places, seed=0, num_steps=60, batch_size=32)
     assert sum(parameter.numel() for parameter in reader.parameters()) < 200_000
     unseen, expected = bars(64, seed=1)
     read = reader.read(unseen.float() / 255)
     assert read.dtype == torch.int64
     assert (read == expected).float().mean() > 0.8
-    reader.save(tmp_path)
+    save_weights(reader, tmp_path)
     assert torch.equal(DigitReader.load(tmp_path).read(unseen.float() / 255), read)
 
 

@@ -21,6 +21,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "open_clip": "open-clip-torch",
     "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

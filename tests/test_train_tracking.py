@@ -12,9 +12,10 @@ import wandb
 
 import train.run
 import train.run_directory
+from sampling.wandb_run import run_id
 from tests.tiny_run import Killed, kill, stop_in_step, tiny_config
 from train.metrics_file import drop_rows_after
-from train.tracking import _run_id, finish, sent_rows, wandb_logger
+from train.tracking import finish, sent_rows, wandb_logger
 
 
 def wandb_rows(run_dir: Path) -> list[tuple[int, str]]:
@@ -113,12 +114,12 @@ def test_a_run_id_is_whole_or_made_anew(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", lambda source, target: kill())
         with pytest.raises(Killed):
-            _run_id(tmp_path)
+            run_id(tmp_path)
     assert not (tmp_path / "wandb/run_id").exists()
     (tmp_path / "wandb/run_id").write_text("")
-    run_id = _run_id(tmp_path)
-    assert len(run_id) == 8
-    assert _run_id(tmp_path) == run_id == (tmp_path / "wandb/run_id").read_text()
+    first = run_id(tmp_path)
+    assert len(first) == 8
+    assert run_id(tmp_path) == first == (tmp_path / "wandb/run_id").read_text()
 
 
 def test_an_answer_that_does_not_come_is_said_in_one_line(

@@ -73,7 +73,7 @@ def test_gradients_flow_to_the_images(vit: Path) -> None:
 def test_the_digit_reader_is_a_classifier_by_import_path(tmp_path: Path) -> None:
     torch.manual_seed(0)
     reader = DigitReader().eval()
-    reader.save(tmp_path)
+    save_weights(reader, tmp_path)
     verifier = loaded(module=READER, checkpoint=str(tmp_path), labels=DIGITS, output="logit")
     images = eight_bit_images(2, 32, 32)
     scores = verifier.score(images, ["a red three", "a blue Nine on a black background"])

@@ -11,6 +11,7 @@ from omegaconf import MISSING
 from data.config import DataConfig
 from sampling.choices import Attention
 from sampling.errors import UserError
+from sampling.wandb_run import WandbConfig
 from train.loss_config import LossConfig
 from train.model_config import DropoutConfig, ModelConfig
 from train.ranges import check_range
@@ -157,18 +158,6 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         check_range("watch.weights_every_steps", self.weights_every_steps, at_least=0)
-
-
-@dataclass
-class WandbConfig:
-    """Weights & Biases: online when logged in and reachable, else offline in run_dir/wandb."""
-
-    enabled: bool = True
-    """Log to wandb beside metrics.csv."""
-    project: str = "blackpoint"
-    """Project that the run appears in."""
-    name: str | None = None
-    """Name of the run there; the run directory's name if not set."""
 
 
 @dataclass

@@ -1,6 +1,7 @@
-"""Trains the digit reader (sampling/evaluation/digit_reader.py) on labelled images."""
+"""Trains the readers of digits (sampling/evaluation/digit_*.py) on labelled images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from rich.progress import track
 from torch import Tensor
 
 from sampling.errors import UserError
-from sampling.evaluation.digit_reader import SIDE_PX, DigitReader, contrast_map
+from sampling.evaluation.digit_reader import SIDE_PX, Reader, contrast_map
 
 
 def jittered(contrast: Tensor, generator: torch.Generator) -> Tensor:
@@ -31,14 +32,16 @@ def jittered(contrast: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(contrast, grid, align_corners=False)
 
 
-def train_digit_reader(
+def train_reader(
+    make: Callable[[], Reader],
     images: Tensor,
     labels: Tensor | Sequence[int],
     seed: int = 0,
     num_steps: int = 2500,
     batch_size: int = 128,
-) -> DigitReader:
-    """Trains a reader on labelled images and returns it in evaluation mode.
+    learning_rate: float = 2e-3,
+) -> Reader:
+    """Trains the reader that `make` gives on labelled images and returns it in evaluation mode.
 
     images: uint8 (N, 3, H, W); labels: N digits. AdamW under one cosine of the learning rate; the
     maps are jittered, and a little noise keeps the reader from relying on perfectly flat
@@ -54,15 +57,18 @@ def train_digit_reader(
     maps = torch.cat([contrast_map(chunk.float() / 255) for chunk in images.split(512)])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # initial weights and dropout
-        reader = DigitReader().train()
-        optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, weight_decay=0.02)
-        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps)
+        reader = make().train()
+        read: Any = reader.logits
+        optimizer = torch.optim.AdamW(reader.parameters(), lr=learning_rate, weight_decay=0.02)
+        rate = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=learning_rate, total_steps=num_steps
+        )
         for _ in track(range(num_steps), description="digit reader"):
             chosen = torch.randint(len(maps), (batch_size,), generator=generator)
             contrast = jittered(maps[chosen], generator)
             noise_std = 0.1 * torch.rand(batch_size, 1, 1, 1, generator=generator)
             contrast = contrast + noise_std * torch.randn(contrast.shape, generator=generator)
-            loss = F.cross_entropy(reader.logits(contrast), targets[chosen], label_smoothing=0.05)
+            loss = F.cross_entropy(read(contrast), targets[chosen], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -38,9 +38,10 @@ from data.workers import run_in_processes
 from sampling.errors import RunFailed, UserError
 from sampling.fingerprint import text_encoder_digest, vae_digest
 from sampling.model import DiffusionModel
+from sampling.tasks import Task, this_task
 from train.encode_config import EncodeConfig
 from train.encode_shards import EncodeRules, Share, encode_share
-from train.encode_tasks import Task, process_devices, this_task
+from train.encode_tasks import process_devices
 
 COUNT_EVERY_S = 1.0
 

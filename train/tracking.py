@@ -7,18 +7,15 @@ those are is kept in wandb/sent.json, for metrics.csv is cut back to the checkpo
 
 import dataclasses
 import json
-import netrc
-import os
-import secrets
 import sys
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from sampling.wandb_run import start_run
 from sampling.whole_file import write_whole
 from train.config import TrainConfig
 from train.metrics_file import rows_after
@@ -51,28 +48,7 @@ def wandb_logger(
     For the first process only; call `.experiment.finish()` at the end. `logged` are the
     rows, (step, name), beyond the checkpoint that the run continues from: sent already.
     """
-    import wandb  # takes a second, which a run without it should not pay
-
-    offline = os.environ.get("WANDB_MODE", "online") != "online" or not logged_in()
-    if offline:
-        print(
-            "wandb is offline (no WANDB_API_KEY and no `wandb login`, or WANDB_MODE says so); "
-            f"upload later with: wandb sync {run_dir}/wandb/offline-run-*",
-            file=sys.stderr,
-        )
-    try:
-        experiment = _start(config, run_dir, offline)
-    except wandb.errors.CommError as error:
-        if offline:
-            raise
-        reason = " ".join(str(error).split())
-        print(
-            f"note: wandb can't be reached ({type(error).__name__}: {reason}); this start goes on "
-            f"offline: upload later with: wandb sync {run_dir}/wandb/offline-run-*",
-            file=sys.stderr,
-        )
-        wandb.teardown()  # else its service takes the id for in use
-        experiment = _start(config, run_dir, offline=True)
+    experiment = start_run(config.wandb, run_dir, dataclasses.asdict(config))
     experiment.define_metric("trainer/global_step")
     experiment.define_metric("*", step_metric="trainer/global_step")
     return ResumedWandbLogger(experiment, run_dir, logged)
@@ -106,39 +82,3 @@ def sent_rows(run_dir: Path, resume_step: int) -> set[tuple[int, str]]:
     sent |= rows_after(run_dir / "metrics.csv", resume_step)
     write_whole(path, json.dumps(sorted(sent)))
     return sent
-
-
-def logged_in() -> bool:
-    """Whether a key for the wandb server is in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _start(config: TrainConfig, run_dir: Path, offline: bool) -> Any:
-    import wandb
-
-    return wandb.init(
-        project=config.wandb.project,
-        name=config.wandb.name or run_dir.name,
-        id=_run_id(run_dir),
-        dir=run_dir,
-        mode="offline" if offline else "online",
-        resume="allow",
-        config=dataclasses.asdict(config),
-        settings=wandb.Settings(console="off", silent=offline),
-    )
-
-
-def _run_id(run_dir: Path) -> str:
-    path = run_dir / "wandb" / "run_id"
-    run_id = path.read_text(encoding="ascii").strip() if path.exists() else ""
-    if not run_id:  # an empty file is what a power failure leaves
-        run_id = secrets.token_hex(4)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, run_id)
-    return run_id

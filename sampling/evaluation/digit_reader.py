@@ -11,6 +11,7 @@ background is the median colour of the border.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from sampling.errors import UserError
 
 WEIGHTS_NAME = "model.safetensors"
+Reader = TypeVar("Reader", bound=nn.Module)
 SIDE_PX = 32
 SMALLEST_CONTRAST = (
     0.02  # below about five gray levels an image is blank, and is not amplified into noise
@@ -83,23 +85,26 @@ class DigitReader(nn.Module):
     @classmethod
     def load(cls, folder: str | Path) -> DigitReader:
         """Loads the reader from `folder/model.safetensors`; every key must match."""
-        path = Path(folder) / WEIGHTS_NAME
-        if not path.is_file():
-            raise UserError(
-                f"digit_reader: {path} does not exist; name a folder that holds {WEIGHTS_NAME}"
-            )
-        reader = cls()
-        try:
-            reader.load_state_dict(load_file(path), strict=True)
-        except (RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"digit_reader: {path} does not hold a digit reader ({error})"
-            ) from error
-        return reader.eval()
+        return load_weights(cls(), folder)
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes `folder/model.safetensors` and returns its path."""
-        path = Path(folder) / WEIGHTS_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path)
-        return path
+
+def load_weights(reader: Reader, folder: str | Path) -> Reader:
+    """Fills a reader from `folder/model.safetensors`, for evaluation; every key must match."""
+    path = Path(folder) / WEIGHTS_NAME
+    if not path.is_file():
+        raise UserError(
+            f"digit_reader: {path} does not exist; name a folder that holds {WEIGHTS_NAME}"
+        )
+    try:
+        reader.load_state_dict(load_file(path), strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(f"digit_reader: {path} does not hold a digit reader ({error})") from error
+    return reader.eval()
+
+
+def save_weights(reader: nn.Module, folder: str | Path) -> Path:
+    """Writes `folder/model.safetensors` and returns its path."""
+    path = Path(folder) / WEIGHTS_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in reader.state_dict().items()}, path)
+    return path

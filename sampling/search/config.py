@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from sampling.choices import Dtype, Weights
+from sampling.choices import Attention, Dtype, Weights
 from sampling.errors import UserError
 from sampling.search.algorithm_configs import (
     FkSteeringConfig,
@@ -15,10 +15,22 @@ from sampling.search.algorithm_configs import (
     ZeroOrderConfig,
 )
 from sampling.verifiers.load import VerifierConfig
+from sampling.wandb_run import WandbConfig
 
 Algorithm = Literal["random", "zero_order", "paths", "halving", "fk_steering"]
 EnsembleRule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
 STOCHASTIC = "sampler=euler_ancestral, or sampler=ddim with eta above 0"
+
+
+@dataclass
+class DiversityConfig:
+    """Features whose mean distance between winners, beside the plain images, tells diversity."""
+
+    checkpoint: str | None = None
+    """A transformers folder or hub id, such as facebook/dinov2-base; pixels of thumbnails if
+    neither this nor module is set."""
+    module: str | None = None
+    """Import path package.module:name of a module of images in [0, 1] to features."""
 
 
 @dataclass
@@ -79,13 +91,25 @@ class SearchConfig:
     """Number format of the model's weights."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
+    attention: Attention = "auto"
+    """Attention kernel of the UNet: auto takes xformers where it runs, else sdpa (torch's own)."""
+    channels_last: bool = False
+    """Hold the convolutions' weights in channels-last order."""
+    compile: bool = False
+    """Compile the UNet with torch.compile, at the first step of each batch size."""
     batch_size: int = 16
-    """Candidates run at once, of any prompts; does not change a choice."""
+    """Candidates run at once, of any prompts; 0 finds it. Changes no choice."""
+    diversity: DiversityConfig = field(default_factory=DiversityConfig)
+    """How the diversity of the winners is measured."""
+    wandb: WandbConfig = field(default_factory=lambda: WandbConfig(enabled=False))
+    """Tables of winners and candidates at Weights & Biases."""
 
     def __post_init__(self) -> None:
-        for name in ("budget_nfe", "num_steps", "batch_size"):
+        for name in ("budget_nfe", "num_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.batch_size < 0:
+            raise UserError(f"batch_size={self.batch_size} must be at least 1, or 0 to find it")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must be 0 or more")
         if not self.verifiers:
@@ -101,10 +125,10 @@ class SearchConfig:
                 "cannot judge the search; give it another name if it is another one"
             )
         for name, config in {**self.verifiers, **self.held_out}.items():
-            if config.kind == "oracle":
+            if config.kind == "oracle" and name in self.held_out:
                 raise UserError(
-                    f"{name}: kind=oracle scores a set that grows with every winner, and prompts "
-                    "are searched side by side; use it from Python (sampling/verifiers/oracle.py)"
+                    f"held_out.{name}: kind=oracle scores a set that grows, and a winner is judged "
+                    "by its picture alone; hold out another kind"
                 )
             if config.kind == "self_supervised" and name in self.held_out:
                 raise UserError(

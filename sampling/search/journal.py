@@ -4,13 +4,16 @@ A row is one line, flushed before the search goes on, so that a kill tears at mo
 is cut off when the search resumes. What later rounds start from, the states of trials that end
 before the last level, lies beside it until the prompt is finished: what was paid for is never run
 again. Rows are found by (prompt_index, candidate), never by their place in the file.
+
+Several processes write a file each (sampling/search/parts.py) and read all of them.
 """
 
+import fcntl
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +21,41 @@ from safetensors.torch import load_file, save_file
 
 from sampling.errors import UserError
 from sampling.samplers import SampleState
+from sampling.search.ledger import Ledger
+from sampling.search.parts import files_of
 from sampling.search.runner import Result
 from sampling.search.trial import Outcome, Trial
+from sampling.whole_file import write_whole
 
 ROWS, STATES = "candidates.jsonl", "states"
+Rows = dict[int, dict[str, Any]]
 
 
 class Journal:
-    """The rows of one process's searches in `folder`; reads what an earlier start has written."""
+    """The rows of one process's searches; reads what earlier starts and other parts have written.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.rows: dict[tuple[int, int], dict[str, Any]] = {}
-        path = folder / ROWS
-        if path.is_file():
-            for row in read_rows(path):
-                self.rows[row["prompt_index"], row["candidate"]] = row
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+    It writes to `own`, a folder in the search's `folder` or that folder itself. `prompts`, if
+    given, are the indices whose rows are of use; of the others only the costs are added up.
+    """
+
+    def __init__(
+        self, folder: Path, own: Path | None = None, prompts: Iterable[int] | None = None
+    ) -> None:
+        self.folder, own = folder, own or folder
+        self.spent = Ledger()
+        """Of all rows in `own`."""
+        self.rows: dict[int, Rows] = {}
+        own.mkdir(parents=True, exist_ok=True)
+        self._file = (own / ROWS).open("a", encoding="utf-8")
+        _lock(self._file, own)
+        wanted = None if prompts is None else set(prompts)
+        for path in files_of(folder, ROWS):
+            is_own = path.samefile(own / ROWS)
+            for row in read_rows(path, repair=is_own):
+                if is_own:
+                    self.spent += Ledger(**row["spent"])
+                if wanted is None or row["prompt_index"] in wanted:
+                    self._keep(row)
 
     def close(self) -> None:
         """Closes the file; every row is in it already."""
@@ -46,7 +66,7 @@ class Journal:
 
         Raises UserError where the record is of another search.
         """
-        row = self.rows.get((prompt_index, trial.candidate))
+        row = self.rows.get(prompt_index, {}).get(trial.candidate)
         if row is None:
             return None
         expected = (trial.round, trial.seed, trial.parent)
@@ -86,22 +106,28 @@ class Journal:
             "scores": {name: _finite(value) for name, value in outcome.scores.items()},
             "nfe": outcome.nfe,
             "seconds": round(result.seconds, 4),
+            "spent": vars(result.spent),
             **about,
         }
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        self.rows[prompt_index, trial.candidate] = row
+        self.spent += result.spent
+        self._keep(row)
 
-    def forget_states(self, prompt_index: int) -> None:
-        """Removes what only an unfinished prompt needs."""
+    def forget(self, prompt_index: int) -> None:
+        """Drops what only an unfinished prompt needs: its rows in memory, its states."""
+        self.rows.pop(prompt_index, None)
         shutil.rmtree(self.folder / STATES / f"{prompt_index:06d}", ignore_errors=True)
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        self.rows.setdefault(row["prompt_index"], {})[row["candidate"]] = row
 
     def _state_path(self, prompt_index: int, candidate: int) -> Path:
         return self.folder / STATES / f"{prompt_index:06d}" / f"{candidate:06d}.safetensors"
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads whole rows; a torn last line is cut off the file.
+def read_rows(path: Path, repair: bool = True) -> list[dict[str, Any]]:
+    """Reads whole rows; a torn last line is left out, and cut off the file with `repair`.
 
     Raises UserError for a line that is torn but not the last: it was not a kill that did it.
     """
@@ -118,12 +144,39 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                     f"{path}:{number} is not JSON: it was changed by hand or the disk lost it; "
                     "remove the line to pay for that candidate again, or choose another output"
                 ) from error
-            with path.open("rb+") as file:
-                file.truncate(good)
-                os.fsync(file.fileno())
+            if repair:
+                with path.open("rb+") as file:
+                    file.truncate(good)
+                    os.fsync(file.fileno())
             break
         good += len(line)
     return rows
+
+
+def join_rows(
+    output: Path, name: str, key: Callable[[dict[str, Any]], Any]
+) -> list[dict[str, Any]]:
+    """Writes the rows of the whole search and of its parts to output/name, sorted; returns them."""
+    found = {}
+    for path in files_of(output, name):
+        for row in read_rows(path, repair=False):
+            found[key(row)] = row
+    rows = [found[each] for each in sorted(found)]
+    write_whole(output / name, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _lock(file: Any, folder: Path) -> None:
+    """Refuses a folder that another process is writing to; file systems without locks let it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"output={folder}: another process is searching there; wait for it, or choose another "
+            "output"
+        ) from None
+    except OSError:
+        return
 
 
 def _finite(value: float) -> float | None:

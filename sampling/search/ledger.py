@@ -39,6 +39,17 @@ class Ledger:
         names = [field.name for field in fields(self)]
         return Ledger(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
+    def __sub__(self, other: "Ledger") -> "Ledger":
+        names = [field.name for field in fields(self)]
+        return Ledger(**{name: getattr(self, name) - getattr(other, name) for name in names})
+
+    def share(self, count: int) -> "Ledger":
+        """Returns what one of `count` equal candidates of a batch has spent."""
+        parts = {}
+        for name, value in vars(self).items():
+            parts[name] = round(value / count, 4) if name.endswith("_s") else value // count
+        return Ledger(**parts)
+
     def to_row(self) -> dict[str, float]:
         """Returns every count and the NFE."""
         return {"nfe": self.nfe, **asdict(self)}

@@ -1,254 +1,224 @@
 """`blackpoint search`: from a config to winners, candidates and the ledger in a folder.
 
 candidates.jsonl   a row for every candidate, as it is scored
-winners.jsonl      a row for every prompt: the winner, what verifiers say of it, its NFE
-images/            the winners, contact sheets from first to best, noises that no seed re-makes
+winners.jsonl      a row for every prompt: the winner, its plain image, what verifiers say, NFE
+images/            the winners, contact sheets from first to best, what no seed re-makes
 ledger.json        what was spent: UNet rows, decodes, verifier calls, seconds
+hacking.json       what changed from the plain images to the winners
 search.json        the settings; another search is refused in the same folder
 """
 
-import dataclasses
 import json
+import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
-
 from sampling.errors import UserError
-from sampling.guidance import Guidance
-from sampling.model import DiffusionModel
 from sampling.prompts import Prompt, read_prompt_set
-from sampling.sample import find_device
+from sampling.search.batch_size import find_batch_size
+from sampling.search.calibration import (
+    FOLDER as CALIBRATION,
+)
+from sampling.search.calibration import (
+    calibrate,
+    calibration_line,
+    is_calibrated,
+    read_kendall,
+)
 from sampling.search.config import SearchConfig
-from sampling.search.fk_steering import fk_steering
-from sampling.search.halving import halving, measured_kendall, pruning_levels, walk
-from sampling.search.journal import Journal
-from sampling.search.ledger import Ledger
-from sampling.search.paths import paths
+from sampling.search.folder import SETTINGS, check_folder, keep_ledger, spent_in
+from sampling.search.journal import ROWS, STATES, Journal, join_rows
+from sampling.search.judgement import HACKING, alarms, judge
+from sampling.search.parts import own_folder, remove_parts, share_of, tell_stop, wait_until
+from sampling.search.progress import SearchProgress
 from sampling.search.random_search import random_search
-from sampling.search.runner import SearchSampling, TrialRunner
-from sampling.search.search import MakeSearch, PromptSearch, check_budget, drive, open_search
-from sampling.search.trial import Outcome, Problem, Ranking, by_score
-from sampling.search.winners import WINNERS, Winners, read_winners
-from sampling.search.zero_order import zero_order
-from sampling.speed import check_dtype
-from sampling.verifiers.ensemble import combined
-from sampling.verifiers.load import load_verifier
-from sampling.verifiers.verifier import Verifier, checked_scores
+from sampling.search.search import PromptSearch, check_budget, drive, open_search
+from sampling.search.set_up import Loaded, algorithm, is_reproducible, load, make_problem
+from sampling.search.tables import send_tables
+from sampling.search.trial import Outcome, Problem
+from sampling.search.winners import BESTS, WINNERS, Winners, finite_or_none, read_winners
+from sampling.tasks import Task, this_task
 from sampling.whole_file import write_whole
 
-SETTINGS, LEDGER, CALIBRATION = "search.json", "ledger.json", "calibration"
-FREE = ("output", "batch_size", "device")  # keys that change no choice
+BASELINES = "baselines"
+WHOLE = ("random", "zero_order")
+"""Algorithms whose first candidate is the plain image of its seed."""
 
 
-def search_to_folder(config: SearchConfig) -> Path:
-    """Searches every prompt and returns the folder; continues what an earlier start has left."""
+def search_to_folder(config: SearchConfig, task: Task | None = None) -> tuple[Path, list[str]]:
+    """Searches every prompt; continues what an earlier start has left.
+
+    Returns the folder and what there is to say of it. Of several processes each searches its share
+    of the prompts, and the first waits for the others and joins what they have found.
+    """
+    task, since = task or this_task(), time.time() - 1
     output = Path(config.output)
     settings = check_folder(config, output)
-    prompts = read_prompt_set(config.prompts, config.limit, config.offset)
-    done = read_winners(output)
-    if len(done) == len(prompts):
-        return output
-    runner, held_out = prepare(config, prompts)
-    check_budget(make_problem(config, runner, 0))  # before anything is written or measured
+    prompts = {prompt.index: prompt for prompt in prompts_of(config, task)}
+    done = read_winners(output, own_folder(output, task))
+    lines: list[str] = []
+    try:
+        mine = [index for index in share_of(list(prompts), task) if index not in done]
+        if mine:
+            lines = search_prompts(config, settings, prompts, mine, task, since)
+    except BaseException as error:
+        if output.is_dir():
+            tell_stop(output, task, str(error) or type(error).__name__)
+        raise
+    if task.rank > 0:
+        return output, []
+    if not (output / HACKING).is_file():
+        wait_until(lambda: read_winners(output, output).keys() >= prompts.keys(), output, since)
+        lines += join(config, output)
+    return output, lines
+
+
+def prompts_of(config: SearchConfig, task: Task) -> list[Prompt]:
+    """Reads the prompts; raises UserError where a verifier of sets has several processes."""
+    names = [name for name, each in config.verifiers.items() if each.kind == "oracle"]
+    if names and task.count > 1:
+        raise UserError(
+            f"verifiers.{names[0]}: kind=oracle scores a set that grows with every winner, so one "
+            f"prompt waits for the other; start one process, not {task.count}"
+        )
+    return read_prompt_set(config.prompts, config.limit, config.offset)
+
+
+def search_prompts(
+    config: SearchConfig,
+    settings: dict[str, Any],
+    prompts: dict[int, Prompt],
+    mine: Sequence[int],
+    task: Task,
+    since: float,
+) -> list[str]:
+    """Searches the prompts of this process; returns what there is to say."""
+    output = Path(config.output)
+    own = own_folder(output, task)
+    texts = {index: prompt.text for index, prompt in prompts.items()}
+    loaded = load(config, texts, task)
+    runner = loaded.runner
+    check_budget(make_problem(config, runner, mine[0]))  # before anything is written or measured
     write_whole(output / SETTINGS, json.dumps(settings, indent=1) + "\n")
-    make = algorithm(config, kendall_of(config, runner, output))
-    winners = Winners(output, runner.prompts, settings, runner.shape)
-    reproducible = config.algorithm in ("random", "zero_order", "halving") and not (
-        config.sampler == "euler_ancestral" or (config.eta or 0) > 0
-    )
-    journal = Journal(output)
-    columns = (
-        TextColumn("searching"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeRemainingColumn(),
-    )
-    before = _read_ledger(output)
-    with Progress(*columns) as progress, (output / WINNERS).open("a", encoding="utf-8") as file:
-        total = len(prompts) - len(done)
-        task = progress.add_task("search", total=total * config.budget_nfe, state="")
-
-        def tell(turn: list[PromptSearch]) -> None:
-            active = [one for one in turn if not one.is_done]
-            spent = sum(one.spent_nfe for one in active)
-            bests = [one.best.score for one in active if one.best is not None]
-            best = f"best so far {max(bests):.4f}, " if bests else ""
-            left = sum(one.problem.budget_nfe - one.spent_nfe for one in active)
-            progress.update(task, completed=progress_base + spent, state=f"{best}{left} NFE left")
-            ledger = (before + runner.ledger).to_row()
-            write_whole(output / LEDGER, json.dumps(ledger, indent=1) + "\n")
-
-        progress_base = 0
+    (own / "stopped.txt").unlink(missing_ok=True)
+    if not config.batch_size:
+        runner.batch_size = find_batch_size(runner, mine[0])
+    kendall, lines = None, []
+    if config.algorithm == "halving":
+        if task.rank == 0:
+            kendall = calibrate(config.halving, runner, list(prompts), config.seed, output)
+        else:
+            wait_until(lambda: is_calibrated(output), output, since)
+            kendall = read_kendall(output)
+        lines = [calibration_line(config.halving, config.num_steps, kendall)]
+    winners = Winners(output, texts, settings, runner.shape)
+    for oracle in loaded.oracles:
+        for row in read_winners(output, own).values():
+            oracle.keep(winners.picture(row))
+    plain = baselines(config, loaded, winners, mine, task)
+    make = algorithm(config, kendall)
+    journal = Journal(output, own, mine)
+    with SearchProgress(len(mine), config.budget_nfe) as progress:
+        file = (own / WINNERS).open("a", encoding="utf-8")
 
         def finish(one: PromptSearch) -> None:
-            nonlocal progress_base
-            row, image = winners.finish(one, reproducible)
             prompt = prompts[one.problem.prompt_index]
-            row |= {"category": prompt.category, "held_out": judge(held_out, image, prompt.text)}
+            row, image = winners.finish(one, is_reproducible(config))
+            for oracle in loaded.oracles:
+                oracle.keep(winners.picture(row))
+            pictures, first = [image], plain.get(prompt.index) or first_of(one)
+            baseline = winners.baseline(one) if first else None
+            if baseline is not None:
+                pictures.append(baseline)
+            held_out = judge(loaded.held_out, pictures, prompt.text)
+            row |= {"category": prompt.category, "held_out": held_out[0], "baseline": None}
+            if first is not None and baseline is not None:
+                row["baseline"] = {
+                    "seed": first.trial.seed,
+                    "scores": finite_or_none(first.scores),
+                    "held_out": held_out[1],
+                    "image": winners.save_baseline(one, baseline),
+                }
             file.write(json.dumps(row) + "\n")
             file.flush()
             winners.forget(one)
-            progress_base += config.budget_nfe
 
-        searches = (
-            open_search(make_problem(config, runner, index), make)
-            for index in range(len(prompts))
-            if index not in done
-        )
+        def tell(turn: list[PromptSearch]) -> None:
+            progress.tell(turn)
+            beside = (output / CALIBRATION, own_folder(output / BASELINES, task))
+            if progress.is_due:
+                keep_ledger(own, journal.spent, beside)
+
         try:
             drive(
                 runner,
                 journal,
-                searches,
-                about=lambda index: {"algorithm": config.algorithm, "prompt": prompts[index].text},
+                (open_search(make_problem(config, runner, index), make) for index in mine),
+                about=lambda index: {"algorithm": config.algorithm, "prompt": texts[index]},
                 on_image=winners.keep,
                 on_turn=tell,
                 on_done=finish,
+                one_by_one=bool(loaded.oracles),
             )
         finally:
+            file.close()
             journal.close()
-    return output
+    return lines
 
 
-def prepare(
-    config: SearchConfig, prompts: Sequence[Prompt]
-) -> tuple[TrialRunner, dict[str, Verifier]]:
-    """Loads the model and all verifiers; returns the runner and the held-out verifiers."""
-    device = find_device(config.device)
-    dtype = getattr(torch, config.dtype)
-    check_dtype(device, dtype)
-    verifiers, held_out = (
-        {
-            name: load_verifier(dataclasses.replace(each, name=name), device)
-            for name, each in group.items()
-        }
-        for group in (config.verifiers, config.held_out)
-    )
-    model = DiffusionModel.load(config.checkpoint, device, dtype, config.weights)
-    model.process.check_sound()
-    sampling = SearchSampling(
-        config.num_steps,
-        Guidance(config.guidance_scale, config.guidance_rescale),
-        config.sampler,
-        config.eta,
-        config.height,
-        config.width,
-        config.negative_prompt,
-    )
-    weights = {name: config.verifiers[name].weight for name in verifiers}
-    weights = weights if len(weights) > 1 else dict.fromkeys(weights, 1.0)
-    texts = [prompt.text for prompt in prompts]
-    runner = TrialRunner(
-        model, texts, sampling, list(verifiers.values()), weights, config.batch_size
-    )
-    return runner, held_out
+def baselines(
+    config: SearchConfig, loaded: Loaded, winners: Winners, mine: Sequence[int], task: Task
+) -> dict[int, Outcome]:
+    """Paints the plain image of each prompt where the algorithm has none and somebody judges it."""
+    if config.algorithm in WHOLE or not config.held_out:
+        return {}
+    runner, folder = loaded.runner, Path(config.output) / BASELINES
+    found: dict[int, Outcome] = {}
 
+    def take(one: PromptSearch) -> None:
+        if one.best is not None:
+            found[one.problem.prompt_index] = one.best
 
-def make_problem(config: SearchConfig, runner: TrialRunner, index: int) -> Problem:
-    """Returns the search problem of one prompt."""
-    ranking = ranking_of(config)
-    return Problem(index, config.seed, runner.grid, runner.cost, config.budget_nfe, ranking)
+    def plain(index: int) -> Problem:
+        return Problem(
+            index, config.seed, runner.grid, runner.cost, runner.cost(0, config.num_steps)
+        )
 
-
-def ranking_of(config: SearchConfig) -> Ranking:
-    """Returns how candidates are compared: by the one verifier, or by the ensemble's rule."""
-    if len(config.verifiers) == 1:
-        return by_score
-    weights = [each.weight for each in config.verifiers.values()]
-
-    def rank(outcomes: Sequence[Outcome]) -> list[float]:
-        scores = [[outcome.scores[name] for name in config.verifiers] for outcome in outcomes]
-        return combined(torch.tensor(scores).double(), config.ensemble, weights).tolist()
-
-    return rank
-
-
-def algorithm(config: SearchConfig, kendall: dict[int, float] | None) -> MakeSearch:
-    """Returns the algorithm with its settings."""
-    match config.algorithm:
-        case "random":
-            return lambda problem: random_search(problem, config.random)
-        case "zero_order":
-            return lambda problem: zero_order(problem, config.zero_order)
-        case "paths":
-            return lambda problem: paths(problem, config.paths)
-        case "halving":
-            return lambda problem: halving(problem, config.halving, kendall)
-        case "fk_steering":
-            return lambda problem: fk_steering(problem, config.fk_steering)
-
-
-def kendall_of(config: SearchConfig, runner: TrialRunner, output: Path) -> dict[int, float] | None:
-    """Measures, for halving, how well previews rank candidates, and prints what it found.
-
-    The runs have seeds of their own and are in output/calibration; they count in no budget.
-    """
-    if config.algorithm != "halving":
-        return None
-    own, steps = config.halving, runner.grid.num_steps
-    levels = pruning_levels(own, steps, None)
-    cost = runner.cost(0, steps)
-    journal = Journal(output / CALIBRATION)
-    problems = (
-        Problem(index, config.seed + 1, runner.grid, runner.cost, cost * own.calibration_candidates)
-        for index in range(min(own.calibration_prompts, len(runner.prompts)))
-    )
+    journal = Journal(folder, own_folder(folder, task), mine)
     try:
         drive(
             runner,
             journal,
             (
-                open_search(problem, lambda p: walk(p, levels, own.calibration_candidates, 1.0))
-                for problem in problems
+                open_search(plain(i), lambda problem: random_search(problem, config.random))
+                for i in mine
             ),
+            on_image=winners.keep_baseline,
+            on_done=take,
         )
-        kendall = measured_kendall(journal.rows.values())
     finally:
         journal.close()
-    allowed = pruning_levels(own, steps, kendall)
-    shown = ", ".join(f"{kendall.get(level, float('nan')):.2f} after {level}" for level in levels)
-    print(f"Kendall's tau of preview and final score: {shown} of {steps} steps; prunes {allowed}")
-    return kendall
+    return found
 
 
-def judge(held_out: dict[str, Verifier], image: Tensor, prompt: str) -> dict[str, float]:
-    """Returns what verifiers that were not searched with say of a winner."""
-    return {
-        name: checked_scores(verifier, image[None], [prompt]).item()
-        for name, verifier in held_out.items()
-    }
+def first_of(one: PromptSearch) -> Outcome | None:
+    """Returns the first candidate where it is a whole image with a score."""
+    return next((each for each in one.finals if each.trial.candidate == 0), None)
 
 
-def check_folder(config: SearchConfig, output: Path) -> dict[str, Any]:
-    """Returns the settings to be kept; raises UserError where `output` holds something else."""
-    settings = {key: value for key, value in asdict(config).items() if key not in FREE}
-    path = output / SETTINGS
-    if not path.is_file():
-        if output.is_file() or (output.is_dir() and any(output.iterdir())):
-            raise UserError(f"output={output} holds something that is no search; name a new folder")
-        return settings
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(settings))
-    differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
-    if differing:
-        key = differing[0]
-        raise UserError(
-            f"output={output} holds a search with other settings ({key}: {saved.get(key)} there, "
-            f"{now.get(key)} now); choose another output, or continue it with its own"
-        )
-    return settings
-
-
-def _read_ledger(output: Path) -> Ledger:
-    path = output / LEDGER
-    if not path.is_file():
-        return Ledger()
-    row = json.loads(path.read_text(encoding="utf-8"))
-    row.pop("nfe")
-    return Ledger(**row)
+def join(config: SearchConfig, output: Path) -> list[str]:
+    """Joins what the processes have written, tells what came out, and clears up."""
+    join_rows(output, ROWS, lambda row: (row["prompt_index"], row["candidate"]))
+    rows = join_rows(output, WINNERS, lambda row: row["prompt_index"])
+    keep_ledger(output, spent_in(output), [output / CALIBRATION, output / BASELINES])
+    found = alarms(rows, config.diversity, output)
+    send_tables(config.wandb, output, rows, found)
+    remove_parts(output)
+    for name in (STATES, BESTS):
+        shutil.rmtree(output / name, ignore_errors=True)
+    content = [asdict(alarm) | {"raised": alarm.raised} for alarm in found]
+    write_whole(output / HACKING, json.dumps(content, indent=1) + "\n")  # last: it says done
+    return [line for alarm in found for line in alarm.lines]

@@ -5,13 +5,13 @@ becomes of a trial does not depend on its batch; the ledger counts rows as forwa
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from sampling.conditioning import Conditioning
+from sampling.conditioning import Conditioning, joined
 from sampling.guidance import Guidance
 from sampling.model import DiffusionModel
 from sampling.noise import step_noise
@@ -50,31 +50,32 @@ class Result:
     outcome: Outcome
     image: Tensor | None = None  # (3, H, W)
     seconds: float = 0.0
+    spent: Ledger = field(default_factory=Ledger)
 
 
 class TrialRunner:
-    """Runs trials of `prompts` on one model.
+    """Runs trials of `prompts`, which are named by their index, on one model.
 
-    Every one of `verifiers` scores every image; `weights` names those whose weighted sum is an
-    outcome's score.
+    Prompts are encoded when their first trial comes, once, until `forget`. Every one of `verifiers`
+    scores every image; `weights` names those whose weighted sum is an outcome's score.
     """
 
     def __init__(
         self,
         model: DiffusionModel,
-        prompts: Sequence[str],
+        prompts: Mapping[int, str],
         sampling: SearchSampling,
         verifiers: Sequence[Verifier],
         weights: dict[str, float],
         batch_size: int,
     ) -> None:
-        self.model, self.prompts, self.sampling = model, list(prompts), sampling
+        self.model, self.prompts, self.sampling = model, prompts, sampling
         self.verifiers, self.weights, self.batch_size = verifiers, weights, batch_size
         self.shape = model.latent_shape(sampling.height, sampling.width)
         process = model.process
         self.grid = SamplingGrid.of(process.schedule, process.timesteps(sampling.num_steps))
-        encoded = model.encode_prompts([sampling.negative_prompt, *self.prompts])
-        self._empty, self._conditions = encoded[:1], encoded[1:]
+        self._empty = model.encode_prompts([sampling.negative_prompt])
+        self._encoded: dict[int, Conditioning] = {}
         wanted = (verifier.preview_log_snr for verifier in verifiers)
         self._preview_steps = [None if snr is None else self._nearest_step(snr) for snr in wanted]
         self.ledger = Ledger()
@@ -109,25 +110,49 @@ class TrialRunner:
                 yield from zip(chunk, self._run_batch([trials[p] for p in chunk]), strict=True)
 
     @torch.no_grad()
+    def rehearse(self, batch: Sequence[tuple[int, Trial]]) -> None:
+        """Denoises and decodes without verifying or counting, for its time and memory alone."""
+        before = replace(self.ledger)
+        trials = [trial for _, trial in batch]
+        conditions = self._conditions([prompt for prompt, _ in batch])
+        state, _ = self._denoise(self._start(trials), trials[0].stop, conditions, trials)
+        self._decode(state.x0)
+        self.ledger = before
+
+    def forget(self, prompt_index: int) -> None:
+        """Drops the embedding of a prompt that is finished."""
+        self._encoded.pop(prompt_index, None)
+
+    def _conditions(self, indices: Sequence[int]) -> Conditioning:
+        """Returns the conditions of prompts, a row an index; encodes those that are new."""
+        new = [index for index in dict.fromkeys(indices) if index not in self._encoded]
+        if new:
+            encoded = self.model.encode_prompts([self.prompts[index] for index in new])
+            for row, index in enumerate(new):
+                self._encoded[index] = encoded[row : row + 1]
+        return joined([self._encoded[index] for index in indices])
+
+    @torch.no_grad()
     def _run_batch(self, batch: list[tuple[int, Trial]]) -> list[Result]:
         started_s = time.perf_counter()
-        rows = torch.tensor([prompt for prompt, _ in batch], device=self.model.device)
+        before = replace(self.ledger)
         trials = [trial for _, trial in batch]
         stop, goal = trials[0].stop, trials[0].goal
-        start, conditions = self._start(trials), self._conditions[rows]
+        start, conditions = self._start(trials), self._conditions([prompt for prompt, _ in batch])
         state, readings = self._denoise(start, stop, conditions, trials)
         price = self.cost(trials[0].first_step, stop)
         images = self._decode(state.x if goal == "final" else state.x0)
         prompts = [self.prompts[prompt] for prompt, _ in batch]
         scores = self._verify(images, prompts, readings)
         seconds = (time.perf_counter() - started_s) / len(batch)
+        spent = (self.ledger - before).share(len(batch))
         results = []
         for row, trial in enumerate(trials):
             score = rounded(sum(w * scores[row][name] for name, w in self.weights.items()))
             kept = None if goal == "final" else slice_state(state, row)
             image = images[row].cpu() if goal == "final" else None
             outcome = Outcome(trial, score, price, kept, scores[row])
-            results.append(Result(outcome, image, seconds))
+            results.append(Result(outcome, image, seconds, spent))
         return results
 
     def _start(self, trials: Sequence[Trial]) -> SampleState:

@@ -91,12 +91,14 @@ def drive(
     on_image: Callable[[PromptSearch, Result], None] = lambda *_: None,
     on_done: Callable[[PromptSearch], None] = lambda _: None,
     on_turn: Callable[[list[PromptSearch]], None] = lambda _: None,
+    one_by_one: bool = False,
 ) -> list[PromptSearch]:
     """Runs all searches to their end; returns them.
 
     `on_image` is told of every image that may be the winner of its prompt, when it is made,
-    `on_done` of a prompt that is finished; `about` adds to the rows of a prompt. Raises RunFailed
-    where every score of a prompt was rejected.
+    `on_done` of a prompt that is finished; `about` adds to the rows of a prompt. `one_by_one`
+    begins a prompt when the one before it is finished, as a verifier that remembers winners needs.
+    Raises RunFailed where every score of a prompt was rejected.
     """
     waiting = iter(searches)
     finished: list[PromptSearch] = []
@@ -104,7 +106,11 @@ def drive(
     while active:
         fresh: dict[tuple[int, int], Outcome] = {}
         wanted = _unpaid(active, journal)
-        while len(wanted) < runner.batch_size and (more := list(itertools.islice(waiting, 1))):
+        while (
+            not one_by_one
+            and len(wanted) < runner.batch_size
+            and (more := list(itertools.islice(waiting, 1)))
+        ):
             active += more
             wanted += _unpaid(more, journal)
         trials = [(one.problem.prompt_index, trial) for one, trial in wanted]
@@ -118,8 +124,10 @@ def drive(
         for one in active:
             one.take([_outcome(one, trial, fresh, journal) for trial in one.pending])
             if one.is_done:
-                _close(one, journal)
+                _require_winner(one)
                 on_done(one)
+                journal.forget(one.problem.prompt_index)
+                runner.forget(one.problem.prompt_index)
         on_turn(active)
         finished += [one for one in active if one.is_done]
         active = [one for one in active if not one.is_done]
@@ -147,12 +155,9 @@ def _outcome(
     return outcome
 
 
-def _close(one: PromptSearch, journal: Journal) -> None:
-    """Drops what a finished prompt no longer needs; raises RunFailed where it has no winner."""
-    index = one.problem.prompt_index
-    journal.forget_states(index)
+def _require_winner(one: PromptSearch) -> None:
     if one.best is None:
         raise RunFailed(
-            f"prompt {index}: none of its {one.num_rejected} candidates has a finite score, so "
-            "there is no winner; look at the verifier and at the images"
+            f"prompt {one.problem.prompt_index}: none of its {one.num_rejected} candidates has a "
+            "finite score, so there is no winner; look at the verifier and at the images"
         )

@@ -12,16 +12,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sampling.pictures import caption_grid, to_picture
+from sampling.samplers import SampleState
+from sampling.search.journal import read_rows
+from sampling.search.parts import files_of
 from sampling.search.runner import Result
 from sampling.search.search import PromptSearch
 from sampling.search.trial import Neighbour, Outcome, Seeded
 
 BESTS, IMAGES, WINNERS = "bests", "images", "winners.jsonl"
+BASELINE = "baseline"
 MAX_SHEET = 12
 
 
@@ -31,7 +38,7 @@ class Winners:
     def __init__(
         self,
         folder: Path,
-        prompts: Sequence[str],
+        prompts: Mapping[int, str],
         settings: Mapping[str, Any],
         shape: Sequence[int],
     ) -> None:
@@ -40,11 +47,19 @@ class Winners:
 
     def keep(self, one: PromptSearch, result: Result) -> None:
         """Keeps the image of a candidate that may win."""
-        index, candidate = one.problem.prompt_index, result.outcome.trial.candidate
-        path = self._best_path(index, candidate)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        assert result.image is not None
-        save_file({"image": result.image.contiguous()}, path)
+        self._keep(one, result, result.outcome.trial.candidate)
+
+    def keep_baseline(self, one: PromptSearch, result: Result) -> None:
+        """Keeps the plain image of a prompt, which an algorithm of parts does not make."""
+        self._keep(one, result, BASELINE)
+
+    def baseline(self, one: PromptSearch) -> Tensor | None:
+        """Returns the plain image of the prompt's first seed, or None where there is none."""
+        for name in (BASELINE, 0):
+            path = self._best_path(one.problem.prompt_index, name)
+            if path.is_file():
+                return load_file(path)["image"]
+        return None
 
     def finish(self, one: PromptSearch, reproducible: bool) -> tuple[dict[str, Any], Tensor]:
         """Writes picture, noise and contact sheet of a finished prompt; returns row and image.
@@ -62,7 +77,7 @@ class Winners:
             "candidate": best.trial.candidate,
             "seed": seed,
             "score": best.score,
-            "scores": {k: None if math.isnan(v) else v for k, v in best.scores.items()},
+            "scores": finite_or_none(best.scores),
             "nfe": one.spent_nfe,
             "rejected": one.num_rejected,
             "image": f"{IMAGES}/{index:06d}.png",
@@ -71,17 +86,37 @@ class Winners:
         about = PngInfo()
         about.add_text("blackpoint", json.dumps({**self.settings, **row}))
         to_picture(image).save(self.folder / str(row["image"]), pnginfo=about)
-        if isinstance(start, Seeded | Neighbour) and seed is None:
-            noise = start.noise(self.shape)
-            save_file({"noise": noise}, self.folder / IMAGES / f"{index:06d}.noise.safetensors")
+        if seed is None:
+            self._keep_start(index, start)
         self._contact_sheet(one)
         return row, image
+
+    def save_baseline(self, one: PromptSearch, image: Tensor) -> str:
+        """Writes the picture of a baseline; returns its name in the folder."""
+        name = f"{IMAGES}/{one.problem.prompt_index:06d}.baseline.png"
+        to_picture(image).save(self.folder / name)
+        return name
+
+    def picture(self, row: Mapping[str, Any]) -> Tensor:
+        """Returns a winner as its file has it, the same after a kill: (3, H, W) in [0, 1]."""
+        with Image.open(self.folder / str(row["image"])) as picture:
+            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def forget(self, one: PromptSearch) -> None:
         """Removes what only a prompt without a row needs."""
         shutil.rmtree(self.folder / BESTS / f"{one.problem.prompt_index:06d}", ignore_errors=True)
         with contextlib.suppress(OSError):  # others are still searched
             (self.folder / BESTS).rmdir()
+
+    def _keep_start(self, index: int, start: Any) -> None:
+        """Keeps what no seed re-makes: the noise, or the state that the last part began from."""
+        name = self.folder / IMAGES / f"{index:06d}"
+        if isinstance(start, Seeded | Neighbour):
+            save_file({"noise": start.noise(self.shape)}, f"{name}.noise.safetensors")
+        elif isinstance(start, SampleState):
+            step = torch.tensor(start.step)
+            save_file({"x": start.x[0].contiguous(), "step": step}, f"{name}.state.safetensors")
 
     def _contact_sheet(self, one: PromptSearch) -> None:
         """Shows the bests in the order that they were found, from the first to the winner."""
@@ -98,18 +133,28 @@ class Winners:
         sheet = caption_grid([self.prompts[index]], [pictures], titles)
         sheet.save(self.folder / IMAGES / f"{index:06d}.sheet.png")
 
-    def _best_path(self, index: int, candidate: int) -> Path:
-        return self.folder / BESTS / f"{index:06d}" / f"{candidate:06d}.safetensors"
+    def _keep(self, one: PromptSearch, result: Result, name: int | str) -> None:
+        path = self._best_path(one.problem.prompt_index, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert result.image is not None
+        save_file({"image": result.image.contiguous()}, path)
+
+    def _best_path(self, index: int, name: int | str) -> Path:
+        return self.folder / BESTS / f"{index:06d}" / f"{name:0>6}.safetensors"
 
 
-def read_winners(folder: Path) -> dict[int, dict[str, Any]]:
-    """Reads winners.jsonl by prompt; a torn last line is left out, and its prompt done again."""
+def finite_or_none(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """Returns scores as JSON has them."""
+    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
+
+
+def read_winners(folder: Path, own: Path) -> dict[int, dict[str, Any]]:
+    """Reads the winners.jsonl of all processes by prompt; a torn last line is left out.
+
+    `own` is the folder of this process, whose file is mended, for it goes on.
+    """
     found: dict[int, dict[str, Any]] = {}
-    path = folder / WINNERS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        found[row["prompt_index"]] = row
+    for path in files_of(folder, WINNERS):
+        for row in read_rows(path, repair=path.parent == own):
+            found[row["prompt_index"]] = row
     return found

@@ -2,6 +2,7 @@
 
     score = logit_y                                   (output = "logit")
     score = logit_y - log sum_k exp(logit_k)          (output = "log_prob", 0 is best)
+    score = 1 where y is the likeliest class, else 0  (output = "top1": its mean is the accuracy)
 
 with the class y given, or found in the prompt by the names of the classes (Ma et al. 2025 search
 with DINO's logits).
@@ -20,7 +21,7 @@ from sampling.verifiers.batching import in_batches
 from sampling.verifiers.image_model import ImageModel
 from sampling.verifiers.verifier import Images
 
-Output = Literal["logit", "log_prob"]
+Output = Literal["logit", "log_prob", "top1"]
 
 
 class Classifier:
@@ -53,12 +54,16 @@ class Classifier:
     def score(
         self, images: Images, prompts: Sequence[str], previews: Images | None = None
     ) -> Float[Tensor, " n"]:
-        """Returns the logit, or log-probability, of each image's class."""
+        """Returns what `output` names of each image's class."""
         return in_batches(self._score, images, prompts, self._batch_size)
 
     def label_of(self, prompt: str) -> int:
         """Returns the class that a prompt asks for; raises UserError unless it names just one."""
         return self._given if self._given is not None else label_in(prompt, self._labels)
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raises UserError where a prompt has no class."""
+        self.label_of(prompt)
 
     def _score(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
         wanted = torch.tensor([self.label_of(prompt) for prompt in prompts])
@@ -74,6 +79,8 @@ class Classifier:
                 f"label={int(wanted.max())} is not one of the classifier's {num_classes} classes, "
                 f"0 to {num_classes - 1}"
             )
+        if self._output == "top1":
+            return (logits.argmax(dim=1) == wanted.to(logits.device)).to(logits.dtype)
         values = logits if self._output == "logit" else logits.log_softmax(dim=1)
         return values.gather(1, wanted.to(values.device)[:, None])[:, 0]
 

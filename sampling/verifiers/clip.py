@@ -4,7 +4,8 @@ cos(image, prompt) = <f(image), g(prompt)> / (|f(image)| |g(prompt)|)
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,6 +77,29 @@ class Clip:
             truncation=True,
             return_tensors="pt",
         )
+
+
+_shared: dict[tuple[str, torch.device, torch.dtype], Clip] | None = None
+
+
+@contextmanager
+def shared_clips() -> Iterator[None]:
+    """Inside the block a folder that is loaded twice is loaded once."""
+    global _shared
+    _shared = {}
+    try:
+        yield
+    finally:
+        _shared = None
+
+
+def load_clip(checkpoint: str, example: str, device: torch.device, dtype: torch.dtype) -> Clip:
+    """Loads a CLIP, or returns the one of the same folder; raises UserError."""
+    known = {} if _shared is None else _shared
+    key = (checkpoint, device, dtype)
+    if key not in known:
+        known[key] = Clip(checkpoint, example, device, dtype)
+    return known[key]
 
 
 class CosineVerifier:

@@ -10,6 +10,8 @@ from sampling.choices import Dtype
 from sampling.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from sampling.verifiers.verifier import Verifier
@@ -62,8 +64,8 @@ class VerifierConfig:
     """classifier: name or number of the wanted class; found in each prompt if not set."""
     labels: list[str] = field(default_factory=list)
     """classifier: names of its classes in order; the model's own if empty."""
-    output: Literal["logit", "log_prob"] = "log_prob"
-    """classifier: the logit of the class, or its log-probability."""
+    output: Literal["logit", "log_prob", "top1"] = "log_prob"
+    """classifier: the logit of the class, its log-probability, or whether it is the likeliest."""
     target: float | None = None
     """luminance: the wanted mean, 0 black to 1 white; read from each prompt if not set."""
     where: Literal["border", "image"] = "image"
@@ -107,6 +109,16 @@ class VerifierConfig:
         return self.name or self.kind
 
 
+def load_verifiers(
+    configs: "Mapping[str, VerifierConfig]", device: "torch.device"
+) -> "dict[str, Verifier]":
+    """Loads every verifier, by name; those of one CLIP folder share its towers."""
+    from sampling.verifiers.clip import shared_clips
+
+    with shared_clips():
+        return {name: load_verifier(config, device) for name, config in configs.items()}
+
+
 def load_verifier(config: VerifierConfig, device: "torch.device") -> "Verifier":
     """Loads what the config names; raises UserError naming the file that is missing."""
     import torch
@@ -119,15 +131,15 @@ def load_verifier(config: VerifierConfig, device: "torch.device") -> "Verifier":
     match config.kind:
         case "clip_score":
             from sampling.verifiers import clip_score
-            from sampling.verifiers.clip import Clip
+            from sampling.verifiers.clip import load_clip
 
-            clip = Clip(checkpoint, clip_score.EXAMPLE, device, dtype)
+            clip = load_clip(checkpoint, clip_score.EXAMPLE, device, dtype)
             return clip_score.ClipScore(clip, name, batch_size)
         case "pick_score":
             from sampling.verifiers import pick_score
-            from sampling.verifiers.clip import Clip
+            from sampling.verifiers.clip import load_clip
 
-            clip = Clip(checkpoint, pick_score.EXAMPLE, device, dtype)
+            clip = load_clip(checkpoint, pick_score.EXAMPLE, device, dtype)
             return pick_score.PickScore(clip, name, batch_size)
         case "aesthetic":
             from sampling.verifiers import aesthetic, image_model

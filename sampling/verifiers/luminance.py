@@ -42,6 +42,10 @@ class Luminance:
         """Returns minus the distance to the target, from -1 to 0."""
         return in_batches(self._score, images, prompts, self._batch_size)
 
+    def check_prompt(self, prompt: str) -> None:
+        """Raises UserError where a prompt has no target."""
+        self._target(prompt)
+
     def _score(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
         targets = [self._target(prompt) for prompt in prompts]
         values = torch.tensor([target.value for target in targets], device=images.device)

@@ -1,0 +1,64 @@
+"""The output folder of a search: whose it is, and what was spent on it."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sampling.errors import UserError
+from sampling.search.config import SearchConfig
+from sampling.search.journal import ROWS, Journal, read_rows
+from sampling.search.ledger import Ledger
+from sampling.search.parts import files_of
+from sampling.whole_file import write_whole
+
+SETTINGS, LEDGER = "search.json", "ledger.json"
+FREE = (
+    "output",
+    "batch_size",
+    "device",
+    "attention",
+    "channels_last",
+    "compile",
+    "wandb",
+)  # keys that change no choice
+
+
+def check_folder(config: SearchConfig, output: Path) -> dict[str, Any]:
+    """Returns the settings to be kept; raises UserError where `output` holds something else."""
+    settings = {key: value for key, value in asdict(config).items() if key not in FREE}
+    path = output / SETTINGS
+    if not path.is_file():
+        if output.is_file() or (output.is_dir() and any(output.iterdir())):
+            raise UserError(f"output={output} holds something that is no search; name a new folder")
+        return settings
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(settings))
+    differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"output={output} holds a search with other settings ({key}: {saved.get(key)} there, "
+            f"{now.get(key)} now); choose another output, or continue it with its own"
+        )
+    return settings
+
+
+def keep_ledger(folder: Path, spent: Ledger, beside: Iterable[Journal | Path]) -> None:
+    """Writes ledger.json: what the search spent and, under `beside`, what counts in no budget."""
+    extra = Ledger()
+    for each in beside:
+        extra += each.spent if isinstance(each, Journal) else spent_in(each)
+    content = spent.to_row() | {"beside": extra.to_row()}
+    rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in content.items()}
+    write_whole(folder / LEDGER, json.dumps(rounded, indent=1) + "\n")
+
+
+def spent_in(folder: Path) -> Ledger:
+    """Adds up the rows of a folder and of its parts."""
+    total = Ledger()
+    for path in files_of(folder, ROWS):
+        for row in read_rows(path, repair=False):
+            total += Ledger(**row["spent"])
+    return total

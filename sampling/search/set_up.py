@@ -1,0 +1,123 @@
+"""From a search's config to what it needs: model, verifiers, runner, problems, algorithm."""
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sampling.guidance import Guidance
+from sampling.model import DiffusionModel
+from sampling.sample import find_device
+from sampling.search.config import SearchConfig
+from sampling.search.fk_steering import fk_steering
+from sampling.search.halving import halving
+from sampling.search.paths import paths
+from sampling.search.random_search import random_search
+from sampling.search.runner import SearchSampling, TrialRunner
+from sampling.search.search import MakeSearch
+from sampling.search.trial import Outcome, Problem, Ranking, by_score
+from sampling.search.zero_order import zero_order
+from sampling.speed import check_dtype, prepare_unet
+from sampling.tasks import Task
+from sampling.verifiers.ensemble import combined
+from sampling.verifiers.load import load_verifiers
+from sampling.verifiers.oracle import Oracle
+from sampling.verifiers.verifier import Verifier
+
+log = logging.getLogger(__name__)
+
+MAX_CHECKED = 10_000
+"""Prompts that verifiers are asked about before anything is run."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a search runs with."""
+
+    runner: TrialRunner
+    held_out: dict[str, Verifier]
+    oracles: list[Oracle]
+    """Those of the verifiers that remember winners."""
+
+
+def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded:
+    """Loads the model and all verifiers; raises UserError for a prompt that one cannot judge."""
+    name = config.device
+    if name == "auto" and task.count > 1 and torch.cuda.is_available():
+        name = f"cuda:{task.local_rank % torch.cuda.device_count()}"
+    device = find_device(name)
+    dtype = getattr(torch, config.dtype)
+    check_dtype(device, dtype)
+    named = {**config.verifiers, **config.held_out}
+    loaded = load_verifiers(
+        {name: dataclasses.replace(each, name=name) for name, each in named.items()}, device
+    )
+    for verifier in loaded.values():
+        check = getattr(verifier, "check_prompt", None)
+        if check is not None:
+            for text in itertools.islice(prompts.values(), MAX_CHECKED):
+                check(text)
+    verifiers = {name: loaded[name] for name in config.verifiers}
+    model = DiffusionModel.load(config.checkpoint, device, dtype, config.weights)
+    model.process.check_sound()
+    choice = prepare_unet(model.unet, config.attention, config.channels_last, config.compile)
+    if choice:
+        log.warning("note: %s", choice)
+    sampling = SearchSampling(
+        config.num_steps,
+        Guidance(config.guidance_scale, config.guidance_rescale),
+        config.sampler,
+        config.eta,
+        config.height,
+        config.width,
+        config.negative_prompt,
+    )
+    weights = {name: config.verifiers[name].weight for name in verifiers}
+    weights = weights if len(weights) > 1 else dict.fromkeys(weights, 1.0)
+    size = config.batch_size or 1
+    runner = TrialRunner(model, prompts, sampling, list(verifiers.values()), weights, size)
+    oracles = [verifier for verifier in verifiers.values() if isinstance(verifier, Oracle)]
+    return Loaded(runner, {name: loaded[name] for name in config.held_out}, oracles)
+
+
+def is_reproducible(config: SearchConfig) -> bool:
+    """Tells whether a seed alone re-makes an image that starts from it."""
+    is_stochastic = config.sampler == "euler_ancestral" or (config.eta or 0) > 0
+    return config.algorithm in ("random", "zero_order", "halving") and not is_stochastic
+
+
+def make_problem(config: SearchConfig, runner: TrialRunner, index: int) -> Problem:
+    """Returns the search problem of one prompt."""
+    ranking = ranking_of(config)
+    return Problem(index, config.seed, runner.grid, runner.cost, config.budget_nfe, ranking)
+
+
+def ranking_of(config: SearchConfig) -> Ranking:
+    """Returns how candidates are compared: by the one verifier, or by the ensemble's rule."""
+    if len(config.verifiers) == 1:
+        return by_score
+    weights = [each.weight for each in config.verifiers.values()]
+
+    def rank(outcomes: Sequence[Outcome]) -> list[float]:
+        scores = [[outcome.scores[name] for name in config.verifiers] for outcome in outcomes]
+        return combined(torch.tensor(scores).double(), config.ensemble, weights).tolist()
+
+    return rank
+
+
+def algorithm(config: SearchConfig, kendall: dict[int, float] | None) -> MakeSearch:
+    """Returns the algorithm with its settings."""
+    match config.algorithm:
+        case "random":
+            return lambda problem: random_search(problem, config.random)
+        case "zero_order":
+            return lambda problem: zero_order(problem, config.zero_order)
+        case "paths":
+            return lambda problem: paths(problem, config.paths)
+        case "halving":
+            return lambda problem: halving(problem, config.halving, kendall)
+        case "fk_steering":
+            return lambda problem: fk_steering(problem, config.fk_steering)

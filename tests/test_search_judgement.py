@@ -1,0 +1,200 @@
+"""What a search says of its own winners: plain images, held-out verifiers, diversity, the alarm."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from sampling.errors import UserError
+from sampling.model import DiffusionModel
+from sampling.search.batch_size import find_batch_size
+from sampling.search.config import DiversityConfig, SearchConfig
+from sampling.search.run import search_to_folder
+from sampling.verifiers.load import VerifierConfig, load_verifiers
+from sampling.wandb_run import WandbConfig
+from tests.search_problems import runner
+from tests.tiny_vision import make_tiny_clip
+
+PROMPTS = ["a red photo of snow", "a blue night", "a white wall", "a gray sea", "a black cat", "x"]
+DARK = VerifierConfig(kind="luminance", target=0.0)
+BRIGHT = VerifierConfig(kind="luminance", target=1.0)
+
+
+def search(pipeline: Path, output: Path, **changes: Any) -> list[str]:
+    settings: dict[str, Any] = {
+        "checkpoint": str(pipeline),
+        "prompts": PROMPTS,
+        "output": str(output),
+        "budget_nfe": 48,
+        "num_steps": 4,
+        "guidance_scale": 1.0,
+        "verifiers": {"dark": DARK},
+        "held_out": {"bright": BRIGHT},
+    }
+    return search_to_folder(SearchConfig(**(settings | changes)))[1]
+
+
+def winners(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "winners.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("algorithm", ["random", "paths"])
+def test_a_hacked_verifier_sets_off_the_alarm(
+    algorithm: str, pipeline: Path, tmp_path: Path
+) -> None:
+    """Who searches for dark images finds images that a judge of brightness likes less."""
+    lines = search(pipeline, tmp_path / "out", algorithm=algorithm)
+    assert any(line.startswith("hacking: dark rises by") for line in lines), lines
+    assert any("while held-out bright falls by" in line for line in lines)
+    [alarm] = json.loads((tmp_path / "out" / "hacking.json").read_text())
+    assert alarm["raised"] and set(alarm["changes"]) == {"dark", "bright", "diversity"}
+    model = DiffusionModel.load(pipeline)
+    for row in winners(tmp_path / "out"):
+        plain = row["baseline"]
+        assert row["held_out"]["bright"] == pytest.approx(-1 - row["scores"]["dark"], abs=1e-6)
+        again = model.sample(row["prompt"], [plain["seed"]], num_steps=4, guidance_scale=1.0)[0]
+        assert plain["scores"]["dark"] == pytest.approx(-luminance(again), abs=1e-4)
+        assert plain["held_out"]["bright"] == pytest.approx(luminance(again) - 1, abs=1e-4)
+        with Image.open(tmp_path / "out" / plain["image"]) as picture:
+            pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 255
+        assert_close(pixels, again, rtol=0, atol=0.6 / 255)
+    ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    beside = len(PROMPTS) * 4 if algorithm == "paths" else 0
+    assert ledger["beside"]["nfe"] == beside
+    assert ledger["nfe"] == sum(row["nfe"] for row in winners(tmp_path / "out"))
+
+
+def luminance(image: torch.Tensor) -> float:
+    from sampling.evaluation.luminance import image_luminance
+
+    return float(image_luminance(image[None]))
+
+
+def test_an_oracle_searches_one_prompt_after_the_other(pipeline: Path, tmp_path: Path) -> None:
+    """Of images that are alike IS is 1: what adds most is unlike the winners before."""
+    module = {"module": "tests.test_search_judgement:Brightness"}
+    oracle = VerifierConfig(kind="oracle", metric="is", **module)
+    search(pipeline, tmp_path / "out", verifiers={"set": oracle}, held_out={})
+    scores: dict[int, float] = {}
+    for line in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        index = row["prompt_index"]
+        scores[index] = max(scores.get(index, -9.0), row["score"])
+        assert index == max(scores), "a prompt began before the one before it was finished"
+    rows = winners(tmp_path / "out")
+    assert [row["score"] for row in rows] == [scores[index] for index in range(len(PROMPTS))]
+    assert rows[0]["score"] == 0 and any(row["score"] > 0 for row in rows[1:])
+
+
+class Brightness(torch.nn.Module):
+    """Two logits that tell bright images from dark ones."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        light = 40 * (images.mean(dim=(1, 2, 3)) - 0.5)
+        return torch.stack([light, -light], dim=1)
+
+
+def test_features_of_the_users_own_tell_the_diversity(pipeline: Path, tmp_path: Path) -> None:
+    own = DiversityConfig(module="tests.test_search_judgement:Brightness")
+    search(pipeline, tmp_path / "own", diversity=own)
+    search(pipeline, tmp_path / "pixels")
+    found = [
+        json.loads((tmp_path / name / "hacking.json").read_text())[0]["changes"]["diversity"]
+        for name in ("own", "pixels")
+    ]
+    assert found[0]["value"] != pytest.approx(found[1]["value"], abs=1e-6)
+
+
+def test_a_batch_size_that_is_found_changes_no_choice(pipeline: Path, tmp_path: Path) -> None:
+    one = runner(1)
+    size = find_batch_size(one, 0)
+    assert 1 <= size <= 128 and one.ledger.nfe == 0
+    for name, size in (("found", 0), ("given", 3)):
+        search(pipeline, tmp_path / name, batch_size=size)
+    keys = ("prompt_index", "candidate", "seed", "score")
+    found, given = (
+        [[row[key] for key in keys] for row in winners(tmp_path / name)]
+        for name in ("found", "given")
+    )
+    assert sorted(found) == sorted(given)
+
+
+def test_memory_that_ends_bounds_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = runner(1)
+    monkeypatch.setattr("sampling.search.batch_size.LEAST_GAIN", 0.0)
+
+    def rehearse(batch: list[Any]) -> None:
+        if len(batch) > 16:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(one, "rehearse", rehearse)
+    assert find_batch_size(one, 0) == 8
+
+
+def test_draws_belong_to_a_prompt_wherever_a_part_begins(pipeline: Path, tmp_path: Path) -> None:
+    search(pipeline, tmp_path / "all")
+    search(pipeline, tmp_path / "part", offset=2, limit=2)
+    by_index = {row["prompt_index"]: row for row in winners(tmp_path / "all")}
+    part = winners(tmp_path / "part")
+    assert [row["prompt_index"] for row in part] == [2, 3]
+    for row in part:
+        assert row["seed"] == by_index[row["prompt_index"]]["seed"]
+
+
+def test_a_prompt_that_a_verifier_cannot_judge_is_refused_at_the_start(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="names no luminance"):
+        search(pipeline, tmp_path / "out", verifiers={"tone": VerifierConfig(kind="luminance")})
+    assert not (tmp_path / "out").exists()
+
+
+def test_verifiers_of_one_folder_share_its_weights(pipeline: Path, tmp_path: Path) -> None:
+    folder = str(make_tiny_clip(tmp_path, pipeline / "tokenizer"))
+    kinds = ("clip_score", "pick_score")
+    configs = {kind: VerifierConfig(kind=kind, checkpoint=folder) for kind in kinds}  # type: ignore[arg-type]
+    one, two = load_verifiers(configs, torch.device("cpu")).values()
+    assert one._clip is two._clip  # type: ignore[attr-defined]
+    three = load_verifiers(configs, torch.device("cpu"))["clip_score"]
+    assert three._clip is not one._clip  # type: ignore[attr-defined]
+
+
+def test_winners_and_changes_are_tables_at_wandb(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    search(pipeline, tmp_path / "out", wandb=WandbConfig(project="tests"))
+    [run] = (tmp_path / "out" / "wandb").glob("offline-run-*")
+    tables = {path.name.split("_")[0]: path for path in run.glob("files/media/table/*.json")}
+    assert set(tables) == {"winners", "changes"}
+    table = json.loads(tables["winners"].read_text())
+    assert len(table["data"]) == len(PROMPTS)
+    assert {"prompt", "winner", "plain", "held-out bright", "dark"} <= set(table["columns"])
+
+
+@pytest.mark.slow
+def test_a_file_of_a_million_prompts_is_searched_from_its_first(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts are encoded as their turn comes, so that memory and time do not go into all."""
+    path = tmp_path / "many.txt"
+    path.write_text("".join(f"photo number {n}\n\n" for n in range(1_000_000)))
+    encoded = 0
+    original = DiffusionModel.encode_prompts
+
+    def counting(self: DiffusionModel, prompts: list[str]) -> Any:
+        nonlocal encoded
+        encoded += len(prompts)
+        if encoded > 200:
+            raise KeyboardInterrupt
+        return original(self, prompts)
+
+    monkeypatch.setattr(DiffusionModel, "encode_prompts", counting)
+    with pytest.raises(KeyboardInterrupt):
+        search(pipeline, tmp_path / "out", prompts=str(path), held_out={}, batch_size=24)
+    assert len(winners(tmp_path / "out")) > 5
