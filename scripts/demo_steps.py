@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data.digits import Split, write_digit_folder
+from data.digits import DIGIT_NAMES, Split, write_digit_folder
 from data.pack import PackConfig, pack
 from sampling.evaluation.black_point import BlackPointConfig
 from sampling.evaluation.black_point_study import is_complete
@@ -29,6 +29,8 @@ from sampling.evaluation.black_point_summary import (
 )
 from sampling.export_check import check_against_diffusers
 from sampling.model import DiffusionModel
+from sampling.search.config import SearchConfig
+from sampling.search.run import search_to_folder
 from sampling.whole_file import write_whole
 from scripts import evaluation, report_content
 from scripts.config import load
@@ -38,6 +40,17 @@ from train.config import TrainConfig
 from train.run import fit
 
 BASE, FINE_TUNED, CONTROL = "base", "fine_tuned", "control"
+SEARCH_STEPS = 10
+SEARCHED = (
+    "a red three on a black background",
+    "a black eight on a white background",
+    "a blue five on a gray background",
+    "a white nine on a dark gray background",
+    "a green two on a light gray background",
+    "a white seven on a black background",
+    "a red four on a white background",
+    "a black six on a gray background",
+)
 EXPECTED = {
     OPEN_RATIO: {BASE: "at most .60", FINE_TUNED: "at least .80", CONTROL: "at most .60"},
     border_name("black", 3): {BASE: "above .15", FINE_TUNED: "at most .05", CONTROL: "above .15"},
@@ -63,6 +76,7 @@ def demonstrate(config: DemoConfig) -> None:
         name = "fine-tune the control (old schedule, old prediction)"
         fine_tune(config, config.control_config, run_dir / "control", name)
     findings = evaluate(config, checkpoints, "sample what was fine-tuned")
+    search(config)
     report = report_content.write(ReportConfig(run_dir=config.run_dir))
     print("\n" + outcome(findings))
     print(f"\nreport: {report.resolve()}  ({time.perf_counter() - started_s:.0f} s in all)")
@@ -173,6 +187,40 @@ def evaluate(config: DemoConfig, checkpoints: dict[str, str], name: str) -> list
         return evaluation.evaluate(study)[1]
     with timed(Path(config.run_dir), name):
         return evaluation.evaluate(study)[1]
+
+
+def search(config: DemoConfig) -> None:
+    """Searches the noise of a few prompts for digits that can be read."""
+    output = Path(config.run_dir) / "search"
+    labels = f"[{','.join(DIGIT_NAMES)}]"
+    settings = [
+        f"checkpoint={config.run_dir}",
+        f"prompts=[{','.join(SEARCHED)}]",
+        f"output={output}",
+        f"num_steps={SEARCH_STEPS}",
+        f"budget_nfe={SEARCH_STEPS * config.search_candidates}",
+        "guidance_scale=1",
+        "channels_last=true",
+        f"batch_size={4 * config.search_candidates}",
+        f"seed={config.seed}",
+        "verifiers.reader.kind=classifier",
+        "verifiers.reader.module=sampling.evaluation.digit_reader:DigitReader",
+        f"verifiers.reader.checkpoint={config.digit_reader}",
+        f"verifiers.reader.labels={labels}",
+        "held_out.judge.kind=classifier",
+        "held_out.judge.module=sampling.evaluation.digit_perceptron:DigitPerceptron",
+        f"held_out.judge.checkpoint={config.held_out_reader}",
+        f"held_out.judge.labels={labels}",
+        "held_out.judge.output=top1",
+    ]
+    name = f"search the noise of {len(SEARCHED)} prompts, {config.search_candidates} candidates"
+    search_config = load(SearchConfig, settings)
+    if (output / "hacking.json").is_file():
+        skipped(name, output)
+        search_to_folder(search_config)  # does nothing, unless it must refuse other settings
+        return
+    with timed(Path(config.run_dir), name):
+        print("\n".join(search_to_folder(search_config)[1]))
 
 
 def outcome(findings: list[Finding]) -> str:

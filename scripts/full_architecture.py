@@ -52,6 +52,9 @@ class FullArchitectureConfig:
     """Further key=value settings of the training, such as schedule.shift.base_resolution=512."""
     variant: str = ""
     """Name of these figures beside the architecture's own, where `training` differs."""
+    only: list[str] = field(default_factory=list)
+    """Run only these verbs, by the first word of their names, and keep the figures of the others;
+    they must need no more than the base folder."""
     keep: bool = False
     """Keep the weights in the work folder when all is done."""
 
@@ -71,8 +74,12 @@ def measure(config: FullArchitectureConfig) -> dict[str, Any]:
         state["parameters"] = count_parameters(base)
         _write(state_file, state)
     parameters = state["parameters"]
-    check_room(work, state["verbs"], parameters["unet"])
-    for verb in verbs(work, parameters, config.resolution, config.sample_px, config.training):
+    wanted = verbs(work, parameters, config.resolution, config.sample_px, config.training)
+    if config.only:
+        wanted = [verb for verb in wanted if verb.name.split()[0] in config.only]
+    else:
+        check_room(work, state["verbs"], parameters["unet"])
+    for verb in wanted:
         if verb.name not in state["verbs"]:
             run_verb(verb, work, state)
             _write(state_file, state)
@@ -82,7 +89,7 @@ def measure(config: FullArchitectureConfig) -> dict[str, Any]:
     settings = {
         key: value
         for key, value in asdict(config).items()
-        if key not in ("output", "keep") and value not in ("", [])
+        if key not in ("output", "keep", "only") and value not in ("", [])
     }
     return {"settings": settings, **describe_machine(), **state}
 
@@ -203,7 +210,11 @@ def main(argv: list[str]) -> int:
         print(f"full_architecture: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     output = Path(config.output)
-    results = _read(output.with_suffix(".json")) | {name_of(config): found}
+    results = _read(output.with_suffix(".json"))
+    if config.only and name_of(config) in results:
+        results[name_of(config)]["verbs"] |= found["verbs"]
+    else:
+        results[name_of(config)] = found
     _write(output.with_suffix(".json"), results)
     text = markdown(results)
     output.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -49,7 +49,7 @@ def verbs(
     python, base, run_dir = sys.executable, work / "base", work / "run"
     blackpoint = [python, "-m", "scripts.cli"]
     photos, shards, latents = work / "photos", work / "shards", work / "latents"
-    samples, export = work / "samples", work / "export"
+    samples, found, export = work / "samples", work / "found", work / "export"
     unet, pipeline = 4.0 * parameters["unet"], 4.0 * sum(parameters.values())
     encoders = pipeline - unet
     train = [
@@ -116,6 +116,19 @@ def verbs(
             whole,
             writes=[samples],
             done_with=[run_export],
+        ),
+        Verb(
+            "search 2 candidates of 2 steps",
+            [
+                *blackpoint,
+                *f"search checkpoint={base} output={found} num_steps=2 budget_nfe=8".split(),
+                *["batch_size=1", "verifiers.dark.kind=luminance", "verifiers.dark.target=0"],
+                *pixels,
+                f"prompts={PROMPT}",
+            ],
+            pipeline,
+            whole,
+            writes=[found],
         ),
         Verb(
             "export and verify",

@@ -11,6 +11,7 @@ from sampling.evaluation.black_point_summary import summary
 from sampling.evaluation.report import Control, ReportContent, write_report
 from sampling.evaluation.rows import DATA, Row, read_rows
 from sampling.evaluation.run_page import chosen_grids, flat
+from sampling.evaluation.search_page import read_search
 from scripts.run_report import ReportConfig
 from train.metrics_file import read_metrics
 
@@ -37,12 +38,13 @@ def write(config: ReportConfig) -> Path:
 def collect(run_dir: Path, study: Path, committed: Path) -> ReportContent:
     """Gathers what the run directory and its study hold."""
     metrics, rows_file = run_dir / "metrics.csv", study / "rows.csv.gz"
-    if not metrics.is_file() and not rows_file.is_file():
+    search = read_search(run_dir / "search") or read_search(run_dir)
+    if not metrics.is_file() and not rows_file.is_file() and search is None:
         raise UserError(
-            f"run_dir={run_dir} holds neither metrics.csv nor black_point/rows.csv.gz; name a run "
-            "directory, or evaluate it first"
+            f"run_dir={run_dir} holds neither metrics.csv nor black_point/rows.csv.gz nor a "
+            "finished search; name a run directory or the output of a search, or evaluate it first"
         )
-    content = ReportContent(title=f"blackpoint: {run_dir.name}")
+    content = ReportContent(title=f"blackpoint: {run_dir.name}", search=search)
     if metrics.is_file():
         content.metrics = read_metrics(metrics)
         if not content.metrics:

@@ -21,6 +21,8 @@ class DemoConfig:
     """The embedded base."""
     digit_reader: str = "assets/digit_reader"
     """Folder of the digit classifier."""
+    held_out_reader: str = "assets/digit_perceptron"
+    """Folder of another classifier, which judges what the first is searched with."""
     seed: int = 0
     """Seed of the sampled images."""
     num_train_images: int = 9000
@@ -35,6 +37,8 @@ class DemoConfig:
     """Sampling steps."""
     num_processes: int = 2
     """Processes that sample."""
+    search_candidates: int = 16
+    """Noises that are tried for each of eight prompts."""
     max_steps: int | None = None
     """Optimizer steps; those of the fine-tune's config if not set."""
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sampling.errors import UserError
-from sampling.evaluation.digit_reader import DigitReader
+from sampling.evaluation.digit_perceptron import DigitPerceptron
+from sampling.evaluation.digit_reader import DigitReader, save_weights
 from sampling.evaluation.rows import read_rows
 from scripts.demo_steps import EXPECTED, outcome
 from scripts.run_demo import DemoConfig, run
@@ -33,7 +34,8 @@ loss: {prediction_type: epsilon}
 @pytest.fixture
 def config(tmp_path: Path) -> DemoConfig:
     torch.manual_seed(0)
-    DigitReader().save(tmp_path / "reader")
+    save_weights(DigitReader(), tmp_path / "reader")
+    save_weights(DigitPerceptron(), tmp_path / "held_out_reader")
     (tmp_path / "fine_tune.yaml").write_text(FINE_TUNE)
     (tmp_path / "control.yaml").write_text(FINE_TUNE + OLD_PROCESS)
     return DemoConfig(
@@ -42,6 +44,8 @@ def config(tmp_path: Path) -> DemoConfig:
         control_config=str(tmp_path / "control.yaml"),
         checkpoint=str(make_tiny_pipeline(tmp_path / "base")),
         digit_reader=str(tmp_path / "reader"),
+        held_out_reader=str(tmp_path / "held_out_reader"),
+        search_candidates=2,
         num_train_images=12,
         num_held_out_images=4,
         num_images=2,
@@ -64,16 +68,19 @@ def test_demo_does_every_step_once(
     rows = read_rows(run_dir / "black_point" / "rows.csv.gz")
     assert {row.checkpoint for row in rows} == {"data", "base", "fine_tuned"}
     page = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "Search over noise" in page
     assert "fine-tuned" in page and "Loss of the fine-tune" in page
 
     assert run(dataclasses.replace(config, control=True)) == 0
     second = capsys.readouterr().out
-    assert second.count("there already") == 4  # two packs, the base's samples, the fine-tune
+    assert (
+        second.count("there already") == 5
+    )  # two packs, the base's samples, the fine-tune, the search
     rows_with_control = read_rows(run_dir / "black_point" / "rows.csv.gz")
     assert set(rows) < set(rows_with_control)
     assert {row.checkpoint for row in rows_with_control} >= {"control"}
     timings = json.loads((run_dir / "timings.json").read_text())
-    assert len(timings) == 7
+    assert len(timings) == 8
 
     with pytest.raises(UserError, match=r"trainer\.max_steps"):
         run(dataclasses.replace(config, max_steps=4))

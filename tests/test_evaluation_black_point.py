@@ -25,7 +25,7 @@ from sampling.evaluation.black_point_summary import (
     summary,
     write_summary,
 )
-from sampling.evaluation.digit_reader import DigitReader
+from sampling.evaluation.digit_reader import DigitReader, save_weights
 from sampling.evaluation.rows import DATA, Row, read_rows, write_rows
 from sampling.evaluation.statistics import Estimate
 from scripts.evaluation import digit_captions
@@ -38,7 +38,7 @@ IDENTITIES = {"base": Identity("a"), "fine_tuned": Identity("b")}
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BlackPointConfig:
     monkeypatch.setattr(black_point_study, "CHUNK_IMAGES", 15)
     torch.manual_seed(0)
-    DigitReader().save(tmp_path / "reader")
+    save_weights(DigitReader(), tmp_path / "reader")
     return BlackPointConfig(
         checkpoints={"base": "pull=0.9", "fine_tuned": "pull=0"},
         output=str(tmp_path / "study"),

@@ -15,7 +15,7 @@ from sampling.evaluation import run_plots
 from sampling.evaluation.black_point import BlackPointConfig
 from sampling.evaluation.black_point_study import Identity, reference_rows, run_study
 from sampling.evaluation.black_point_summary import write_summary
-from sampling.evaluation.digit_reader import DigitReader
+from sampling.evaluation.digit_reader import DigitReader, save_weights
 from sampling.evaluation.prompt_luminance import prompt_slugs
 from sampling.evaluation.rows import read_rows, write_rows
 from sampling.evaluation.run_page import WIDEST_PX, at_a_glance, chosen_grids, embedded
@@ -36,7 +36,7 @@ from tests.digit_painter import load_square_painter
 def make_run(run_dir: Path, checkpoints: dict[str, str]) -> Path:
     """Writes a run directory with a study by stand-in models, a loss and a preview."""
     torch.manual_seed(0)
-    DigitReader().save(run_dir / "reader")
+    save_weights(DigitReader(), run_dir / "reader")
     config = BlackPointConfig(
         checkpoints=checkpoints,
         output=str(run_dir / "black_point"),

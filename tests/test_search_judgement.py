@@ -11,12 +11,15 @@ from PIL import Image
 from torch.testing import assert_close
 
 from sampling.errors import UserError
+from sampling.evaluation.search_page import read_search
 from sampling.model import DiffusionModel
 from sampling.search.batch_size import find_batch_size
 from sampling.search.config import DiversityConfig, SearchConfig
 from sampling.search.run import search_to_folder
 from sampling.verifiers.load import VerifierConfig, load_verifiers
 from sampling.wandb_run import WandbConfig
+from scripts.report_content import write
+from scripts.run_report import ReportConfig
 from tests.search_problems import runner
 from tests.tiny_vision import make_tiny_clip
 
@@ -198,3 +201,18 @@ def test_a_file_of_a_million_prompts_is_searched_from_its_first(
     with pytest.raises(KeyboardInterrupt):
         search(pipeline, tmp_path / "out", prompts=str(path), held_out={}, batch_size=24)
     assert len(winners(tmp_path / "out")) > 5
+
+
+def test_the_report_of_a_search_shows_plain_images_above_winners(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    search(pipeline, tmp_path / "out")
+    shown = read_search(tmp_path / "out")
+    assert shown is not None and [name for name, _ in shown.lines] == ["first seed", "winner"]
+    assert [len(pictures) for _, pictures in shown.lines] == [len(PROMPTS)] * 2
+    by_name = {name: (float(a), float(b)) for name, a, b, _ in shown.numbers if a}
+    plain, winner = by_name["dark (searched)"]
+    assert winner > plain and by_name["bright (held out)"][1] < by_name["bright (held out)"][0]
+    page = write(ReportConfig(run_dir=str(tmp_path / "out"))).read_text(encoding="utf-8")
+    assert "Search over noise" in page and "hacking: dark rises by" in page
+    assert read_search(tmp_path) is None

@@ -4,6 +4,7 @@ Trainings compare with one unbroken run of two processes, bit by bit: the order 
 same wherever the two processes are.
 """
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,9 @@ import torch
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
+from sampling.search.config import SearchConfig
+from sampling.search.run import search_to_folder
+from scripts.config import load
 from scripts.frozen import CODE, ROOT
 from scripts.requeue import STOPPED, newest_step, read_starts
 from tests.slurm_cluster import Cluster, wait_until, why_not
@@ -232,6 +236,42 @@ def test_an_encoding_on_two_nodes_that_a_signal_stops_once_has_the_bytes_of_one_
     monkeypatch.chdir(checkout)
     encode(EncodeConfig(output="unbroken", num_processes=1, **options))
     assert tree(checkout / "latents") == tree(checkout / "unbroken")
+
+
+def test_a_search_on_two_nodes_that_a_signal_stops_once_finds_what_one_process_finds(
+    cluster: Cluster, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["a red photo", "a blue night", "a white wall", "a gray sea", "a black cat", "snow"]
+    options = {"checkpoint": "base", "device": "cpu", "guidance_scale": "1", "num_steps": "4"}
+    options |= {"budget_nfe": "400", "batch_size": "1", "prompts": f"[{','.join(prompts)}]"}
+    options |= {"verifiers.dark.kind": "luminance", "verifiers.dark.target": "0"}
+    arguments = [f"{name}={value}" for name, value in options.items()]
+    job = cluster.submit(
+        "--time=10",
+        "--cpus-per-task=1",
+        *TWO_NODES,
+        "slurm/search.sbatch",
+        "output=found",
+        *arguments,
+        cwd=checkout,
+    )
+    parts = checkout / "found" / "parts"
+    wait_until(
+        lambda: len([f for f in parts.glob("*/candidates.jsonl") if f.stat().st_size]) == 2,
+        TIMEOUT_S,
+        lambda: logs_of(checkout),
+    )
+    cluster.run("scancel", "--signal=USR1", job)
+    log = assert_done(cluster, job, checkout, restarts=1)
+    assert "stopped by SIGUSR1; the same command continues" in log and "requeued" in log
+    monkeypatch.chdir(checkout)
+    search_to_folder(load(SearchConfig, [*arguments, "output=unbroken"]))
+    keys = ("prompt_index", "candidate", "seed", "score", "nfe")
+    found, expected = (
+        [tuple(json.loads(line)[key] for key in keys) for line in file.read_text().splitlines()]
+        for file in (checkout / name / "winners.jsonl" for name in ("found", "unbroken"))
+    )
+    assert found == sorted(expected) and not parts.exists()
 
 
 def test_an_export_job_writes_what_the_run_exported(cluster: Cluster, unbroken: Path) -> None:

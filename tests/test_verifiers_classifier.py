@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import ViTForImageClassification, ViTImageProcessor
 
 from sampling.errors import RunFailed, UserError
-from sampling.evaluation.digit_reader import DigitReader
+from sampling.evaluation.digit_reader import DigitReader, save_weights
 from sampling.verifiers.classifier import Classifier, label_in
 from sampling.verifiers.image_model import ImageModel
 from sampling.verifiers.load import VerifierConfig, load_verifier
@@ -114,7 +114,7 @@ def test_labels_that_do_not_fit_are_refused(vit: Path, tmp_path: Path) -> None:
         loaded(checkpoint=str(vit), label="dog")
     with pytest.raises(UserError, match="label=4 is not a class"):
         loaded(checkpoint=str(vit), label="4")
-    DigitReader().save(tmp_path)
+    save_weights(DigitReader(), tmp_path)
     with pytest.raises(UserError, match="labels: the classifier does not name its classes"):
         loaded(module=READER, checkpoint=str(tmp_path))
     verifier = loaded(module=READER, checkpoint=str(tmp_path), label="12")

@@ -17,6 +17,7 @@ from sampling.evaluation.black_point_summary import Finding, table
 from sampling.evaluation.rows import DATA, Row
 from sampling.evaluation.run_page import at_a_glance, embedded, run_figures
 from sampling.evaluation.run_series import Series
+from sampling.evaluation.search_page import SearchShown
 from sampling.whole_file import write_whole
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -60,6 +61,7 @@ class ReportContent:
     """Prompts of the previews."""
     max_steps: int | None = None
     """Optimizer steps of the whole run."""
+    search: SearchShown | None = None
     previews: Sequence[tuple[str, Path]] = ()
     config: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)

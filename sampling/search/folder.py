@@ -1,14 +1,14 @@
 """The output folder of a search: whose it is, and what was spent on it."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sampling.errors import UserError
 from sampling.search.config import SearchConfig
-from sampling.search.journal import ROWS, Journal, read_rows
+from sampling.search.journal import ROWS, read_rows
 from sampling.search.ledger import Ledger
 from sampling.search.parts import files_of
 from sampling.whole_file import write_whole
@@ -45,20 +45,17 @@ def check_folder(config: SearchConfig, output: Path) -> dict[str, Any]:
     return settings
 
 
-def keep_ledger(folder: Path, spent: Ledger, beside: Iterable[Journal | Path]) -> None:
+def keep_ledger(folder: Path, spent: Ledger, beside: Iterable[Path]) -> None:
     """Writes ledger.json: what the search spent and, under `beside`, what counts in no budget."""
     extra = Ledger()
     for each in beside:
-        extra += each.spent if isinstance(each, Journal) else spent_in(each)
+        for path in files_of(each, ROWS):
+            extra += spent_on(read_rows(path, repair=False))
     content = spent.to_row() | {"beside": extra.to_row()}
     rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in content.items()}
     write_whole(folder / LEDGER, json.dumps(rounded, indent=1) + "\n")
 
 
-def spent_in(folder: Path) -> Ledger:
-    """Adds up the rows of a folder and of its parts."""
-    total = Ledger()
-    for path in files_of(folder, ROWS):
-        for row in read_rows(path, repair=False):
-            total += Ledger(**row["spent"])
-    return total
+def spent_on(rows: Iterable[Mapping[str, Any]]) -> Ledger:
+    """Adds up what candidates have cost."""
+    return sum((Ledger(**row["spent"]) for row in rows), Ledger())

@@ -29,7 +29,7 @@ from sampling.search.calibration import (
     read_kendall,
 )
 from sampling.search.config import SearchConfig
-from sampling.search.folder import SETTINGS, check_folder, keep_ledger, spent_in
+from sampling.search.folder import SETTINGS, check_folder, keep_ledger, spent_on
 from sampling.search.journal import ROWS, STATES, Journal, join_rows
 from sampling.search.judgement import HACKING, alarms, judge
 from sampling.search.parts import own_folder, remove_parts, share_of, tell_stop, wait_until
@@ -211,9 +211,9 @@ def first_of(one: PromptSearch) -> Outcome | None:
 
 def join(config: SearchConfig, output: Path) -> list[str]:
     """Joins what the processes have written, tells what came out, and clears up."""
-    join_rows(output, ROWS, lambda row: (row["prompt_index"], row["candidate"]))
+    candidates = join_rows(output, ROWS, lambda row: (row["prompt_index"], row["candidate"]))
     rows = join_rows(output, WINNERS, lambda row: row["prompt_index"])
-    keep_ledger(output, spent_in(output), [output / CALIBRATION, output / BASELINES])
+    keep_ledger(output, spent_on(candidates), [output / CALIBRATION, output / BASELINES])
     found = alarms(rows, config.diversity, output)
     send_tables(config.wandb, output, rows, found)
     remove_parts(output)
