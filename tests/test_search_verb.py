@@ -156,6 +156,20 @@ def test_the_same_command_continues_and_another_is_refused(
         search_to_folder(config(pipeline, tmp_path / "broken", num_steps=5))
 
 
+def test_a_folder_of_another_version_is_continued_where_it_means_the_same(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    output, _ = search_to_folder(config(pipeline, tmp_path / "out"))
+    path = output / "search.json"
+    saved = json.loads(path.read_text())
+    del saved["diversity"], saved["verifiers"]["dark"]["output"]
+    path.write_text(json.dumps(saved))
+    search_to_folder(config(pipeline, output))  # what is missing has its default
+    path.write_text(json.dumps(saved | {"luck": 7}))
+    with pytest.raises(UserError, match="another version .Key 'luck' not in 'SearchConfig'"):
+        search_to_folder(config(pipeline, output))
+
+
 def test_a_folder_that_holds_something_else_is_refused(pipeline: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")

@@ -6,6 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from sampling.errors import UserError
 from sampling.search.config import SearchConfig
 from sampling.search.journal import ROWS, read_rows
@@ -30,11 +33,11 @@ def check_folder(config: SearchConfig, output: Path) -> dict[str, Any]:
     settings = {key: value for key, value in asdict(config).items() if key not in FREE}
     path = output / SETTINGS
     if not path.is_file():
-        if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        found = output.iterdir() if output.is_dir() else [output] if output.exists() else []
+        if not all(each.name.startswith(f".{SETTINGS}") for each in found):  # one is writing it
             raise UserError(f"output={output} holds something that is no search; name a new folder")
         return settings
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(settings))
+    saved, now = read_settings(path), json.loads(json.dumps(settings))
     differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
     if differing:
         key = differing[0]
@@ -43,6 +46,24 @@ def check_folder(config: SearchConfig, output: Path) -> dict[str, Any]:
             f"{now.get(key)} now); choose another output, or continue it with its own"
         )
     return settings
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Reads search.json; what it does not say, being of an earlier version, is the default.
+
+    Raises UserError where it holds what this version does not know.
+    """
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), saved)
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"{path} was written by another version ({str(error).splitlines()[0]}); choose another "
+            "output, or continue it with the version that began it"
+        ) from None
+    whole = OmegaConf.to_container(merged)
+    assert isinstance(whole, dict)
+    return {str(key): value for key, value in whole.items() if key not in FREE}
 
 
 def keep_ledger(folder: Path, spent: Ledger, beside: Iterable[Path]) -> None:
