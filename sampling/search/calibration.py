@@ -25,7 +25,8 @@ def calibrate(
     folder, steps = output / FOLDER, runner.grid.num_steps
     if not (folder / FOUND).is_file():
         levels = pruning_levels(config, steps, None)
-        budget = runner.cost(0, steps) * config.calibration_candidates
+        parts = zip((0, *levels), (*levels, steps), strict=True)
+        budget = sum(runner.cost(*part) for part in parts) * config.calibration_candidates
         journal = Journal(folder)
         try:
             drive(

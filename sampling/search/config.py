@@ -135,6 +135,8 @@ class SearchConfig:
                     f"held_out.{name}: kind=self_supervised compares a run's preview with its end, "
                     "and a winner is judged by its picture alone; hold out another kind"
                 )
+            if config.kind == "stability":
+                self._check_stability(name, config)
             whole = self.algorithm in ("random", "zero_order")
             if config.kind == "self_supervised" and name in self.verifiers and not whole:
                 raise UserError(
@@ -156,3 +158,27 @@ class SearchConfig:
         from sampling.samplers import check_sampler  # torch: for a config, not for its help
 
         check_sampler(self.sampler, self.eta)
+
+    def _check_stability(self, name: str, config: VerifierConfig) -> None:
+        """Raises UserError where runs have no noise that they could be inverted to."""
+        if name in self.held_out:
+            raise UserError(
+                f"held_out.{name}: kind=stability compares a run with its noise, and a winner is "
+                "judged by its picture alone; hold out another kind"
+            )
+        if self.algorithm not in ("random", "zero_order", "halving"):
+            raise UserError(
+                f"verifiers.{name}: kind=stability goes back to the noise of a run; with "
+                f"algorithm={self.algorithm} a run has no noise of its own. Use random, zero_order "
+                "or halving"
+            )
+        if self.sampler not in ("ddim", "euler") or (self.eta or 0) > 0:
+            raise UserError(
+                f"verifiers.{name}: kind=stability inverts deterministic DDIM; use sampler=ddim "
+                f"without eta, not sampler={self.sampler}"
+            )
+        if config.partial_steps is not None and self.algorithm == "halving":
+            raise UserError(
+                f"verifiers.{name}: partial_steps goes with whole runs; algorithm=halving inverts "
+                "each run from where it looks at it. Leave partial_steps out"
+            )

@@ -15,7 +15,7 @@ from sampling.conditioning import Conditioning, joined
 from sampling.guidance import Guidance
 from sampling.model import DiffusionModel
 from sampling.noise import step_noise
-from sampling.samplers import SampleState, SamplingGrid, renoise, run
+from sampling.samplers import Denoise, SampleState, SamplingGrid, renoise, run
 from sampling.search.ledger import Ledger
 from sampling.search.trial import (
     Neighbour,
@@ -27,6 +27,7 @@ from sampling.search.trial import (
     rounded,
     slice_state,
 )
+from sampling.verifiers.stability import Stability
 from sampling.verifiers.verifier import Verifier, checked_scores
 
 
@@ -77,12 +78,21 @@ class TrialRunner:
         self._empty = model.encode_prompts([sampling.negative_prompt])
         self._encoded: dict[int, Conditioning] = {}
         wanted = (verifier.preview_log_snr for verifier in verifiers)
+        self._of_runs = [one for one in verifiers if isinstance(one, Stability)]
+        self._kept_levels = {one.partial_steps for one in self._of_runs}
         self._preview_steps = [None if snr is None else self._nearest_step(snr) for snr in wanted]
         self.ledger = Ledger()
 
     def cost(self, first: int, stop: int) -> int:
-        """Returns the NFE of one sample's run from level `first` to level `stop`."""
-        return sum(map(self._rows, self._evaluated(first, stop)))
+        """Returns the NFE of one sample's run from level `first` to `stop`, and of its scores."""
+        return sum(map(self._rows, self._evaluated(first, stop))) + self._scoring_nfe(stop)
+
+    def _scoring_nfe(self, stop: int) -> int:
+        """Returns the network evaluations of a sample's scores at a level."""
+        return sum(
+            verifier.evaluations(stop) * (1 if verifier.guidance_scale == 1 else 2)
+            for verifier in self._of_runs
+        )
 
     def _evaluated(self, first: int, stop: int) -> list[int]:
         """Returns the steps whose timesteps the network is asked at; Heun asks ahead too."""
@@ -115,7 +125,7 @@ class TrialRunner:
         before = replace(self.ledger)
         trials = [trial for _, trial in batch]
         conditions = self._conditions([prompt for prompt, _ in batch])
-        state, _ = self._denoise(self._start(trials), trials[0].stop, conditions, trials)
+        state, _, _ = self._denoise(self._start(trials), trials[0].stop, conditions, trials)
         self._decode(state.x0)
         self.ledger = before
 
@@ -139,11 +149,14 @@ class TrialRunner:
         trials = [trial for _, trial in batch]
         stop, goal = trials[0].stop, trials[0].goal
         start, conditions = self._start(trials), self._conditions([prompt for prompt, _ in batch])
-        state, readings = self._denoise(start, stop, conditions, trials)
+        state, readings, levels = self._denoise(start, stop, conditions, trials)
         price = self.cost(trials[0].first_step, stop)
-        images = self._decode(state.x if goal == "final" else state.x0)
+        if goal == "final" or len(self._of_runs) < len(self.verifiers):
+            images = self._decode(state.x if goal == "final" else state.x0)
+        else:
+            images = state.x  # nobody looks at the preview
         prompts = [self.prompts[prompt] for prompt, _ in batch]
-        scores = self._verify(images, prompts, readings)
+        scores = self._verify(images, prompts, readings, trials, conditions, levels)
         seconds = (time.perf_counter() - started_s) / len(batch)
         spent = (self.ledger - before).share(len(batch))
         results = []
@@ -170,16 +183,19 @@ class TrialRunner:
 
     def _denoise(
         self, state: SampleState, stop: int, conditions: Conditioning, trials: Sequence[Trial]
-    ) -> tuple[SampleState, dict[int, Tensor]]:
-        """Returns the state at `stop` and the readings of x0 that verifiers want, by step."""
+    ) -> tuple[SampleState, dict[int, Tensor], dict[int, Tensor]]:
+        """Returns the state at `stop`; the readings of x0 that verifiers want, by step; and x, by
+        level."""
         started_s = time.perf_counter()
         count, seeds = len(trials), [trial.seed for trial in trials]
-        empty = self._empty[torch.zeros(count, dtype=torch.long, device=self.model.device)]
-        denoise = self.model.denoiser(conditions, empty, self.sampling.guidance)
+        denoise = self._denoiser(conditions, self.sampling.guidance)
         first = state.step
         readings: dict[int, Tensor] = {}
+        levels: dict[int, Tensor] = {}
 
         def keep_reading(reached: SampleState) -> None:
+            if reached.step in self._kept_levels or reached.step == stop:
+                levels[reached.step] = reached.x
             if reached.step - 1 in self._preview_steps and reached.x0 is not None:
                 readings[reached.step - 1] = reached.x0
 
@@ -195,9 +211,15 @@ class TrialRunner:
         )
         plain = len(self._evaluated(first, stop))
         self.ledger.conditional_rows += count * plain
-        self.ledger.unconditional_rows += count * (self.cost(first, stop) - plain)
+        guided = sum(map(self._rows, self._evaluated(first, stop)))
+        self.ledger.unconditional_rows += count * (guided - plain)
         self.ledger.denoising_s += time.perf_counter() - started_s
-        return state, readings
+        return state, readings, levels
+
+    def _denoiser(self, conditions: Conditioning, guidance: Guidance) -> Denoise:
+        count = len(conditions)
+        empty = self._empty[torch.zeros(count, dtype=torch.long, device=self.model.device)]
+        return self.model.denoiser(conditions, empty, guidance)
 
     def _decode(self, latents: Tensor | None) -> Tensor:
         assert latents is not None
@@ -208,16 +230,43 @@ class TrialRunner:
         return images
 
     def _verify(
-        self, images: Tensor, prompts: Sequence[str], readings: dict[int, Tensor]
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        readings: dict[int, Tensor],
+        trials: Sequence[Trial],
+        conditions: Conditioning,
+        levels: dict[int, Tensor],
     ) -> list[dict[str, float]]:
         previews = {step: self._decode(x0) for step, x0 in readings.items()}
         started_s = time.perf_counter()
         columns = {}
         for verifier, step in zip(self.verifiers, self._preview_steps, strict=True):
             seen = None if step is None else previews.get(step)
-            columns[verifier.name] = checked_scores(verifier, images, prompts, seen).tolist()
+            if isinstance(verifier, Stability):
+                scores = self._score_runs(verifier, trials, conditions, levels)
+            else:
+                scores = checked_scores(verifier, images, prompts, seen)
+            columns[verifier.name] = scores.tolist()
             self.ledger.verifier_calls += len(images)
         self.ledger.verifying_s += time.perf_counter() - started_s
         return [
             {name: column[row] for name, column in columns.items()} for row in range(len(images))
         ]
+
+    def _score_runs(
+        self,
+        verifier: Stability,
+        trials: Sequence[Trial],
+        conditions: Conditioning,
+        levels: dict[int, Tensor],
+    ) -> Tensor:
+        """Scores runs from the noises that they began with."""
+        level = verifier.level(trials[0].stop)
+        noise = torch.stack([trial.origin.noise(self.shape) for trial in trials])
+        denoise = self._denoiser(conditions, Guidance(verifier.guidance_scale))
+        scores = verifier.score_run(noise, levels[level], level, denoise, self.grid)
+        rows = len(trials) * verifier.evaluations(trials[0].stop)
+        self.ledger.conditional_rows += rows
+        self.ledger.unconditional_rows += rows if verifier.guidance_scale != 1 else 0
+        return scores.double().cpu()

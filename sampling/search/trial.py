@@ -86,6 +86,11 @@ class Trial:
     parent: int | None = None
 
     @property
+    def origin(self) -> "Noise":
+        """The noise that the run began with; that of its seed where it continues another's run."""
+        return self.start if isinstance(self.start, Seeded | Neighbour) else Seeded(self.seed)
+
+    @property
     def first_step(self) -> int:
         """The level that the run starts from."""
         return 0 if isinstance(self.start, Seeded | Neighbour) else self.start.step

@@ -26,6 +26,7 @@ Kind = Literal[
     "self_supervised",
     "oracle",
     "luminance",
+    "stability",
     "custom",
 ]
 
@@ -45,7 +46,7 @@ class VerifierConfig:
 
     kind: Kind = "clip_score"
     """clip_score, pick_score, aesthetic, hpsv2, image_reward, classifier, self_supervised, oracle,
-    luminance or custom."""
+    luminance, stability or custom."""
     checkpoint: str | None = None
     """Its weights: a transformers folder, a hub id, or the file of a head."""
     module: str | None = None
@@ -74,6 +75,17 @@ class VerifierConfig:
     """self_supervised: log SNR of the x0-prediction that is compared with the final image."""
     metric: Literal["fid", "is"] = "fid"
     """oracle: Frechet distance to the reference, or the Inception Score."""
+    measure: Literal["cosine", "residual", "contraction"] = "cosine"
+    """stability: of the noise with the re-inverted one, or how well the inversion's iteration does
+    (minus the last change, minus the rate of changes)."""
+    inversion: Literal["ddim", "fixed_point", "anderson", "renoise", "bdia"] = "ddim"
+    """stability: how a step is inverted."""
+    num_iterations: int = 5
+    """stability: network evaluations a step; ddim has one."""
+    inversion_guidance_scale: float = 1.0
+    """stability: guidance of the inversion; 1 is off, and halves its NFE."""
+    partial_steps: int | None = None
+    """stability: invert from after so many sampling steps; from where the run stands if not set."""
     reference: str | None = None
     """oracle: folder of pictures, or .safetensors with mean and covariance of their features."""
 
@@ -100,6 +112,19 @@ class VerifierConfig:
             )
         if self.target is not None and not 0 <= self.target <= 1:
             raise UserError(f"target={self.target} must be from 0 (black) to 1 (white)")
+        if self.kind == "stability" and self.inversion == "bdia":
+            raise UserError(
+                "inversion=bdia inverts its own sampler exactly: every noise would have the "
+                "cosine 1, and nothing could be ranked; use ddim, fixed_point, anderson or renoise"
+            )
+        if self.partial_steps is not None and self.partial_steps < 1:
+            raise UserError(f"partial_steps={self.partial_steps} must be at least 1")
+        if self.num_iterations < 1:
+            raise UserError(f"num_iterations={self.num_iterations} must be at least 1")
+        if self.inversion_guidance_scale < 0:
+            raise UserError(
+                f"inversion_guidance_scale={self.inversion_guidance_scale} must be at least 0"
+            )
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size} must be at least 1")
 
@@ -182,6 +207,14 @@ def load_verifier(config: VerifierConfig, device: "torch.device") -> "Verifier":
             from sampling.verifiers.luminance import Luminance
 
             return Luminance(config.target, config.where, name, batch_size)
+        case "stability":
+            from sampling.inversion import Inverter
+            from sampling.verifiers.stability import Stability
+
+            assert config.inversion != "bdia"
+            inverter = Inverter(config.inversion, config.num_iterations)
+            settings = (config.measure, config.inversion_guidance_scale, config.partial_steps)
+            return Stability(inverter, *settings, name)
         case "custom":
             from sampling.verifiers.custom import load_custom
 
@@ -189,5 +222,5 @@ def load_verifier(config: VerifierConfig, device: "torch.device") -> "Verifier":
             return load_custom(path, config.checkpoint, config.name, device, batch_size)
     raise UserError(
         f"kind={config.kind} is no verifier; use clip_score, pick_score, aesthetic, hpsv2, "
-        "image_reward, classifier, self_supervised, oracle, luminance or custom"
+        "image_reward, classifier, self_supervised, oracle, luminance, stability or custom"
     )
