@@ -233,6 +233,12 @@ class DiffusionModel:
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
         """Decodes x0 to images in [0, 1], float32."""
+        return self.decode_with_gradient(latents)
+
+    def decode_with_gradient(
+        self, latents: Float[Tensor, "n c h w"]
+    ) -> Float[Tensor, "n 3 height width"]:
+        """Decodes as `decode` does, and lets gradients through where they are wanted."""
         if self.pixels:
             return (latents / 2 + 0.5).clamp(0, 1)
         images = self._by_slices(lambda x: self.vae.decode(x).sample, latents / self.scaling_factor)

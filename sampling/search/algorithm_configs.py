@@ -95,6 +95,34 @@ class HalvingConfig:
 
 
 @dataclass
+class NoiseOptimisationConfig:
+    """Gradient ascent on one noise."""
+
+    learning_rate: float = 100.0
+    """Rate of a step for a noise of 65,536 elements; it is scaled with their number."""
+    momentum: float = 0.5
+    """Share of the step before that a step keeps."""
+    gradient: Literal["full", "fixed_inverse"] = "full"
+    """Through the whole run and its score, or with the re-inverted noise held fixed (stability)."""
+    norm: Literal["sphere", "regularised", "free"] = "sphere"
+    """Keep the noise's norm, pull it to that of unit noise, or let it go."""
+    norm_weight: float = 0.01
+    """norm=regularised: weight of the gradient of log p(|e|)."""
+    largest_gradient: float | None = None
+    """Norm that gradients with their momentum are cut to; not cut if not set."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate={self.learning_rate} must be above 0")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum={self.momentum} must lie in [0, 1)")
+        if self.norm_weight < 0:
+            raise UserError(f"norm_weight={self.norm_weight} must be at least 0")
+        if self.largest_gradient is not None and not self.largest_gradient > 0:
+            raise UserError(f"largest_gradient={self.largest_gradient} must be above 0")
+
+
+@dataclass
 class FkSteeringConfig:
     """Feynman-Kac steering."""
 

@@ -10,6 +10,7 @@ from sampling.errors import UserError
 from sampling.search.algorithm_configs import (
     FkSteeringConfig,
     HalvingConfig,
+    NoiseOptimisationConfig,
     PathsConfig,
     RandomSearchConfig,
     ZeroOrderConfig,
@@ -17,8 +18,9 @@ from sampling.search.algorithm_configs import (
 from sampling.verifiers.load import VerifierConfig
 from sampling.wandb_run import WandbConfig
 
-Algorithm = Literal["random", "zero_order", "paths", "halving", "fk_steering"]
+Algorithm = Literal["random", "zero_order", "paths", "halving", "fk_steering", "noise_optimisation"]
 EnsembleRule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
+WHOLE = ("random", "zero_order")
 STOCHASTIC = "sampler=euler_ancestral, or sampler=ddim with eta above 0"
 
 
@@ -46,7 +48,7 @@ class SearchConfig:
     budget_nfe: int = MISSING
     """Most UNet evaluations a prompt, both branches of guidance counted; the winner's included."""
     algorithm: Algorithm = "random"
-    """random (best-of-N), zero_order, paths, halving or fk_steering."""
+    """random (best-of-N), zero_order, paths, halving, fk_steering or noise_optimisation."""
     verifiers: dict[str, VerifierConfig] = field(default_factory=dict)
     """What is searched for, by name; several are combined by `ensemble`."""
     held_out: dict[str, VerifierConfig] = field(default_factory=dict)
@@ -85,6 +87,8 @@ class SearchConfig:
     """Successive halving."""
     fk_steering: FkSteeringConfig = field(default_factory=FkSteeringConfig)
     """FK steering."""
+    noise_optimisation: NoiseOptimisationConfig = field(default_factory=NoiseOptimisationConfig)
+    """Noise optimisation."""
     weights: Weights = "ema"
     """Which weights of a training checkpoint: their moving average or the last step's."""
     dtype: Dtype = "float32"
@@ -137,13 +141,15 @@ class SearchConfig:
                 )
             if config.kind == "stability":
                 self._check_stability(name, config)
-            whole = self.algorithm in ("random", "zero_order")
+            whole = self.algorithm in WHOLE
             if config.kind == "self_supervised" and name in self.verifiers and not whole:
                 raise UserError(
                     f"verifiers.{name}: kind=self_supervised compares a run's preview with its end "
                     f"and needs whole runs; algorithm={self.algorithm} has parts. Use random or "
                     "zero_order"
                 )
+        if self.algorithm == "noise_optimisation":
+            self._check_optimisation()
         if self.algorithm == "fk_steering":
             if not (self.sampler == "euler_ancestral" or (self.eta or 0) > 0):
                 raise UserError(
@@ -166,7 +172,7 @@ class SearchConfig:
                 f"held_out.{name}: kind=stability compares a run with its noise, and a winner is "
                 "judged by its picture alone; hold out another kind"
             )
-        if self.algorithm not in ("random", "zero_order", "halving"):
+        if self.algorithm not in ("random", "zero_order", "halving", "noise_optimisation"):
             raise UserError(
                 f"verifiers.{name}: kind=stability goes back to the noise of a run; with "
                 f"algorithm={self.algorithm} a run has no noise of its own. Use random, zero_order "
@@ -177,8 +183,33 @@ class SearchConfig:
                 f"verifiers.{name}: kind=stability inverts deterministic DDIM; use sampler=ddim "
                 f"without eta, not sampler={self.sampler}"
             )
-        if config.partial_steps is not None and self.algorithm == "halving":
+        if config.partial_steps is not None and self.algorithm in ("halving", "noise_optimisation"):
             raise UserError(
-                f"verifiers.{name}: partial_steps goes with whole runs; algorithm=halving inverts "
-                "each run from where it looks at it. Leave partial_steps out"
+                f"verifiers.{name}: partial_steps goes with random and zero_order; algorithm="
+                f"{self.algorithm} inverts each run from where it looks at it. Leave it out"
+            )
+
+    def _check_optimisation(self) -> None:
+        """Raises UserError where there is nothing to differentiate, or nothing that can be."""
+        if len(self.verifiers) != 1:
+            raise UserError(
+                f"algorithm=noise_optimisation ascends one score and {len(self.verifiers)} "
+                "verifiers are set; leave one"
+            )
+        if self.compile:
+            raise UserError(
+                "compile=true: algorithm=noise_optimisation differentiates the run with gradient "
+                "checkpointing, which a compiled UNet is not made for; leave compile out"
+            )
+        if self.sampler == "euler_ancestral" or (self.eta or 0) > 0:
+            raise UserError(
+                f"sampler={self.sampler}, eta={self.eta}: algorithm=noise_optimisation needs a "
+                "deterministic sampler; use ddim without eta"
+            )
+        [verifier] = self.verifiers.values()
+        fixed = self.noise_optimisation.gradient == "fixed_inverse"
+        if fixed and (verifier.kind != "stability" or verifier.measure != "cosine"):
+            raise UserError(
+                "noise_optimisation.gradient=fixed_inverse holds the re-inverted noise fixed, so "
+                "it goes with kind=stability, measure=cosine; use gradient=full"
             )

@@ -23,8 +23,7 @@ from sampling.errors import UserError
 from sampling.samplers import SampleState
 from sampling.search.ledger import Ledger
 from sampling.search.parts import files_of
-from sampling.search.runner import Result
-from sampling.search.trial import Outcome, Trial
+from sampling.search.trial import Outcome, Result, Trial
 from sampling.whole_file import write_whole
 
 ROWS, STATES = "candidates.jsonl", "states"

@@ -44,7 +44,7 @@ from sampling.tasks import Task, this_task
 from sampling.whole_file import write_whole
 
 BASELINES = "baselines"
-WHOLE = ("random", "zero_order")
+WHOLE = ("random", "zero_order", "noise_optimisation")
 """Algorithms whose first candidate is the plain image of its seed."""
 
 

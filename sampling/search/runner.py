@@ -6,7 +6,7 @@ becomes of a trial does not depend on its batch; the ledger counts rows as forwa
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from sampling.guidance import Guidance
 from sampling.model import DiffusionModel
 from sampling.noise import step_noise
 from sampling.samplers import Denoise, SampleState, SamplingGrid, renoise, run
-from sampling.search.ledger import Ledger
+from sampling.search.gradients import gradient_batch
+from sampling.search.ledger import BACKWARD_NFE, Ledger
 from sampling.search.trial import (
-    Neighbour,
+    Noise,
     Outcome,
     Renoised,
+    Result,
     Seeded,
     Trial,
     join_states,
@@ -42,16 +44,6 @@ class SearchSampling:
     height: int | None = None
     width: int | None = None
     negative_prompt: str = ""
-
-
-@dataclass(frozen=True)
-class Result:
-    """An outcome, and the image where it is final, on the CPU."""
-
-    outcome: Outcome
-    image: Tensor | None = None  # (3, H, W)
-    seconds: float = 0.0
-    spent: Ledger = field(default_factory=Ledger)
 
 
 class TrialRunner:
@@ -82,6 +74,8 @@ class TrialRunner:
         self._kept_levels = {one.partial_steps for one in self._of_runs}
         self._preview_steps = [None if snr is None else self._nearest_step(snr) for snr in wanted]
         self.ledger = Ledger()
+        self.holds_inverse_fixed = False
+        """Noise optimisation: whether e' counts as constant in the gradient of stability."""
 
     def cost(self, first: int, stop: int) -> int:
         """Returns the NFE of one sample's run from level `first` to `stop`, and of its scores."""
@@ -117,23 +111,26 @@ class TrialRunner:
         for _, places in sorted(groups.items()):
             for start in range(0, len(places), self.batch_size):
                 chunk = places[start : start + self.batch_size]
-                yield from zip(chunk, self._run_batch([trials[p] for p in chunk]), strict=True)
+                batch = [trials[place] for place in chunk]
+                is_plain = batch[0][1].goal != "gradient"
+                found = self._run_batch(batch) if is_plain else gradient_batch(self, batch)
+                yield from zip(chunk, found, strict=True)
 
     @torch.no_grad()
     def rehearse(self, batch: Sequence[tuple[int, Trial]]) -> None:
         """Denoises and decodes without verifying or counting, for its time and memory alone."""
         before = replace(self.ledger)
         trials = [trial for _, trial in batch]
-        conditions = self._conditions([prompt for prompt, _ in batch])
+        conditions = self.conditions([prompt for prompt, _ in batch])
         state, _, _ = self._denoise(self._start(trials), trials[0].stop, conditions, trials)
-        self._decode(state.x0)
+        self.decode(state.x0)
         self.ledger = before
 
     def forget(self, prompt_index: int) -> None:
         """Drops the embedding of a prompt that is finished."""
         self._encoded.pop(prompt_index, None)
 
-    def _conditions(self, indices: Sequence[int]) -> Conditioning:
+    def conditions(self, indices: Sequence[int]) -> Conditioning:
         """Returns the conditions of prompts, a row an index; encodes those that are new."""
         new = [index for index in dict.fromkeys(indices) if index not in self._encoded]
         if new:
@@ -148,11 +145,11 @@ class TrialRunner:
         before = replace(self.ledger)
         trials = [trial for _, trial in batch]
         stop, goal = trials[0].stop, trials[0].goal
-        start, conditions = self._start(trials), self._conditions([prompt for prompt, _ in batch])
+        start, conditions = self._start(trials), self.conditions([prompt for prompt, _ in batch])
         state, readings, levels = self._denoise(start, stop, conditions, trials)
         price = self.cost(trials[0].first_step, stop)
         if goal == "final" or len(self._of_runs) < len(self.verifiers):
-            images = self._decode(state.x if goal == "final" else state.x0)
+            images = self.decode(state.x if goal == "final" else state.x0)
         else:
             images = state.x  # nobody looks at the preview
         prompts = [self.prompts[prompt] for prompt, _ in batch]
@@ -172,7 +169,7 @@ class TrialRunner:
         device, states = self.model.device, []
         for trial in trials:
             start = trial.start
-            if isinstance(start, Seeded | Neighbour):
+            if isinstance(start, Noise):
                 states.append(SampleState(start.noise(self.shape)[None]))
             elif isinstance(start, Renoised):
                 noise = Seeded(start.seed).noise(self.shape)[None]
@@ -188,7 +185,7 @@ class TrialRunner:
         level."""
         started_s = time.perf_counter()
         count, seeds = len(trials), [trial.seed for trial in trials]
-        denoise = self._denoiser(conditions, self.sampling.guidance)
+        denoise = self.denoiser(conditions, self.sampling.guidance)
         first = state.step
         readings: dict[int, Tensor] = {}
         levels: dict[int, Tensor] = {}
@@ -209,19 +206,18 @@ class TrialRunner:
             lambda step: step_noise(seeds, step, self.shape),
             keep_reading,
         )
-        plain = len(self._evaluated(first, stop))
-        self.ledger.conditional_rows += count * plain
-        guided = sum(map(self._rows, self._evaluated(first, stop)))
-        self.ledger.unconditional_rows += count * (guided - plain)
+        self._count_run(count, first, stop)
         self.ledger.denoising_s += time.perf_counter() - started_s
         return state, readings, levels
 
-    def _denoiser(self, conditions: Conditioning, guidance: Guidance) -> Denoise:
+    def denoiser(self, conditions: Conditioning, guidance: Guidance) -> Denoise:
+        """Returns the model's denoiser with guidance against the negative prompt."""
         count = len(conditions)
         empty = self._empty[torch.zeros(count, dtype=torch.long, device=self.model.device)]
         return self.model.denoiser(conditions, empty, guidance)
 
-    def _decode(self, latents: Tensor | None) -> Tensor:
+    def decode(self, latents: Tensor | None) -> Tensor:
+        """Decodes latents and counts them."""
         assert latents is not None
         started_s = time.perf_counter()
         images = self.model.decode(latents)
@@ -238,7 +234,7 @@ class TrialRunner:
         conditions: Conditioning,
         levels: dict[int, Tensor],
     ) -> list[dict[str, float]]:
-        previews = {step: self._decode(x0) for step, x0 in readings.items()}
+        previews = {step: self.decode(x0) for step, x0 in readings.items()}
         started_s = time.perf_counter()
         columns = {}
         for verifier, step in zip(self.verifiers, self._preview_steps, strict=True):
@@ -264,9 +260,33 @@ class TrialRunner:
         """Scores runs from the noises that they began with."""
         level = verifier.level(trials[0].stop)
         noise = torch.stack([trial.origin.noise(self.shape) for trial in trials])
-        denoise = self._denoiser(conditions, Guidance(verifier.guidance_scale))
+        denoise = self.denoiser(conditions, Guidance(verifier.guidance_scale))
         scores = verifier.score_run(noise, levels[level], level, denoise, self.grid)
-        rows = len(trials) * verifier.evaluations(trials[0].stop)
+        self._count_scores(verifier, len(trials), trials[0].stop)
+        return scores.double().cpu()
+
+    def gradient_cost(self) -> int:
+        """Returns the NFE of a whole run with the gradient of its score."""
+        whole = self.cost(0, self.grid.num_steps)
+        return whole if self.holds_inverse_fixed else (1 + BACKWARD_NFE) * whole
+
+    def count(self, num_samples: int, first: int, stop: int, backward: bool) -> None:
+        """Counts runs and their scores, and the rows that a gradient went back through."""
+        before = self.ledger.conditional_rows + self.ledger.unconditional_rows
+        self._count_run(num_samples, first, stop)
+        for verifier in self._of_runs:
+            self._count_scores(verifier, num_samples, stop)
+        if backward:
+            after = self.ledger.conditional_rows + self.ledger.unconditional_rows
+            self.ledger.backward_rows += after - before
+
+    def _count_run(self, num_samples: int, first: int, stop: int) -> None:
+        plain = len(self._evaluated(first, stop))
+        guided = sum(map(self._rows, self._evaluated(first, stop)))
+        self.ledger.conditional_rows += num_samples * plain
+        self.ledger.unconditional_rows += num_samples * (guided - plain)
+
+    def _count_scores(self, verifier: Stability, num_samples: int, stop: int) -> None:
+        rows = num_samples * verifier.evaluations(stop)
         self.ledger.conditional_rows += rows
         self.ledger.unconditional_rows += rows if verifier.guidance_scale != 1 else 0
-        return scores.double().cpu()

@@ -14,8 +14,8 @@ from typing import Any
 
 from sampling.errors import RunFailed, UserError
 from sampling.search.journal import Journal
-from sampling.search.runner import Result, TrialRunner
-from sampling.search.trial import Outcome, Problem, Search, Trial, by_score
+from sampling.search.runner import TrialRunner
+from sampling.search.trial import Outcome, Problem, Result, Search, Trial, by_score
 
 MakeSearch = Callable[[Problem], Search]
 
@@ -32,6 +32,8 @@ class PromptSearch:
     spent_nfe: int = 0
     num_rejected: int = 0
     is_done: bool = False
+    note: str = ""
+    """How the algorithm ended, where that was not as planned."""
 
     @property
     def best(self) -> Outcome | None:
@@ -43,7 +45,7 @@ class PromptSearch:
 
         Ranks within a group change as it grows, so by rank any one can; by score the best so far.
         """
-        if outcome.trial.goal != "final" or math.isnan(outcome.score):
+        if outcome.trial.goal == "preview" or math.isnan(outcome.score):
             return False
         if self.problem.ranking is not by_score:
             return True
@@ -54,13 +56,13 @@ class PromptSearch:
         for outcome in outcomes:
             self.spent_nfe += outcome.nfe
             self.num_rejected += math.isnan(outcome.score)
-            if outcome.trial.goal == "final" and not math.isnan(outcome.score):
+            if outcome.trial.goal != "preview" and not math.isnan(outcome.score):
                 self.finals.append(outcome)
         assert self.spent_nfe <= self.problem.budget_nfe, "an algorithm overspent"
         try:
             self.pending = self.search.send(outcomes)
-        except StopIteration:
-            self.pending, self.is_done = [], True
+        except StopIteration as stop:
+            self.pending, self.is_done, self.note = [], True, stop.value or ""
 
 
 def open_search(problem: Problem, make: MakeSearch) -> PromptSearch:
@@ -75,11 +77,12 @@ def open_search(problem: Problem, make: MakeSearch) -> PromptSearch:
 
 def check_budget(problem: Problem) -> None:
     """Raises UserError where the budget does not pay for one image."""
-    if problem.budget_nfe < problem.full_cost:
+    least = problem.gradient_cost or problem.full_cost
+    if problem.budget_nfe < least:
+        what = "one step of the noise" if problem.gradient_cost else "one image"
         raise UserError(
-            f"budget_nfe={problem.budget_nfe} is smaller than one image, which takes "
-            f"{problem.full_cost} NFE with these sampling steps and guidance; raise it, or take "
-            "fewer num_steps"
+            f"budget_nfe={problem.budget_nfe} is smaller than {what}, which takes {least} NFE with "
+            "these sampling steps and guidance; raise it, or take fewer num_steps"
         )
 
 

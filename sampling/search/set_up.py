@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
+from sampling.errors import UserError
 from sampling.guidance import Guidance
 from sampling.model import DiffusionModel
 from sampling.sample import find_device
 from sampling.search.config import SearchConfig
 from sampling.search.fk_steering import fk_steering
 from sampling.search.halving import halving
+from sampling.search.noise_optimisation import noise_optimisation
 from sampling.search.paths import paths
 from sampling.search.random_search import random_search
 from sampling.search.runner import SearchSampling, TrialRunner
@@ -25,6 +27,7 @@ from sampling.tasks import Task
 from sampling.verifiers.ensemble import combined
 from sampling.verifiers.load import load_verifiers
 from sampling.verifiers.oracle import Oracle
+from sampling.verifiers.stability import Stability
 from sampling.verifiers.verifier import Verifier
 
 log = logging.getLogger(__name__)
@@ -79,8 +82,29 @@ def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded
     weights = weights if len(weights) > 1 else dict.fromkeys(weights, 1.0)
     size = config.batch_size or 1
     runner = TrialRunner(model, prompts, sampling, list(verifiers.values()), weights, size)
+    if config.algorithm == "noise_optimisation":
+        require_differentiable(model, *verifiers.values())
+        runner.holds_inverse_fixed = config.noise_optimisation.gradient == "fixed_inverse"
     oracles = [verifier for verifier in verifiers.values() if isinstance(verifier, Oracle)]
     return Loaded(runner, {name: loaded[name] for name in config.held_out}, oracles)
+
+
+def require_differentiable(model: DiffusionModel, verifier: Verifier) -> None:
+    """Raises UserError where no gradient comes from the score to the noise."""
+    if not (verifier.differentiable or isinstance(verifier, Stability)):
+        raise UserError(
+            f"verifiers.{verifier.name}: algorithm=noise_optimisation needs a gradient, and this "
+            "verifier gives none; use another one, or another algorithm"
+        )
+    whole = [p.dtype for p in model.unet.parameters() if not p.dtype.is_floating_point]
+    if whole:
+        raise UserError(
+            f"checkpoint: the UNet has weights in {whole[0]} (quantised), which no gradient goes "
+            "through; algorithm=noise_optimisation needs a plain one"
+        )
+    for part in (model.unet, model.vae):
+        if part is not None:
+            part.requires_grad_(False)
 
 
 def is_reproducible(config: SearchConfig) -> bool:
@@ -92,7 +116,10 @@ def is_reproducible(config: SearchConfig) -> bool:
 def make_problem(config: SearchConfig, runner: TrialRunner, index: int) -> Problem:
     """Returns the search problem of one prompt."""
     ranking = ranking_of(config)
-    return Problem(index, config.seed, runner.grid, runner.cost, config.budget_nfe, ranking)
+    whole = config.algorithm == "noise_optimisation"
+    gradient_cost = runner.gradient_cost() if whole else 0
+    budget = config.budget_nfe
+    return Problem(index, config.seed, runner.grid, runner.cost, budget, ranking, gradient_cost)
 
 
 def ranking_of(config: SearchConfig) -> Ranking:
@@ -119,5 +146,7 @@ def algorithm(config: SearchConfig, kendall: dict[int, float] | None) -> MakeSea
             return lambda problem: paths(problem, config.paths)
         case "halving":
             return lambda problem: halving(problem, config.halving, kendall)
+        case "noise_optimisation":
+            return lambda problem: noise_optimisation(problem, config.noise_optimisation)
         case "fk_steering":
             return lambda problem: fk_steering(problem, config.fk_steering)

@@ -14,7 +14,7 @@ Budgets are in NFE, which `Problem.cost` tells before anything is run.
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -22,9 +22,11 @@ from torch import Tensor
 
 from sampling.noise import derive_seed, seeded_noise
 from sampling.samplers import SampleState, SamplingGrid
+from sampling.search.ledger import Ledger
 from sampling.verifiers.verifier import SCORE_DECIMALS
 
-Goal = Literal["final", "preview"]
+Goal = Literal["final", "preview", "gradient"]
+"""gradient: a whole run like final, and the gradient of its score at the noise."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,19 @@ class Neighbour:
         return (x.norm() * (self.cosine * u + math.sqrt(1 - self.cosine**2) * w)).float()
 
 
-Noise = Seeded | Neighbour
+@dataclass(frozen=True)
+class Given:
+    """A noise that no seed re-makes."""
+
+    tensor: Float[Tensor, "c h w"]
+
+    def noise(self, shape: Sequence[int]) -> Float[Tensor, "c h w"]:
+        """Returns the noise; it must have the shape."""
+        assert tuple(self.tensor.shape) == tuple(shape)
+        return self.tensor
+
+
+Noise = Seeded | Neighbour | Given
 
 
 @dataclass(frozen=True)
@@ -88,12 +102,12 @@ class Trial:
     @property
     def origin(self) -> "Noise":
         """The noise that the run began with; that of its seed where it continues another's run."""
-        return self.start if isinstance(self.start, Seeded | Neighbour) else Seeded(self.seed)
+        return self.start if isinstance(self.start, Noise) else Seeded(self.seed)
 
     @property
     def first_step(self) -> int:
         """The level that the run starts from."""
-        return 0 if isinstance(self.start, Seeded | Neighbour) else self.start.step
+        return 0 if isinstance(self.start, Noise) else self.start.step
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,7 @@ class Outcome:
 
     `score` is rounded to 1e-4: of the image, or of the preview of x0, NaN where it is not finite;
     of several verifiers it is the weighted sum, and `scores` has each. `state` is of one sample,
-    (1, C, H, W), on the CPU; None for goal "final".
+    (1, C, H, W), on the CPU; None for goal "final"; for "gradient" that is its x, and the noise x0.
     """
 
     trial: Trial
@@ -112,7 +126,18 @@ class Outcome:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
-Search = Generator[list[Trial], list[Outcome], None]
+@dataclass(frozen=True)
+class Result:
+    """An outcome, and the image where it is a whole run's, on the CPU."""
+
+    outcome: Outcome
+    image: Tensor | None = None  # (3, H, W)
+    seconds: float = 0.0
+    spent: Ledger = field(default_factory=Ledger)
+
+
+Search = Generator[list[Trial], list[Outcome], Any]
+"""What it returns, if anything, is a note on how it ended."""
 Ranking = Callable[[Sequence[Outcome]], Sequence[float]]
 """Values of the candidates of a group, by which they are compared; the higher the better."""
 
@@ -133,6 +158,8 @@ class Problem:
     """NFE of a run from level a to level b, both branches of guidance counted."""
     budget_nfe: int
     ranking: Ranking = by_score
+    gradient_cost: int = 0
+    """NFE of a run with its gradient, for noise optimisation."""
 
     def best_first(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Sorts outcomes, the best first; ties go to the lower candidate, rejected ones go last."""

@@ -23,9 +23,8 @@ from sampling.pictures import caption_grid, to_picture
 from sampling.samplers import SampleState
 from sampling.search.journal import read_rows
 from sampling.search.parts import files_of
-from sampling.search.runner import Result
 from sampling.search.search import PromptSearch
-from sampling.search.trial import Neighbour, Outcome, Seeded
+from sampling.search.trial import Given, Neighbour, Noise, Outcome, Result
 
 BESTS, IMAGES, WINNERS = "bests", "images", "winners.jsonl"
 BASELINE = "baseline"
@@ -70,7 +69,9 @@ class Winners:
         index, best = one.problem.prompt_index, one.best
         assert best is not None
         start = best.trial.start
-        seed = best.trial.seed if reproducible and not isinstance(start, Neighbour) else None
+        seed = (
+            best.trial.seed if reproducible and not isinstance(start, Neighbour | Given) else None
+        )
         row = {
             "prompt_index": index,
             "prompt": self.prompts[index],
@@ -80,6 +81,7 @@ class Winners:
             "scores": finite_or_none(best.scores),
             "nfe": one.spent_nfe,
             "rejected": one.num_rejected,
+            "note": one.note,
             "image": f"{IMAGES}/{index:06d}.png",
         }
         image = load_file(self._best_path(index, best.trial.candidate))["image"]
@@ -112,7 +114,7 @@ class Winners:
     def _keep_start(self, index: int, start: Any) -> None:
         """Keeps what no seed re-makes: the noise, or the state that the last part began from."""
         name = self.folder / IMAGES / f"{index:06d}"
-        if isinstance(start, Seeded | Neighbour):
+        if isinstance(start, Noise):
             save_file({"noise": start.noise(self.shape)}, f"{name}.noise.safetensors")
         elif isinstance(start, SampleState):
             step = torch.tensor(start.step)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sampling.errors import RunFailed, UserError
-from sampling.inversion import Inverter, invert
+from sampling.inversion import Inversion, Inverter, invert
 from sampling.samplers import Denoise, SamplingGrid
 from sampling.verifiers.verifier import Images
 
@@ -71,7 +71,7 @@ class Stability:
         grid: SamplingGrid,
     ) -> Float[Tensor, " n"]:
         """Returns the stability of noises from what their runs are at `level`."""
-        found = invert(denoise, grid, x, self.inverter, start=level)
+        found = self._invert(x, level, denoise, grid)
         match self.measure:
             case "cosine":
                 rows = noise.to(found.x).flatten(1), found.x.flatten(1)
@@ -80,6 +80,15 @@ class Stability:
                 return -found.residual.mean(dim=0)
             case "contraction":
                 return -found.contraction.mean(dim=0)
+
+    def inverted(
+        self, x: Float[Tensor, "n c h w"], level: int, denoise: Denoise, grid: SamplingGrid
+    ) -> Float[Tensor, "n c h w"]:
+        """Returns the noises that inversion makes of what runs are at `level`."""
+        return self._invert(x, level, denoise, grid).x
+
+    def _invert(self, x: Tensor, level: int, denoise: Denoise, grid: SamplingGrid) -> Inversion:
+        return invert(denoise, grid, x, self.inverter, start=level)
 
     def score(
         self, images: Images, prompts: Sequence[str], previews: Images | None = None

@@ -1,0 +1,114 @@
+"""Trials that want the gradient of their score at the noise, for noise optimisation.
+
+The run is differentiated as a whole, with gradient checkpointing at every network evaluation: what
+is kept of a step is its latent, and memory does not grow with the steps by more than that (Chen et
+al. 2016). With the re-inverted noise e' held fixed the gradient of the cosine is known in closed
+form and nothing is differentiated:
+
+    grad cos(e, e') = (e' / |e'| - cos e / |e|) / |e|
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sampling.conditioning import Conditioning
+from sampling.guidance import Guidance
+from sampling.samplers import Denoise, Prediction, SampleState, run
+from sampling.search.trial import Noise, Outcome, Result, Trial, rounded
+from sampling.verifiers.stability import Stability
+
+if TYPE_CHECKING:
+    from sampling.search.runner import TrialRunner
+
+
+def gradient_batch(runner: "TrialRunner", batch: Sequence[tuple[int, Trial]]) -> list[Result]:
+    """Runs, scores and differentiates; a state has the gradient as x and the noise as x0."""
+    started_s, before = time.perf_counter(), replace(runner.ledger)
+    trials, indices = [trial for _, trial in batch], [prompt for prompt, _ in batch]
+    with torch.no_grad():
+        conditions = runner.conditions(indices)
+    [verifier] = runner.verifiers
+    prompts = [runner.prompts[index] for index in indices]
+    noise = torch.stack([origin(trial).noise(runner.shape) for trial in trials])
+    noise = noise.to(runner.model.device)
+    if runner.holds_inverse_fixed:
+        assert isinstance(verifier, Stability)
+        scores, gradient, x = fixed_inverse(runner, verifier, noise, conditions)
+    else:
+        scores, gradient, x = through_the_run(runner, noise, conditions, prompts)
+    images = runner.decode(x)
+    runner.ledger.verifier_calls += len(batch)
+    seconds = (time.perf_counter() - started_s) / len(batch)
+    spent = (runner.ledger - before).share(len(batch))
+    results = []
+    for row, trial in enumerate(trials):
+        score = float(scores[row])
+        rows = slice(row, row + 1)
+        state = SampleState(gradient[rows].cpu(), 0, noise[rows].cpu())
+        outcome = Outcome(
+            trial, rounded(score), runner.gradient_cost(), state, {verifier.name: score}
+        )
+        results.append(Result(outcome, images[row].cpu(), seconds, spent))
+    return results
+
+
+def origin(trial: Trial) -> Noise:
+    """Returns the noise that a whole run starts from."""
+    assert isinstance(trial.start, Noise)
+    return trial.start
+
+
+def through_the_run(
+    runner: "TrialRunner", noise: Tensor, conditions: Conditioning, prompts: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns scores, their gradient at the noise, and the latents that were painted."""
+    [verifier] = runner.verifiers
+    num_steps, started_s = runner.grid.num_steps, time.perf_counter()
+    with torch.enable_grad():
+        noise = noise.detach().requires_grad_()
+        denoise = checkpointed(runner.denoiser(conditions, runner.sampling.guidance))
+        x = run(runner.sampling.sampler, denoise, runner.grid, SampleState(noise)).x
+        if isinstance(verifier, Stability):
+            inverse = checkpointed(runner.denoiser(conditions, Guidance(verifier.guidance_scale)))
+            scores = verifier.score_run(noise, x, num_steps, inverse, runner.grid)
+        else:
+            scores = verifier.score(runner.model.decode_with_gradient(x), prompts).to(noise.device)
+        [gradient] = torch.autograd.grad(scores.sum(), noise)
+    runner.count(len(noise), 0, num_steps, backward=True)
+    runner.ledger.denoising_s += time.perf_counter() - started_s
+    return scores.detach(), gradient, x.detach()
+
+
+@torch.no_grad()
+def fixed_inverse(
+    runner: "TrialRunner", verifier: Stability, noise: Tensor, conditions: Conditioning
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the cosines, their gradient with e' held fixed, and the latents painted."""
+    started_s, grid = time.perf_counter(), runner.grid
+    denoise = runner.denoiser(conditions, runner.sampling.guidance)
+    x = run(runner.sampling.sampler, denoise, grid, SampleState(noise)).x
+    inverse = runner.denoiser(conditions, Guidance(verifier.guidance_scale))
+    back = verifier.inverted(x, grid.num_steps, inverse, grid)
+    e, e_back = noise.flatten(1), back.to(noise).flatten(1)
+    cosine = torch.cosine_similarity(e, e_back, dim=1)
+    norm = e.norm(dim=1, keepdim=True)
+    gradient = (e_back / e_back.norm(dim=1, keepdim=True) - cosine[:, None] * e / norm) / norm
+    runner.count(len(noise), 0, grid.num_steps, backward=False)
+    runner.ledger.denoising_s += time.perf_counter() - started_s
+    return cosine, gradient.view_as(noise), x
+
+
+def checkpointed(denoise: Denoise) -> Denoise:
+    """Returns a denoiser that keeps its inputs alone for the backward pass."""
+
+    def recomputed(x: Tensor, t: int) -> Prediction:
+        x0, eps = checkpoint(lambda y: tuple(denoise(y, t)), x, use_reentrant=False)
+        return Prediction(x0, eps)
+
+    return recomputed
