@@ -44,7 +44,9 @@ def columns(rows: Rows, key: str) -> Values:
         if row["arm"] != HACKED:
             arm = (row["arm"], float(row["multiple"]))
             found.setdefault(arm, {})[row["prompt_index"]] = float(row[key])
-    return {arm: np.array([v for _, v in sorted(each.items())]) for arm, each in found.items()}
+    names = list(dict.fromkeys(name for name, _ in found))
+    arms = sorted(found, key=lambda arm: (names.index(arm[0]), arm[1]))
+    return {arm: np.array([v for _, v in sorted(found[arm].items())]) for arm in arms}
 
 
 def write_page(output: Path, rows: Rows, records: dict[str, Any]) -> None:
@@ -54,7 +56,8 @@ def write_page(output: Path, rows: Rows, records: dict[str, Any]) -> None:
         return
     plot(judged, nfe, output / "accuracy.png")
     num_prompts = len(judged[PLAIN, 1.0])
-    kendall = ", ".join(f"{tau:.2f} after {level}" for level, tau in records["kendall"].items())
+    levels = sorted((int(level), tau) for level, tau in records["kendall"].items())
+    kendall = ", ".join(f"{tau:.2f} after {level}" for level, tau in levels)
     text = f"""# Results of `python -m scripts.search_study`
 
 {datetime.date.today().isoformat()}, {describe_machine()["machine"]}, one thread; {num_prompts}
@@ -131,7 +134,7 @@ def halving_table(judged: Values, scores: Values, nfe: Values) -> str:
     for name, values in (("held-out reading", judged), ("searched score", scores)):
         share = ratio(values[few] - values[plain], values[whole] - values[plain])
         lines.append(
-            f"- {name}: {100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+            f"- {name}: {100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]"
         )
     return "\n".join(lines)
 
@@ -181,8 +184,8 @@ def plot(judged: Values, nfe: Values, path: Path) -> None:
             [nfe[name, m].mean() * shift for m in points_of],
             [100 * share.value for share in shares],
             [
-                [100 * (share.value - share.low) for share in shares],
-                [100 * (share.high - share.value) for share in shares],
+                [100 * max(0.0, share.value - share.low) for share in shares],  # 0 but for rounding
+                [100 * max(0.0, share.high - share.value) for share in shares],
             ],
             color=color,
             marker=marker,
@@ -199,7 +202,8 @@ def plot(judged: Values, nfe: Values, path: Path) -> None:
     axes.set_xlabel("NFE an image")
     axes.set_ylabel("winners that the held-out reader reads, %")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.set_ylim(bottom=40)
+    axes.legend(loc="lower center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
