@@ -4,16 +4,21 @@ A DDIM step from t to the cleaner u (alpha a, deviation s; finite at zero termin
 
     F(z) = a_u x0(z, t) + s_u eps(z, t)
 
-and its inverse at x_u the z with F(z) = x_u. Written as the fixed point of
+and its inverse at x_u the z with F(z) = x_u. With D the angle between the levels, sin D = s_t a_u -
+a_t s_u, it is the fixed point of either of
 
-    g(z) = (s_t / s_u) (x_u - a_u x0(z, t)) + a_t x0(z, t)        s_u > 0: the x0 form
-    g(z) = (a_t / a_u) x_u + s_t eps(z, t)                        s_u = 0: the last, clean step
+    g(z) = (s_t / s_u) x_u - (sin D / s_u) x0(z, t)               the x0 form
+    g(z) = (a_t / a_u) x_u + (sin D / a_u) eps(z, t)              the eps form
 
-it can be evaluated once at z = x_u (`ddim`: naive, with the model's time at the noisy end as in
+so the first is taken in the noisy half, s_u >= a_u, where it is finite also at zero terminal SNR,
+and the second in the clean half. A network that predicts eps has an x0 that is divided by a_t, and
+takes the second throughout.
+
+g can be evaluated once at z = x_u (`ddim`: naive, with the model's time at the noisy end as in
 diffusers, or at the clean end), iterated (`fixed_point`: AIDI, Pan et al. 2023), extrapolated from
 the last iterates (`anderson`: Anderson 1965), or evaluated K times and averaged (`renoise`:
-Garibi et al. 2024, without its noise correction). g contracts where |c| Lip(x0) < 1 with
-c = a_t - (s_t / s_u) a_u; the ratio of successive changes tells whether it does.
+Garibi et al. 2024, without its noise correction). g contracts where (sin D / s_u) Lip(x0), or
+(sin D / a_u) Lip(eps), is below 1; the ratio of successive changes tells whether it does.
 
 `bdia` (Zhang et al. 2023) is a sampler of its own whose inverse is exact. It walks pairs: with y_s
 the DDIM step from x_t to a level s,
@@ -21,7 +26,7 @@ the DDIM step from x_t to a level s,
     x_u = gamma (x_p - y_p) + y_u,     x_p = (x_u - y_u) / gamma + y_p,     p the noisier neighbour
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sampling.errors import UserError
+from sampling.process import Process
 from sampling.samplers import Denoise, Prediction, SamplingGrid
 
 Method = Literal["ddim", "fixed_point", "anderson", "renoise"]
@@ -50,6 +56,8 @@ class Inverter:
     """anderson: iterates that a new one is extrapolated from, beside the last."""
     num_averaged: int = 3
     """renoise: the last predictions, of K, that are averaged."""
+    predicts_eps: bool = False
+    """Whether the network predicts eps, so that the eps form is taken throughout."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -62,6 +70,10 @@ class Inverter:
                 f"num_averaged={self.num_averaged} is more than num_iterations="
                 f"{self.num_iterations}; average at most all of them"
             )
+
+    def of(self, process: Process) -> "Inverter":
+        """Returns the inverter for a model's process."""
+        return replace(self, predicts_eps=process.prediction_type == "epsilon")
 
     @property
     def evaluations(self) -> int:
@@ -121,11 +133,11 @@ def _iterate(
     if inverter.method == "ddim":
         if inverter.model_time == "clean" and step + 1 < grid.num_steps:
             t = grid.timesteps[step + 1]
-        return [x_u, _fixed_point_map(denoise(x_u, t), grid, step, x_u)]
+        return [x_u, _fixed_point_map(denoise(x_u, t), grid, step, x_u, inverter)]
     iterates, images, readings = [x_u], [], []
     for _ in range(inverter.num_iterations):
         reading = denoise(iterates[-1], t)
-        images.append(_fixed_point_map(reading, grid, step, x_u))
+        images.append(_fixed_point_map(reading, grid, step, x_u, inverter))
         readings.append(reading)
         if inverter.method == "anderson":
             iterates.append(_anderson(iterates, images, inverter.memory))
@@ -134,16 +146,19 @@ def _iterate(
     if inverter.method == "renoise":
         kept = readings[-inverter.num_averaged :]
         mean = Prediction(*(torch.stack(each).mean(dim=0) for each in zip(*kept, strict=True)))
-        iterates[-1] = _fixed_point_map(mean, grid, step, x_u)
+        iterates[-1] = _fixed_point_map(mean, grid, step, x_u, inverter)
     return iterates
 
 
-def _fixed_point_map(reading: Prediction, grid: SamplingGrid, step: int, x_u: Tensor) -> Tensor:
+def _fixed_point_map(
+    reading: Prediction, grid: SamplingGrid, step: int, x_u: Tensor, inverter: Inverter
+) -> Tensor:
     """Returns g(z), from the reading of z at t."""
     (alpha_t, sigma_t), (alpha_u, sigma_u) = grid.level(step), grid.level(step + 1)
-    if sigma_u == 0:
-        return (alpha_t / alpha_u) * x_u + sigma_t * reading.eps
-    return (sigma_t / sigma_u) * (x_u - alpha_u * reading.x0) + alpha_t * reading.x0
+    sine = sigma_t * alpha_u - alpha_t * sigma_u
+    if sigma_u >= alpha_u and not inverter.predicts_eps:
+        return (sigma_t / sigma_u) * x_u - (sine / sigma_u) * reading.x0
+    return (alpha_t / alpha_u) * x_u + (sine / alpha_u) * reading.eps
 
 
 def _anderson(iterates: list[Tensor], images: list[Tensor], memory: int) -> Tensor:

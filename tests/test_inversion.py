@@ -14,6 +14,7 @@ from sampling.inversion import (
     bdia_sample,
     invert,
 )
+from sampling.process import Process
 from sampling.samplers import Prediction, SampleState, SamplingGrid, run
 from tests.toy_denoisers import SD, STD, ZERO_SNR, ideal_gaussian, noise_of, reader
 
@@ -93,20 +94,36 @@ def test_anderson_needs_fewer_evaluations():
 
 
 def test_the_fixed_point_contracts_by_its_bound_on_a_gaussian():
-    """x0(z) of a Gaussian is linear, so every iteration shrinks the change by |c| Lip(x0)."""
+    """x0(z) of a Gaussian is linear, so every iteration shrinks the change by what the form has."""
     num_steps, denoise = 10, ideal_gaussian(ZERO_SNR)
     grid = grid_of(num_steps)
     _, found = round_trip(Inverter("fixed_point", num_iterations=4), num_steps, denoise)
     for place, step in enumerate(reversed(range(num_steps))):
         (alpha_t, sigma_t), (alpha_u, sigma_u) = grid.level(step), grid.level(step + 1)
-        slope = alpha_t * STD**2 / (alpha_t**2 * STD**2 + sigma_t**2)
-        if sigma_u == 0:
-            bound = abs(1 - alpha_t * slope)  # of sigma_t eps
+        sine = sigma_t * alpha_u - alpha_t * sigma_u
+        slope = alpha_t * STD**2 / (alpha_t**2 * STD**2 + sigma_t**2)  # of x0(z)
+        if sigma_u >= alpha_u:
+            bound = abs(sine / sigma_u * slope)
         else:
-            bound = abs(alpha_t - sigma_t / sigma_u * alpha_u) * slope
+            bound = abs(sine / alpha_u * (1 - alpha_t * slope) / sigma_t)  # of eps(z)
         if bound > 1e-4:
             expected = torch.full((4,), bound, dtype=torch.float64)
             assert_close(found.contraction[place], expected, rtol=1e-3, atol=0)
+
+
+def test_a_network_of_eps_is_inverted_in_its_own_form():
+    """Its x0 is divided by alpha: in the x0 form the iteration contracts less where noise is."""
+    denoise, schedule = reader(SD, "epsilon"), SD
+    grid, x = grid_of(10, schedule), noise_of(2).double()
+    clean = run("ddim", denoise, grid, SampleState(x)).x
+    plain, own = (
+        invert(denoise, grid, clean, Inverter(num_iterations=4, predicts_eps=flag))
+        for flag in (False, True)
+    )
+    assert (own.x - x).norm() < (plain.x - x).norm() and own.converges.all()
+    assert (own.contraction[-3:] < 0.8 * plain.contraction[-3:]).all()
+    assert Inverter().of(Process(SD, "epsilon")).predicts_eps
+    assert not Inverter().of(Process(ZERO_SNR)).predicts_eps
 
 
 def test_a_network_too_steep_is_said_not_to_converge():

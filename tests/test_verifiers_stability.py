@@ -157,7 +157,7 @@ def test_the_verb_searches_for_stable_noises(pipeline: Path, tmp_path: Path) -> 
         ({"sampler": "heun"}, "use sampler=ddim without eta, not sampler=heun"),
         ({"eta": 0.5}, "use sampler=ddim without eta"),
         ({"held_out": {"own": "stable"}}, "held_out.own: kind=stability"),
-        ({"algorithm": "halving", "partial": 2}, "partial_steps goes with whole runs"),
+        ({"algorithm": "halving", "partial": 2}, "partial_steps goes with random and zero_order"),
     ],
     ids=str,
 )

@@ -71,6 +71,8 @@ class TrialRunner:
         self._encoded: dict[int, Conditioning] = {}
         wanted = (verifier.preview_log_snr for verifier in verifiers)
         self._of_runs = [one for one in verifiers if isinstance(one, Stability)]
+        for one in self._of_runs:
+            one.inverter = one.inverter.of(process)
         self._kept_levels = {one.partial_steps for one in self._of_runs}
         self._preview_steps = [None if snr is None else self._nearest_step(snr) for snr in wanted]
         self.ledger = Ledger()
