@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data.digits import caption, digit_samples
+from sampling.evaluation.digit_perceptron import DigitPerceptron
 from sampling.evaluation.digit_reader import DigitReader
 from sampling.evaluation.luminance import border_luminance
 from sampling.model import DiffusionModel
@@ -47,6 +48,14 @@ def test_reader_reads_held_out_digits() -> None:
     reader = DigitReader.load(ROOT / "assets" / "digit_reader")
     read = reader.read(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
     assert (read == torch.from_numpy(labels)).float().mean() > 0.98
+
+
+def test_the_held_out_reader_reads_digits_that_it_was_not_trained_on() -> None:
+    images, _, labels = digit_samples(1000, seed=7, split="train")
+    reader = DigitPerceptron.load(ROOT / "assets" / "digit_perceptron")
+    with torch.inference_mode():
+        read = reader(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).argmax(dim=1)
+    assert (read == torch.from_numpy(labels)).float().mean() > 0.96
 
 
 @pytest.mark.slow

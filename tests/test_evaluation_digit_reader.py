@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from sampling.errors import UserError
-from sampling.evaluation.digit_reader import DigitReader, contrast_map
+from sampling.evaluation.digit_reader import DigitReader, contrast_map, save_weights
 from train.digit_reader import train_reader
 
 
