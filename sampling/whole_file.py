@@ -7,6 +7,6 @@ from pathlib import Path
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes beside `path` and renames; text as UTF-8. Makes the folder where it is absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(unfinished, path)

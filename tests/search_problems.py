@@ -55,6 +55,17 @@ def linear(images: Tensor, prompts: Any, previews: Any = None) -> Tensor:
     return images[:, 0, 0, 0].double()
 
 
+def sometimes(images: Tensor, prompts: Any) -> Tensor:
+    """Scores by the mean, and not the images whose mean is even in the third decimal."""
+    scores = images.mean(dim=(1, 2, 3))
+    return torch.where((1000 * scores).long() % 2 == 0, torch.nan, scores)
+
+
+def never(images: Tensor, prompts: Any) -> Tensor:
+    """Scores no image."""
+    return torch.full((len(images),), torch.nan)
+
+
 class Scored:
     """A verifier made of a function."""
 

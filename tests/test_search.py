@@ -200,6 +200,15 @@ def test_scores_that_are_not_finite_never_win(tmp_path: Path) -> None:
     [found] = search(runner(1, verifier=broken), tmp_path / "some", best_of, 160)
     assert found.num_rejected > 0 and found.best is not None and found.best.score <= 0.8
 
+    def endless(images: torch.Tensor, prompts: Any, previews: Any = None) -> torch.Tensor:
+        scores = linear(images, prompts)
+        return torch.where(scores > 0.8, torch.inf, scores)
+
+    [found] = search(runner(1, verifier=endless), tmp_path / "inf", best_of, 160)
+    assert found.num_rejected > 0 and found.best is not None and found.best.score <= 0.8
+    [again] = search(runner(1, verifier=endless), tmp_path / "inf", best_of, 160)
+    assert again.best is not None and again.best.trial.candidate == found.best.trial.candidate
+
     def hopeless(images: torch.Tensor, prompts: Any, previews: Any = None) -> torch.Tensor:
         return torch.full((len(images),), torch.nan)
 

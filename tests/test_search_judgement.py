@@ -216,3 +216,69 @@ def test_the_report_of_a_search_shows_plain_images_above_winners(
     page = write(ReportConfig(run_dir=str(tmp_path / "out"))).read_text(encoding="utf-8")
     assert "Search over noise" in page and "hacking: dark rises by" in page
     assert read_search(tmp_path) is None
+
+
+def test_prompts_that_changed_are_refused(pipeline: Path, tmp_path: Path) -> None:
+    """Rows belong to texts, not to places in a file that was edited since."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red photo\na blue night\n")
+    search(pipeline, tmp_path / "out", prompts=str(path))
+    path.write_text("a new one\na red photo\na blue night\n")
+    with pytest.raises(UserError, match="holds a search of other prompts"):
+        search(pipeline, tmp_path / "out", prompts=str(path))
+
+
+def test_features_that_cannot_be_loaded_are_refused_at_the_start(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    wrong = DiversityConfig(checkpoint=str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="diversity.checkpoint"):
+        search(pipeline, tmp_path / "out", diversity=wrong)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="a verifier is called diversity"):
+        search(pipeline, tmp_path / "out", held_out={"diversity": BRIGHT})
+
+
+def test_a_plain_image_without_score_leaves_its_prompt_without_baseline(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    verifiers = {"odd": VerifierConfig(kind="custom", module="tests.search_problems:sometimes")}
+    search(pipeline, tmp_path / "out", algorithm="paths", verifiers=verifiers)
+    found = [row["baseline"] for row in winners(tmp_path / "out")]
+    assert None in found and any(found)
+    assert read_search(tmp_path / "out") is not None
+
+
+def test_a_held_out_score_that_is_never_finite_is_left_out_of_the_page(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    judge = {"never": VerifierConfig(kind="custom", module="tests.search_problems:never")}
+    search(pipeline, tmp_path / "out", held_out=judge)
+    shown = read_search(tmp_path / "out")
+    assert shown is not None and not any("never" in row[0] for row in shown.numbers)
+
+
+def test_a_budget_that_does_not_pay_for_a_looks_scores_is_refused(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    """Halving by stability pays for an inversion at every look: 4 steps cost more than 8 NFE."""
+    stable = {"stable": VerifierConfig(kind="stability")}
+    with pytest.raises(UserError, match="budget_nfe=9 is smaller than one image, which takes 14"):
+        search(
+            pipeline,
+            tmp_path / "out",
+            algorithm="halving",
+            verifiers=stable,
+            budget_nfe=9,
+            held_out={},
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_oracle_beside_plain_images_is_refused_where_they_come_first(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    module = {"module": "tests.test_search_judgement:Brightness"}
+    oracle = VerifierConfig(kind="oracle", metric="is", **module)
+    with pytest.raises(UserError, match="would be scored with another set"):
+        search(pipeline, tmp_path / "out", algorithm="paths", verifiers={"set": oracle})

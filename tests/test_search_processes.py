@@ -17,7 +17,7 @@ from PIL import Image
 
 from sampling.errors import RunFailed, UserError
 from sampling.search.config import SearchConfig
-from sampling.search.parts import share_of, tell_stop, wait_until
+from sampling.search.parts import forget_stop, share_of, stopped, tell_stop, wait_until
 from sampling.search.run import search_to_folder
 from sampling.tasks import Task
 from sampling.verifiers.load import VerifierConfig
@@ -161,6 +161,34 @@ def test_the_first_process_hears_that_another_stopped(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="process 1 of the search stopped: the disk is full"):
         wait_until(lambda: False, tmp_path, since=0.0)
     wait_until(lambda: True, tmp_path, since=0.0)
+    with pytest.raises(RunFailed, match="stopped"):
+        wait_until(lambda: False, tmp_path, since=time.time() - 60)
+    assert not stopped(tmp_path, since=time.time() + 60)  # of an earlier start
+    forget_stop(tmp_path, Task(1, 2))
+    assert not stopped(tmp_path, since=0.0)
+
+
+def test_a_process_that_cannot_begin_leaves_the_folder_as_it_was(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    settings: dict[str, Any] = {
+        "checkpoint": str(pipeline),
+        "prompts": PROMPTS,
+        "output": str(output),
+        "budget_nfe": 8,
+        "num_steps": 4,
+        "guidance_scale": 1.0,
+    }
+    wrong = VerifierConfig(kind="clip_score", checkpoint=str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="nothing"):
+        search_to_folder(SearchConfig(verifiers={"clip": wrong}, **settings), Task(1, 2))
+    assert not list(output.iterdir())
+    assert "process 1" in stopped(output, since=0.0)
+    dark = VerifierConfig(kind="luminance", target=0.0)
+    search_to_folder(SearchConfig(verifiers={"dark": dark}, **settings))
+    assert len(rows(output, "winners.jsonl")) == len(PROMPTS)
 
 
 def test_a_verifier_of_sets_wants_one_process(pipeline: Path, tmp_path: Path) -> None:

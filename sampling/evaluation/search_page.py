@@ -58,7 +58,10 @@ def _numbers(
     for key, what in (("scores", "searched"), ("held_out", "held out")):
         for name in rows[0][key] if rows else ():
             pairs = [(row["baseline"][key][name], row[key][name]) for row in rows]
-            plain, best = zip(*((a, b) for a, b in pairs if None not in (a, b)), strict=True)
+            finite = [pair for pair in pairs if None not in pair]
+            if not finite:  # every score of it was rejected
+                continue
+            plain, best = zip(*finite, strict=True)
             found.append((f"{name} ({what})", f"{mean(plain):.3f}", f"{mean(best):.3f}", name))
     found += [(name, "", "", name) for name in changes if name == "diversity"]
     return [(*cells, _change(changes.get(name))) for *cells, name in found]  # type: ignore[misc]

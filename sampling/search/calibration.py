@@ -5,7 +5,9 @@ ledger under `beside`. One process measures, the others wait for what it found.
 """
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sampling.search.algorithm_configs import HalvingConfig
 from sampling.search.halving import measured_kendall, pruning_levels, walk
@@ -19,9 +21,17 @@ FOLDER, FOUND = "calibration", "kendall.json"
 
 
 def calibrate(
-    config: HalvingConfig, runner: TrialRunner, prompts: list[int], seed: int, output: Path
+    config: HalvingConfig,
+    runner: TrialRunner,
+    prompts: list[int],
+    seed: int,
+    output: Path,
+    values: Callable[[Sequence[Mapping[str, Any]]], list[float]],
 ) -> dict[int, float]:
-    """Returns Kendall's tau of preview and final score for each level, measured or as kept."""
+    """Returns Kendall's tau of preview and final score for each level, measured or as kept.
+
+    values: what candidates of one prompt and level are ranked by, from their rows.
+    """
     folder, steps = output / FOLDER, runner.grid.num_steps
     if not (folder / FOUND).is_file():
         levels = pruning_levels(config, steps, None)
@@ -39,10 +49,11 @@ def calibrate(
                     )
                     for index in prompts[: config.calibration_prompts]
                 ),
+                needs_winner=False,
             )
         finally:
             journal.close()
-        found = measured_kendall(read_rows(folder / ROWS))
+        found = measured_kendall(read_rows(folder / ROWS), values)
         write_whole(folder / FOUND, json.dumps(found, indent=1) + "\n")
     return read_kendall(output)
 

@@ -128,11 +128,22 @@ class SearchConfig:
                 f"held_out.{both[0]} is among the verifiers too: a verifier that is searched with "
                 "cannot judge the search; give it another name if it is another one"
             )
+        if "diversity" in {**self.verifiers, **self.held_out}:
+            raise UserError(
+                "a verifier is called diversity, as what is measured beside the held-out ones is; "
+                "give it another name"
+            )
         for name, config in {**self.verifiers, **self.held_out}.items():
             if config.kind == "oracle" and name in self.held_out:
                 raise UserError(
                     f"held_out.{name}: kind=oracle scores a set that grows, and a winner is judged "
                     "by its picture alone; hold out another kind"
+                )
+            if config.kind == "oracle" and self.algorithm not in WHOLE and self.held_out:
+                raise UserError(
+                    f"verifiers.{name}: kind=oracle scores a set that grows, so a plain image "
+                    f"beside each winner, which held_out asks of algorithm={self.algorithm}, would "
+                    "be scored with another set; use random or zero_order, or leave held_out out"
                 )
             if config.kind == "self_supervised" and name in self.held_out:
                 raise UserError(

@@ -1,5 +1,6 @@
 """The output folder of a search: whose it is, and what was spent on it."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -10,13 +11,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sampling.errors import UserError
+from sampling.prompts import Prompt
 from sampling.search.config import SearchConfig
 from sampling.search.journal import ROWS, read_rows
 from sampling.search.ledger import Ledger
 from sampling.search.parts import files_of
 from sampling.whole_file import write_whole
 
-SETTINGS, LEDGER = "search.json", "ledger.json"
+SETTINGS, LEDGER, DIGEST = "search.json", "ledger.json", "prompts_digest"
 FREE = (
     "output",
     "batch_size",
@@ -24,13 +26,15 @@ FREE = (
     "attention",
     "channels_last",
     "compile",
+    "diversity",
     "wandb",
 )  # keys that change no choice
 
 
-def check_folder(config: SearchConfig, output: Path) -> dict[str, Any]:
+def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) -> dict[str, Any]:
     """Returns the settings to be kept; raises UserError where `output` holds something else."""
     settings = {key: value for key, value in asdict(config).items() if key not in FREE}
+    settings[DIGEST] = digest_of(prompts)
     path = output / SETTINGS
     if not path.is_file():
         found = output.iterdir() if output.is_dir() else [output] if output.exists() else []
@@ -38,6 +42,12 @@ def check_folder(config: SearchConfig, output: Path) -> dict[str, Any]:
             raise UserError(f"output={output} holds something that is no search; name a new folder")
         return settings
     saved, now = read_settings(path), json.loads(json.dumps(settings))
+    if saved.get(DIGEST, settings[DIGEST]) != settings[DIGEST]:
+        raise UserError(
+            f"output={output} holds a search of other prompts: prompts={config.prompts} has "
+            "changed since; choose another output, or put back what it was"
+        )
+    saved[DIGEST] = now[DIGEST]
     differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
     if differing:
         key = differing[0]
@@ -54,6 +64,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises UserError where it holds what this version does not know.
     """
     saved = json.loads(path.read_text(encoding="utf-8"))
+    digest = saved.pop(DIGEST, None)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), saved)
     except OmegaConfBaseException as error:
@@ -63,7 +74,16 @@ def read_settings(path: Path) -> dict[str, Any]:
         ) from None
     whole = OmegaConf.to_container(merged)
     assert isinstance(whole, dict)
-    return {str(key): value for key, value in whole.items() if key not in FREE}
+    kept = {str(key): value for key, value in whole.items() if key not in FREE}
+    return kept if digest is None else kept | {DIGEST: digest}
+
+
+def digest_of(prompts: Iterable[Prompt]) -> str:
+    """Returns a fingerprint of the prompts and their places."""
+    digest = hashlib.blake2b(digest_size=12)
+    for prompt in prompts:
+        digest.update(f"{prompt.index}\0{prompt.text}\0".encode())
+    return digest.hexdigest()
 
 
 def keep_ledger(folder: Path, spent: Ledger, beside: Iterable[Path]) -> None:

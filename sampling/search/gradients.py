@@ -8,7 +8,6 @@ form and nothing is differentiated:
     grad cos(e, e') = (e' / |e'| - cos e / |e|) / |e|
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 def gradient_batch(runner: "TrialRunner", batch: Sequence[tuple[int, Trial]]) -> list[Result]:
     """Runs, scores and differentiates; a state has the gradient as x and the noise as x0."""
-    started_s, before = time.perf_counter(), replace(runner.ledger)
+    started_s, before = runner.now_s(), replace(runner.ledger)
     trials, indices = [trial for _, trial in batch], [prompt for prompt, _ in batch]
     with torch.no_grad():
         conditions = runner.conditions(indices)
@@ -44,7 +43,7 @@ def gradient_batch(runner: "TrialRunner", batch: Sequence[tuple[int, Trial]]) ->
         scores, gradient, x = through_the_run(runner, noise, conditions, prompts)
     images = runner.decode(x)
     runner.ledger.verifier_calls += len(batch)
-    seconds = (time.perf_counter() - started_s) / len(batch)
+    seconds = (runner.now_s() - started_s) / len(batch)
     spent = (runner.ledger - before).share(len(batch))
     results = []
     for row, trial in enumerate(trials):
@@ -69,7 +68,7 @@ def through_the_run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns scores, their gradient at the noise, and the latents that were painted."""
     [verifier] = runner.verifiers
-    num_steps, started_s = runner.grid.num_steps, time.perf_counter()
+    num_steps, started_s = runner.grid.num_steps, runner.now_s()
     with torch.enable_grad():
         noise = noise.detach().requires_grad_()
         denoise = checkpointed(runner.denoiser(conditions, runner.sampling.guidance))
@@ -78,10 +77,11 @@ def through_the_run(
             inverse = checkpointed(runner.denoiser(conditions, Guidance(verifier.guidance_scale)))
             scores = verifier.score_run(noise, x, num_steps, inverse, runner.grid)
         else:
-            scores = verifier.score(runner.model.decode_with_gradient(x), prompts).to(noise.device)
+            images = torch.cat([_decoded(runner, row) for row in x.split(1)])
+            scores = verifier.score(images, prompts).to(noise.device)
         [gradient] = torch.autograd.grad(scores.sum(), noise)
     runner.count(len(noise), 0, num_steps, backward=True)
-    runner.ledger.denoising_s += time.perf_counter() - started_s
+    runner.ledger.denoising_s += runner.now_s() - started_s
     return scores.detach(), gradient, x.detach()
 
 
@@ -90,7 +90,7 @@ def fixed_inverse(
     runner: "TrialRunner", verifier: Stability, noise: Tensor, conditions: Conditioning
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the cosines, their gradient with e' held fixed, and the latents painted."""
-    started_s, grid = time.perf_counter(), runner.grid
+    started_s, grid = runner.now_s(), runner.grid
     denoise = runner.denoiser(conditions, runner.sampling.guidance)
     x = run(runner.sampling.sampler, denoise, grid, SampleState(noise)).x
     inverse = runner.denoiser(conditions, Guidance(verifier.guidance_scale))
@@ -100,8 +100,15 @@ def fixed_inverse(
     norm = e.norm(dim=1, keepdim=True)
     gradient = (e_back / e_back.norm(dim=1, keepdim=True) - cosine[:, None] * e / norm) / norm
     runner.count(len(noise), 0, grid.num_steps, backward=False)
-    runner.ledger.denoising_s += time.perf_counter() - started_s
+    runner.ledger.denoising_s += runner.now_s() - started_s
     return cosine, gradient.view_as(noise), x
+
+
+def _decoded(runner: "TrialRunner", latents: Tensor) -> Tensor:
+    """Decodes one image, of which the backward pass keeps the latents alone."""
+    images = checkpoint(runner.model.decode_with_gradient, latents, use_reentrant=False)
+    assert isinstance(images, Tensor)
+    return images
 
 
 def checkpointed(denoise: Denoise) -> Denoise:

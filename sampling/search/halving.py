@@ -7,7 +7,7 @@ beforehand on whole runs (`measured_kendall`), is high enough.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from scipy import stats
@@ -83,14 +83,22 @@ def walk(problem: Problem, levels: Sequence[int], count: int, keep: float) -> Se
         kept = sorted(best, key=lambda outcome: outcome.trial.candidate)
 
 
-def measured_kendall(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+def scores_of(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Ranks rows by their score."""
+    return [row["score"] for row in rows]
+
+
+def measured_kendall(
+    rows: Iterable[Mapping[str, Any]],
+    values: Callable[[Sequence[Mapping[str, Any]]], list[float]] = scores_of,
+) -> dict[int, float]:
     """Returns Kendall's tau-b of preview and final score for each level, the mean over prompts.
 
-    `rows` are those of candidates.jsonl after `walk` with keep 1; prompts whose scores are all
-    equal say nothing and are left out.
+    `rows` are those of candidates.jsonl after `walk` with keep 1, `values` what those of one prompt
+    and level are ranked by; prompts whose values are all equal say nothing and are left out.
     """
-    scores: dict[int, dict[int, list[tuple[float, float]]]] = {}
     by_key = {(row["prompt_index"], row["candidate"]): row for row in rows}
+    pairs: dict[tuple[int, int], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
     for (prompt, _), row in by_key.items():
         if row["goal"] != "final" or row["score"] is None:
             continue
@@ -98,12 +106,11 @@ def measured_kendall(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
         while before["parent"] is not None:
             before = by_key[prompt, before["parent"]]
             if before["score"] is not None:
-                pairs = scores.setdefault(before["stop"], {}).setdefault(prompt, [])
-                pairs.append((before["score"], row["score"]))
-    found = {}
-    for level, prompts in scores.items():
-        taus = [stats.kendalltau(*zip(*pairs, strict=True)).statistic for pairs in prompts.values()]
-        usable = [float(tau) for tau in taus if not math.isnan(tau)]
-        if usable:
-            found[level] = sum(usable) / len(usable)
-    return found
+                pairs.setdefault((before["stop"], prompt), []).append((before, row))
+    taus: dict[int, list[float]] = {}
+    for (level, _), found in pairs.items():
+        previews, finals = zip(*found, strict=True)
+        tau = float(stats.kendalltau(values(previews), values(finals)).statistic)
+        if not math.isnan(tau):
+            taus.setdefault(level, []).append(tau)
+    return {level: sum(each) / len(each) for level, each in taus.items()}

@@ -93,6 +93,7 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {"x": outcome.state.x, "x0": outcome.state.x0}
             save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path)
+        before = self.rows.get(prompt_index, {})
         row = {
             "prompt_index": prompt_index,
             "round": trial.round,
@@ -104,6 +105,7 @@ class Journal:
             "score": _finite(outcome.score),
             "scores": {name: _finite(value) for name, value in outcome.scores.items()},
             "nfe": outcome.nfe,
+            "nfe_so_far": outcome.nfe + sum(row["nfe"] for row in before.values()),
             "seconds": round(result.seconds, 4),
             "spent": vars(result.spent),
             **about,
@@ -165,12 +167,16 @@ def join_rows(
     return rows
 
 
+class FolderInUse(UserError):
+    """Another process writes there."""
+
+
 def _lock(file: Any, folder: Path) -> None:
     """Refuses a folder that another process is writing to; file systems without locks let it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
+        raise FolderInUse(
             f"output={folder}: another process is searching there; wait for it, or choose another "
             "output"
         ) from None

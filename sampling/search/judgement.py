@@ -72,6 +72,13 @@ def _is_enough(scores: PairedScores) -> bool:
     return int((np.isfinite(scores.winners) & np.isfinite(scores.baselines)).sum()) > 1
 
 
+def require_features(config: DiversityConfig) -> None:
+    """Raises UserError where the features of the diversity cannot be loaded."""
+    if config.checkpoint or config.module:
+        source = (config.checkpoint, config.module)
+        load_features(*source, torch.device("cpu"), torch.float32, field="diversity.checkpoint")
+
+
 def _pairs(rows: Sequence[dict[str, Any]], key: str, name: str) -> PairedScores:
     def value(found: float | None) -> float:
         return math.nan if found is None else found

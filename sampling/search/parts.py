@@ -1,11 +1,12 @@
 """Several processes search together: each has prompts of its own and writes files of its own.
 
 Process r of n takes every n-th prompt, from the r-th on, and writes its rows to parts/r/. They meet
-in the output folder alone, so torchrun, srun or an array of jobs can start them. The first waits
+in the output folder alone, so torchrun or srun can start them without a rendezvous. The first waits
 for the others and joins all rows, in the order of prompts and candidates. A search may be continued
 with another number of processes: whoever has a prompt reads what any of them has written of it.
 """
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +17,10 @@ from sampling.errors import RunFailed
 from sampling.tasks import Task
 from sampling.whole_file import write_whole
 
-PARTS, STOPPED = "parts", "stopped.txt"
-POLL_S = 0.5
+PARTS, STOPPED = "parts", "stopped"
+POLL_S, TELL_AFTER_S = 0.5, 30.0
 Item = TypeVar("Item")
+log = logging.getLogger(__name__)
 
 
 def own_folder(output: Path, task: Task) -> Path:
@@ -42,21 +44,41 @@ def wait_until(is_done: Callable[[], bool], output: Path, since: float) -> None:
 
     since: time of this process's start; errors of earlier starts are not this one's.
     """
+    started_s, has_told = time.monotonic(), False
     while not is_done():
-        for path in (output / PARTS).glob(f"*/{STOPPED}"):
-            try:
-                if path.stat().st_mtime >= since:
-                    number, reason = path.parent.name, path.read_text(encoding="utf-8")
-                    raise RunFailed(f"process {int(number)} of the search stopped: {reason}")
-            except FileNotFoundError:
-                continue
+        if reason := stopped(output, since):
+            raise RunFailed(reason)
+        if not has_told and time.monotonic() - started_s > TELL_AFTER_S:
+            has_told = True
+            log.warning("output=%s: waiting for the other processes of this search", output)
         time.sleep(POLL_S)
 
 
+def stopped(output: Path, since: float) -> str:
+    """Says which process of this start has stopped with an error, and why; "" if none has."""
+    for path in output.parent.glob(f".{output.name}.{STOPPED}-*"):
+        try:
+            if path.stat().st_mtime >= since:
+                number, reason = path.name.rpartition("-")[2], path.read_text(encoding="utf-8")
+                return f"process {number} of the search stopped: {reason}"
+        except FileNotFoundError:
+            continue
+    return ""
+
+
 def tell_stop(output: Path, task: Task, reason: str) -> None:
-    """Leaves word for the processes that wait for this one."""
+    """Leaves word beside the folder for the processes that wait for this one."""
     if task.count > 1:
-        write_whole(own_folder(output, task) / STOPPED, reason)
+        write_whole(_stop_file(output, task), reason)
+
+
+def forget_stop(output: Path, task: Task) -> None:
+    """Removes the word that an earlier start of this process has left."""
+    _stop_file(output, task).unlink(missing_ok=True)
+
+
+def _stop_file(output: Path, task: Task) -> Path:
+    return output.parent / f".{output.name}.{STOPPED}-{task.rank}"
 
 
 def remove_parts(output: Path) -> None:

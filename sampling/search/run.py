@@ -30,13 +30,28 @@ from sampling.search.calibration import (
 )
 from sampling.search.config import SearchConfig
 from sampling.search.folder import SETTINGS, check_folder, keep_ledger, spent_on
-from sampling.search.journal import ROWS, STATES, Journal, join_rows
-from sampling.search.judgement import HACKING, alarms, judge
-from sampling.search.parts import own_folder, remove_parts, share_of, tell_stop, wait_until
+from sampling.search.halving import pruning_levels, scores_of, spent
+from sampling.search.journal import ROWS, STATES, FolderInUse, Journal, join_rows, read_rows
+from sampling.search.judgement import HACKING, alarms, judge, require_features
+from sampling.search.parts import (
+    forget_stop,
+    own_folder,
+    remove_parts,
+    share_of,
+    tell_stop,
+    wait_until,
+)
 from sampling.search.progress import SearchProgress
 from sampling.search.random_search import random_search
 from sampling.search.search import PromptSearch, check_budget, drive, open_search
-from sampling.search.set_up import Loaded, algorithm, is_reproducible, load, make_problem
+from sampling.search.set_up import (
+    Loaded,
+    algorithm,
+    is_reproducible,
+    load,
+    make_problem,
+    rank_values,
+)
 from sampling.search.tables import send_tables
 from sampling.search.trial import Outcome, Problem
 from sampling.search.winners import BESTS, WINNERS, Winners, finite_or_none, read_winners
@@ -56,22 +71,24 @@ def search_to_folder(config: SearchConfig, task: Task | None = None) -> tuple[Pa
     """
     task, since = task or this_task(), time.time() - 1
     output = Path(config.output)
-    settings = check_folder(config, output)
     prompts = {prompt.index: prompt for prompt in prompts_of(config, task)}
-    done = read_winners(output, own_folder(output, task))
+    settings = check_folder(config, output, prompts.values())
+    done = read_winners(output)
     lines: list[str] = []
+    forget_stop(output, task)
     try:
         mine = [index for index in share_of(list(prompts), task) if index not in done]
         if mine:
             lines = search_prompts(config, settings, prompts, mine, task, since)
-    except BaseException as error:
-        if output.is_dir():
-            tell_stop(output, task, str(error) or type(error).__name__)
+    except FolderInUse:
+        raise
+    except Exception as error:
+        tell_stop(output, task, str(error) or type(error).__name__)
         raise
     if task.rank > 0:
         return output, []
     if not (output / HACKING).is_file():
-        wait_until(lambda: read_winners(output, output).keys() >= prompts.keys(), output, since)
+        wait_until(lambda: read_winners(output).keys() >= prompts.keys(), output, since)
         lines += join(config, output)
     return output, lines
 
@@ -101,26 +118,38 @@ def search_prompts(
     texts = {index: prompt.text for index, prompt in prompts.items()}
     loaded = load(config, texts, task)
     runner = loaded.runner
-    check_budget(make_problem(config, runner, mine[0]))  # before anything is written or measured
+    problem = make_problem(config, runner, mine[0])  # before anything is written or measured
+    check_budget(problem, least_nfe(config, problem))
+    require_features(config.diversity)
     write_whole(output / SETTINGS, json.dumps(settings, indent=1) + "\n")
-    (own / "stopped.txt").unlink(missing_ok=True)
     if not config.batch_size:
         runner.batch_size = find_batch_size(runner, mine[0])
     kendall, lines = None, []
     if config.algorithm == "halving":
         if task.rank == 0:
-            kendall = calibrate(config.halving, runner, list(prompts), config.seed, output)
+            kendall = calibrate(
+                config.halving,
+                runner,
+                list(prompts),
+                config.seed,
+                output,
+                scores_of
+                if len(config.verifiers) == 1
+                else lambda rows: rank_values(config, [row["scores"] for row in rows]),
+            )
         else:
             wait_until(lambda: is_calibrated(output), output, since)
             kendall = read_kendall(output)
         lines = [calibration_line(config.halving, config.num_steps, kendall)]
     winners = Winners(output, texts, settings, runner.shape)
     for oracle in loaded.oracles:
-        for row in read_winners(output, own).values():
+        for row in read_winners(output).values():
             oracle.keep(winners.picture(row))
     plain = baselines(config, loaded, winners, mine, task)
     make = algorithm(config, kendall)
     journal = Journal(output, own, mine)
+    if (own / WINNERS).is_file():
+        read_rows(own / WINNERS)  # a torn last line is cut off before the next is written
     with SearchProgress(len(mine), config.budget_nfe) as progress:
         file = (own / WINNERS).open("a", encoding="utf-8")
 
@@ -145,6 +174,7 @@ def search_prompts(
             file.write(json.dumps(row) + "\n")
             file.flush()
             winners.forget(one)
+            one.finals = []  # their states are of no more use
 
         def tell(turn: list[PromptSearch]) -> None:
             progress.tell(turn)
@@ -167,6 +197,14 @@ def search_prompts(
             file.close()
             journal.close()
     return lines
+
+
+def least_nfe(config: SearchConfig, problem: Problem) -> int | None:
+    """Returns the NFE of one image where it is more than a whole run's, else None."""
+    if config.algorithm != "halving":
+        return None
+    levels = pruning_levels(config.halving, config.num_steps, None)
+    return spent(problem, levels, config.halving.keep, 1)
 
 
 def baselines(
@@ -198,6 +236,7 @@ def baselines(
             ),
             on_image=winners.keep_baseline,
             on_done=take,
+            needs_winner=False,
         )
     finally:
         journal.close()

@@ -143,7 +143,7 @@ class TrialRunner:
 
     @torch.no_grad()
     def _run_batch(self, batch: list[tuple[int, Trial]]) -> list[Result]:
-        started_s = time.perf_counter()
+        started_s = self.now_s()
         before = replace(self.ledger)
         trials = [trial for _, trial in batch]
         stop, goal = trials[0].stop, trials[0].goal
@@ -156,7 +156,7 @@ class TrialRunner:
             images = state.x  # nobody looks at the preview
         prompts = [self.prompts[prompt] for prompt, _ in batch]
         scores = self._verify(images, prompts, readings, trials, conditions, levels)
-        seconds = (time.perf_counter() - started_s) / len(batch)
+        seconds = (self.now_s() - started_s) / len(batch)
         spent = (self.ledger - before).share(len(batch))
         results = []
         for row, trial in enumerate(trials):
@@ -185,7 +185,7 @@ class TrialRunner:
     ) -> tuple[SampleState, dict[int, Tensor], dict[int, Tensor]]:
         """Returns the state at `stop`; the readings of x0 that verifiers want, by step; and x, by
         level."""
-        started_s = time.perf_counter()
+        started_s = self.now_s()
         count, seeds = len(trials), [trial.seed for trial in trials]
         denoise = self.denoiser(conditions, self.sampling.guidance)
         first = state.step
@@ -209,7 +209,7 @@ class TrialRunner:
             keep_reading,
         )
         self._count_run(count, first, stop)
-        self.ledger.denoising_s += time.perf_counter() - started_s
+        self.ledger.denoising_s += self.now_s() - started_s
         return state, readings, levels
 
     def denoiser(self, conditions: Conditioning, guidance: Guidance) -> Denoise:
@@ -221,10 +221,10 @@ class TrialRunner:
     def decode(self, latents: Tensor | None) -> Tensor:
         """Decodes latents and counts them."""
         assert latents is not None
-        started_s = time.perf_counter()
+        started_s = self.now_s()
         images = self.model.decode(latents)
         self.ledger.decoded_images += len(images)
-        self.ledger.decoding_s += time.perf_counter() - started_s
+        self.ledger.decoding_s += self.now_s() - started_s
         return images
 
     def _verify(
@@ -237,7 +237,7 @@ class TrialRunner:
         levels: dict[int, Tensor],
     ) -> list[dict[str, float]]:
         previews = {step: self.decode(x0) for step, x0 in readings.items()}
-        started_s = time.perf_counter()
+        started_s = self.now_s()
         columns = {}
         for verifier, step in zip(self.verifiers, self._preview_steps, strict=True):
             seen = None if step is None else previews.get(step)
@@ -247,7 +247,7 @@ class TrialRunner:
                 scores = checked_scores(verifier, images, prompts, seen)
             columns[verifier.name] = scores.tolist()
             self.ledger.verifier_calls += len(images)
-        self.ledger.verifying_s += time.perf_counter() - started_s
+        self.ledger.verifying_s += self.now_s() - started_s
         return [
             {name: column[row] for name, column in columns.items()} for row in range(len(images))
         ]
@@ -271,6 +271,12 @@ class TrialRunner:
         """Returns the NFE of a whole run with the gradient of its score."""
         whole = self.cost(0, self.grid.num_steps)
         return whole if self.holds_inverse_fixed else (1 + BACKWARD_NFE) * whole
+
+    def now_s(self) -> float:
+        """Returns the time when all work given so far is done."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
 
     def count(self, num_samples: int, first: int, stop: int, backward: bool) -> None:
         """Counts runs and their scores, and the rows that a gradient went back through."""

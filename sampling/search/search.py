@@ -32,6 +32,8 @@ class PromptSearch:
     spent_nfe: int = 0
     num_rejected: int = 0
     is_done: bool = False
+    leading: Outcome | None = None
+    """Best of what was said to be able to win, in a turn that is not over."""
     note: str = ""
     """How the algorithm ended, where that was not as planned."""
 
@@ -49,7 +51,11 @@ class PromptSearch:
             return False
         if self.problem.ranking is not by_score:
             return True
-        return self.problem.best_first([*self.finals, outcome])[0] is outcome
+        before = [*self.finals] if self.leading is None else [*self.finals, self.leading]
+        if self.problem.best_first([*before, outcome])[0] is not outcome:
+            return False
+        self.leading = outcome
+        return True
 
     def take(self, outcomes: list[Outcome]) -> None:
         """Hands the outcomes of `pending` to the algorithm, and takes what it asks for next."""
@@ -75,9 +81,12 @@ def open_search(problem: Problem, make: MakeSearch) -> PromptSearch:
     return PromptSearch(problem, search, next(search))
 
 
-def check_budget(problem: Problem) -> None:
-    """Raises UserError where the budget does not pay for one image."""
-    least = problem.gradient_cost or problem.full_cost
+def check_budget(problem: Problem, least: int | None = None) -> None:
+    """Raises UserError where the budget does not pay for one image.
+
+    least: NFE of one image where the algorithm needs more for it than a whole run takes.
+    """
+    least = least or problem.gradient_cost or problem.full_cost
     if problem.budget_nfe < least:
         what = "one step of the noise" if problem.gradient_cost else "one image"
         raise UserError(
@@ -95,13 +104,14 @@ def drive(
     on_done: Callable[[PromptSearch], None] = lambda _: None,
     on_turn: Callable[[list[PromptSearch]], None] = lambda _: None,
     one_by_one: bool = False,
+    needs_winner: bool = True,
 ) -> list[PromptSearch]:
     """Runs all searches to their end; returns them.
 
     `on_image` is told of every image that may be the winner of its prompt, when it is made,
     `on_done` of a prompt that is finished; `about` adds to the rows of a prompt. `one_by_one`
     begins a prompt when the one before it is finished, as a verifier that remembers winners needs.
-    Raises RunFailed where every score of a prompt was rejected.
+    Raises RunFailed where every score of a prompt was rejected, unless not `needs_winner`.
     """
     waiting = iter(searches)
     finished: list[PromptSearch] = []
@@ -127,7 +137,8 @@ def drive(
         for one in active:
             one.take([_outcome(one, trial, fresh, journal) for trial in one.pending])
             if one.is_done:
-                _require_winner(one)
+                if needs_winner:
+                    _require_winner(one)
                 on_done(one)
                 journal.forget(one.problem.prompt_index)
                 runner.forget(one.problem.prompt_index)

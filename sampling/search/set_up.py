@@ -20,7 +20,7 @@ from sampling.search.paths import paths
 from sampling.search.random_search import random_search
 from sampling.search.runner import SearchSampling, TrialRunner
 from sampling.search.search import MakeSearch
-from sampling.search.trial import Outcome, Problem, Ranking, by_score
+from sampling.search.trial import Problem, Ranking, by_score
 from sampling.search.zero_order import zero_order
 from sampling.speed import check_dtype, prepare_unet
 from sampling.tasks import Task
@@ -126,13 +126,14 @@ def ranking_of(config: SearchConfig) -> Ranking:
     """Returns how candidates are compared: by the one verifier, or by the ensemble's rule."""
     if len(config.verifiers) == 1:
         return by_score
+    return lambda outcomes: rank_values(config, [outcome.scores for outcome in outcomes])
+
+
+def rank_values(config: SearchConfig, scores: Sequence[Mapping[str, float]]) -> list[float]:
+    """Returns what the ensemble's rule makes of each candidate's scores."""
     weights = [each.weight for each in config.verifiers.values()]
-
-    def rank(outcomes: Sequence[Outcome]) -> list[float]:
-        scores = [[outcome.scores[name] for name in config.verifiers] for outcome in outcomes]
-        return combined(torch.tensor(scores).double(), config.ensemble, weights).tolist()
-
-    return rank
+    rows = [[each[name] for name in config.verifiers] for each in scores]
+    return combined(torch.tensor(rows).double(), config.ensemble, weights).tolist()
 
 
 def algorithm(config: SearchConfig, kendall: dict[int, float] | None) -> MakeSearch:

@@ -182,8 +182,8 @@ class Problem:
 
 
 def rounded(score: float) -> float:
-    """Returns a score as choices see it."""
-    return round(score, SCORE_DECIMALS)
+    """Returns a score as choices see it; NaN for one that is not finite, which never wins."""
+    return round(score, SCORE_DECIMALS) if math.isfinite(score) else math.nan
 
 
 def slice_state(state: SampleState, row: int) -> SampleState:

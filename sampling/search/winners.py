@@ -117,8 +117,10 @@ class Winners:
         if isinstance(start, Noise):
             save_file({"noise": start.noise(self.shape)}, f"{name}.noise.safetensors")
         elif isinstance(start, SampleState):
-            step = torch.tensor(start.step)
-            save_file({"x": start.x[0].contiguous(), "step": step}, f"{name}.state.safetensors")
+            state = {"x": start.x[0].contiguous(), "step": torch.tensor(start.step)}
+            if start.x0 is not None:  # what a multistep sampler remembers
+                state["x0"] = start.x0[0].contiguous()
+            save_file(state, f"{name}.state.safetensors")
 
     def _contact_sheet(self, one: PromptSearch) -> None:
         """Shows the bests in the order that they were found, from the first to the winner."""
@@ -150,13 +152,10 @@ def finite_or_none(scores: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in scores.items()}
 
 
-def read_winners(folder: Path, own: Path) -> dict[int, dict[str, Any]]:
-    """Reads the winners.jsonl of all processes by prompt; a torn last line is left out.
-
-    `own` is the folder of this process, whose file is mended, for it goes on.
-    """
+def read_winners(folder: Path) -> dict[int, dict[str, Any]]:
+    """Reads the winners.jsonl of all processes by prompt; a torn last line is left out."""
     found: dict[int, dict[str, Any]] = {}
     for path in files_of(folder, WINNERS):
-        for row in read_rows(path, repair=path.parent == own):
+        for row in read_rows(path, repair=False):
             found[row["prompt_index"]] = row
     return found

@@ -212,7 +212,11 @@ def load_verifier(config: VerifierConfig, device: "torch.device") -> "Verifier":
             from sampling.verifiers.stability import Stability
 
             assert config.inversion != "bdia"
-            inverter = Inverter(config.inversion, config.num_iterations)
+            inverter = Inverter(
+                config.inversion,
+                config.num_iterations,
+                num_averaged=min(3, config.num_iterations),
+            )
             settings = (config.measure, config.inversion_guidance_scale, config.partial_steps)
             return Stability(inverter, *settings, name)
         case "custom":
