@@ -21,6 +21,7 @@ from typing import Any
 
 from sampling.errors import UserError
 from sampling.search.config import SearchConfig
+from sampling.search.journal import read_rows
 from sampling.search.run import search_to_folder
 from sampling.whole_file import write_whole
 from scripts.config import load
@@ -133,17 +134,16 @@ def rows_of(config: SearchStudyConfig, arm: Arm) -> list[dict[str, Any]]:
 
 def records(config: SearchStudyConfig) -> dict[str, Any]:
     """Returns what the searches have measured beside their winners."""
-    found: dict[str, Any] = {"kendall": {}, "hacking": [], "seconds": {}}
+    found: dict[str, Any] = {"kendall": {}, "calibration_nfe": 0, "hacking": []}
     for arm in [*study_arms(), hacked_arm()[0]]:
         folder = folder_of(config, arm)
         if not (folder / "hacking.json").is_file():
             continue
-        ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-        times = [ledger[f"{name}_s"] for name in ("denoising", "decoding", "verifying")]
-        found["seconds"][arm.title] = round(sum(times), 1)
         kendall = folder / "calibration" / "kendall.json"
         if kendall.is_file():
             found["kendall"] = json.loads(kendall.read_text(encoding="utf-8"))
+            measured = read_rows(folder / "calibration" / "candidates.jsonl", repair=False)
+            found["calibration_nfe"] = sum(row["nfe"] for row in measured)
         if arm == hacked_arm()[0]:
             found["hacking"] = json.loads((folder / "hacking.json").read_text(encoding="utf-8"))
     return found
