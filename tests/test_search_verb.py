@@ -162,7 +162,7 @@ def test_a_folder_of_another_version_is_continued_where_it_means_the_same(
     output, _ = search_to_folder(config(pipeline, tmp_path / "out"))
     path = output / "search.json"
     saved = json.loads(path.read_text())
-    del saved["diversity"], saved["verifiers"]["dark"]["output"]
+    del saved["ensemble"], saved["verifiers"]["dark"]["output"]
     path.write_text(json.dumps(saved))
     search_to_folder(config(pipeline, output))  # what is missing has its default
     path.write_text(json.dumps(saved | {"luck": 7}))

@@ -174,7 +174,8 @@ def search_prompts(
             file.write(json.dumps(row) + "\n")
             file.flush()
             winners.forget(one)
-            one.finals = []  # their states are of no more use
+            assert one.best is not None
+            one.finals = [one.best]  # the states of the others are of no more use
 
         def tell(turn: list[PromptSearch]) -> None:
             progress.tell(turn)

@@ -140,8 +140,14 @@ def load_verifiers(
     """Loads every verifier, by name; those of one CLIP folder share its towers."""
     from sampling.verifiers.clip import shared_clips
 
+    found: dict[str, Verifier] = {}
     with shared_clips():
-        return {name: load_verifier(config, device) for name, config in configs.items()}
+        for name, config in configs.items():
+            try:
+                found[name] = load_verifier(config, device)
+            except UserError as error:
+                raise UserError(f"verifier {name}: {error}") from error
+    return found
 
 
 def load_verifier(config: VerifierConfig, device: "torch.device") -> "Verifier":
