@@ -109,11 +109,16 @@ def compose(mask: np.ndarray, ink: str, background: str) -> np.ndarray:
     return np.round(255 * image).astype(np.uint8)
 
 
-def draw_labels(rng: np.random.Generator) -> tuple[str, str, bool]:
-    """Draws ink, background (evenly, and unlike the ink) and whether the caption leaves it open."""
+def draw_colours(rng: np.random.Generator) -> tuple[str, str]:
+    """Draws a background, evenly, and an ink unlike it; returns ink and background."""
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     inks = [ink for ink in INKS if ink != background]
-    return inks[rng.integers(len(inks))], background, bool(rng.random() < OPEN_SHARE)
+    return inks[rng.integers(len(inks))], background
+
+
+def draw_labels(rng: np.random.Generator) -> tuple[str, str, bool]:
+    """Draws ink, background (evenly, and unlike the ink) and whether the caption leaves it open."""
+    return *draw_colours(rng), bool(rng.random() < OPEN_SHARE)
 
 
 def digit_samples(

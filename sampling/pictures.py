@@ -1,8 +1,10 @@
 """Pictures from tensors, and grids of them with their captions."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from textwrap import wrap
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -21,6 +23,13 @@ def to_picture(image: Tensor) -> Image.Image:
         raise RunFailed("the model painted non-finite pixels; sample with dtype=float32")
     pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def read_picture(file: Path) -> Tensor:
+    """Reads a picture file as (3, H, W) float32 in [0, 1]; the inverse of `to_picture`."""
+    with Image.open(file) as picture:
+        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def caption_grid(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.digits import BACKGROUNDS, INKS, compose, mnist_digits, uci_digits
+from data.digits import compose, draw_colours, mnist_digits, uci_digits
 from sampling.evaluation.digit_perceptron import DigitPerceptron
 from sampling.evaluation.digit_reader import DigitReader, save_weights
 from sampling.evaluation.statistics import proportion
@@ -65,12 +65,8 @@ def make(config: HeldOutReaderConfig) -> None:
 
 def paint(masks: np.ndarray, seed: int) -> torch.Tensor:
     """Paints masks (N, 56, 56) in random colours; returns uint8 (N, 3, 64, 64)."""
-    rng, backgrounds = np.random.default_rng(seed), list(BACKGROUNDS)
-    images = []
-    for mask in masks:
-        background = backgrounds[rng.integers(len(backgrounds))]
-        inks = [ink for ink in INKS if ink != background]
-        images.append(compose(mask, inks[rng.integers(len(inks))], background))
+    rng = np.random.default_rng(seed)
+    images = [compose(mask, *draw_colours(rng)) for mask in masks]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 

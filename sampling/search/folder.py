@@ -86,15 +86,17 @@ def digest_of(prompts: Iterable[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def keep_ledger(folder: Path, spent: Ledger, beside: Iterable[Path]) -> None:
+def keep_ledger(folder: Path, spent: Ledger, beside: Ledger) -> None:
     """Writes ledger.json: what the search spent and, under `beside`, what counts in no budget."""
-    extra = Ledger()
-    for each in beside:
-        for path in files_of(each, ROWS):
-            extra += spent_on(read_rows(path, repair=False))
-    content = spent.to_row() | {"beside": extra.to_row()}
+    content = spent.to_row() | {"beside": beside.to_row()}
     rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in content.items()}
     write_whole(folder / LEDGER, json.dumps(rounded, indent=1) + "\n")
+
+
+def spent_in(*folders: Path) -> Ledger:
+    """Adds up what the candidates of folders, and of their parts, have cost."""
+    paths = [path for folder in folders for path in files_of(folder, ROWS)]
+    return sum((spent_on(read_rows(path, repair=False)) for path in paths), Ledger())
 
 
 def spent_on(rows: Iterable[Mapping[str, Any]]) -> Ledger:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from sampling.conditioning import Conditioning
 from sampling.guidance import Guidance
 from sampling.samplers import Denoise, Prediction, SampleState, run
-from sampling.search.trial import Noise, Outcome, Result, Trial, rounded
+from sampling.search.trial import Outcome, Result, Trial, rounded
 from sampling.verifiers.stability import Stability
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def gradient_batch(runner: "TrialRunner", batch: Sequence[tuple[int, Trial]]) ->
         conditions = runner.conditions(indices)
     [verifier] = runner.verifiers
     prompts = [runner.prompts[index] for index in indices]
-    noise = torch.stack([origin(trial).noise(runner.shape) for trial in trials])
+    noise = torch.stack([trial.origin.noise(runner.shape) for trial in trials])
     noise = noise.to(runner.model.device)
     if runner.holds_inverse_fixed:
         assert isinstance(verifier, Stability)
@@ -55,12 +55,6 @@ def gradient_batch(runner: "TrialRunner", batch: Sequence[tuple[int, Trial]]) ->
         )
         results.append(Result(outcome, images[row].cpu(), seconds, spent))
     return results
-
-
-def origin(trial: Trial) -> Noise:
-    """Returns the noise that a whole run starts from."""
-    assert isinstance(trial.start, Noise)
-    return trial.start
 
 
 def through_the_run(
@@ -94,7 +88,7 @@ def fixed_inverse(
     denoise = runner.denoiser(conditions, runner.sampling.guidance)
     x = run(runner.sampling.sampler, denoise, grid, SampleState(noise)).x
     inverse = runner.denoiser(conditions, Guidance(verifier.guidance_scale))
-    back = verifier.inverted(x, grid.num_steps, inverse, grid)
+    back = verifier.invert(x, grid.num_steps, inverse, grid).x
     e, e_back = noise.flatten(1), back.to(noise).flatten(1)
     cosine = torch.cosine_similarity(e, e_back, dim=1)
     norm = e.norm(dim=1, keepdim=True)

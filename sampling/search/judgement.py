@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from sampling.evaluation.diversity import diversity_change
 from sampling.evaluation.hacking_alarm import HackingAlarm, PairedScores, hacking_alarm
+from sampling.pictures import read_picture
 from sampling.search.config import DiversityConfig
 from sampling.search.winners import finite_or_none
 from sampling.verifiers.image_model import load_features
@@ -100,7 +100,7 @@ def _features(config: DiversityConfig, files: Sequence[Path]) -> Tensor:
         features = load_features(*source, torch.device("cpu"), torch.float32)
     parts = []
     for start in range(0, len(files), BATCH):
-        images = [_read(file) for file in files[start : start + BATCH]]
+        images = [read_picture(file) for file in files[start : start + BATCH]]
         parts.append(features(torch.stack(images)).double())
     return torch.cat(parts)
 
@@ -109,9 +109,3 @@ def _thumbnails(images: Tensor) -> Tensor:
     """Returns root mean squares as distances: pixels of 16 x 16 thumbnails over sqrt(count)."""
     small = interpolate(images, (THUMBNAIL_PX, THUMBNAIL_PX), mode="area").flatten(1)
     return small / small.shape[1] ** 0.5
-
-
-def _read(file: Path) -> Tensor:
-    with Image.open(file) as picture:
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1)

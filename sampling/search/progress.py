@@ -38,9 +38,8 @@ class SearchProgress:
     ) -> None:
         self._bar.__exit__(kind, error, trace)
 
-    @property
     def is_due(self) -> bool:
-        """Whether files that only tell how far it is should be written again."""
+        """Tells, once every few seconds, to write what only tells how far it is."""
         if time.monotonic() - self._told_s < EVERY_S:
             return False
         self._told_s = time.monotonic()

@@ -28,8 +28,8 @@ from sampling.search.calibration import (
     is_calibrated,
     read_kendall,
 )
-from sampling.search.config import SearchConfig
-from sampling.search.folder import SETTINGS, check_folder, keep_ledger, spent_on
+from sampling.search.config import WHOLE, SearchConfig
+from sampling.search.folder import SETTINGS, check_folder, keep_ledger, spent_in, spent_on
 from sampling.search.halving import pruning_levels, scores_of, spent
 from sampling.search.journal import ROWS, STATES, FolderInUse, Journal, join_rows, read_rows
 from sampling.search.judgement import HACKING, alarms, judge, require_features
@@ -59,7 +59,7 @@ from sampling.tasks import Task, this_task
 from sampling.whole_file import write_whole
 
 BASELINES = "baselines"
-WHOLE = ("random", "zero_order", "noise_optimisation")
+PLAIN_FIRST = (*WHOLE, "noise_optimisation")
 """Algorithms whose first candidate is the plain image of its seed."""
 
 
@@ -146,6 +146,7 @@ def search_prompts(
         for row in read_winners(output).values():
             oracle.keep(winners.picture(row))
     plain = baselines(config, loaded, winners, mine, task)
+    beside = spent_in(output / CALIBRATION, own_folder(output / BASELINES, task))
     make = algorithm(config, kendall)
     journal = Journal(output, own, mine)
     if (own / WINNERS).is_file():
@@ -179,8 +180,7 @@ def search_prompts(
 
         def tell(turn: list[PromptSearch]) -> None:
             progress.tell(turn)
-            beside = (output / CALIBRATION, own_folder(output / BASELINES, task))
-            if progress.is_due:
+            if progress.is_due():
                 keep_ledger(own, journal.spent, beside)
 
         try:
@@ -212,7 +212,7 @@ def baselines(
     config: SearchConfig, loaded: Loaded, winners: Winners, mine: Sequence[int], task: Task
 ) -> dict[int, Outcome]:
     """Paints the plain image of each prompt where the algorithm has none and somebody judges it."""
-    if config.algorithm in WHOLE or not config.held_out:
+    if config.algorithm in PLAIN_FIRST or not config.held_out:
         return {}
     runner, folder = loaded.runner, Path(config.output) / BASELINES
     found: dict[int, Outcome] = {}
@@ -253,7 +253,8 @@ def join(config: SearchConfig, output: Path) -> list[str]:
     """Joins what the processes have written, tells what came out, and clears up."""
     candidates = join_rows(output, ROWS, lambda row: (row["prompt_index"], row["candidate"]))
     rows = join_rows(output, WINNERS, lambda row: row["prompt_index"])
-    keep_ledger(output, spent_on(candidates), [output / CALIBRATION, output / BASELINES])
+    beside = spent_in(output / CALIBRATION, output / BASELINES)
+    keep_ledger(output, spent_on(candidates), beside)
     found = alarms(rows, config.diversity, output)
     send_tables(config.wandb, output, rows, found)
     remove_parts(output)

@@ -12,14 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sampling.pictures import caption_grid, to_picture
+from sampling.pictures import caption_grid, read_picture, to_picture
 from sampling.samplers import SampleState
 from sampling.search.journal import read_rows
 from sampling.search.parts import files_of
@@ -101,9 +99,7 @@ class Winners:
 
     def picture(self, row: Mapping[str, Any]) -> Tensor:
         """Returns a winner as its file has it, the same after a kill: (3, H, W) in [0, 1]."""
-        with Image.open(self.folder / str(row["image"])) as picture:
-            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return read_picture(self.folder / str(row["image"]))
 
     def forget(self, one: PromptSearch) -> None:
         """Removes what only a prompt without a row needs."""

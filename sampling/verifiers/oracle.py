@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from sampling.errors import UserError
+from sampling.pictures import read_picture
 from sampling.verifiers.image_model import ImageModel
 from sampling.verifiers.pretrained import load_weights
 from sampling.verifiers.verifier import Images
@@ -151,11 +151,9 @@ def load_reference(path: str, features: ImageModel) -> Gaussian:
 
 def _picture(file: Path) -> Images:
     try:
-        with Image.open(file) as picture:
-            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+        return read_picture(file)[None]
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(f"reference: {file} is not a picture ({error}); take it away") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
 def _frechet_distance(rows: Tensor, reference: Gaussian, root: Tensor | None) -> float:

@@ -71,7 +71,7 @@ class Stability:
         grid: SamplingGrid,
     ) -> Float[Tensor, " n"]:
         """Returns the stability of noises from what their runs are at `level`."""
-        found = self._invert(x, level, denoise, grid)
+        found = self.invert(x, level, denoise, grid)
         match self.measure:
             case "cosine":
                 rows = noise.to(found.x).flatten(1), found.x.flatten(1)
@@ -81,13 +81,10 @@ class Stability:
             case "contraction":
                 return -found.contraction.mean(dim=0)
 
-    def inverted(
+    def invert(
         self, x: Float[Tensor, "n c h w"], level: int, denoise: Denoise, grid: SamplingGrid
-    ) -> Float[Tensor, "n c h w"]:
-        """Returns the noises that inversion makes of what runs are at `level`."""
-        return self._invert(x, level, denoise, grid).x
-
-    def _invert(self, x: Tensor, level: int, denoise: Denoise, grid: SamplingGrid) -> Inversion:
+    ) -> Inversion:
+        """Inverts what runs are at `level`, back to noise."""
         return invert(denoise, grid, x, self.inverter, start=level)
 
     def score(
