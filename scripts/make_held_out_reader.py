@@ -17,6 +17,7 @@ from sampling.evaluation.digit_perceptron import DigitPerceptron
 from sampling.evaluation.digit_reader import DigitReader, save_weights
 from sampling.evaluation.statistics import proportion
 from scripts.config import load
+from scripts.stand_alone import run_script
 from train.digit_reader import train_reader
 
 
@@ -70,5 +71,10 @@ def paint(masks: np.ndarray, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
+def main(argv: list[str]) -> int:
+    """Is the command; returns the exit status, 2 for wrong input."""
+    return run_script("make_held_out_reader", lambda: make(load(HeldOutReaderConfig, argv)))
+
+
 if __name__ == "__main__":
-    make(load(HeldOutReaderConfig, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

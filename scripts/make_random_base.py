@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sampling.errors import UserError
 from sampling.export import moved_into_place, require_empty
 from sampling.saving import STABLE_DIFFUSION, write_json
 from scripts.config import load
+from scripts.stand_alone import run_script
 
 Name = Literal["sd15", "sd21_base", "sd21", "small"]
 Part = Literal["unet", "vae", "text_encoder"]
@@ -230,13 +230,8 @@ def _byte_letters() -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Writes the folder and says where; returns the exit status, 2 for wrong input."""
-    try:
-        print(make(load(RandomBaseConfig, argv)))
-    except UserError as error:
-        print(f"make_random_base: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Is the command; returns the exit status, 2 for wrong input."""
+    return run_script("make_random_base", lambda: print(make(load(RandomBaseConfig, argv))))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from sampling.model import DiffusionModel
 from sampling.pictures import caption_grid, to_picture
 from scripts.config import load
 from scripts.pixel_study_page import write_page
+from scripts.stand_alone import run_script
 from train.config import TrainConfig
 from train.digit_judge import DigitJudge, train_digit_judge
 from train.metrics_file import read_metrics
@@ -206,13 +207,8 @@ def pack_digits(work: Path, split: Split, num_images: int | None = None) -> None
 
 
 def main(argv: list[str]) -> int:
-    """Runs the study; returns the exit status, 2 for wrong input."""
-    try:
-        study(load(PixelStudyConfig, argv))
-    except UserError as error:
-        print(f"pixel_study: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Is the command; returns the exit status, 2 for wrong input."""
+    return run_script("pixel_study", lambda: study(load(PixelStudyConfig, argv)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sampling.errors import UserError
 from sampling.search.config import SearchConfig
 from sampling.search.journal import read_rows
 from sampling.search.run import search_to_folder
@@ -27,6 +26,7 @@ from sampling.whole_file import write_whole
 from scripts.config import load
 from scripts.search_study_arms import NUM_STEPS, Arm, hacked_arm, study_arms, study_prompts
 from scripts.search_study_page import write_page
+from scripts.stand_alone import run_script
 
 READER = {
     "kind": "classifier",
@@ -159,13 +159,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the study; returns the exit status, 2 for wrong input."""
-    try:
-        study(load(SearchStudyConfig, argv))
-    except UserError as error:
-        print(f"search_study: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Is the command; returns the exit status, 2 for wrong input."""
+    return run_script("search_study", lambda: study(load(SearchStudyConfig, argv)))
 
 
 if __name__ == "__main__":

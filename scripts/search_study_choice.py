@@ -18,6 +18,7 @@ from sampling.evaluation.statistics import proportion
 from sampling.model import DiffusionModel
 from scripts.config import load
 from scripts.search_study_arms import study_prompts
+from scripts.stand_alone import run_script
 
 
 @dataclass
@@ -70,5 +71,10 @@ def choose(config: ChoiceConfig) -> None:
         writer.writerows(rows)
 
 
+def main(argv: list[str]) -> int:
+    """Is the command; returns the exit status, 2 for wrong input."""
+    return run_script("search_study_choice", lambda: choose(load(ChoiceConfig, argv)))
+
+
 if __name__ == "__main__":
-    choose(load(ChoiceConfig, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

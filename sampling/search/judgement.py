@@ -5,8 +5,9 @@ of whole images; for the others one more image, which counts in no budget and in
 `beside`.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,13 @@ def _is_enough(scores: PairedScores) -> bool:
     return int((np.isfinite(scores.winners) & np.isfinite(scores.baselines)).sum()) > 1
 
 
-def require_features(config: DiversityConfig) -> None:
-    """Raises UserError where the features of the diversity cannot be loaded."""
-    if config.checkpoint or config.module:
-        source = (config.checkpoint, config.module)
-        load_features(*source, torch.device("cpu"), torch.float32, field="diversity.checkpoint")
+@functools.cache
+def extractor(checkpoint: str | None, module: str | None) -> Callable[[Tensor], Tensor]:
+    """Loads the diversity's features, once; thumbnails without either. Raises UserError."""
+    if not (checkpoint or module):
+        return _thumbnails
+    field = "diversity.checkpoint"
+    return load_features(checkpoint, module, torch.device("cpu"), torch.float32, field)
 
 
 def _pairs(rows: Sequence[dict[str, Any]], key: str, name: str) -> PairedScores:
@@ -94,10 +97,7 @@ def _images(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
 
 @torch.no_grad()
 def _features(config: DiversityConfig, files: Sequence[Path]) -> Tensor:
-    features: Any = _thumbnails
-    if config.checkpoint or config.module:
-        source = (config.checkpoint, config.module)
-        features = load_features(*source, torch.device("cpu"), torch.float32)
+    features = extractor(config.checkpoint, config.module)
     parts = []
     for start in range(0, len(files), BATCH):
         images = [read_picture(file) for file in files[start : start + BATCH]]

@@ -32,7 +32,7 @@ from sampling.search.config import WHOLE, SearchConfig
 from sampling.search.folder import SETTINGS, check_folder, keep_ledger, spent_in, spent_on
 from sampling.search.halving import pruning_levels, scores_of, spent
 from sampling.search.journal import ROWS, STATES, FolderInUse, Journal, join_rows, read_rows
-from sampling.search.judgement import HACKING, alarms, judge, require_features
+from sampling.search.judgement import HACKING, alarms, extractor, judge
 from sampling.search.parts import (
     forget_stop,
     own_folder,
@@ -120,7 +120,7 @@ def search_prompts(
     runner = loaded.runner
     problem = make_problem(config, runner, mine[0])  # before anything is written or measured
     check_budget(problem, least_nfe(config, problem))
-    require_features(config.diversity)
+    extractor(config.diversity.checkpoint, config.diversity.module)
     write_whole(output / SETTINGS, json.dumps(settings, indent=1) + "\n")
     if not config.batch_size:
         runner.batch_size = find_batch_size(runner, mine[0])

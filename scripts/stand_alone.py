@@ -1,0 +1,16 @@
+"""Commands of their own, `python -m scripts.NAME [key=value ...]`: what they do with an error."""
+
+import sys
+from collections.abc import Callable
+
+from sampling.errors import RunFailed, UserError
+
+
+def run_script(name: str, body: Callable[[], object]) -> int:
+    """Runs a script; returns the exit status: 2 for wrong input, 1 for a failure, each a line."""
+    try:
+        body()
+    except (UserError, RunFailed) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
