@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 from sampling.errors import Resumable
 
@@ -17,19 +17,30 @@ class _Stopped(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Turns a signal, at any time inside the block, into Resumable."""
-    previous = {number: signal.signal(number, _stop) for number in SIGNALS}
+    """Turns a signal, at any time inside the block, into Resumable, and Ctrl-C as Python does.
+
+    Compiled libraries that call Python may turn what a handler raised into an error of their own
+    (safetensors: ValueError): every error that follows a signal counts as the stop.
+    """
+    stops = list[BaseException]()
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        """Leaves through the finally blocks; libraries catch Exception, so it is none."""
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        name = signal.Signals(number).name
+        stops.append(KeyboardInterrupt() if number == signal.SIGINT else _Stopped(name))
+        raise stops[-1]
+
+    previous = {number: signal.signal(number, stop) for number in (*SIGNALS, signal.SIGINT)}
     try:
         yield
-    except _Stopped as stopped:
-        raise Resumable(f"stopped by {stopped}; the same command continues") from None
+    except (Exception, _Stopped):
+        if not stops:
+            raise
+        if isinstance(stops[-1], KeyboardInterrupt):
+            raise stops[-1] from None
+        raise Resumable(f"stopped by {stops[-1]}; the same command continues") from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _stop(number: int, _frame: Any) -> None:
-    """Leaves through the finally blocks; libraries catch Exception, so it is none."""
-    for other in SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
-    raise _Stopped(signal.Signals(number).name)

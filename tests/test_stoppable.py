@@ -1,0 +1,40 @@
+"""Signals that reach a verb which the same command continues."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from sampling.errors import Resumable, UserError
+from scripts.stoppable import stoppable
+
+
+def interrupted_in_a_library(number: int) -> None:
+    """Is a compiled library that turns what interrupted it into its own error, as PyO3 does."""
+    try:
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+    except BaseException:
+        raise ValueError("could not determine the shape of an object") from None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_that_a_library_turned_into_an_error_is_still_a_stop(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    said = f"stopped by {number.name}; the same command continues"
+    with pytest.raises(Resumable, match=said), stoppable():
+        interrupted_in_a_library(number)
+    assert signal.getsignal(number) is before
+
+
+def test_ctrl_c_that_a_library_turned_into_an_error_is_still_ctrl_c() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stoppable():
+        interrupted_in_a_library(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_error_that_no_signal_preceded_stays_what_it_is() -> None:
+    with pytest.raises(UserError, match="no such file"), stoppable():
+        raise UserError("no such file")
