@@ -322,7 +322,7 @@ class CaptionedImages(LightningDataModule):
             batch_size=None,  # The data set yields whole batches.
             collate_fn=_as_it_is,
             num_workers=num_workers,
-            worker_init_fn=leave_signals_to_parent,
+            worker_init_fn=leave_signals_to_parent(),
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

@@ -147,7 +147,7 @@ def _make(
         num_workers=config.num_workers,
         # Processes that are spawned, as this one may be, would spawn theirs and import all anew.
         multiprocessing_context="fork" if config.num_workers else None,
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=leave_signals_to_parent(),
     )
     path, own_bad = working / shard_name(number), list[BadSample]()
     try:
