@@ -58,3 +58,12 @@ def test_reader_refuses_a_wrong_file(tmp_path: Path) -> None:
         DigitReader.load(tmp_path)
     with pytest.raises(UserError, match=r"uint8 .* can't be read"):
         DigitReader().read(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_gradients_are_finite_where_pixels_equal_the_background() -> None:
+    images = torch.zeros(1, 3, 32, 32)
+    images[..., 8:24, 14:18] = 1
+    images.requires_grad_()
+    logits = DigitReader.load(Path(__file__).parents[1] / "assets" / "digit_reader")(images)
+    [gradient] = torch.autograd.grad(logits[0, 1], images)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0

@@ -42,7 +42,8 @@ def contrast_map(images: Tensor) -> Tensor:
     background = (
         torch.cat([rows, columns], dim=-1).median(dim=-1).values[..., None, None]
     )  # (N, 3, 1, 1)
-    distance = (images - background).square().sum(dim=1, keepdim=True).sqrt()  # (N, 1, 32, 32)
+    # The norm's own gradient is 0 where it is 0; that of a square root is not a number.
+    distance = torch.linalg.vector_norm(images - background, dim=1, keepdim=True)  # (N, 1, 32, 32)
     farthest = distance.amax(dim=(1, 2, 3), keepdim=True)
     return distance / farthest.clamp(min=SMALLEST_CONTRAST)
 
