@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sampling.conditioning import Conditioning, joined
 from sampling.guidance import Guidance
+from sampling.inversion import Inversion
 from sampling.model import DiffusionModel
 from sampling.noise import step_noise
 from sampling.samplers import Denoise, SampleState, SamplingGrid, renoise, run
@@ -29,7 +30,7 @@ from sampling.search.trial import (
     rounded,
     slice_state,
 )
-from sampling.verifiers.stability import Stability
+from sampling.verifiers.stability import RoundTrip, Stability
 from sampling.verifiers.verifier import Verifier, checked_scores
 
 
@@ -74,6 +75,7 @@ class TrialRunner:
         for one in self._of_runs:
             one.inverter = one.inverter.of(process)
         self._kept_levels = {one.partial_steps for one in self._of_runs}
+        self._round_trips = list({one.round_trip: one for one in self._of_runs}.values())
         self._preview_steps = [None if snr is None else self._nearest_step(snr) for snr in wanted]
         self.ledger = Ledger()
         self.holds_inverse_fixed = False
@@ -87,7 +89,7 @@ class TrialRunner:
         """Returns the network evaluations of a sample's scores at a level."""
         return sum(
             verifier.evaluations(stop) * (1 if verifier.guidance_scale == 1 else 2)
-            for verifier in self._of_runs
+            for verifier in self._round_trips
         )
 
     def _evaluated(self, first: int, stop: int) -> list[int]:
@@ -239,10 +241,15 @@ class TrialRunner:
         previews = {step: self.decode(x0) for step, x0 in readings.items()}
         started_s = self.now_s()
         columns = {}
+        inversions: dict[RoundTrip, Inversion] = {}
         for verifier, step in zip(self.verifiers, self._preview_steps, strict=True):
             seen = None if step is None else previews.get(step)
             if isinstance(verifier, Stability):
-                scores = self._score_runs(verifier, trials, conditions, levels)
+                trip = verifier.round_trip
+                if trip not in inversions:
+                    inversions[trip] = self._invert(verifier, trials[0].stop, conditions, levels)
+                noise = torch.stack([trial.origin.noise(self.shape) for trial in trials])
+                scores = verifier.score_inversion(noise, inversions[trip]).double().cpu()
             else:
                 scores = checked_scores(verifier, images, prompts, seen)
             columns[verifier.name] = scores.tolist()
@@ -252,20 +259,15 @@ class TrialRunner:
             {name: column[row] for name, column in columns.items()} for row in range(len(images))
         ]
 
-    def _score_runs(
-        self,
-        verifier: Stability,
-        trials: Sequence[Trial],
-        conditions: Conditioning,
-        levels: dict[int, Tensor],
-    ) -> Tensor:
-        """Scores runs from the noises that they began with."""
-        level = verifier.level(trials[0].stop)
-        noise = torch.stack([trial.origin.noise(self.shape) for trial in trials])
+    def _invert(
+        self, verifier: Stability, stop: int, conditions: Conditioning, levels: dict[int, Tensor]
+    ) -> Inversion:
+        """Inverts runs to `stop` by a verifier's round trip, and counts it."""
+        level = verifier.level(stop)
         denoise = self.denoiser(conditions, Guidance(verifier.guidance_scale))
-        scores = verifier.score_run(noise, levels[level], level, denoise, self.grid)
-        self._count_scores(verifier, len(trials), trials[0].stop)
-        return scores.double().cpu()
+        found = verifier.invert(levels[level], level, denoise, self.grid)
+        self._count_scores(verifier, len(found.x), stop)
+        return found
 
     def gradient_cost(self) -> int:
         """Returns the NFE of a whole run with the gradient of its score."""
@@ -282,7 +284,7 @@ class TrialRunner:
         """Counts runs and their scores, and the rows that a gradient went back through."""
         before = self.ledger.conditional_rows + self.ledger.unconditional_rows
         self._count_run(num_samples, first, stop)
-        for verifier in self._of_runs:
+        for verifier in self._round_trips:
             self._count_scores(verifier, num_samples, stop)
         if backward:
             after = self.ledger.conditional_rows + self.ledger.unconditional_rows

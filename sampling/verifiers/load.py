@@ -82,6 +82,9 @@ class VerifierConfig:
     """stability: how a step is inverted."""
     num_iterations: int = 5
     """stability: network evaluations a step; ddim has one."""
+    model_time: Literal["noisy", "clean"] = "noisy"
+    """stability, inversion=ddim: end of a step whose timestep the network is asked at (diffusers:
+    noisy)."""
     inversion_guidance_scale: float = 1.0
     """stability: guidance of the inversion; 1 is off, and halves its NFE."""
     partial_steps: int | None = None
@@ -221,6 +224,7 @@ def load_verifier(config: VerifierConfig, device: "torch.device") -> "Verifier":
             inverter = Inverter(
                 config.inversion,
                 config.num_iterations,
+                config.model_time,
                 num_averaged=min(3, config.num_iterations),
             )
             settings = (config.measure, config.inversion_guidance_scale, config.partial_steps)

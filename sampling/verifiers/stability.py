@@ -25,6 +25,8 @@ from sampling.verifiers.verifier import Images
 
 Measure = Literal["cosine", "residual", "contraction"]
 FEWEST_ITERATIONS = {"residual": 2, "contraction": 3}
+RoundTrip = tuple[Inverter, float, int | None]
+"""How a run is inverted: the inverter, guidance of the inversion, steps of a partial trip."""
 
 
 class Stability:
@@ -62,6 +64,11 @@ class Stability:
         """Returns the network evaluations of one score, guidance not counted."""
         return self.inverter.evaluations * self.level(stop)
 
+    @property
+    def round_trip(self) -> "RoundTrip":
+        """What is run to score: verifiers with equal ones measure the same inversion."""
+        return self.inverter, self.guidance_scale, self.partial_steps
+
     def score_run(
         self,
         noise: Float[Tensor, "n c h w"],
@@ -71,7 +78,12 @@ class Stability:
         grid: SamplingGrid,
     ) -> Float[Tensor, " n"]:
         """Returns the stability of noises from what their runs are at `level`."""
-        found = self.invert(x, level, denoise, grid)
+        return self.score_inversion(noise, self.invert(x, level, denoise, grid))
+
+    def score_inversion(
+        self, noise: Float[Tensor, "n c h w"], found: Inversion
+    ) -> Float[Tensor, " n"]:
+        """Returns the stability of noises whose runs were inverted to what was `found`."""
         match self.measure:
             case "cosine":
                 rows = noise.to(found.x).flatten(1), found.x.flatten(1)
