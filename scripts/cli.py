@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from types import ModuleType
 
 from data.errors import RunFailed as DataRunFailed
 from data.errors import UserError as DataUserError
@@ -31,7 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "evaluate": (
         "scripts.run_evaluate",
-        "Measures the black point and the other metrics of checkpoints.",
+        "Studies checkpoints: their black point, or whether stable noises are better noises.",
     ),
     "export": (
         "scripts.run_export",
@@ -148,15 +149,22 @@ def _dispatch(arguments: list[str]) -> int:
     if flags - {"--print-config"}:
         from scripts.config_fields import describe
 
-        print(describe(module.config_class(), verb, verb_purpose), end="")
+        print(describe(_config_class(module, rest), verb, verb_purpose), end="")
         return 0
     from scripts.config import load, to_yaml
 
-    config = load(module.config_class(), rest)
+    config: object = load(_config_class(module, rest), rest)
     if flags:
         print(to_yaml(config), end="")
         return 0
     return int(module.run(config) or 0)
+
+
+def _config_class(module: ModuleType, arguments: list[str]) -> type:
+    """Returns the verb's config; a verb of several has config_class_of."""
+    choose = getattr(module, "config_class_of", None)
+    chosen: type = module.config_class() if choose is None else choose(arguments)
+    return chosen
 
 
 def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -18,6 +18,7 @@ from sampling.errors import UserError
 from scripts.config_fields import (
     Field,
     fields_of,
+    is_mapping,
     is_text,
     item_hint,
     nearest,
@@ -125,9 +126,11 @@ def _assign(
 
 def _open_sections(config: DictConfig, known: dict[str, Field], path: str) -> None:
     """Gives the optional sections on the way to a key their defaults where they are off."""
-    names = path.split(".")
+    names, missing = path.split("."), OmegaConf.missing_keys(config) if path else set[str]()
     for length in range(1, len(names) + 1):
         parent = ".".join(names[:length])
+        if parent in known and is_mapping(known[parent].hint) and parent in missing:
+            OmegaConf.update(config, parent, {})  # a required one gets its first entry
         section = nested_class(known[parent].hint) if parent in known else None
         if section is None and length > 1:  # an entry of a mapping of sections
             field = known.get(".".join(names[: length - 1]))

@@ -111,6 +111,11 @@ def is_text(hint: Any) -> bool:
     return isinstance(bare, type) and issubclass(bare, (str, Path, Enum))
 
 
+def is_mapping(hint: Any) -> bool:
+    """Whether a field holds named entries."""
+    return get_origin(_bare(hint)) is dict
+
+
 def type_name(hint: Any) -> str:
     """Names a type as a user would: `int`, `list of str`, `a | b`, `float or null`."""
     origin, args = get_origin(hint), get_args(hint)

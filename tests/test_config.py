@@ -299,3 +299,14 @@ def test_missing_in_a_section_and_help_without_docstrings() -> None:
         load(NestedConfig, [])
     assert load(NestedConfig, ["shards_of={shards: a.tar}"]).shards_of.shards == "a.tar"
     assert "shards_of: Where images come from." in describe(NestedConfig, "toy", "Plays.")
+
+
+def test_a_required_mapping_takes_its_entries_one_by_one() -> None:
+    @dataclass
+    class Named:
+        folders: dict[str, str] = MISSING
+
+    loaded = load(Named, ["folders.first=a", "folders.second=b"])
+    assert loaded.folders == {"first": "a", "second": "b"}
+    with pytest.raises(UserError, match="required and not set"):
+        load(Named, [])

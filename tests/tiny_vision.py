@@ -85,3 +85,10 @@ def eight_bit_images(num_images: int, height: int = 40, width: int = 56, seed: i
     """Returns random images in [0, 1] with values that 8 bits hold."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(256, (num_images, 3, height, width), generator=generator) / 255
+
+
+class ThreeColors(torch.nn.Module):
+    """Is a model of images whose features, or logits, are the means of the three channels."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 4 * images.mean(dim=(2, 3))

@@ -17,6 +17,7 @@ This file says what is sampled; black_point_study.py samples it, black_point_sum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from omegaconf import MISSING
 
@@ -28,6 +29,8 @@ from sampling.evaluation.rows import DATA
 class BlackPointConfig:
     """The black-point study of one or more checkpoints."""
 
+    study: Literal["black_point"] = "black_point"
+    """Which study: black_point or stability; `study=stability --help` lists the other's keys."""
     checkpoints: dict[str, str] = MISSING
     """Name -> checkpoint (a folder, hub id, run directory or .ckpt); the first is the one compared
     with."""

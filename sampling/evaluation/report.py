@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from sampling.evaluation import plots
 from sampling.evaluation.black_point import image_path
@@ -21,6 +21,7 @@ from sampling.evaluation.search_page import SearchShown
 from sampling.whole_file import write_whole
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+STYLE = Path(__file__).with_name("page.css")
 NUM_COLUMNS = 8
 GALLERY_TITLES = {
     "black": "On a black background",
@@ -87,10 +88,7 @@ def write_report(path: Path, content: ReportContent) -> Path:
 
 def render(content: ReportContent) -> str:
     """Renders the page as HTML text."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = page_template(TEMPLATE)
     findings = list(content.findings)
     if content.control is not None:
         findings += content.control.findings
@@ -106,6 +104,15 @@ def render(content: ReportContent) -> str:
         previews=[(label, embedded(path)) for label, path in content.previews],
         total_s=sum(seconds for _, seconds in content.timings),
     )
+
+
+def page_template(path: Path) -> Template:
+    """Reads a page's template, which has the style of all pages as `style`."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals["style"] = STYLE.read_text(encoding="utf-8")
+    return environment.from_string(path.read_text(encoding="utf-8"))
 
 
 def figures(content: ReportContent) -> list[tuple[str, str, str]]:

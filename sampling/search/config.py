@@ -194,6 +194,12 @@ class SearchConfig:
                 f"verifiers.{name}: kind=stability inverts deterministic DDIM; use sampler=ddim "
                 f"without eta, not sampler={self.sampler}"
             )
+        if (config.partial_steps or 0) > self.num_steps:
+            raise UserError(
+                f"verifiers.{name}.partial_steps={config.partial_steps} is more than num_steps="
+                f"{self.num_steps}: a run is inverted over the steps that it was sampled in; give "
+                f"at most {self.num_steps}"
+            )
         if config.partial_steps is not None and self.algorithm in ("halving", "noise_optimisation"):
             raise UserError(
                 f"verifiers.{name}: partial_steps goes with random and zero_order; algorithm="

@@ -1,6 +1,7 @@
 """From a search's config to what it needs: model, verifiers, runner, problems, algorithm."""
 
 import dataclasses
+import functools
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,7 @@ def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded
     model.process.check_sound()
     choice = prepare_unet(model.unet, config.attention, config.channels_last, config.compile)
     if choice:
-        log.warning("note: %s", choice)
+        _note(choice)
     sampling = SearchSampling(
         config.num_steps,
         Guidance(config.guidance_scale, config.guidance_rescale),
@@ -87,6 +88,12 @@ def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded
         runner.holds_inverse_fixed = config.noise_optimisation.gradient == "fixed_inverse"
     oracles = [verifier for verifier in verifiers.values() if isinstance(verifier, Oracle)]
     return Loaded(runner, {name: loaded[name] for name in config.held_out}, oracles)
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Says something once, however many searches follow each other."""
+    log.warning("note: %s", text)
 
 
 def require_differentiable(model: DiffusionModel, verifier: Verifier) -> None:

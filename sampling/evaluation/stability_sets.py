@@ -1,0 +1,201 @@
+"""FID, KID and Inception Score of the images whose noises are most and least stable.
+
+Each set has the same number of images of every prompt. The kernel distance (KID, Binkowski et al.
+2018) is the unbiased MMD^2 with k(x, y) = (x . y / d + 1)^3; FID of small sets is biased upwards
+and compares only sets of one size. Intervals are a jackknife's, which leaves out one prompt with
+all its images: resampling would put copies into a set, and both FID and KID mind copies.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from scipy import stats
+from torch import Tensor
+
+from sampling.errors import UserError
+from sampling.evaluation.stability import StabilityStudyConfig
+from sampling.evaluation.stability_pictures import painted
+from sampling.evaluation.stability_rows import Found
+from sampling.evaluation.statistics import LEVEL, Estimate
+from sampling.pictures import read_picture
+from sampling.sample import find_device
+from sampling.verifiers.image_model import ImageModel, load_classifier, load_features
+from sampling.verifiers.oracle import (
+    PICTURES,
+    frechet_distance,
+    gaussian_of,
+    inception_score,
+)
+from sampling.whole_file import write_whole
+
+FEATURES, LOGITS = "features", "logits"
+RANDOM = "random"
+FEWEST_PROMPTS = 3
+"""Prompts that a jackknife needs."""
+Rows = dict[str, Tensor]
+"""What -> (N, d), a row an image."""
+
+
+@dataclass(frozen=True)
+class SetMetric:
+    """One metric of one set."""
+
+    chosen: str
+    metric: str
+    num_images: int
+    value: float
+    difference: Estimate
+    """From the set of random noises, n prompts."""
+
+
+def sets_of(found: Found) -> dict[str, np.ndarray]:
+    """Returns the noises of each set: the numbers, (P, m), of those that each score prefers."""
+    count = found.config.sets.num_images
+    stability = found.stability[0]
+    shape = (len(found.pool.prompts), count)
+    return {
+        RANDOM: np.broadcast_to(np.arange(count), shape),
+        f"most stable ({stability})": _best(found.pool.scores[stability], count),
+        f"least stable ({stability})": _best(-found.pool.scores[stability], count),
+        f"best by {found.first_quality}": _best(found.pool.scores[found.first_quality], count),
+    }
+
+
+def set_metrics(found: Found, folder: Path) -> list[SetMetric]:
+    """Paints what is not painted yet and measures every set; nothing where nothing is given."""
+    config = found.config
+    if not (config.sets.features.is_set or config.sets.classifier.is_set):
+        return []
+    sets = sets_of(found)
+    wanted = sorted(
+        {(row, int(k)) for each in sets.values() for row, line in enumerate(each) for k in line}
+    )
+    places = {pair: place for place, pair in enumerate(wanted)}
+    rows = measured_rows(found, wanted, folder / "sets.safetensors")
+    reference = reference_features(config)
+    metrics: list[SetMetric] = []
+    for metric, key, of_set in _metrics(rows, reference):
+        values = {
+            name: np.array([[places[row, int(k)] for k in line] for row, line in enumerate(each)])
+            for name, each in sets.items()
+        }
+        for name in sets:
+            metrics.append(
+                SetMetric(
+                    name,
+                    metric,
+                    values[name].size,
+                    of_set(rows[key][values[name].ravel()]),
+                    _difference(rows[key], values[name], values[RANDOM], of_set),
+                )
+            )
+    return metrics
+
+
+def measured_rows(found: Found, pairs: list[tuple[int, int]], path: Path) -> Rows:
+    """Paints (prompt row, noise) pairs and returns what the networks say; kept in `path`."""
+    config = found.config
+    named = [[int(found.pool.seeds[pair]), found.pool.prompts[pair[0]]] for pair in pairs]
+    key = hashlib.blake2b(json.dumps([named, repr(config.sets)]).encode()).hexdigest()
+    if path.is_file():
+        kept = load_file(path)
+        if bytes(kept.pop("key").tolist()).decode() == key:
+            return kept
+    device = find_device(config.device)
+    readers: dict[str, ImageModel] = {}
+    if config.sets.features.is_set:
+        one = config.sets.features
+        readers[FEATURES] = load_features(one.checkpoint, one.module, device, torch.float32)
+    if config.sets.classifier.is_set:
+        one = config.sets.classifier
+        readers[LOGITS] = load_classifier(one.checkpoint, one.module, device, torch.float32)
+    parts: dict[str, list[Tensor]] = {name: [] for name in readers}
+    for images in painted(found, pairs):
+        with torch.inference_mode():
+            for name, reader in readers.items():
+                parts[name].append(reader(images).double().cpu())
+    rows = {name: torch.cat(each) for name, each in parts.items()}
+    write_whole(path, save({**rows, "key": torch.tensor(list(key.encode()), dtype=torch.uint8)}))
+    return rows
+
+
+def reference_features(config: StabilityStudyConfig) -> Tensor | None:
+    """Returns the features of the reference pictures, (N, d); None without a reference."""
+    source, one = config.sets.reference, config.sets.features
+    if source is None:
+        return None
+    check_reference(config)
+    files = sorted(f for f in Path(source).rglob("*") if f.suffix.lower() in PICTURES)
+    reader = load_features(one.checkpoint, one.module, find_device(config.device), torch.float32)
+    with torch.inference_mode():
+        return torch.cat([reader(read_picture(file)[None]).double().cpu() for file in files])
+
+
+def check_reference(config: StabilityStudyConfig) -> None:
+    """Raises UserError where the reference folder holds too few pictures to compare with."""
+    source = config.sets.reference
+    if source is None:
+        return
+    count = sum(f.suffix.lower() in PICTURES for f in Path(source).rglob("*"))
+    if count < 2:
+        raise UserError(
+            f"sets.reference={source} holds {count} pictures ({', '.join(PICTURES)}); FID and KID "
+            "need a folder of many"
+        )
+
+
+def kernel_distance(first: Tensor, second: Tensor) -> float:
+    """Returns the unbiased MMD^2 of two sets of features, (N, d) and (M, d), KID's kernel."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        values = kernel(a, a)
+        return (values.sum() - values.trace()) / (len(a) * (len(a) - 1))
+
+    return float(within(first) + within(second) - 2 * kernel(first, second).mean())
+
+
+def _metrics(
+    rows: Rows, reference: Tensor | None
+) -> list[tuple[str, str, Callable[[Tensor], float]]]:
+    found: list[tuple[str, str, Callable[[Tensor], float]]] = []
+    if reference is not None and FEATURES in rows:
+        gaussian = gaussian_of(reference)
+        found.append(("FID", FEATURES, lambda own: frechet_distance(own, gaussian)))
+        found.append(("KID", FEATURES, lambda own: kernel_distance(own, reference)))
+    if LOGITS in rows:
+        found.append(("IS", LOGITS, inception_score))
+    return found
+
+
+def _difference(
+    rows: Tensor, own: np.ndarray, other: np.ndarray, of_set: Callable[[Tensor], float]
+) -> Estimate:
+    """Returns metric(own) - metric(other) with a jackknife interval over prompts."""
+
+    def value(keep: np.ndarray) -> float:
+        return of_set(rows[own[keep].ravel()]) - of_set(rows[other[keep].ravel()])
+
+    count = len(own)
+    every = np.arange(count)
+    whole = value(every)
+    if count < FEWEST_PROMPTS:
+        return Estimate(whole, float("-inf"), float("inf"), count)
+    left_out = np.array([value(np.delete(every, place)) for place in every])
+    error = float(np.sqrt((count - 1) * left_out.var()))
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, count - 1)) * error
+    return Estimate(whole, whole - half, whole + half, count)
+
+
+def _best(scores: np.ndarray, count: int) -> np.ndarray:
+    return np.argsort(np.where(np.isfinite(scores), -scores, np.inf), axis=1, kind="stable")[
+        :, :count
+    ]
