@@ -104,18 +104,24 @@ def invert(
     inverter: Inverter,
     start: int | None = None,
     stop: int = 0,
+    changes_have_gradients: bool = True,
 ) -> Inversion:
-    """Walks from level `start` (None: clean data) up to the noisier level `stop`."""
+    """Walks from level `start` (None: clean data) up to the noisier level `stop`.
+
+    Without gradients of residual and contraction, a gradient of x keeps less memory a step.
+    """
     start = grid.num_steps if start is None else start
     if not 0 <= stop < start <= grid.num_steps:
         raise ValueError(f"cannot invert from level {start} to {stop} of {grid.num_steps}")
     residuals, contractions = [], []
     for step in reversed(range(stop, start)):
         iterates = _iterate(denoise, grid, step, x, inverter)
+        x = iterates[-1]
+        if not changes_have_gradients:
+            iterates = [each.detach() for each in iterates]
         changes = [_norm(b - a) for a, b in zip(iterates, iterates[1:], strict=False)]
         residuals.append(changes[-1] / _norm(iterates[-1]).clamp(min=SMALLEST))
         contractions.append(_contraction(changes))
-        x = iterates[-1]
     return Inversion(x, torch.stack(residuals), torch.stack(contractions))
 
 

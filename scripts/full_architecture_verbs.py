@@ -131,6 +131,19 @@ def verbs(
             writes=[found],
         ),
         Verb(
+            "search, stability of one noise of 2 steps",
+            [
+                *blackpoint,
+                *f"search checkpoint={base} output={scored} num_steps=2 budget_nfe=4".split(),
+                *["batch_size=1", "guidance_scale=1", "verifiers.stable.kind=stability"],
+                *pixels,
+                f"prompts={PROMPT}",
+            ],
+            pipeline,
+            whole,
+            writes=[scored],
+        ),
+        Verb(
             "export and verify",
             [*blackpoint, *f"export checkpoint={run_dir} output={export}".split()],
             pipeline,

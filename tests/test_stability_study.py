@@ -226,6 +226,7 @@ def make_references(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_verb_runs_resumes_and_shows_everything(
     pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

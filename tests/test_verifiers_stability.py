@@ -207,3 +207,21 @@ def test_the_own_inverse_of_a_converged_iteration_is_stable() -> None:
     x = run("ddim", denoise, one.grid, SampleState(noise)).x
     scores = Stability(Inverter("fixed_point", 60)).score_run(noise, x, 8, denoise, one.grid)
     assert_close(scores, torch.ones(4), rtol=0, atol=1e-3)
+
+
+def test_verifiers_of_one_round_trip_share_it_and_score_as_alone(tmp_path: Path) -> None:
+    inverter = Inverter("fixed_point", 4)
+    measured = [Stability(inverter, measure, name=measure) for measure in ("cosine", "residual")]
+    verifiers = [*measured, Stability(Inverter("ddim"), name="ddim")]
+    model = Toy()
+    settings = SearchSampling(8, Guidance(1.0))
+    weights = {one.name: 1.0 for one in verifiers}
+    one = TrialRunner(model, {0: "a"}, settings, verifiers, weights, 5)  # type: ignore[arg-type]
+    assert one.cost(0, 8) == 8 + 4 * 8 + 8
+    [found] = search(one, tmp_path / "all", ALGORITHMS["random"], 3 * one.cost(0, 8))
+    assert one.ledger.nfe == model.rows == 3 * one.cost(0, 8)
+    for verifier in verifiers:
+        alone = runner_of(verifier, Toy())
+        alone_found = search(alone, tmp_path / verifier.name, ALGORITHMS["random"], 3 * 48)
+        for mine, own in zip(found.finals, alone_found[0].finals, strict=False):
+            assert mine.scores[verifier.name] == pytest.approx(own.scores[verifier.name], abs=1e-6)

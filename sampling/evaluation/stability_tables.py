@@ -111,7 +111,7 @@ def cheaper_table(found: Sequence[Cheaper], quality: Sequence[str], judge: str) 
             ]
         )
     header = ["score", "NFE a score", "Spearman with the first score", f"Spearman with {judge}"]
-    header += ["|Spearman| per 1000 NFE", "NFE of selection"]
+    header += ["per 1000 NFE", "NFE of selection"]
     return Table([*header, *(f"{name} minus the first's" for name in quality)], rows)
 
 

@@ -109,7 +109,10 @@ def checkpointed(denoise: Denoise) -> Denoise:
     """Returns a denoiser that keeps its inputs alone for the backward pass."""
 
     def recomputed(x: Tensor, t: int) -> Prediction:
-        x0, eps = checkpoint(lambda y: tuple(denoise(y, t)), x, use_reentrant=False)
+        # A model that samples draws nothing, so no state of the generator is kept for each step.
+        x0, eps = checkpoint(
+            lambda y: tuple(denoise(y, t)), x, use_reentrant=False, preserve_rng_state=False
+        )
         return Prediction(x0, eps)
 
     return recomputed

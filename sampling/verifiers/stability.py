@@ -97,7 +97,14 @@ class Stability:
         self, x: Float[Tensor, "n c h w"], level: int, denoise: Denoise, grid: SamplingGrid
     ) -> Inversion:
         """Inverts what runs are at `level`, back to noise."""
-        return invert(denoise, grid, x, self.inverter, start=level)
+        return invert(
+            denoise,
+            grid,
+            x,
+            self.inverter,
+            start=level,
+            changes_have_gradients=self.measure != "cosine",
+        )
 
     def score(
         self, images: Images, prompts: Sequence[str], previews: Images | None = None
