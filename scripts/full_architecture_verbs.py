@@ -50,6 +50,7 @@ def verbs(
     blackpoint = [python, "-m", "scripts.cli"]
     photos, shards, latents = work / "photos", work / "shards", work / "latents"
     samples, found, export = work / "samples", work / "found", work / "export"
+    scored = work / "scored"
     unet, pipeline = 4.0 * parameters["unet"], 4.0 * sum(parameters.values())
     encoders = pipeline - unet
     train = [
