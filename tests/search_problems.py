@@ -35,7 +35,9 @@ class GaussianModel:
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         return Conditioning(torch.zeros(len(prompts), 1, 1))
 
-    def denoiser(self, condition: Conditioning, empty: Conditioning, guidance: Guidance) -> Any:
+    def denoiser(
+        self, condition: Conditioning, empty: Any = None, guidance: Guidance = NO_GUIDANCE
+    ) -> Any:
         ideal = ideal_gaussian(self.process.schedule)
 
         def denoise(x: Tensor, t: int) -> Any:

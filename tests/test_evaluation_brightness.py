@@ -1,0 +1,52 @@
+"""What prompts say about brightness, and how far images are from it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sampling.errors import UserError
+from sampling.evaluation.brightness import LuminanceRange, luminance_error, luminance_range
+from sampling.prompts import Prompt, read_prompt_set
+
+PROMPTS = Path(__file__).parents[1] / "configs" / "prompts" / "brightness.jsonl"
+
+
+def test_our_own_set_is_readable_balanced_and_agrees_with_its_texts() -> None:
+    prompts = read_prompt_set(str(PROMPTS))
+    ranges = {prompt.text: luminance_range(prompt) for prompt in prompts}
+    assert len(ranges) == len(prompts) >= 40
+    categories = {prompt.category for prompt in prompts}
+    assert categories == {"solid", "night", "dim", "snow", "bright", "open"}
+    for prompt in prompts:
+        found = ranges[prompt.text]
+        assert (found is None) == (prompt.category == "open")
+        if prompt.category == "solid":
+            assert found == luminance_range(Prompt(prompt.text))
+    assert {r.low for r in ranges.values() if r and r.low == r.high} == {0, 0.25, 0.5, 0.75, 1}
+
+
+def test_the_error_is_the_distance_to_the_range() -> None:
+    images = torch.stack([torch.full((3, 8, 8), level) for level in (0.0, 0.1, 0.5, 0.9)])
+    night = LuminanceRange(0.05, 0.2)
+    found = luminance_error(images, [night] * 4)
+    assert found.tolist() == pytest.approx([0.05, 0.0, 0.3, 0.7], abs=1e-6)
+    framed = torch.ones(1, 3, 8, 8)
+    framed[..., 2:-2, 2:-2] = 0
+    black = LuminanceRange(0, 0)
+    assert luminance_error(framed, [black]).item() == pytest.approx(48 / 64)
+    assert luminance_error(framed, [LuminanceRange(0, 0, "border")]).item() == pytest.approx(1)
+
+
+def test_texts_speak_where_files_do_not() -> None:
+    named = luminance_range(Prompt("a red three on a black background"))
+    assert named == LuminanceRange(0, 0, "border")
+    assert luminance_range(Prompt("a bicycle")) is None
+    open_ = Prompt("a red three on a black background", metadata={"luminance": None})
+    assert luminance_range(open_) is None
+
+
+@pytest.mark.parametrize("given", [0.5, [0.5], [0.6, 0.5], [-0.1, 1], ["a", "b"], [0, True]])
+def test_what_is_no_range_is_refused(given: object) -> None:
+    with pytest.raises(UserError, match=r"must be \[low, high\]"):
+        luminance_range(Prompt("a night", metadata={"luminance": given}))
