@@ -119,6 +119,15 @@ def test_the_expected_best_is_the_mean_over_all_subsets() -> None:
         np.testing.assert_allclose(expected_of_best(score, quality, count), expected)
 
 
+def test_a_noise_without_a_number_takes_no_part() -> None:
+    found = made_up()
+    found.pool.scores["ddim"][0, 3] = found.pool.scores["dark"][1, 4] = np.nan
+    all_noises = {e.num_noises: e for e in ablation(found) if e.score == "ddim"}[NUM_NOISES]
+    assert all_noises.quality["dark"].n == NUM_PROMPTS
+    assert all_noises.quality["dark"].value == pytest.approx(chosen(found, "ddim")["dark"].mean())
+    assert all(np.isfinite(each.difference.value) for each in comparisons(found))
+
+
 def test_the_best_of_k_by_quality_itself_is_that_of_order_statistics() -> None:
     found = made_up()
     table = {(each.score, each.num_noises): each for each in ablation(found)}

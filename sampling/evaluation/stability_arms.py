@@ -89,7 +89,7 @@ def arms(config: StabilityStudyConfig, place: Place) -> list[Arm]:
                 noise_optimisation=settings,
             )
         )
-    dearest = max(prices.selection(), *(arm.config.budget_nfe for arm in found[1:]))
+    dearest = max([prices.selection(), *(arm.config.budget_nfe for arm in found[1:])])
     found.append(make(BEST_OF, dearest, verifiers=dict(config.quality)))
     return found
 

@@ -186,9 +186,10 @@ def ablation(found: Found) -> list[Choice]:
             quality, gain = {}, {}
             for name in found.quality:
                 expected = expected_of_best(scores[score], scores[name], count)
-                plain = np.nanmean(scores[name], axis=1)
-                quality[name] = mean(expected)
-                gain[name] = mean_difference(expected, plain)
+                plain = np.array([np.mean(row[np.isfinite(row)]) for row in scores[name]])
+                own, all_noises = _finite(expected, plain)
+                quality[name] = mean(own)
+                gain[name] = mean_difference(own, all_noises)
             lines.append(Choice(score, count, nfe, quality, gain))
     return lines
 
@@ -200,15 +201,18 @@ def counts(num_noises: int) -> list[int]:
 
 
 def expected_of_best(score: np.ndarray, quality: np.ndarray, count: int) -> np.ndarray:
-    """Returns E[quality of the best by `score`] of `count` noises of each prompt, (P,)."""
+    """Returns E[quality of the best by `score`] of `count` noises of each prompt, (P,).
+
+    Of all its noises where fewer have numbers; nan where none has.
+    """
     expected = []
     for x, y in zip(score, quality, strict=True):
         finite = np.isfinite(x) & np.isfinite(y)
         x, y = x[finite], y[finite]
-        size, ranks = len(x), np.arange(len(x))
-        weights = np.exp(_log_choose(ranks, count - 1) - _log_choose(size, count))
+        ranks, taken = np.arange(len(x)), min(count, len(x))
+        weights = np.exp(_log_choose(ranks, taken - 1) - _log_choose(len(x), taken))
         order = np.lexsort((-ranks, x))  # of equal scores the earlier noise wins
-        expected.append(float((weights * y[order]).sum()) if size >= count else float("nan"))
+        expected.append(float((weights * y[order]).sum()) if taken else float("nan"))
     return np.array(expected)
 
 

@@ -43,7 +43,8 @@ def correlation_plot(tables: Mapping[Place, Sequence[Correlation]]) -> str:
     for place_, judge in enumerate(judges):
         color, marker = COLORS[place_ % len(COLORS)], MARKERS[place_ % 8]
         axes[-1].plot([], [], marker, color=color, label=judge.replace("_", " "))
-    axes[-1].legend(title="with", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    if judges:
+        axes[-1].legend(title="with", loc="center left", bbox_to_anchor=(1.02, 0.5))
     widest = max(abs(limit) for axis in axes for limit in axis.get_xlim())
     for axis in axes:
         axis.set_xlim(-widest, widest)

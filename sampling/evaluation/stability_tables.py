@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sampling.evaluation.hacking_alarm import fewest_prompts
 from sampling.evaluation.stability_arms import Place, Prices
 from sampling.evaluation.stability_findings import (
     SELECTION,
@@ -168,6 +169,12 @@ def conclusion(
 ) -> list[str]:
     """Says in words what the intervals say, and what the study could have missed."""
     lines, first = [], found.stability[0]
+    if len(found.pool.prompts) < fewest_prompts():
+        lines.append(
+            f"Too few prompts to tell anything ({len(found.pool.prompts)}): {fewest_prompts()} "
+            "are the fewest that all agree by chance in less than 5 % of studies."
+        )
+        correlations = []
     for each in correlations:
         if each.first != first:
             continue
@@ -201,7 +208,8 @@ def _method_line(method: str, versus: Sequence[Versus]) -> str:
     """Says which rivals the method's mean quality is above and below, by each one's interval."""
     sides: dict[str, dict[str, list[str]]] = {"beats": {}, "falls behind": {}}
     for each in versus:
-        if each.difference.low > 0 or each.difference.high < 0:
+        told = each.difference.low > 0 or each.difference.high < 0
+        if told and each.difference.n >= fewest_prompts():
             side = sides["beats" if each.difference.low > 0 else "falls behind"]
             side.setdefault(each.rival, []).append(name_of(each.quality))
     parts = [
@@ -209,8 +217,8 @@ def _method_line(method: str, versus: Sequence[Versus]) -> str:
         for verb, side in sides.items()
         if side
     ]
-    told = sum(len(by) for side in sides.values() for by in side.values())
-    parts.append(f"is not told apart in {len(versus) - told} of {len(versus)} comparisons")
+    num_told = sum(len(by) for side in sides.values() for by in side.values())
+    parts.append(f"is not told apart in {len(versus) - num_told} of {len(versus)} comparisons")
     return f"{name_of(method).capitalize()} " + "; it ".join(parts) + "."
 
 
