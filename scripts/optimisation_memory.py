@@ -40,7 +40,7 @@ class MemoryConfig:
 
     checkpoint: str = "assets/tiny_sd"
     """The model."""
-    side_px: int = 256
+    side_px: int = 64
     """Height and width."""
     num_steps: list[int] = field(default_factory=lambda: [4, 10, 25, 50])
     """Sampling steps."""
