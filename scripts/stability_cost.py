@@ -4,41 +4,60 @@ On a GPU what PyTorch's allocator gave out; on a CPU the largest resident set, w
 libraries map and the weights too.
 """
 
+import hashlib
 import json
+import logging
 import subprocess
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from sampling.errors import RunFailed
 from sampling.evaluation.stability import StabilityStudyConfig
 from sampling.evaluation.stability_arms import BEST_OF, Place, Prices, arms, stability_scores
 from sampling.evaluation.stability_findings import SELECTION
+from sampling.sample import find_device
 from sampling.search.config import SearchConfig
+from sampling.search.run import search_to_folder
+from sampling.tasks import Task
+from sampling.verifiers.load import VerifierConfig
 from sampling.whole_file import write_whole
 from scripts.config import load, to_yaml
+from train.memory import process_peak_bytes
 
+log = logging.getLogger(__name__)
+
+FREE = VerifierConfig(kind="luminance", target=0.0)
+"""A verifier that needs no memory, where a search must have one."""
 NUM_STEPS_MEASURED = 2
 """Noises, or gradient steps: the second shows what stays of the first."""
 
 
 def measured_peaks(config: StabilityStudyConfig, path: Path) -> dict[str, dict[str, float]]:
     """Returns MB by place and method; kept in `path`. Checkpoints are taken to be of one size."""
-    found: dict[str, dict[str, float]] = {}
+    kept: dict[str, float] = {}
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, dict[str, float]] = {}
     first = next(iter(config.checkpoints))
+    torch.cuda.empty_cache()  # of the searches in this process
     for number in config.num_steps:
-        names = [Place(name, number).folder for name in config.checkpoints]
-        if all(name in found for name in names):
-            continue
-        print(f"measuring memory at {number} steps", flush=True)
-        peaks = {
-            name: peak_mb(search) for name, search in probes(config, Place(first, number)).items()
-        }
-        found |= dict.fromkeys(names, peaks)
-        write_whole(path, json.dumps(found, indent=1) + "\n")
+        peaks = {}
+        for name, search in probes(config, Place(first, number)).items():
+            key = f"{number} steps, {name}, {hashlib.sha1(to_yaml(search).encode()).hexdigest()}"
+            if key not in kept:
+                print(f"measuring memory: {name}, {number} steps", flush=True)
+                try:
+                    kept[key] = peak_mb(search)
+                except RunFailed as error:
+                    log.warning("note: no memory of %s: %s", name, error)
+                    continue
+                write_whole(path, json.dumps(kept, indent=1) + "\n")
+            peaks[name] = kept[key]
+        found |= dict.fromkeys((Place(name, number).folder for name in config.checkpoints), peaks)
     return found
 
 
@@ -49,7 +68,7 @@ def probes(config: StabilityStudyConfig, place: Place) -> dict[str, SearchConfig
     first = next(iter(stability_scores(config, place.num_steps).values()))
     image = searches.pop(BEST_OF)
     found = {
-        "image": (image, prices.image()),
+        "image": (replace(image, verifiers={"free": FREE}), prices.image()),
         SELECTION: (
             replace(image, verifiers={"stability": first}),
             prices.selection(num_noises=1),
@@ -63,6 +82,7 @@ def probes(config: StabilityStudyConfig, place: Place) -> dict[str, SearchConfig
         name: replace(
             search,
             budget_nfe=NUM_STEPS_MEASURED * price,
+            held_out={},
             limit=1,
             batch_size=1,
         )
@@ -84,15 +104,11 @@ def peak_mb(search: SearchConfig) -> float:
 
 def _measure(yaml: str) -> int:
     """Searches and returns the peak of this process or its GPU, bytes."""
-    import torch
-
-    from sampling.search.run import search_to_folder
-    from sampling.tasks import Task
-    from train.memory import process_peak_bytes
-
-    search_to_folder(load(SearchConfig, [yaml]), Task())
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
+    search = load(SearchConfig, [yaml])
+    device = find_device(search.device)
+    search_to_folder(search, Task())
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return process_peak_bytes()
 
 

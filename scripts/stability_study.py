@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,12 @@ from sampling.evaluation.stability_study import CHOSEN, PAIRS, PEAKS, SETS
 from sampling.pictures import to_picture
 from scripts.config import load
 from scripts.stand_alone import run_script
+from scripts.stoppable import stoppable
 
+SETS_OF_DIGITS = (
+    "sets.features.module=sampling.evaluation.digit_reader:DigitReader",
+    "sets.features.checkpoint=assets/digit_reader",
+)
 KEPT = (RESULTS, PAIRS, CHOSEN, SETS, PEAKS)
 
 
@@ -43,9 +49,9 @@ class StudyConfig:
 def study(config: StudyConfig) -> None:
     """Runs what is missing and keeps the results."""
     settings = load(StabilityStudyConfig, [config.config])
-    if settings.sets.reference is not None:
-        write_references(Path(settings.sets.reference), config.num_references)
-    run_in_processes(config)
+    with stoppable():
+        references = write_references(Path(f"{settings.output}_reference"), config.num_references)
+        run_in_processes(config, [*SETS_OF_DIGITS, f"sets.reference={references}"])
     source, output = Path(settings.output), Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     for path in (*(source / name for name in KEPT), *source.glob("*.svg")):
@@ -53,19 +59,24 @@ def study(config: StudyConfig) -> None:
             shutil.copy2(path, output / path.name)
 
 
-def write_references(folder: Path, count: int) -> None:
+def write_references(folder: Path, count: int) -> Path:
     """Writes real held-out digits, composed by the rule of the training data, as PNG files."""
     if len(list(folder.glob("*.png"))) == count:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    partial = folder.with_name(f".{folder.name}.partial")
+    for old in (folder, partial):
+        shutil.rmtree(old, ignore_errors=True)
+    partial.mkdir(parents=True)
     images, _, _ = digit_samples(count, seed=0, split="held_out")
     for number, image in enumerate(torch.from_numpy(images).permute(0, 3, 1, 2)):
-        to_picture(image.float() / 255).save(folder / f"{number:05d}.png")
+        to_picture(image.float() / 255).save(partial / f"{number:05d}.png")
+    partial.rename(folder)
+    return folder
 
 
-def run_in_processes(config: StudyConfig) -> None:
+def run_in_processes(config: StudyConfig, settings: list[str]) -> None:
     """Runs the verb in processes that meet in its folder; raises RunFailed where one fails."""
-    command = [sys.executable, "-m", "scripts.cli", "evaluate", config.config]
+    command = [sys.executable, "-m", "scripts.cli", "evaluate", config.config, *settings]
     count = config.num_processes
     processes = [
         subprocess.Popen(
@@ -77,10 +88,14 @@ def run_in_processes(config: StudyConfig) -> None:
         for rank in range(count)
     ]
     try:
-        statuses = [process.wait() for process in processes]
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                break  # the others would wait for it
+            time.sleep(0.5)
     finally:
         for process in processes:
             process.terminate()
+        statuses = [process.wait() for process in processes]
     if any(statuses):
         raise RunFailed(f"the study ended with {statuses}; the same command continues it")
 

@@ -243,7 +243,10 @@ def test_the_verb_runs_resumes_and_shows_everything(
     command = arguments(pipeline, tmp_path / "out", reference)
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert "Stability (ddim)" in out and str(tmp_path / "out" / "report.html") in out
+    assert (
+        "Too few prompts to tell anything (3)" in out
+        and str(tmp_path / "out" / "report.html") in out
+    )
     output = tmp_path / "out"
     # What the searches spent is what the study says that methods cost.
     for steps in (2, 3):
@@ -297,6 +300,11 @@ BAD = {
     "sets.num_images=4": "at most half of num_noises=6",
     "sets.reference=null": "go together",
     "sets.reference=nowhere": "holds 0 pictures",
+    "rival_guidance_scales=[-1]": "must be at least 0",
+    "gradient_batch_size=0": "gradient_batch_size=0 must be at least 1",
+    "num_optimisation_steps=1": "must be at least 2",
+    "sets.classifier.module=tests.tiny_vision:Nothing": "Nothing",
+    "checkpoints.other=nowhere": "checkpoints.other: checkpoint=nowhere does not exist",
     "study=stabil": "did you mean study=stability?",
     "optimisations=[rewards]": "optimisations",
 }

@@ -97,13 +97,13 @@ def chosen_grids(folder: Path) -> list[tuple[str, Path]]:
     ]
 
 
-def embedded(path: Path) -> str:
+def embedded(path: Path, widest_px: int = WIDEST_PX) -> str:
     """Returns a PNG as data URI; a wide one smaller and as JPEG, so that pages stay light."""
     picture = Image.open(path)
-    if picture.width <= WIDEST_PX:
+    if picture.width <= widest_px:
         return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-    height = round(picture.height * WIDEST_PX / picture.width)
-    small = picture.convert("RGB").resize((WIDEST_PX, height), Image.Resampling.LANCZOS)
+    height = round(picture.height * widest_px / picture.width)
+    small = picture.convert("RGB").resize((widest_px, height), Image.Resampling.LANCZOS)
     data = io.BytesIO()
     small.save(data, "JPEG", quality=JPEG_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")

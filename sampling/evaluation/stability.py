@@ -16,6 +16,7 @@ from sampling.search.algorithm_configs import NoiseOptimisationConfig
 from sampling.verifiers.load import VerifierConfig
 
 Optimisation = Literal["stability", "fixed_inverse", "reward"]
+LEAST = {"num_optimisation_steps": 2, "batch_size": 1, "gradient_batch_size": 1, "seed": 0}
 OF_RUNS = ("stability", "self_supervised", "oracle")
 """Kinds of verifiers that do not judge one picture by itself."""
 
@@ -85,7 +86,7 @@ class StabilityStudyConfig:
     optimised_num_steps: list[int] = field(default_factory=list)
     """Numbers of steps at which gradients through runs are taken; all of num_steps if empty."""
     num_optimisation_steps: int = 100
-    """Gradient steps from each noise; the paper has 100."""
+    """Noises that an ascent evaluates, the one that it begins with included; the paper has 100."""
     optimisation: NoiseOptimisationConfig = field(default_factory=NoiseOptimisationConfig)
     """Noise optimisation; its gradient is set by `optimisations`."""
     sets: SetMetricsConfig = field(default_factory=SetMetricsConfig)
@@ -114,6 +115,8 @@ class StabilityStudyConfig:
     """Hold the convolutions' weights in channels-last order."""
     batch_size: int = 16
     """Noises run at once, of any prompts. Changes no choice."""
+    gradient_batch_size: int = 4
+    """Noises whose gradients are taken at once; they need several times the memory."""
 
     def __post_init__(self) -> None:
         if self.num_noises < 2:
@@ -137,12 +140,15 @@ class StabilityStudyConfig:
                 f"optimised_num_steps={self.optimised_num_steps} must be among num_steps="
                 f"{self.num_steps}"
             )
-        for name, least in (("num_optimisation_steps", 1), ("batch_size", 1), ("seed", 0)):
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
         for number in self.num_steps:
             if number < 1:
                 raise UserError(f"num_steps={self.num_steps}: {number} must be at least 1")
+        for scale in (self.guidance_scale, *self.rival_guidance_scales):
+            if scale < 0:
+                raise UserError(f"a guidance scale of {scale} must be at least 0; 1 is off")
         self._check_sets()
 
     def _check_quality(self) -> None:

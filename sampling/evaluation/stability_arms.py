@@ -8,13 +8,13 @@
 Noise k of a prompt is the same in all of them: its seed depends on nothing else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sampling.evaluation.stability import StabilityStudyConfig, standard_scores
-from sampling.search.config import SearchConfig
+from sampling.search.config import EnsembleRule, SearchConfig
 from sampling.search.ledger import BACKWARD_NFE
 from sampling.verifiers.load import VerifierConfig
 
@@ -61,12 +61,12 @@ def arms(config: StabilityStudyConfig, place: Place) -> list[Arm]:
     scores = stability_scores(config, place.num_steps)
     make = _maker(config, place)
     found = [
-        make(POOL, prices.pool(), verifiers={**config.quality, **scores}),
+        make(POOL, prices.pool(), verifiers=_led_by_first({**scores, **config.quality})),
         *(
             make(
                 guidance_name(scale),
                 prices.image(scale),
-                verifiers=dict(config.quality),
+                verifiers=_led_by_first(config.quality),
                 guidance_scale=scale,
             )
             for scale in config.rival_guidance_scales
@@ -87,11 +87,21 @@ def arms(config: StabilityStudyConfig, place: Place) -> list[Arm]:
                 verifiers=wanted,
                 held_out=judges if kind == "reward" else dict(config.quality),
                 noise_optimisation=settings,
+                batch_size=config.gradient_batch_size,
             )
         )
     dearest = max([prices.selection(), *(arm.config.budget_nfe for arm in found[1:])])
-    found.append(make(BEST_OF, dearest, verifiers=dict(config.quality)))
+    found.append(make(BEST_OF, dearest, verifiers=_led_by_first(config.quality)))
     return found
+
+
+def _led_by_first(verifiers: Mapping[str, VerifierConfig]) -> dict[str, VerifierConfig]:
+    """Returns verifiers of which the first alone decides; the others' scores are recorded."""
+    weights = [1.0] + [0.0] * (len(verifiers) - 1)
+    return {
+        name: replace(each, weight=weight)
+        for (name, each), weight in zip(verifiers.items(), weights, strict=True)
+    }
 
 
 def optimisations(config: StabilityStudyConfig, place: Place) -> list[str]:
@@ -174,6 +184,9 @@ def _maker(config: StabilityStudyConfig, place: Place) -> Callable[..., Arm]:
     def make(name: str, budget_nfe: int, **settings: Any) -> Arm:
         output = str(Path(config.output) / place.folder / name)
         given = {"guidance_scale": config.guidance_scale, **shared, **settings}
-        return Arm(name, SearchConfig(output=output, budget_nfe=budget_nfe, **given))
+        ensemble: EnsembleRule = "weighted_sum"  # no image is kept that cannot win by it
+        return Arm(
+            name, SearchConfig(output=output, budget_nfe=budget_nfe, ensemble=ensemble, **given)
+        )
 
     return make

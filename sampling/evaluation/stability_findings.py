@@ -72,7 +72,7 @@ class Cheaper:
     agreement: Estimate
     """Mean Spearman with the score that selects."""
     correlation: Estimate
-    """Mean Spearman with the last quality score that holds out, or the first."""
+    """Mean Spearman with the quality score that plots show."""
     selection_nfe: int
     """Of choosing among all K noises by it."""
     loss: dict[str, Estimate]

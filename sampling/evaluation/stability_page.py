@@ -38,6 +38,7 @@ from sampling.evaluation.stability_tables import (
 from sampling.whole_file import write_whole
 
 TEMPLATE = Path(__file__).with_name("stability.html.j2")
+WIDEST_PX = 256
 REPORT, RESULTS = "report.html", "results.md"
 TITLE = "Are stable noises better noises?"
 NOTES = {
@@ -50,14 +51,15 @@ NOTES = {
     "out.",
     "ablation": "Expected {quality} of the best of k noises minus that of a mean noise of the "
     "prompt, over all subsets of the pool; 95 % interval over prompts.",
-    "cheaper": "Each score beside the first. Per 1000 NFE: the size of the Spearman before it over "
-    "what a score costs. NFE of selection counts the runs as far as the score needs them, the "
-    "scores, and the winner's remaining steps.",
+    "cheaper": "Each score beside the first. Per 1000 NFE: the Spearman before it over what a "
+    "score costs, none where its interval is not above 0. NFE of selection counts the runs as far as the "
+    "score needs them, the scores, and the winner's remaining steps.",
     "sets": "FID and KID to the reference pictures (lower is better), IS (higher is better); every "
     "set has as many images of every prompt. Differences from the set of random noises with "
     "jackknife intervals over prompts. FID of so few images is biased upwards: compare only here.",
     "costs": "NFE: a row that a gradient goes back through counts 3. Seconds as the study ran it, "
-    "in its batches. Memory: of a process that does it for one prompt, one noise at a time.",
+    "in its batches; selection's are its share of the pool's, where every image is decoded and "
+    "judged. Memory: of a process that does it for one prompt, one noise at a time.",
 }
 
 
@@ -91,7 +93,11 @@ def write_pages(
         place, title = found.place, title_of(found.place)
         versus[title] = comparisons(found)
         captions, lines = gallery(found, output / place.folder / "gallery")
-        section = Section(title, captions, [(n, [embedded(p) for p in own]) for n, own in lines])
+        section = Section(
+            title,
+            captions,
+            [(name, [embedded(path, WIDEST_PX) for path in own]) for name, own in lines],
+        )
         section.tables = [
             (
                 f"Does stability rank as quality does? ({found.pool.num_pairs} pairs)",

@@ -1,5 +1,6 @@
 """Paints noises of a stability study again, by their seeds, for sets and for the gallery."""
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sampling.sample import find_device
 from sampling.search.journal import read_rows
 from sampling.search.winners import WINNERS
 from sampling.speed import check_dtype, prepare_unet
+from sampling.whole_file import write_whole
 
 SHOWN_PROMPTS = 8
 
@@ -55,16 +57,17 @@ def gallery(found: Found, folder: Path) -> tuple[list[str], list[tuple[str, list
     }
     rows = list(range(len(values)))[:: max(1, len(values) // SHOWN_PROMPTS)][:SHOWN_PROMPTS]
     wanted = [
-        ((row, int(each[row])), folder / f"{name.replace(' ', '_')}_{row:03d}.png")
+        ((row, int(each[row])), folder / f"{row:03d}_{found.pool.seeds[row, each[row]]}.png")
         for name, each in numbers.items()
         for row in rows
     ]
     missing = [(pair, path) for pair, path in wanted if not path.is_file()]
     if missing:
-        folder.mkdir(parents=True, exist_ok=True)
         images = torch.cat(list(painted(found, [pair for pair, _ in missing])))
         for image, (_, path) in zip(images, missing, strict=True):
-            to_picture(image).save(path)
+            content = io.BytesIO()
+            to_picture(image).save(content, "PNG")
+            write_whole(path, content.getvalue())
     lines = [
         (name, [path for _, path in wanted[place : place + len(rows)]])
         for name, place in zip(numbers, range(0, len(wanted), len(rows)), strict=True)

@@ -141,7 +141,7 @@ def read_ascent(config: StabilityStudyConfig, kind: str, arm: Arm) -> Ascent:
             for quality in config.quality
         },
         np.array([_number(row["baseline"]["scores"][name]) for row in winners]),
-        np.array([_number(row["score"]) for row in winners]),
+        np.array([_number(row["scores"][name]) for row in winners]),
         np.array([tried[row["prompt_index"]] for row in winners]),
         _seconds(arm),
     )

@@ -2,8 +2,9 @@
 
 Each set has the same number of images of every prompt. The kernel distance (KID, Binkowski et al.
 2018) is the unbiased MMD^2 with k(x, y) = (x . y / d + 1)^3; FID of small sets is biased upwards
-and compares only sets of one size. Intervals are a jackknife's, which leaves out one prompt with
-all its images: resampling would put copies into a set, and both FID and KID mind copies.
+and compares only sets of one size. Intervals are a jackknife's, which leaves out one prompt (or one
+of fifty groups of prompts) with all its images: resampling would put copies into a set, and both
+FID and KID mind copies.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import track
 from safetensors.torch import load_file, save
 from scipy import stats
 from torch import Tensor
@@ -28,6 +30,7 @@ from sampling.sample import find_device
 from sampling.verifiers.image_model import ImageModel, load_classifier, load_features
 from sampling.verifiers.oracle import (
     PICTURES,
+    Gaussian,
     frechet_distance,
     gaussian_of,
     inception_score,
@@ -36,10 +39,22 @@ from sampling.whole_file import write_whole
 
 FEATURES, LOGITS = "features", "logits"
 RANDOM = "random"
+BATCH, MOST_GROUPS = 64, 50
 FEWEST_PROMPTS = 3
 """Prompts that a jackknife needs."""
 Rows = dict[str, Tensor]
 """What -> (N, d), a row an image."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real pictures, and what is computed of them once."""
+
+    features: Tensor  # (M, d)
+    gaussian: Gaussian
+    root: Tensor
+    """Of the covariance."""
+    kernel_mean: float
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ def sets_of(found: Found) -> dict[str, np.ndarray]:
     }
 
 
-def set_metrics(found: Found, folder: Path) -> list[SetMetric]:
+def set_metrics(found: Found, folder: Path, reference: Reference | None) -> list[SetMetric]:
     """Paints what is not painted yet and measures every set; nothing where nothing is given."""
     config = found.config
     if not (config.sets.features.is_set or config.sets.classifier.is_set):
@@ -78,23 +93,19 @@ def set_metrics(found: Found, folder: Path) -> list[SetMetric]:
     )
     places = {pair: place for place, pair in enumerate(wanted)}
     rows = measured_rows(found, wanted, folder / "sets.safetensors")
-    reference = reference_features(config)
-    metrics: list[SetMetric] = []
+    members = {
+        name: np.array([[places[row, int(k)] for k in line] for row, line in enumerate(each)])
+        for name, each in sets.items()
+    }
+    metrics = []
     for metric, key, of_set in _metrics(rows, reference):
-        values = {
-            name: np.array([[places[row, int(k)] for k in line] for row, line in enumerate(each)])
-            for name, each in sets.items()
-        }
-        for name in sets:
-            metrics.append(
-                SetMetric(
-                    name,
-                    metric,
-                    values[name].size,
-                    of_set(rows[key][values[name].ravel()]),
-                    _difference(rows[key], values[name], values[RANDOM], of_set),
-                )
-            )
+        whole, left_out = {}, {}
+        for name, own in members.items():
+            whole[name], left_out[name] = _jackknife(rows[key], own, of_set)
+        for name, own in members.items():
+            change = whole[name] - whole[RANDOM]
+            interval = _interval(change, left_out[name] - left_out[RANDOM], len(own))
+            metrics.append(SetMetric(name, metric, own.size, whole[name], interval))
     return metrics
 
 
@@ -125,16 +136,24 @@ def measured_rows(found: Found, pairs: list[tuple[int, int]], path: Path) -> Row
     return rows
 
 
-def reference_features(config: StabilityStudyConfig) -> Tensor | None:
-    """Returns the features of the reference pictures, (N, d); None without a reference."""
+@torch.inference_mode()
+def load_reference(config: StabilityStudyConfig) -> Reference | None:
+    """Reads the reference pictures; None without any. Of other sizes than one batch, one by one."""
     source, one = config.sets.reference, config.sets.features
     if source is None:
         return None
     check_reference(config)
     files = sorted(f for f in Path(source).rglob("*") if f.suffix.lower() in PICTURES)
     reader = load_features(one.checkpoint, one.module, find_device(config.device), torch.float32)
-    with torch.inference_mode():
-        return torch.cat([reader(read_picture(file)[None]).double().cpu() for file in files])
+    parts = []
+    for start in track(range(0, len(files), BATCH), "reading references"):
+        pictures = [read_picture(file) for file in files[start : start + BATCH]]
+        alike = len({picture.shape for picture in pictures}) == 1
+        batches = [torch.stack(pictures)] if alike else [picture[None] for picture in pictures]
+        parts += [reader(batch).double().cpu() for batch in batches]
+    features = torch.cat(parts)
+    gaussian = gaussian_of(features)
+    return Reference(features, gaussian, gaussian.root, kernel_mean(features))
 
 
 def check_reference(config: StabilityStudyConfig) -> None:
@@ -150,49 +169,63 @@ def check_reference(config: StabilityStudyConfig) -> None:
         )
 
 
-def kernel_distance(first: Tensor, second: Tensor) -> float:
-    """Returns the unbiased MMD^2 of two sets of features, (N, d) and (M, d), KID's kernel."""
+def kernel_distance(first: Tensor, second: Tensor, second_mean: float | None = None) -> float:
+    """Returns the unbiased MMD^2 of two sets of features, (N, d) and (M, d), with KID's kernel.
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
+    second_mean: `kernel_mean(second)` where it is known.
+    """
+    across = torch.stack([_kernel(part, second).sum() for part in first.split(BATCH)]).sum()
+    within = kernel_mean(second) if second_mean is None else second_mean
+    return kernel_mean(first) + within - 2 * float(across) / (len(first) * len(second))
 
-    def within(a: Tensor) -> Tensor:
-        values = kernel(a, a)
-        return (values.sum() - values.trace()) / (len(a) * (len(a) - 1))
 
-    return float(within(first) + within(second) - 2 * kernel(first, second).mean())
+def kernel_mean(rows: Tensor) -> float:
+    """Returns the mean of k over all pairs of two different rows."""
+    total = torch.stack([_kernel(part, rows).sum() for part in rows.split(BATCH)]).sum()
+    same = (rows.square().sum(dim=1) / rows.shape[1] + 1) ** 3
+    return float(total - same.sum()) / (len(rows) * (len(rows) - 1))
+
+
+def _kernel(first: Tensor, second: Tensor) -> Tensor:
+    return (first @ second.T / first.shape[1] + 1) ** 3
 
 
 def _metrics(
-    rows: Rows, reference: Tensor | None
+    rows: Rows, reference: Reference | None
 ) -> list[tuple[str, str, Callable[[Tensor], float]]]:
     found: list[tuple[str, str, Callable[[Tensor], float]]] = []
     if reference is not None and FEATURES in rows:
-        gaussian = gaussian_of(reference)
-        found.append(("FID", FEATURES, lambda own: frechet_distance(own, gaussian)))
-        found.append(("KID", FEATURES, lambda own: kernel_distance(own, reference)))
+        one = reference
+        found.append(("FID", FEATURES, lambda own: frechet_distance(own, one.gaussian, one.root)))
+        found.append(
+            ("KID", FEATURES, lambda own: kernel_distance(own, one.features, one.kernel_mean))
+        )
     if LOGITS in rows:
         found.append(("IS", LOGITS, inception_score))
     return found
 
 
-def _difference(
-    rows: Tensor, own: np.ndarray, other: np.ndarray, of_set: Callable[[Tensor], float]
-) -> Estimate:
-    """Returns metric(own) - metric(other) with a jackknife interval over prompts."""
+def _jackknife(
+    rows: Tensor, own: np.ndarray, of_set: Callable[[Tensor], float]
+) -> tuple[float, np.ndarray]:
+    """Returns a set's metric, and without each group of prompts in turn."""
+    groups = np.array_split(np.arange(len(own)), min(len(own), MOST_GROUPS))
+    left_out = [
+        of_set(rows[np.delete(own, group, axis=0).ravel()])
+        for group in groups
+        if len(own) >= FEWEST_PROMPTS
+    ]
+    return of_set(rows[own.ravel()]), np.array(left_out)
 
-    def value(keep: np.ndarray) -> float:
-        return of_set(rows[own[keep].ravel()]) - of_set(rows[other[keep].ravel()])
 
-    count = len(own)
-    every = np.arange(count)
-    whole = value(every)
+def _interval(change: float, left_out: np.ndarray, num_prompts: int) -> Estimate:
+    """Returns Student's interval with the delete-a-group jackknife's error."""
+    count = len(left_out)
     if count < FEWEST_PROMPTS:
-        return Estimate(whole, float("-inf"), float("inf"), count)
-    left_out = np.array([value(np.delete(every, place)) for place in every])
+        return Estimate(change, float("nan"), float("nan"), num_prompts)
     error = float(np.sqrt((count - 1) * left_out.var()))
     half = float(stats.t.ppf(0.5 + LEVEL / 2, count - 1)) * error
-    return Estimate(whole, whole - half, whole + half, count)
+    return Estimate(change, change - half, change + half, num_prompts)
 
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:

@@ -10,21 +10,34 @@ OUTPUT/report.html, results.md, *.svg
 import csv
 import gzip
 import io
+import itertools
 import json
+import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from sampling.errors import RunFailed, UserError
 from sampling.evaluation.stability import StabilityStudyConfig
-from sampling.evaluation.stability_arms import arms, places
+from sampling.evaluation.stability_arms import Arm, arms, places
 from sampling.evaluation.stability_findings import methods, rivals
 from sampling.evaluation.stability_page import write_pages
 from sampling.evaluation.stability_rows import Found, Noises, read_found
-from sampling.evaluation.stability_sets import check_reference, set_metrics
+from sampling.evaluation.stability_sets import check_reference, load_reference, set_metrics
+from sampling.model import DiffusionModel
+from sampling.prompts import read_prompt_set
+from sampling.search.folder import check_folder
 from sampling.search.judgement import HACKING
+from sampling.search.parts import stopped
 from sampling.search.run import search_to_folder
+from sampling.search.set_up import MAX_CHECKED
 from sampling.tasks import Task
+from sampling.verifiers.image_model import load_classifier, load_features
+from sampling.verifiers.load import load_verifiers
 from sampling.whole_file import write_whole
 
 PAIRS, CHOSEN, SETS, PEAKS = "pairs.csv.gz", "chosen.csv", "sets.json", "peaks.json"
@@ -32,11 +45,14 @@ PAIRS, CHOSEN, SETS, PEAKS = "pairs.csv.gz", "chosen.csv", "sets.json", "peaks.j
 
 def run_searches(config: StabilityStudyConfig, task: Task) -> None:
     """Runs every search that is not done; several processes share each one's prompts."""
-    check_reference(config)
+    since = time.time() - 1
     todo = [(place, arm) for place in places(config) for arm in arms(config, place)]
+    check_study(config, [arm for _, arm in todo])
     for number, (place, arm) in enumerate(todo, 1):
+        for _, each in todo:  # another process may be ahead
+            if reason := stopped(Path(each.config.output), since):
+                raise RunFailed(reason)
         if (Path(arm.config.output) / HACKING).is_file():
-            search_to_folder(arm.config, Task())  # refuses a folder of other settings
             continue
         if task.rank == 0:
             print(
@@ -44,7 +60,38 @@ def run_searches(config: StabilityStudyConfig, task: Task) -> None:
                 f"{arm.config.budget_nfe} NFE a prompt",
                 flush=True,
             )
-        search_to_folder(arm.config, task)
+        search_to_folder(arm.config, task, since)
+
+
+def check_study(config: StabilityStudyConfig, searches: Sequence[Arm]) -> None:
+    """Raises UserError for what would else be found after hours: folders, models, verifiers."""
+    prompts = read_prompt_set(config.prompts, config.limit, config.offset)
+    for arm in searches:
+        check_folder(arm.config, Path(arm.config.output), prompts)
+    check_reference(config)
+    for one, load in (
+        (config.sets.features, load_features),
+        (config.sets.classifier, load_classifier),
+    ):
+        if one.is_set:
+            load(one.checkpoint, one.module, torch.device("cpu"), torch.float32)
+    named = {name: replace(each, name=name) for name, each in config.quality.items()}
+    quality = load_verifiers(named, torch.device("cpu"))
+    for verifier in quality.values():
+        check = getattr(verifier, "check_prompt", None)
+        for prompt in itertools.islice(prompts, MAX_CHECKED if check else 0):
+            check(prompt.text)  # type: ignore[misc]
+    name = next(iter(quality))
+    if "reward" in config.optimisations and not quality[name].differentiable:
+        raise UserError(
+            f"quality.{name}: gives no gradient, and optimisations=[reward] takes that of the "
+            "first quality score; leave reward out, or put another score first"
+        )
+    for name, checkpoint in config.checkpoints.items():
+        try:
+            DiffusionModel.load(checkpoint, with_unet=False).process.check_sound()
+        except UserError as error:
+            raise UserError(f"checkpoints.{name}: {error}") from None
 
 
 def report(
@@ -58,11 +105,12 @@ def report(
     """
     output = Path(config.output)
     founds = [read_found(config, place) for place in places(config)]
-    sets = [set_metrics(found, output / found.place.folder) for found in founds]
+    reference = load_reference(config)
+    sets = [set_metrics(found, output / found.place.folder, reference) for found in founds]
     write_whole(output / PAIRS, gzip.compress(_csv(pair_rows(founds)).encode(), mtime=0))
     write_whole(output / CHOSEN, _csv(chosen_rows(founds)))
     found_sets = {
-        found.place.folder: [asdict(each) for each in own]
+        found.place.folder: [_finite(asdict(each)) for each in own]
         for found, own in zip(founds, sets, strict=True)
     }
     write_whole(output / SETS, json.dumps(found_sets, indent=1) + "\n")
@@ -114,10 +162,18 @@ def chosen_rows(founds: Sequence[Found]) -> Iterable[dict[str, Any]]:
 
 
 def _csv(rows: Iterable[dict[str, Any]]) -> str:
-    rows = list(rows)
-    columns = dict.fromkeys(key for row in rows for key in row)
+    rows = iter(rows)
+    first = next(rows)  # all have its columns
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, list(first), lineterminator="\n")
     writer.writeheader()
+    writer.writerow(first)
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _finite(value: Any) -> Any:
+    """Returns what JSON can hold: null for a number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,7 +16,7 @@ from sampling.evaluation.stability_findings import (
 )
 from sampling.evaluation.stability_rows import Found
 from sampling.evaluation.stability_sets import SetMetric
-from sampling.evaluation.statistics import Estimate
+from sampling.evaluation.statistics import LEVEL, Estimate
 
 COMPARED_WITH_PLAIN = ("random noise", "best-of-N")
 
@@ -96,17 +96,19 @@ def ablation_table(found: Sequence[Choice], quality: str) -> Table:
 
 def cheaper_table(found: Sequence[Cheaper], quality: Sequence[str], judge: str) -> Table:
     """Shows every score beside the one that selects."""
-    best = max((abs(each.correlation.value) / each.nfe for each in found), default=0.0)
+    rates = [
+        1000 * each.correlation.value / each.nfe if each.correlation.low > 0 else 0.0
+        for each in found
+    ]
     rows = []
-    for each in found:
-        rate = abs(each.correlation.value) / each.nfe
+    for each, rate in zip(found, rates, strict=True):
         rows.append(
             [
                 name_of(each.score),
                 f"{each.nfe}",
                 interval(each.agreement, 3),
                 interval(each.correlation, 3),
-                f"{1000 * rate:.2f}" + (" (most)" if rate == best else ""),
+                f"{rate:.1f}" + (" (most)" if rate == max(rates) else "") if rate else "none",
                 f"{each.selection_nfe}",
                 *(interval(each.loss[name], 2) for name in quality),
             ]
@@ -176,7 +178,7 @@ def conclusion(
         )
         correlations = []
     for each in correlations:
-        if each.first != first:
+        if each.first != first or each.spearman.n < fewest_prompts():
             continue
         verb = "does not rank"
         if each.spearman.low > 0:
@@ -205,11 +207,12 @@ def conclusion(
 
 
 def _method_line(method: str, versus: Sequence[Versus]) -> str:
-    """Says which rivals the method's mean quality is above and below, by each one's interval."""
+    """Says which rivals the method is above and below: by the interval of the difference and by
+    Holm's p of wins and losses, both."""
     sides: dict[str, dict[str, list[str]]] = {"beats": {}, "falls behind": {}}
     for each in versus:
         told = each.difference.low > 0 or each.difference.high < 0
-        if told and each.difference.n >= fewest_prompts():
+        if told and each.adjusted_p_value < 1 - LEVEL:
             side = sides["beats" if each.difference.low > 0 else "falls behind"]
             side.setdefault(each.rival, []).append(name_of(each.quality))
     parts = [

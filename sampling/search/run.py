@@ -63,13 +63,18 @@ PLAIN_FIRST = (*WHOLE, "noise_optimisation")
 """Algorithms whose first candidate is the plain image of its seed."""
 
 
-def search_to_folder(config: SearchConfig, task: Task | None = None) -> tuple[Path, list[str]]:
+def search_to_folder(
+    config: SearchConfig, task: Task | None = None, since: float | None = None
+) -> tuple[Path, list[str]]:
     """Searches every prompt; continues what an earlier start has left.
+
+    since: time from which another process's word that it has stopped counts; that of the call if
+    not given. Of several searches in a row, where a process may be ahead, that of the first.
 
     Returns the folder and what there is to say of it. Of several processes each searches its share
     of the prompts, and the first waits for the others and joins what they have found.
     """
-    task, since = task or this_task(), time.time() - 1
+    task, since = task or this_task(), since or time.time() - 1
     output = Path(config.output)
     prompts = {prompt.index: prompt for prompt in prompts_of(config, task)}
     settings = check_folder(config, output, prompts.values())

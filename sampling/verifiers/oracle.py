@@ -109,9 +109,12 @@ class Oracle:
         return rows
 
 
-def frechet_distance(features: Float[Tensor, "n d"], reference: Gaussian) -> float:
-    """Returns FID of features to the reference; n may be 1."""
-    return _frechet_distance(features.double(), reference, reference.root)
+def frechet_distance(
+    features: Float[Tensor, "n d"], reference: Gaussian, root: Tensor | None = None
+) -> float:
+    """Returns FID of features to the reference, whose root may be known; n may be 1."""
+    root = reference.root if root is None else root
+    return _frechet_distance(features.double(), reference, root)
 
 
 def inception_score(logits: Float[Tensor, "n k"]) -> float:
