@@ -52,8 +52,8 @@ NOTES = {
     "ablation": "Expected {quality} of the best of k noises minus that of a mean noise of the "
     "prompt, over all subsets of the pool; 95 % interval over prompts.",
     "cheaper": "Each score beside the first. Per 1000 NFE: the Spearman before it over what a "
-    "score costs, none where its interval is not above 0. NFE of selection counts the runs as far as the "
-    "score needs them, the scores, and the winner's remaining steps.",
+    "score costs, none where its interval is not above 0. NFE of selection counts the runs as far "
+    "as the score needs them, the scores, and the winner's remaining steps.",
     "sets": "FID and KID to the reference pictures (lower is better), IS (higher is better); every "
     "set has as many images of every prompt. Differences from the set of random noises with "
     "jackknife intervals over prompts. FID of so few images is biased upwards: compare only here.",
