@@ -132,7 +132,7 @@ def verbs(
             writes=[found],
         ),
         Verb(
-            "search, stability of one noise of 2 steps",
+            "search by stability, 1 noise of 2 steps",
             [
                 *blackpoint,
                 *f"search checkpoint={base} output={scored} num_steps=2 budget_nfe=4".split(),

@@ -44,6 +44,8 @@ class MemoryConfig:
     """Height and width."""
     num_steps: list[int] = field(default_factory=lambda: [4, 10, 25, 50])
     """Sampling steps."""
+    scores: list[str] = field(default_factory=lambda: list(SCORES))
+    """What is differentiated: stability (through run and inversion), reward (through the run)."""
     not_checkpointed: list[int] = field(default_factory=lambda: [4, 10])
     """Sampling steps that are also measured without checkpointing."""
     output: str = "docs/optimisation_memory.json"
@@ -53,7 +55,7 @@ class MemoryConfig:
 def measure(config: MemoryConfig) -> None:
     """Measures every combination and writes them."""
     rows = []
-    for score in SCORES:
+    for score in config.scores:
         for steps, keeps in (
             *((steps, False) for steps in config.num_steps),
             *((steps, True) for steps in config.not_checkpointed),
