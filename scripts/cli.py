@@ -149,18 +149,18 @@ def _dispatch(arguments: list[str]) -> int:
     if flags - {"--print-config"}:
         from scripts.config_fields import describe
 
-        print(describe(_config_class(module, rest), verb, verb_purpose), end="")
+        print(describe(chosen_config_class(module, rest), verb, verb_purpose), end="")
         return 0
     from scripts.config import load, to_yaml
 
-    config: object = load(_config_class(module, rest), rest)
+    config: object = load(chosen_config_class(module, rest), rest)
     if flags:
         print(to_yaml(config), end="")
         return 0
     return int(module.run(config) or 0)
 
 
-def _config_class(module: ModuleType, arguments: list[str]) -> type:
+def chosen_config_class(module: ModuleType, arguments: list[str]) -> type:
     """Returns the verb's config; a verb of several has config_class_of."""
     choose = getattr(module, "config_class_of", None)
     chosen: type = module.config_class() if choose is None else choose(arguments)
