@@ -3,12 +3,13 @@
 import difflib
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from sampling.errors import UserError
 from sampling.evaluation.black_point import BlackPointConfig
 from sampling.evaluation.stability import StabilityStudyConfig
-from scripts.config import KEY_VALUE, read_yaml, to_yaml
+from scripts.config import KEY_VALUE, read_yaml
 from scripts.stoppable import stoppable
 
 StudyConfig = BlackPointConfig | StabilityStudyConfig
@@ -56,8 +57,6 @@ def run(config: StudyConfig) -> int:
 
 def _stability(config: StabilityStudyConfig) -> int:
     with stoppable():
-        from omegaconf import OmegaConf
-
         from sampling.evaluation.run_page import flat
         from sampling.evaluation.stability_study import PEAKS, report, run_searches
         from sampling.tasks import this_task
@@ -69,10 +68,7 @@ def _stability(config: StabilityStudyConfig) -> int:
             return 0
         peaks_path = Path(config.output) / PEAKS
         peaks = measured_peaks(config, peaks_path) if config.measure_memory else {}
-        settings = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
-        assert isinstance(settings, dict)
-        shown = flat({str(key): value for key, value in settings.items()})
-        page, lines = report(config, peaks, shown)
+        page, lines = report(config, peaks, flat(asdict(config)))
     print("\n".join(lines))
     print(f"{page}; tables in results.md, rows in pairs.csv.gz and chosen.csv beside it")
     return 0

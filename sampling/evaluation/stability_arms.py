@@ -129,17 +129,17 @@ class Prices:
 
     def score(self, name: str) -> int:
         """Returns the NFE of one stability score, its run not counted."""
-        return _round_trip(stability_scores(self.study, self.num_steps)[name], self.num_steps)[0]
+        return _round_trip(self._scores()[name], self.num_steps)[0]
 
     def pool(self) -> int:
         """Returns the NFE of all noises with all scores; equal round trips are run once."""
-        scores = stability_scores(self.study, self.num_steps).values()
+        scores = self._scores().values()
         trips = {trip: nfe for nfe, trip in (_round_trip(each, self.num_steps) for each in scores)}
         return self.study.num_noises * (self.image() + sum(trips.values()))
 
     def selection(self, name: str | None = None, num_noises: int | None = None) -> int:
         """Returns the NFE of choosing among K noises by one score, the winner finished."""
-        scores = stability_scores(self.study, self.num_steps)
+        scores = self._scores()
         name = name or next(iter(scores))
         count = self.study.num_noises if num_noises is None else num_noises
         steps = min(scores[name].partial_steps or self.num_steps, self.num_steps)

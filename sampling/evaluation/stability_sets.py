@@ -15,25 +15,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from safetensors.torch import load_file, save
 from scipy import stats
 from torch import Tensor
 
-from sampling.errors import UserError
 from sampling.evaluation.stability import StabilityStudyConfig
 from sampling.evaluation.stability_pictures import painted
 from sampling.evaluation.stability_rows import Found
 from sampling.evaluation.statistics import LEVEL, Estimate
-from sampling.pictures import read_picture
 from sampling.sample import find_device
 from sampling.verifiers.image_model import ImageModel, load_classifier, load_features
 from sampling.verifiers.oracle import (
-    PICTURES,
     Gaussian,
     frechet_distance,
     gaussian_of,
     inception_score,
+    picture_features,
+    reference_pictures,
 )
 from sampling.whole_file import write_whole
 
@@ -136,37 +134,15 @@ def measured_rows(found: Found, pairs: list[tuple[int, int]], path: Path) -> Row
     return rows
 
 
-@torch.inference_mode()
 def load_reference(config: StabilityStudyConfig) -> Reference | None:
-    """Reads the reference pictures; None without any. Of other sizes than one batch, one by one."""
+    """Reads the reference pictures; None without any."""
     source, one = config.sets.reference, config.sets.features
     if source is None:
         return None
-    check_reference(config)
-    files = sorted(f for f in Path(source).rglob("*") if f.suffix.lower() in PICTURES)
     reader = load_features(one.checkpoint, one.module, find_device(config.device), torch.float32)
-    parts = []
-    for start in track(range(0, len(files), BATCH), "reading references"):
-        pictures = [read_picture(file) for file in files[start : start + BATCH]]
-        alike = len({picture.shape for picture in pictures}) == 1
-        batches = [torch.stack(pictures)] if alike else [picture[None] for picture in pictures]
-        parts += [reader(batch).double().cpu() for batch in batches]
-    features = torch.cat(parts)
+    features = picture_features(reference_pictures(source, "sets.reference"), reader)
     gaussian = gaussian_of(features)
     return Reference(features, gaussian, gaussian.root, kernel_mean(features))
-
-
-def check_reference(config: StabilityStudyConfig) -> None:
-    """Raises UserError where the reference folder holds too few pictures to compare with."""
-    source = config.sets.reference
-    if source is None:
-        return
-    count = sum(f.suffix.lower() in PICTURES for f in Path(source).rglob("*"))
-    if count < 2:
-        raise UserError(
-            f"sets.reference={source} holds {count} pictures ({', '.join(PICTURES)}); FID and KID "
-            "need a folder of many"
-        )
 
 
 def kernel_distance(first: Tensor, second: Tensor, second_mean: float | None = None) -> float:

@@ -27,7 +27,7 @@ from sampling.evaluation.stability_arms import Arm, arms, places
 from sampling.evaluation.stability_findings import methods, rivals
 from sampling.evaluation.stability_page import write_pages
 from sampling.evaluation.stability_rows import Found, Noises, read_found
-from sampling.evaluation.stability_sets import check_reference, load_reference, set_metrics
+from sampling.evaluation.stability_sets import load_reference, set_metrics
 from sampling.model import DiffusionModel
 from sampling.prompts import read_prompt_set
 from sampling.search.folder import check_folder
@@ -38,6 +38,7 @@ from sampling.search.set_up import MAX_CHECKED
 from sampling.tasks import Task
 from sampling.verifiers.image_model import load_classifier, load_features
 from sampling.verifiers.load import load_verifiers
+from sampling.verifiers.oracle import reference_pictures
 from sampling.whole_file import write_whole
 
 PAIRS, CHOSEN, SETS, PEAKS = "pairs.csv.gz", "chosen.csv", "sets.json", "peaks.json"
@@ -68,7 +69,8 @@ def check_study(config: StabilityStudyConfig, searches: Sequence[Arm]) -> None:
     prompts = read_prompt_set(config.prompts, config.limit, config.offset)
     for arm in searches:
         check_folder(arm.config, Path(arm.config.output), prompts)
-    check_reference(config)
+    if config.sets.reference is not None:
+        reference_pictures(config.sets.reference, "sets.reference")
     for one, load in (
         (config.sets.features, load_features),
         (config.sets.classifier, load_classifier),

@@ -143,13 +143,24 @@ def load_reference(path: str, features: ImageModel) -> Gaussian:
                 "mean (d,) and covariance (d, d) of the same model's features"
             )
         return Gaussian(stored["mean"].double(), stored["covariance"].double())
-    files = sorted(f for f in source.rglob("*") if f.suffix.lower() in PICTURES)
+    return gaussian_of(picture_features(reference_pictures(path), features))
+
+
+def reference_pictures(path: str, field: str = "reference") -> list[Path]:
+    """Lists the pictures of a folder; raises UserError, naming `field`, for fewer than two."""
+    files = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in PICTURES)
     if len(files) < 2:
         raise UserError(
-            f"reference={path} holds {len(files)} pictures ({', '.join(PICTURES)}); FID needs a "
+            f"{field}={path} holds {len(files)} pictures ({', '.join(PICTURES)}); FID needs a "
             "folder of many, or a .safetensors with mean and covariance"
         )
-    return gaussian_of(torch.cat([features(_picture(file)).double().cpu() for file in files]))
+    return files
+
+
+@torch.no_grad()
+def picture_features(files: Sequence[Path], features: ImageModel) -> Float[Tensor, "n d"]:
+    """Returns the features of pictures of any sizes, float64; raises UserError for what is none."""
+    return torch.cat([features(_picture(file)).double().cpu() for file in files])
 
 
 def _picture(file: Path) -> Images:
