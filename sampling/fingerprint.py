@@ -15,8 +15,9 @@ from transformers import CLIPTextConfig
 
 from sampling.checkpoint import weight_files
 from sampling.loading import load_tokenizer, read_json
+from sampling.model import DiffusionModel
 
-DIGEST_BYTES = 16
+DIGEST_BYTES, MODEL_DIGEST_BYTES = 16, 12
 VAE_DEFAULTS = {"act_fn": "silu", "norm_num_groups": 32}
 TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "num_hidden_layers")
 
@@ -38,6 +39,17 @@ def text_encoder_digest(folder: Path) -> str:
     settings["merges"] = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     settings["tokens"] = [tokenizer.model_max_length, tokenizer.pad_token_id]
     return _digest(weight_files(folder, "text_encoder"), settings)
+
+
+def model_digest(model: DiffusionModel) -> str:
+    """Returns the digest of a loaded model's UNet and process: what decides its pictures beside the
+    encoders."""
+    process = repr(sorted(model.process.to_diffusers().items())).encode()
+    digest = blake2b(process, digest_size=MODEL_DIGEST_BYTES)
+    for key, tensor in sorted(model.unet.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _digest(files: Iterable[Path], settings: dict[str, object]) -> str:

@@ -32,7 +32,11 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "evaluate": (
         "scripts.run_evaluate",
-        "Studies checkpoints: their black point, or whether stable noises are better noises.",
+        "Measures a checkpoint: FID, KID, IS, scores, brightness; or runs a study of several.",
+    ),
+    "sweep": (
+        "scripts.run_sweep",
+        "Trains, evaluates and searches every cell of a grid, here or as a SLURM array.",
     ),
     "export": (
         "scripts.run_export",
@@ -65,6 +69,7 @@ QUIET = {
 }
 # Library warnings that tell a user nothing to act on, by the start of their message.
 NOISE = (
+    r"Metric `.*` will save all extracted features in buffer",
     r"The '.*_dataloader' does not have many workers",
     r"Checkpoint directory .* exists and is not empty",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",

@@ -47,6 +47,17 @@ def load(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     return _finish(config, config_class)
 
 
+def load_values(config_class: type[ConfigT], values: dict[str, Any], origin: str) -> ConfigT:
+    """Builds the config from its defaults and values at dotted keys; `origin` names them in errors.
+
+    Raises UserError as `load` does.
+    """
+    config = OmegaConf.structured(config_class)
+    for key, value in values.items():
+        _assign(config, config_class, {key: value}, "", origin)
+    return _finish(config, config_class)
+
+
 def to_yaml(config: object) -> str:
     """Writes a config dataclass as YAML that `load` reads back as the same config."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,6 +1,5 @@
 """The black-point study of checkpoints on the embedded data's captions and real digits."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from sampling.evaluation.black_point_study import (
 from sampling.evaluation.black_point_summary import Finding, write_summary
 from sampling.evaluation.digit_reader import DigitReader
 from sampling.evaluation.rows import Row
+from sampling.fingerprint import model_digest
 from sampling.model import DiffusionModel
 
 
@@ -67,10 +67,4 @@ def identify(checkpoint: str, allow_unsound: bool = False) -> Identity:
     process."""
     model = DiffusionModel.load(checkpoint)
     model.process.check_sound(allow_unsound)
-    digest = hashlib.blake2b(
-        repr(sorted(model.process.to_diffusers().items())).encode(), digest_size=12
-    )
-    for key, tensor in sorted(model.unet.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return Identity(digest.hexdigest(), model.process.unsound())
+    return Identity(model_digest(model), model.process.unsound())

@@ -1,4 +1,4 @@
-"""`blackpoint evaluate`: studies of checkpoints: their black point, or the stability of noises."""
+"""`blackpoint evaluate`: the metrics of a checkpoint, or a study of several."""
 
 import difflib
 import time
@@ -8,12 +8,14 @@ from pathlib import Path
 
 from sampling.errors import UserError
 from sampling.evaluation.black_point import BlackPointConfig
+from sampling.evaluation.metrics import MetricsConfig
 from sampling.evaluation.stability import StabilityStudyConfig
 from scripts.config import KEY_VALUE, read_yaml
 from scripts.stoppable import stoppable
 
-StudyConfig = BlackPointConfig | StabilityStudyConfig
+StudyConfig = MetricsConfig | BlackPointConfig | StabilityStudyConfig
 STUDIES: dict[str, type[StudyConfig]] = {
+    "metrics": MetricsConfig,
     "black_point": BlackPointConfig,
     "stability": StabilityStudyConfig,
 }
@@ -21,7 +23,7 @@ STUDIES: dict[str, type[StudyConfig]] = {
 
 def config_class() -> type[StudyConfig]:
     """Returns the dataclass of the study that runs unless another is named."""
-    return BlackPointConfig
+    return MetricsConfig
 
 
 def config_class_of(arguments: Sequence[str]) -> type[StudyConfig]:
@@ -42,7 +44,9 @@ def config_class_of(arguments: Sequence[str]) -> type[StudyConfig]:
 
 
 def run(config: StudyConfig) -> int:
-    """Runs the study and prints what came out."""
+    """Runs what is asked for and prints what came out."""
+    if isinstance(config, MetricsConfig):
+        return _metrics(config)
     if isinstance(config, StabilityStudyConfig):
         return _stability(config)
     from sampling.evaluation.black_point_summary import markdown
@@ -52,6 +56,18 @@ def run(config: StudyConfig) -> int:
     _, findings = evaluate(config)
     print(markdown(findings))
     print(f"{config.output}/summary.md, {time.perf_counter() - started_s:.0f} s")
+    return 0
+
+
+def _metrics(config: MetricsConfig) -> int:
+    with stoppable():
+        from sampling.evaluation.metrics_study import evaluate_to_folder
+        from sampling.evaluation.metrics_summary import markdown
+
+        summary = evaluate_to_folder(config)
+    if summary is not None:
+        print(markdown(summary))
+        print(f"{config.output}: metrics.json, metrics.csv, metrics.md, images.parquet")
     return 0
 
 

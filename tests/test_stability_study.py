@@ -15,6 +15,7 @@ import torch
 from scipy import stats
 from torchmetrics.image.kid import poly_mmd
 
+from sampling.evaluation.kernel_distance import kernel_distance
 from sampling.evaluation.stability import StabilityStudyConfig
 from sampling.evaluation.stability_arms import Place, Prices, arms, places
 from sampling.evaluation.stability_findings import (
@@ -28,7 +29,6 @@ from sampling.evaluation.stability_findings import (
     expected_of_best,
 )
 from sampling.evaluation.stability_rows import Ascent, Found, Noises
-from sampling.evaluation.stability_sets import kernel_distance
 from sampling.verifiers.load import VerifierConfig
 from scripts.cli import main
 

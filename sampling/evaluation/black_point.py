@@ -30,7 +30,7 @@ class BlackPointConfig:
     """The black-point study of one or more checkpoints."""
 
     study: Literal["black_point"] = "black_point"
-    """Which study: black_point or stability; `study=stability --help` lists the other's keys."""
+    """Which study: metrics, black_point or stability; `study=NAME --help` lists another's keys."""
     checkpoints: dict[str, str] = MISSING
     """Name -> checkpoint (a folder, hub id, run directory or .ckpt); the first is the one compared
     with."""

@@ -13,27 +13,12 @@ from omegaconf import MISSING
 from sampling.choices import Attention, Dtype, Weights
 from sampling.errors import UserError
 from sampling.search.algorithm_configs import NoiseOptimisationConfig
-from sampling.verifiers.load import VerifierConfig
+from sampling.verifiers.load import ImageModelConfig, VerifierConfig
 
 Optimisation = Literal["stability", "fixed_inverse", "reward"]
 LEAST = {"num_optimisation_steps": 2, "batch_size": 1, "gradient_batch_size": 1, "seed": 0}
 OF_RUNS = ("stability", "self_supervised", "oracle")
 """Kinds of verifiers that do not judge one picture by itself."""
-
-
-@dataclass
-class ImageModelConfig:
-    """A network of images for the metrics of sets."""
-
-    checkpoint: str | None = None
-    """A transformers folder or hub id."""
-    module: str | None = None
-    """Import path package.module:name of a module of images in [0, 1]."""
-
-    @property
-    def is_set(self) -> bool:
-        """Whether there is one."""
-        return self.checkpoint is not None or self.module is not None
 
 
 @dataclass
@@ -55,7 +40,7 @@ class StabilityStudyConfig:
     """Whether stable noises are better noises: correlations, selection, optimisation, cost."""
 
     study: Literal["stability"] = "stability"
-    """Which study: black_point or stability."""
+    """Which study: metrics, black_point or stability."""
     checkpoints: dict[str, str] = MISSING
     """Name -> checkpoint: a folder, hub id, run directory or .ckpt."""
     prompts: Any = MISSING

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from scipy import stats
 from torch import Tensor
 
+from sampling.evaluation.kernel_distance import kernel_distance, kernel_mean
 from sampling.evaluation.stability import StabilityStudyConfig
 from sampling.evaluation.stability_pictures import painted
 from sampling.evaluation.stability_rows import Found
@@ -37,7 +38,7 @@ from sampling.whole_file import write_whole
 
 FEATURES, LOGITS = "features", "logits"
 RANDOM = "random"
-BATCH, MOST_GROUPS = 64, 50
+MOST_GROUPS = 50
 FEWEST_PROMPTS = 3
 """Prompts that a jackknife needs."""
 Rows = dict[str, Tensor]
@@ -143,27 +144,6 @@ def load_reference(config: StabilityStudyConfig) -> Reference | None:
     features = picture_features(reference_pictures(source, "sets.reference"), reader)
     gaussian = gaussian_of(features)
     return Reference(features, gaussian, gaussian.root, kernel_mean(features))
-
-
-def kernel_distance(first: Tensor, second: Tensor, second_mean: float | None = None) -> float:
-    """Returns the unbiased MMD^2 of two sets of features, (N, d) and (M, d), with KID's kernel.
-
-    second_mean: `kernel_mean(second)` where it is known.
-    """
-    across = torch.stack([_kernel(part, second).sum() for part in first.split(BATCH)]).sum()
-    within = kernel_mean(second) if second_mean is None else second_mean
-    return kernel_mean(first) + within - 2 * float(across) / (len(first) * len(second))
-
-
-def kernel_mean(rows: Tensor) -> float:
-    """Returns the mean of k over all pairs of two different rows."""
-    total = torch.stack([_kernel(part, rows).sum() for part in rows.split(BATCH)]).sum()
-    same = (rows.square().sum(dim=1) / rows.shape[1] + 1) ** 3
-    return float(total - same.sum()) / (len(rows) * (len(rows) - 1))
-
-
-def _kernel(first: Tensor, second: Tensor) -> Tensor:
-    return (first @ second.T / first.shape[1] + 1) ** 3
 
 
 def _metrics(

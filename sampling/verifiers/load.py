@@ -137,6 +137,21 @@ class VerifierConfig:
         return self.name or self.kind
 
 
+@dataclass
+class ImageModelConfig:
+    """A network of images for the metrics of sets."""
+
+    checkpoint: str | None = None
+    """A transformers folder or hub id."""
+    module: str | None = None
+    """Import path package.module:name of a module of images in [0, 1]."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is one."""
+        return self.checkpoint is not None or self.module is not None
+
+
 def load_verifiers(
     configs: "Mapping[str, VerifierConfig]", device: "torch.device"
 ) -> "dict[str, Verifier]":

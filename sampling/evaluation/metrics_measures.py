@@ -1,0 +1,180 @@
+"""What is measured on each image of an evaluation: luminance, scores, rows for set metrics.
+
+Everything is measured on the 8-bit picture that a PNG file holds. A network whose weights are
+missing is left out and named; the rest runs.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sampling.errors import UserError
+from sampling.evaluation.brightness import luminance_error, luminance_range
+from sampling.evaluation.luminance import border_luminance, image_luminance
+from sampling.evaluation.metrics import MetricsConfig
+from sampling.evaluation.metrics_rows import FEATURE_COLUMN, Row, column_digest
+from sampling.evaluation.set_models import (
+    Pixels,
+    SetModel,
+    load_set_model,
+    networks,
+    read_reference,
+)
+from sampling.prompts import Prompt
+from sampling.verifiers.load import load_verifiers
+from sampling.verifiers.oracle import reference_pictures
+from sampling.verifiers.verifier import Verifier, checked_scores
+
+DECIMALS = 6
+MAX_CHECKED = 10_000
+
+
+@dataclass
+class Measures:
+    """What measures; `columns` are the measured columns with the digests of their settings."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    verifiers: dict[str, Verifier] = field(default_factory=dict)
+    set_models: list[SetModel] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """What was asked for and cannot be measured here, with the reason."""
+
+    def missing(self, row: Row) -> set[str]:
+        """Returns the columns that a row lacks."""
+        return self.columns.keys() - row.keys()
+
+    @torch.no_grad()
+    def measure(self, pixels: Pixels, prompts: Sequence[Prompt], wanted: set[str]) -> list[Row]:
+        """Measures pictures (N, 3, H, W) uint8; returns a row of the wanted columns for each."""
+        images = pixels.float() / 255
+        rows: list[Row] = [{} for _ in prompts]
+        for name, verifier in self.verifiers.items():
+            if name in wanted:
+                texts = [prompt.text for prompt in prompts]
+                for row, value in zip(rows, checked_scores(verifier, images, texts), strict=True):
+                    row[name] = float(value)
+        for model in self.set_models:
+            if wanted & set(model.columns):
+                for column, found in zip(model.columns, model.rows(pixels), strict=True):
+                    for row, values in zip(rows, found.float().cpu().tolist(), strict=True):
+                        row[column] = values
+        return rows
+
+
+def luminance_rows(pixels: Pixels, prompts: Sequence[Prompt]) -> list[Row]:
+    """Measures luminance of the image and of its border, and the distance to what is asked for."""
+    images = pixels.float() / 255
+    ranges = [luminance_range(prompt) for prompt in prompts]
+    columns = zip(
+        image_luminance(images).tolist(), border_luminance(images).tolist(), ranges, strict=True
+    )
+    rows: list[Row] = []
+    for number, (whole, border, asked) in enumerate(columns):
+        error = None
+        if asked is not None:
+            error = round(float(luminance_error(images[number : number + 1], [asked])[0]), DECIMALS)
+        rows.append(
+            {
+                "luminance": round(whole, DECIMALS),
+                "border_luminance": round(border, DECIMALS),
+                "asked_low": None if asked is None else asked.low,
+                "asked_high": None if asked is None else asked.high,
+                "asked_where": None if asked is None else asked.where,
+                "luminance_error": error,
+            }
+        )
+    return rows
+
+
+def load_measures(
+    config: MetricsConfig, prompts: Sequence[Prompt], device: torch.device
+) -> Measures:
+    """Loads every network that is asked for; what is missing is skipped, with its reason.
+
+    Raises UserError for a prompt that a verifier cannot judge.
+    """
+    found = Measures()
+    for name, each in config.verifiers.items():
+        try:
+            verifier = load_verifiers({name: dataclasses.replace(each, name=name)}, device)[name]
+        except UserError as error:
+            found.skipped[name] = str(error)
+            continue
+        check = getattr(verifier, "check_prompt", None)
+        for prompt in itertools.islice(prompts, MAX_CHECKED if check else 0):
+            check(prompt.text)  # type: ignore[misc]
+        found.verifiers[name] = verifier
+        settings = {k: v for k, v in asdict(each).items() if k not in ("batch_size", "name")}
+        found.columns[name] = column_digest(settings)
+    for key, columns in networks(config.sets).items():
+        try:
+            model = load_set_model(config.sets, key, columns, device)
+        except UserError as error:
+            found.skipped[f"sets.{key}"] = str(error)
+            continue
+        found.set_models.append(model)
+        given = getattr(config.sets, key)
+        digest = column_digest([key, given if key == "inception" else asdict(given)])
+        found.columns |= {column: digest for column in columns}
+    return found
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real pictures of a folder, as our images are measured."""
+
+    num_images: int
+    luminance: list[float]
+    border_luminance: list[float]
+    features: Tensor | None
+    """(M, d), where features are asked for."""
+    notes: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def measure_reference(
+    config: MetricsConfig, measures: Measures, height: int, width: int, num_images: int
+) -> Reference:
+    """Measures the real pictures; raises UserError for fewer than two, or a broken one."""
+    assert config.sets.reference is not None
+    files = reference_pictures(config.sets.reference, "sets.reference")
+    model = next((each for each in measures.set_models if FEATURE_COLUMN in each.columns), None)
+    luminances: list[float] = []
+    borders: list[float] = []
+    features, num_resized = [], 0
+    for start in range(0, len(files), config.batch_size):
+        batch = [
+            read_reference(Path(file), height, width) for file in files[start:][: config.batch_size]
+        ]
+        pixels = torch.cat([each for each, _ in batch])
+        num_resized += sum(is_other for _, is_other in batch)
+        images = pixels.float() / 255
+        luminances += image_luminance(images).tolist()
+        borders += border_luminance(images).tolist()
+        if model is not None:
+            rows = model.rows(pixels)[model.columns.index(FEATURE_COLUMN)]
+            features.append(rows.float().cpu())
+    notes = []
+    if num_resized:
+        notes.append(
+            f"{num_resized} of {len(files)} references had another size than {width} x {height} px "
+            "and were resized and cut"
+        )
+    if len(files) != num_images:
+        notes.append(
+            f"{len(files)} references and {num_images} images: FID is biased upwards in small "
+            "sets; compare evaluations of equal numbers"
+        )
+    whole = torch.cat(features) if features else None
+    return Reference(len(files), luminances, borders, whole, tuple(notes))
+
+
+def invariance_settings(config: MetricsConfig) -> dict[str, Any]:
+    """Returns what the noise-invariance depends on beside the checkpoint and the prompts."""
+    return {**asdict(config.brightness), "height": config.height, "width": config.width}

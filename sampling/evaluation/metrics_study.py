@@ -1,0 +1,416 @@
+"""`blackpoint evaluate`: from a config to images, rows and every metric, in a folder.
+
+evaluation.json    what was sampled; another checkpoint or setting is refused in the same folder
+images.parquet     a row an image: prompt, seed, luminance, scores, NFE, seconds
+features.parquet   rows of numbers behind the metrics of sets
+images/            the first images as PNG
+metrics.json, metrics.csv, metrics.md   every metric with n and interval
+
+Several processes share the batches and meet in the folder; which one samples a batch changes
+nothing. What is finished is never sampled again, and a metric that is added later is measured on
+the images that are kept, or on images sampled once more.
+"""
+
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from sampling.errors import UserError
+from sampling.evaluation.metrics import FREE, MetricsConfig
+from sampling.evaluation.metrics_measures import (
+    Measures,
+    invariance_settings,
+    load_measures,
+    luminance_rows,
+    measure_reference,
+)
+from sampling.evaluation.metrics_rows import (
+    PARTS,
+    Key,
+    Row,
+    column_digest,
+    finished_keys,
+    join_rows,
+    read_rows,
+    write_rows,
+)
+from sampling.evaluation.metrics_summary import Summary, summarise, write_summary
+from sampling.evaluation.noise_invariance import noise_dependence
+from sampling.evaluation.set_models import Pixels, to_pixels
+from sampling.fingerprint import model_digest
+from sampling.model import DiffusionModel
+from sampling.pictures import to_picture
+from sampling.prompts import Prompt, read_prompt_set
+from sampling.sample import find_device
+from sampling.search.parts import forget_stop, share_of, tell_stop, wait_until
+from sampling.speed import check_dtype, prepare_unet
+from sampling.tasks import Task, this_task
+from sampling.whole_file import write_whole
+
+SETTINGS, INVARIANCE = "evaluation.json", "noise_invariance.json"
+BYTES_PER_GB = 1e9
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to be: image `image` of a prompt."""
+
+    number: int
+    prompt: Prompt
+    image: int
+    seed: int
+
+    @property
+    def key(self) -> Key:
+        return self.prompt.index, self.image
+
+    @property
+    def file(self) -> str:
+        return f"images/{self.prompt.index:05d}_{self.image:03d}.png"
+
+
+def evaluate_to_folder(config: MetricsConfig, task: Task | None = None) -> Summary | None:
+    """Samples and measures what is missing; returns the metrics, None in all but the first process.
+
+    Raises UserError for wrong input before anything is written.
+    """
+    task, since = task or this_task(), time.time() - 1
+    output = Path(config.output)
+    prompts = read_prompt_set(config.prompts, config.limit, config.offset)
+    jobs = jobs_of(config, prompts)
+    if config.sets.is_set and len(jobs) < 2:
+        raise UserError(
+            "sets: metrics of sets need at least two images, and one prompt with num_images=1 "
+            "makes one; raise num_images, give more prompts, or leave sets out"
+        )
+    settings = check_folder(config, output, prompts)
+    device = find_device(_device_name(config.device, task))
+    measures = load_measures(config, prompts, device)
+    geneval = read_geneval_file(config)
+    forget_stop(output, task)
+    try:
+        with Painter(config, settings, device) as painter:
+            if config.sets.reference is not None:
+                height, width = painter.size()
+                reference = measure_reference(config, measures, height, width, len(jobs))
+            else:
+                reference = None
+            write_missing(config, measures, painter, jobs, task)
+            if task.rank > 0:
+                return None
+            dependence = noise_dependences(config, painter, prompts)
+    except Exception as error:
+        tell_stop(output, task, str(error) or type(error).__name__)
+        raise
+
+    keys = {job.key for job in jobs}
+    if task.count > 1:
+        wait_until(lambda: finished_keys(output, measures.columns) >= keys, output, since)
+    rows = read_rows(output, measures.columns)
+    wanted = {job.key: rows[job.key] for job in jobs}
+    join_rows(output, wanted, measures.columns)
+    shutil.rmtree(output / PARTS, ignore_errors=True)
+    found = summarise(config, list(wanted.values()), measures, reference, dependence, geneval)
+    found = replace(found, notes=(*painter.notes, *found.notes), peak_gb=peak_gb(device))
+    write_summary(output, found)
+    return found
+
+
+def jobs_of(config: MetricsConfig, prompts: Sequence[Prompt]) -> list[Job]:
+    """Lists every image; its seed does not depend on which part of the prompts is taken."""
+    return [
+        Job(
+            place * config.num_images + image,
+            prompt,
+            image,
+            config.seed + prompt.index * config.num_images + image,
+        )
+        for place, prompt in enumerate(prompts)
+        for image in range(config.num_images)
+    ]
+
+
+class Painter:
+    """Samples batches with a model that is loaded when it is first needed."""
+
+    def __init__(
+        self, config: MetricsConfig, settings: dict[str, Any], device: torch.device
+    ) -> None:
+        self._config, self._settings, self._device = config, settings, device
+        self._model: DiffusionModel | None = None
+        self.notes: tuple[str, ...] = ()
+        self.num_rows = 0
+        """UNet rows evaluated so far."""
+        self._process_notes(DiffusionModel.load(config.checkpoint, with_unet=False))
+
+    def __enter__(self) -> "Painter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._model = None
+
+    def _process_notes(self, model: DiffusionModel) -> None:
+        """Tells what is unusual about the process; raises UserError for what cannot work."""
+        config, own = self._config, model.process
+        process = replace(own, timestep_spacing=config.timestep_spacing or own.timestep_spacing)
+        process.check_sound(config.allow_unsound)
+        notes = []
+        if process.timestep_spacing != own.timestep_spacing:
+            notes.append(
+                f"sampled with timestep_spacing={process.timestep_spacing}; the checkpoint says "
+                f"{own.timestep_spacing}"
+            )
+        if process.unsound():
+            notes.append(f"unsound, and sampled all the same (allow_unsound): {process.unsound()}")
+        self.notes = tuple(notes)
+        self._size = (config.height or model.image_size, config.width or model.image_size)
+        model.latent_shape(config.height, config.width)  # says what sizes are possible
+
+    def size(self) -> tuple[int, int]:
+        """Returns height and width of the images, in px."""
+        return self._size
+
+    @property
+    def model(self) -> DiffusionModel:
+        """The model; refused where it is not the one that the folder's images are of."""
+        if self._model is None:
+            config = self._config
+            dtype = getattr(torch, config.dtype)
+            check_dtype(self._device, dtype)
+            model = DiffusionModel.load(config.checkpoint, self._device, dtype, config.weights)
+            _check_weights(config, self._settings, model_digest(model))
+            if config.timestep_spacing is not None:
+                model.process = replace(model.process, timestep_spacing=config.timestep_spacing)
+            prepare_unet(model.unet, config.attention, config.channels_last)
+            model.unet.register_forward_pre_hook(self._count)
+            self._model = model
+        return self._model
+
+    def _count(self, _: object, arguments: tuple[Any, ...]) -> None:
+        self.num_rows += len(arguments[0])
+
+    def paint(self, jobs: Sequence[Job]) -> Pixels:
+        """Samples the images of a batch, (N, 3, H, W) uint8."""
+        config = self._config
+        images = self.model.sample(
+            [job.prompt.text for job in jobs],
+            [job.seed for job in jobs],
+            config.num_steps,
+            config.guidance_scale,
+            config.guidance_rescale,
+            config.sampler,
+            config.eta,
+            config.height,
+            config.width,
+            config.negative_prompt,
+            batch_size=config.batch_size,
+            allow_unsound=config.allow_unsound,
+        )
+        for image in images:
+            if not torch.isfinite(image).all():
+                to_picture(image)  # says so
+        return to_pixels(images)
+
+
+def write_missing(
+    config: MetricsConfig, measures: Measures, painter: Painter, jobs: Sequence[Job], task: Task
+) -> None:
+    """Samples and measures the batches of this process that are not finished."""
+    output = Path(config.output)
+    have = read_rows(output, measures.columns)
+    todo = {job.key for job in _missing(have, jobs, measures)}
+    batches = [
+        [job for job in jobs[start : start + config.batch_size]]
+        for start in range(0, len(jobs), config.batch_size)
+    ]
+    mine = [batch for batch in share_of(batches, task) if any(job.key in todo for job in batch)]
+    if not mine:
+        return
+    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("evaluating", total=sum(map(len, mine)))
+        for batch in mine:
+            rows = batch_rows(config, measures, painter, batch, have)
+            measured_by = column_digest(sorted(measures.columns.items()))
+            path = output / PARTS / f"{batch[0].number:08d}-{measured_by}.parquet"
+            write_rows(path, rows, measures.columns)
+            progress.advance(bar, len(batch))
+
+
+def batch_rows(
+    config: MetricsConfig,
+    measures: Measures,
+    painter: Painter,
+    batch: Sequence[Job],
+    have: dict[Key, Row],
+) -> list[Row]:
+    """Returns the rows of a batch, of what it lacks; keeps the first images as files."""
+    output = Path(config.output)
+    started_s, before = time.perf_counter(), painter.num_rows
+    rows: list[Row] = [dict(have.get(job.key, {})) for job in batch]
+    is_new = any(IMAGE_COLUMN not in row for row in rows)
+    files = [output / job.file for job in batch]
+    if not is_new and all(file.is_file() for file in files):
+        pixels = torch.stack([pil_to_tensor(Image.open(file)).contiguous() for file in files])
+    else:
+        pixels = painter.paint(batch)
+    sampled_s, num_rows = time.perf_counter() - started_s, painter.num_rows - before
+    prompts = [job.prompt for job in batch]
+    if is_new:
+        for row, job, of_luminance in zip(
+            rows, batch, luminance_rows(pixels, prompts), strict=True
+        ):
+            row |= {
+                "prompt_index": job.prompt.index,
+                "image": job.image,
+                "prompt": job.prompt.text,
+                "category": job.prompt.category,
+                "seed": job.seed,
+                "file": _keep(config, output, job, pixels[job.number - batch[0].number]),
+                **of_luminance,
+            }
+    wanted = set().union(*(measures.missing(row) for row in rows))
+    for row, measured in zip(rows, measures.measure(pixels, prompts, wanted), strict=True):
+        row |= measured
+        row["nfe"] = row.get("nfe") or num_rows / len(batch)
+        row["sampling_s"] = row.get("sampling_s") or round(sampled_s / len(batch), 5)
+    measured_s = time.perf_counter() - started_s - sampled_s
+    for row in rows:
+        row["measuring_s"] = round((row.get("measuring_s") or 0) + measured_s / len(batch), 5)
+    return rows
+
+
+def noise_dependences(
+    config: MetricsConfig, painter: Painter, prompts: Sequence[Prompt]
+) -> list[float]:
+    """Returns each of the first prompts' deviation over noises of the first prediction."""
+    number = min(config.brightness.invariance_prompts, len(prompts))
+    if number == 0:
+        return []
+    path = Path(config.output) / INVARIANCE
+    texts = [prompt.text for prompt in prompts[:number]]
+    key = column_digest([texts, config.seed, invariance_settings(config)])
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["settings"] == key:
+            return list(kept["deviations"])
+    found = noise_dependence(
+        painter.model,
+        texts,
+        config.brightness.invariance_noises,
+        config.seed,
+        config.height,
+        config.width,
+        config.batch_size,
+    )
+    values = [round(value, 8) for value in found.tolist()]
+    write_whole(path, json.dumps({"settings": key, "deviations": values}) + "\n")
+    return values
+
+
+def check_folder(config: MetricsConfig, output: Path, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Returns the settings of the images; raises UserError where `output` holds something else."""
+    settings = {key: value for key, value in asdict(config).items() if key not in FREE}
+    settings["prompts_digest"] = column_digest(
+        [[p.index, p.text, p.category, str(p.metadata)] for p in prompts]
+    )
+    path = output / SETTINGS
+    if not path.is_file():
+        if output.exists() and (output.is_file() or any(_others(output))):
+            raise UserError(
+                f"output={output} holds something that is no evaluation; name a new folder"
+            )
+        return settings
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is not JSON; choose another output") from None
+    now = json.loads(json.dumps(settings))
+    for key in sorted(now):
+        default = getattr(MetricsConfig, key, None)
+        there = saved.get(key, default)
+        if there != now[key]:
+            what = (
+                "other prompts"
+                if key == "prompts_digest"
+                else f"{key}: {there} there, {now[key]} now"
+            )
+            raise UserError(
+                f"output={output} holds an evaluation with other settings ({what}); choose another "
+                "output, or continue it with its own"
+            )
+    settings["weights_digest"] = saved.get("weights_digest")
+    return settings
+
+
+def read_geneval_file(config: MetricsConfig) -> Any:
+    """Reads GenEval's scores where a file is given."""
+    from sampling.evaluation.geneval import read_geneval
+
+    return None if config.geneval is None else read_geneval(config.geneval, seed=config.seed)
+
+
+def peak_gb(device: torch.device) -> float:
+    """Returns the most memory that this process, or its GPU, has held, in 10^9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / BYTES_PER_GB
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used * MAXRSS_BYTES / BYTES_PER_GB
+
+
+IMAGE_COLUMN = "luminance"
+
+
+def _missing(have: dict[Key, Row], jobs: Sequence[Job], measures: Measures) -> list[Job]:
+    return [
+        job
+        for job in jobs
+        if IMAGE_COLUMN not in have.get(job.key, {}) or measures.missing(have[job.key])
+    ]
+
+
+def _keep(config: MetricsConfig, output: Path, job: Job, pixels: Tensor) -> str | None:
+    if config.keep_images is not None and job.number >= config.keep_images:
+        return None
+    path = output / job.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    return job.file
+
+
+def _check_weights(config: MetricsConfig, settings: dict[str, Any], digest: str) -> None:
+    """Refuses other weights under the same name; writes evaluation.json where there is none."""
+    output = Path(config.output)
+    kept = settings.get("weights_digest")
+    if kept is not None and kept != digest:
+        raise UserError(
+            f"checkpoint={config.checkpoint} has other weights than those that output={output} was "
+            "sampled with; choose another output"
+        )
+    if kept is None:
+        content = settings | {"weights_digest": digest}
+        write_whole(output / SETTINGS, json.dumps(content, indent=1) + "\n")
+
+
+def _others(output: Path) -> list[Path]:
+    """Lists what lies there beside files that are being written."""
+    return [p for p in output.iterdir() if not p.name.startswith(".")]
+
+
+def _device_name(name: str, task: Task) -> str:
+    if name == "auto" and task.count > 1 and torch.cuda.is_available():
+        return f"cuda:{task.local_rank % torch.cuda.device_count()}"
+    return name

@@ -1,0 +1,286 @@
+"""What the rows of an evaluation say: every metric with n and its 95 % interval.
+
+Computed from rows alone, in the order of their keys, so that it does not matter how many processes
+wrote them, nor in which order. Means are over prompts (each the mean of its images), because images
+of one prompt are not independent; of a single prompt they are over its images.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy import stats
+
+from sampling.evaluation import statistics
+from sampling.evaluation.geneval import GenEvalScores
+from sampling.evaluation.metrics import MetricsConfig
+from sampling.evaluation.metrics_measures import Measures, Reference
+from sampling.evaluation.metrics_rows import FEATURE_COLUMN, LOGIT_COLUMN, Row
+from sampling.evaluation.prompt_luminance import TONES
+from sampling.evaluation.set_metrics import feature_metrics, logit_metrics
+from sampling.evaluation.statistics import LEVEL, NUM_RESAMPLES, Estimate, percentiles
+from sampling.whole_file import write_whole
+
+JSON_FILE, CSV_FILE, MARKDOWN_FILE = "metrics.json", "metrics.csv", "metrics.md"
+ERROR, LUMINANCE, INVARIANCE = "luminance error", "luminance", "noise-invariance"
+SPREAD, SPREAD_RATIO = "luminance spread", "luminance spread over the references'"
+DISTANCE = "luminance distance to the references"
+OPEN = "open"
+Better = Literal["lower", "higher", ""]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of an evaluation."""
+
+    name: str
+    group: str
+    """Which prompts: a category, a tone that they ask for, or "" for all."""
+    estimate: Estimate
+    unit: Literal["prompts", "images"]
+    """What n counts."""
+    better: Better = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All metrics of an evaluation, what they cost, and what there is to say of them."""
+
+    metrics: tuple[Metric, ...]
+    notes: tuple[str, ...]
+    skipped: dict[str, str]
+    num_images: int
+    num_prompts: int
+    nfe: float
+    """UNet evaluations of all images."""
+    seconds: float
+    """Of sampling and measuring, over all processes."""
+    peak_gb: float = 0.0
+
+
+def summarise(
+    config: MetricsConfig,
+    rows: Sequence[Row],
+    measures: Measures,
+    reference: Reference | None,
+    dependence: Sequence[float],
+    geneval: GenEvalScores | None,
+) -> Summary:
+    """Computes every metric that the rows have."""
+    rows = sorted(rows, key=lambda row: (row["prompt_index"], row["image"]))
+    found, notes = set_metrics(config, rows, reference)
+    for name in measures.verifiers:
+        own = [row for row in rows if math.isfinite(row[name])]
+        if len(own) < len(rows):
+            notes.append(f"{name}: {len(rows) - len(own)} images without a finite score left out")
+        if own:
+            found.append(_mean(name, "", own, itemgetter(name), "higher"))
+    found += brightness_metrics(config, rows, reference)
+    if dependence:
+        estimate = statistics.mean(dependence, seed=config.seed)
+        found.append(Metric(INVARIANCE, "", estimate, "prompts", "lower"))
+    if geneval is not None:
+        found.append(Metric("GenEval", "", geneval.overall, "prompts", "higher"))
+        found += [
+            Metric("GenEval", task, each, "prompts", "higher")
+            for task, each in geneval.tasks.items()
+        ]
+        if geneval.missing:
+            notes.append(f"GenEval: no images of {', '.join(geneval.missing)}")
+    if reference is not None:
+        notes += reference.notes
+    seconds = sum(row["sampling_s"] + row["measuring_s"] for row in rows)
+    return Summary(
+        tuple(found),
+        tuple(notes),
+        dict(measures.skipped),
+        len(rows),
+        len({row["prompt_index"] for row in rows}),
+        round(sum(row["nfe"] for row in rows)),
+        round(seconds, 2),
+    )
+
+
+def set_metrics(
+    config: MetricsConfig, rows: Sequence[Row], reference: Reference | None
+) -> tuple[list[Metric], list[str]]:
+    """Computes FID, KID, precision, recall and IS of rows in order, as far as they can be."""
+    groups = [row["prompt_index"] for row in rows]
+    found = []
+    if reference is not None and reference.features is not None and FEATURE_COLUMN in rows[0]:
+        features = torch.tensor([row[FEATURE_COLUMN] for row in rows])
+        found += feature_metrics(features, reference.features, groups, config.sets, config.seed)
+    if LOGIT_COLUMN in rows[0]:
+        logits = torch.tensor([row[LOGIT_COLUMN] for row in rows])
+        found += logit_metrics(logits, groups, config.sets, config.seed)
+    metrics = [
+        Metric(
+            each.name, "", each.estimate, "images", "lower" if each.lower_is_better else "higher"
+        )
+        for each in found
+    ]
+    notes = []
+    if len(rows) <= config.sets.neighbourhood and reference is not None:
+        notes.append(f"precision and recall need more than {config.sets.neighbourhood} images")
+    return metrics, notes
+
+
+def brightness_metrics(
+    config: MetricsConfig, rows: Sequence[Row], reference: Reference | None
+) -> list[Metric]:
+    """Computes errors and luminances by group, and how varied the open prompts' images are."""
+    found = []
+    asked = [row for row in rows if row["luminance_error"] is not None]
+    if asked:
+        found.append(_mean(ERROR, "", asked, itemgetter("luminance_error"), "lower"))
+        groups = list(dict.fromkeys(group_of(row) for row in asked))
+        for group in groups if len(groups) > 1 or groups[0] else []:
+            own = [row for row in asked if group_of(row) == group]
+            found.append(_mean(ERROR, group, own, itemgetter("luminance_error"), "lower"))
+            found.append(_mean(LUMINANCE, group, own, _asked_luminance))
+    where = "border_luminance" if config.brightness.where == "border" else "luminance"
+    left = [row[where] for row in rows if row["luminance_error"] is None]
+    if len(left) > 1:
+        spread = statistics.std(left, seed=config.seed)
+        found.append(Metric(SPREAD, OPEN, spread, "images"))
+        if reference is not None:
+            real = (
+                reference.border_luminance if where == "border_luminance" else reference.luminance
+            )
+            if np.std(real) > 0:
+                ratio = statistics.std_ratio(left, real, seed=config.seed)
+                found.append(Metric(SPREAD_RATIO, OPEN, ratio, "images"))
+            distance = luminance_distance(left, real, config.seed)
+            found.append(Metric(DISTANCE, OPEN, distance, "images", "lower"))
+    return found
+
+
+def luminance_distance(values: Sequence[float], reference: Sequence[float], seed: int) -> Estimate:
+    """Estimates the Wasserstein-1 distance of two sets of luminances, with a bootstrap interval.
+
+    Both are resampled. The distance of finite samples of one distribution is above 0.
+    """
+    rng = np.random.default_rng(seed)
+    own, real = np.asarray(values), np.asarray(reference)
+    resampled = np.array(
+        [
+            stats.wasserstein_distance(rng.choice(own, len(own)), rng.choice(real, len(real)))
+            for _ in range(NUM_RESAMPLES // 4)
+        ]
+    )
+    value = float(stats.wasserstein_distance(own, real))
+    return Estimate(value, *percentiles(resampled, LEVEL), len(own))
+
+
+def group_of(row: Row) -> str:
+    """Returns a row's category or, without one, the tone that its prompt asks for."""
+    if row["category"]:
+        return str(row["category"])
+    if row["asked_low"] is None:
+        return OPEN
+    tones = [
+        name for name, value in TONES.items() if value == row["asked_low"] == row["asked_high"]
+    ]
+    return tones[0] if tones else "asked"
+
+
+def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Returns header and lines of the table of metrics."""
+    lines = [
+        [
+            each.name + (f" ({each.group})" if each.group else ""),
+            shown(each.estimate),
+            f"{each.estimate.n} {each.unit}",
+            {"lower": "lower is better", "higher": "higher is better", "": ""}[each.better],
+        ]
+        for each in summary.metrics
+    ]
+    return ["metric", "value [95 % interval]", "n", ""], lines
+
+
+def shown(estimate: Estimate) -> str:
+    """Writes a value with its interval, to four digits."""
+    value, low, high = (f"{each:.4g}" for each in (estimate.value, estimate.low, estimate.high))
+    interval = f" [{low}, {high}]" if math.isfinite(estimate.low) else " [too few for an interval]"
+    return value + interval
+
+
+def markdown(summary: Summary) -> str:
+    """Writes the table, with notes, as Markdown."""
+    header, lines = table(summary)
+    text = [f"| {' | '.join(header)} |", "|---|---|---|---|"]
+    text += [f"| {' | '.join(line)} |" for line in lines]
+    text += [
+        "",
+        f"{summary.num_images} images of {summary.num_prompts} prompts, {summary.nfe:.0f} NFE, "
+        f"{summary.seconds:.0f} s, peak memory {summary.peak_gb:.2f} GB.",
+    ]
+    text += ["", *(f"- {note}" for note in summary.notes)] if summary.notes else []
+    text += [f"- skipped: {name}: {reason}" for name, reason in summary.skipped.items()]
+    return "\n".join(text) + "\n"
+
+
+def write_summary(folder: Path, summary: Summary) -> None:
+    """Writes metrics.md, metrics.csv and, last, metrics.json, which says that all is done."""
+    write_whole(folder / MARKDOWN_FILE, markdown(summary))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["metric", "group", "value", "low", "high", "n", "unit", "better"])
+    for each in summary.metrics:
+        numbers = (
+            f"{value:.8g}" for value in (each.estimate.value, each.estimate.low, each.estimate.high)
+        )
+        writer.writerow([each.name, each.group, *numbers, each.estimate.n, each.unit, each.better])
+    write_whole(folder / CSV_FILE, text.getvalue())
+    write_whole(folder / JSON_FILE, json.dumps(_finite(asdict(summary)), indent=1) + "\n")
+
+
+def read_summary(folder: Path) -> Summary | None:
+    """Reads metrics.json; None where the evaluation is not finished."""
+    path = folder / JSON_FILE
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    metrics = tuple(
+        Metric(**{**each, "estimate": Estimate(**_numbers(each["estimate"]))})
+        for each in content.pop("metrics")
+    )
+    return Summary(metrics, notes=tuple(content.pop("notes")), **content)
+
+
+def _mean(
+    name: str, group: str, rows: Sequence[Row], value: Callable[[Row], float], better: Better = ""
+) -> Metric:
+    by_prompt: dict[int, list[float]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt_index"], []).append(value(row))
+    if len(by_prompt) > 1:
+        means = [float(np.mean(each)) for each in by_prompt.values()]
+        return Metric(name, group, statistics.mean(means), "prompts", better)
+    [values] = by_prompt.values()
+    return Metric(name, group, statistics.mean(values), "images", better)
+
+
+def _asked_luminance(row: Row) -> float:
+    return row["border_luminance" if row["asked_where"] == "border" else "luminance"]
+
+
+def _numbers(estimate: Mapping[str, float | None]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in estimate.items()}
+
+
+def _finite(value: object) -> object:
+    """Returns what JSON can hold: null for a number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,245 @@
+"""The cells of a sweep: arms x grid, each with its settings, its training and a name that stays.
+
+A cell is known by a digest of the settings that decide its images, those that differ from the
+defaults: adding values, arms or keys with their old values to a grid leaves the other cells what
+they were, so only new ones are run. Its name is for people: the arm and what the grid varies.
+"""
+
+import difflib
+import fnmatch
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sampling.errors import UserError
+from sampling.evaluation.metrics import FREE as FREE_OF_EVALUATION
+from sampling.evaluation.metrics import OF_MEASURES, MetricsConfig
+from sampling.search.config import SearchConfig
+from sampling.search.folder import FREE as FREE_OF_SEARCH
+from scripts.config import load_values, read_yaml
+from scripts.config_fields import fields_of, item_hint, nearest, nested_class
+from scripts.sweep_config import BASE, SECTIONS, Settings, SweepConfig, flat
+from train.config import TrainConfig
+from train.run_directory import FREE_KEYS
+
+CLASSES: dict[str, type] = {"train": TrainConfig, "evaluate": MetricsConfig, "search": SearchConfig}
+OWN_KEYS = {"train": "run_dir", "evaluate": "output", "search": "output"}
+"""Keys that the sweep sets itself."""
+_OF_WHERE = tuple(key for key in FREE_OF_EVALUATION if key not in OF_MEASURES)
+FREE = {"evaluate": _OF_WHERE, "search": FREE_OF_SEARCH}
+"""Keys that change no number of a cell."""
+FREE_OF_IMAGES = {"evaluate": FREE_OF_EVALUATION, "search": FREE_OF_SEARCH}
+"""Keys that change no image of a cell."""
+TRAININGS, CELLS = "trainings", "cells"
+DIGEST_LETTERS = 8
+_NOTHING = object()
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that one or more cells need."""
+
+    name: str
+    folder: Path
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of everything."""
+
+    name: str
+    arm: str
+    varied: dict[str, Any]
+    """Grid key -> this cell's value."""
+    folder: Path
+    training: Training | None
+    sections: dict[str, Settings]
+    """evaluate and search: keys and values of the verb, without its output."""
+    digest: str
+    """Of all that decides the numbers, measures included."""
+
+
+def cells_of(config: SweepConfig) -> list[Cell]:
+    """Expands a sweep; raises UserError for a key or value that a verb would refuse."""
+    shared = {section: _base(config, section) for section in SECTIONS}
+    arms = {name: flat(arm or {}) for name, arm in config.arms.items()} or {"": {}}
+    grid = flat(config.grid)
+    for origin, keys in [*((f"arms.{n}", list(a)) for n, a in arms.items()), ("grid", list(grid))]:
+        for key in keys:
+            _check_key(key, origin)
+    found: list[Cell] = []
+    for arm, own in arms.items():
+        for values in itertools.product(*grid.values()):
+            varied = dict(zip(grid, values, strict=True))
+            found.append(_cell(config, shared, arm, own, varied))
+    _check_distinct(found)
+    if not config.only:
+        return found
+    chosen = [c for c in found if any(fnmatch.fnmatch(c.name, each) for each in config.only)]
+    if not chosen:
+        near = difflib.get_close_matches(config.only[0], [c.name for c in found], n=1, cutoff=0)
+        raise UserError(f"only={config.only} names no cell; the nearest is {near[0]}")
+    return chosen
+
+
+def trainings_of(cells: list[Cell]) -> list[Training]:
+    """Lists the trainings that cells need, each once."""
+    found = {cell.training.folder: cell.training for cell in cells if cell.training is not None}
+    return list(found.values())
+
+
+def _base(config: SweepConfig, section: str) -> Settings:
+    given = dict(getattr(config, section))
+    path = given.pop(BASE, None)
+    return (flat(read_yaml(path)) if path else {}) | flat(given)
+
+
+def _cell(
+    config: SweepConfig, shared: dict[str, Settings], arm: str, own: Settings, varied: Settings
+) -> Cell:
+    run_dir = Path(config.run_dir)
+    mine = {section: dict(shared[section]) for section in SECTIONS}
+    for key, value in {**own, **varied}.items():
+        section, _, rest = key.partition(".")
+        mine[section] |= flat({rest: value})
+    label = "_".join(
+        filter(None, [arm, *(_label(key, value, varied) for key, value in varied.items())])
+    )
+    label = label or "cell"
+    for section, name in OWN_KEYS.items():
+        if name in mine[section]:
+            raise UserError(f"{section}.{name} is the sweep's own to set; leave it out")
+    training = None
+    if mine["train"]:
+        training = _training(run_dir, mine["train"], arm, varied, label)
+    sections = {}
+    name = training.folder.name if training else ""
+    digests: list[Any] = [name]
+    identities: list[Any] = [name]
+    for section in ("evaluate", "search"):
+        settings = mine[section]
+        if not settings:
+            continue
+        if training is not None:
+            if "checkpoint" in settings:
+                raise UserError(
+                    f"{section}.checkpoint and train: a cell evaluates what it trains; leave one "
+                    "of them out"
+                )
+            settings["checkpoint"] = str(training.folder)
+        one = _checked(section, settings, label)
+        digests.append(_differing(one, FREE[section]))
+        identities.append(_differing(one, FREE_OF_IMAGES[section]))
+        sections[section] = settings
+    if not sections and training is None:
+        raise UserError(f"cell {label} has nothing to do: give train, evaluate or search keys")
+    folder = _place(run_dir / CELLS, label, _digest(identities))
+    return Cell(label, arm, varied, folder, training, sections, _digest(digests))
+
+
+def _training(
+    run_dir: Path, settings: Settings, arm: str, varied: Settings, label: str
+) -> Training:
+    config = _checked("train", settings, label)
+    digest = _digest(_differing(config, FREE_KEYS))
+    own = {key: value for key, value in varied.items() if key.startswith("train.")}
+    name = "_".join(filter(None, [arm, *(_label(key, value, own) for key, value in own.items())]))
+    folder = _place(run_dir / TRAININGS, name or "training", digest)
+    return Training(folder.name, folder, settings)
+
+
+def _checked(section: str, settings: Settings, label: str) -> Any:
+    """Builds the verb's config, so that what it would refuse is refused before anything runs."""
+    own = {OWN_KEYS[section]: "-"}
+    try:
+        return load_values(CLASSES[section], settings | own, f"{section} of the sweep")
+    except UserError as error:
+        raise UserError(f"cell {label}: {section}: {error}") from None
+
+
+def _differing(config: Any, free: tuple[str, ...]) -> Settings:
+    """Returns the flat settings that differ from the defaults, without those that are free."""
+    found = {}
+    for key, value in flat(json.loads(json.dumps(asdict(config)))).items():
+        is_training = key == "checkpoint" and f"/{TRAININGS}/" in str(value)
+        if key in OWN_KEYS.values() or is_training or _is_free(key, free):
+            continue
+        if value != _default(type(config), key):
+            found[key] = value
+    return found
+
+
+def _default(config_class: type, key: str) -> object:
+    """Returns the default of a dotted key, also inside an entry of a mapping of sections."""
+    known = fields_of(config_class)
+    if key in known:
+        return known[key].default
+    words = key.split(".")
+    for length in range(1, len(words) - 1):
+        parent = known.get(".".join(words[:length]))
+        section = nested_class(item_hint(parent.hint)) if parent else None
+        rest = ".".join(words[length + 1 :])
+        if section is not None and rest in fields_of(section):
+            return fields_of(section)[rest].default
+    return _NOTHING
+
+
+def _place(parent: Path, label: str, digest: str) -> Path:
+    """Returns the folder of what has this digest, under whatever label it was begun."""
+    there = sorted(parent.glob(f"*-{digest}")) if parent.is_dir() else []
+    return there[0] if there else parent / f"{label}-{digest}"
+
+
+def _check_key(key: str, origin: str) -> None:
+    section, _, rest = key.partition(".")
+    if section in CLASSES and rest:
+        return  # the verb's own check names the nearest
+    known = [
+        f"{n}.{path}" for n in ("evaluate", "search", "train") for path in fields_of(CLASSES[n])
+    ]
+    closest = nearest(key, known)
+    remedy = f"did you mean {closest}?" if closest else "evaluate.num_steps is one."
+    raise UserError(
+        f"{origin}: {key} is not a key of train, evaluate or search; {remedy} Keys begin with the "
+        "verb, train., evaluate. or search."
+    )
+
+
+def _check_distinct(cells: list[Cell]) -> None:
+    seen: dict[Path, str] = {}
+    for cell in cells:
+        if cell.folder in seen:
+            raise UserError(
+                f"cells {seen[cell.folder]} and {cell.name} are the same: what they differ in "
+                "changes no image; drop one"
+            )
+        seen[cell.folder] = cell.name
+    names = [cell.name for cell in cells]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{names.count(name)} cells are called {name}; give the arms names")
+
+
+def _label(key: str, value: Any, varied: Mapping[str, Any]) -> str:
+    """Names one value of the grid, by the last word of its key where that is not ambiguous."""
+    last = key.rpartition(".")[2]
+    if sum(each.rpartition(".")[2] == last for each in varied) > 1:
+        last = key.replace(".", "-")
+    text = value if isinstance(value, str) else json.dumps(value)
+    words = re.sub(r"[^A-Za-z0-9.+-]+", "-", Path(text).name if "/" in text else text).strip("-.")
+    return f"{last}-{words or 'empty'}"
+
+
+def _is_free(key: str, free: tuple[str, ...]) -> bool:
+    return any(key == each or key.startswith(f"{each.rstrip('.')}.") for each in free)
+
+
+def _digest(content: object) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST_LETTERS // 2).hexdigest()

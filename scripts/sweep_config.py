@@ -1,0 +1,79 @@
+"""The configuration of `blackpoint sweep`; free of torch, so that its help is instant."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from sampling.errors import UserError
+from sampling.wandb_run import WandbConfig
+
+SECTIONS = ("train", "evaluate", "search")
+BASE = "config"
+"""Key of a section that names a YAML file of its verb, under the section's other keys."""
+
+
+Settings = dict[str, Any]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Settings:
+    """Flattens nested sections to dotted keys; the later of two spellings of a key wins."""
+    found: Settings = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{path}.")
+        else:
+            found.pop(path, None)
+            found[path] = value
+    return found
+
+
+@dataclass
+class SweepConfig:
+    """A grid of settings, each cell of which is trained, evaluated or searched."""
+
+    run_dir: str = MISSING
+    """Folder of the sweep: trainings/, cells/, sweep.json; the same command there goes on."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Keys of `blackpoint train` that all cells share; cells with the same ones share a training.
+    `config: FILE` takes a YAML file first. Empty: nothing is trained."""
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    """Keys of `blackpoint evaluate` that all cells share, in the same way."""
+    search: dict[str, Any] = field(default_factory=dict)
+    """Keys of `blackpoint search` that all cells share, in the same way."""
+    arms: dict[str, Any] = field(default_factory=dict)
+    """Name -> keys such as evaluate.guidance_scale with one value each, for settings that go
+    together."""
+    grid: dict[str, Any] = field(default_factory=dict)
+    """Key such as evaluate.num_steps -> list of values; every arm is crossed with all of them."""
+    baseline: str | None = None
+    """Arm, or name of a cell, that the report compares the others with; the first if not set."""
+    only: list[str] = field(default_factory=list)
+    """Names of cells, with * for any letters; the others are left alone."""
+    plan: bool = False
+    """Print the cells, and which of them are done; run nothing."""
+    num_processes: int = 1
+    """Cells that are run at once here; they share the processor cores. In a SLURM array each
+    element takes its own cells."""
+    wandb: WandbConfig = field(default_factory=lambda: WandbConfig(enabled=False))
+    """The table of the sweep at Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        if self.num_processes < 1:
+            raise UserError(f"num_processes={self.num_processes} must be at least 1")
+        if not any(getattr(self, section) for section in SECTIONS) and not self.arms:
+            raise UserError(
+                "nothing to do: give the keys of train, evaluate or search, such as "
+                "evaluate.checkpoint=FOLDER evaluate.prompts=FILE"
+            )
+        for name, arm in self.arms.items():
+            if not isinstance(arm, dict | None):
+                raise UserError(
+                    f"arms.{name}={arm!r} must be a mapping of keys to values, such as "
+                    "{evaluate.guidance_scale: 3.0}"
+                )
+        for key, values in flat(self.grid).items():
+            if not isinstance(values, list) or not values:
+                raise UserError(f"grid.{key}={values!r} must be a list of one value or more")

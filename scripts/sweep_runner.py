@@ -1,0 +1,256 @@
+"""Runs the cells of a sweep, each verb in a process of its own, and keeps what became of them.
+
+run_dir/sweep.json            the cells: settings, folders, in order
+run_dir/trainings/NAME/       a run directory of `blackpoint train`
+run_dir/cells/NAME/cell.json  done or failed, by which settings, seconds
+run_dir/cells/NAME/log.txt    what the verbs printed
+run_dir/cells/NAME/evaluation, search
+
+A cell that is stopped or killed is continued by its verb, a finished one is not touched, a failed
+one is tried again. Cells and trainings have locks: several sweeps, or the elements of an array, may
+work in one folder, and who needs a training that another process makes waits for it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from sampling.errors import Resumable, UserError
+from sampling.whole_file import write_whole
+from scripts.sweep_cells import OWN_KEYS, Cell, Training, trainings_of
+from scripts.sweep_config import SweepConfig
+from train.run_lock import RunLock
+
+SWEEP, CELL, LOG, LOCK = "sweep.json", "cell.json", "log.txt", ".sweep.lock"
+FOLDERS = {"evaluate": "evaluation", "search": "search"}
+RESUMABLE, POLL_S, GRACE_S = 75, 1.0, 60.0
+LAUNCHERS = ("SLURM_", "PMI", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
+"""Beginnings of variables by which a verb would take itself for one of several tasks."""
+State = Literal["new", "done", "failed", "stopped", "elsewhere"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell."""
+
+    cell: Cell
+    state: State
+    reason: str = ""
+
+
+class Runner:
+    """Runs cells here; `stop` ends what is running, resumable."""
+
+    def __init__(self, config: SweepConfig, num_processes: int) -> None:
+        self._config = config
+        self._num_processes = num_processes
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._guard = threading.Lock()
+        self._trainings: dict[Path, threading.Lock] = {}
+        self._is_stopping = False
+
+    def run(self, cells: list[Cell], tell: Any = lambda outcome: None) -> list[Outcome]:
+        """Runs what is not done of the cells, trainings first; returns their outcomes in order."""
+        todo = [cell for cell in cells if state_of(cell).state != "done"]
+        outcomes = {cell.folder: Outcome(cell, "done") for cell in cells if cell not in todo}
+        trainings = trainings_of(todo)
+        self._trainings = {each.folder: threading.Lock() for each in trainings}
+        with ThreadPoolExecutor(self._num_processes) as pool:
+            for each in trainings[1:]:
+                pool.submit(self._train_early, each)
+            futures = [pool.submit(self._run_cell, cell) for cell in todo]
+            try:
+                for future in as_completed(futures):
+                    outcome = future.result()
+                    outcomes[outcome.cell.folder] = outcome
+                    tell(outcome)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.stop()
+                raise
+        return [outcomes[cell.folder] for cell in cells]
+
+    def stop(self) -> None:
+        """Ends the running verbs as a scheduler would, and waits for them."""
+        with self._guard:
+            self._is_stopping = True
+            running = list(self._running)
+        for process in running:
+            process.terminate()
+        until = time.monotonic() + GRACE_S
+        for process in running:
+            try:
+                process.wait(max(0.1, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def _train_early(self, training: Training) -> None:
+        """Trains beside the first cells; what goes wrong is found again by who needs it."""
+        if not is_trained(training):
+            self._train(training)
+
+    def _run_cell(self, cell: Cell) -> Outcome:
+        started_s = time.time()
+        lock = RunLock(cell.folder, LOCK)
+        try:
+            lock.acquire()
+        except UserError as error:
+            return Outcome(cell, "elsewhere", str(error))
+        try:
+            if state_of(cell).state == "done":  # by another process, meanwhile
+                return Outcome(cell, "done")
+            log = cell.folder / LOG
+            if cell.training is not None:
+                status = self._train(cell.training)
+                if status:
+                    where = cell.training.folder.with_suffix(".log")
+                    return self._ended(cell, status, f"its training failed: {where}", started_s)
+            for section, settings in cell.sections.items():
+                status = self._verb(section, settings, cell.folder / FOLDERS[section], log)
+                if status:
+                    return self._ended(cell, status, last_line(log), started_s)
+            return self._ended(cell, 0, "", started_s)
+        finally:
+            lock.release()
+
+    def _train(self, training: Training) -> int:
+        """Trains, or waits for whoever does; returns the exit status."""
+        with self._trainings.setdefault(training.folder, threading.Lock()):
+            lock = RunLock(training.folder, LOCK)
+            while not is_trained(training):
+                if self._is_stopping:
+                    return RESUMABLE
+                try:
+                    lock.acquire()
+                except UserError:
+                    time.sleep(POLL_S)
+                    continue
+                try:
+                    if is_trained(training):
+                        return 0
+                    log = training.folder.with_suffix(".log")
+                    return self._verb("train", training.settings, training.folder, log)
+                finally:
+                    lock.release()
+        return 0
+
+    def _verb(self, verb: str, settings: Mapping[str, Any], folder: Path, log: Path) -> int:
+        """Runs `blackpoint VERB` with these settings into its folder; returns its exit status."""
+        path = log.with_name(f"{log.stem if verb == 'train' else verb}.yaml")
+        nested = OmegaConf.create({})
+        for key, value in (dict(settings) | {OWN_KEYS[verb]: str(folder)}).items():
+            OmegaConf.update(nested, key, value, force_add=True)
+        write_whole(path, OmegaConf.to_yaml(nested))
+        environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)
+        } | self._threads()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file, self._guard:
+            if self._is_stopping:
+                return RESUMABLE
+            process = subprocess.Popen(
+                [sys.executable, "-m", "scripts.cli", verb, str(path)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+            )
+            self._running.add(process)
+        try:
+            return process.wait()
+        finally:
+            self._running.discard(process)
+
+    def _threads(self) -> dict[str, str]:
+        if self._num_processes == 1 or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return {"OMP_NUM_THREADS": str(max(1, (count or 1) // self._num_processes))}
+
+    def _ended(self, cell: Cell, status: int, reason: str, started_s: float) -> Outcome:
+        """Keeps the outcome; what was stopped has none yet."""
+        if status == RESUMABLE or self._is_stopping:
+            return Outcome(cell, "stopped")
+        if status < 0:
+            name = signal.Signals(-status).name
+            reason = f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        state: State = "failed" if status else "done"
+        before = read_cell(cell.folder)
+        content = {
+            "name": cell.name,
+            "digest": cell.digest,
+            "state": state,
+            "status": status,
+            "reason": reason,
+            "seconds": round(time.time() - started_s + before.get("seconds", 0.0), 2),
+            "starts": [*before.get("starts", []), started_s],
+        }
+        write_whole(cell.folder / CELL, json.dumps(content, indent=1) + "\n")
+        return Outcome(cell, state, reason)
+
+
+def state_of(cell: Cell) -> Outcome:
+    """Returns what an earlier start made of a cell: done, failed or new."""
+    content = read_cell(cell.folder)
+    if content.get("state") == "done" and content.get("digest") == cell.digest:
+        return Outcome(cell, "done")
+    if content.get("state") == "failed" and content.get("digest") == cell.digest:
+        return Outcome(cell, "failed", content.get("reason", ""))
+    return Outcome(cell, "new")
+
+
+def read_cell(folder: Path) -> dict[str, Any]:
+    """Reads cell.json; nothing where there is none, or none that can be read."""
+    try:
+        return json.loads((folder / CELL).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def is_trained(training: Training) -> bool:
+    """Whether the training's export is there, which is written last."""
+    return (training.folder / "export" / "model_index.json").is_file()
+
+
+def write_sweep(config: SweepConfig, cells: Iterable[Cell]) -> None:
+    """Writes sweep.json, by which a report finds the cells of the grid as it is now."""
+    path = Path(config.run_dir) / SWEEP
+    rows = [
+        {
+            "name": cell.name,
+            "arm": cell.arm,
+            "varied": cell.varied,
+            "folder": str(cell.folder.relative_to(config.run_dir)),
+            "training": cell.training.name if cell.training else None,
+            "train": cell.training.settings if cell.training else {},
+            **cell.sections,
+        }
+        for cell in cells
+    ]
+    content = {"version": 1, "baseline": config.baseline, "cells": rows}
+    write_whole(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def last_line(log: Path) -> str:
+    """Returns the last line of a log that says something."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{lines[-1] if lines else 'it printed nothing'} ({log})"
+
+
+def raise_stopped(outcomes: Iterable[Outcome]) -> None:
+    """Raises Resumable where a cell was stopped."""
+    stopped = [each.cell.name for each in outcomes if each.state == "stopped"]
+    if stopped:
+        raise Resumable(f"stopped in {', '.join(stopped)}; the same command continues")
