@@ -60,7 +60,7 @@ def load_set_model(
 
 def to_pixels(images: Tensor) -> Pixels:
     """Rounds images in [0, 1] to what a PNG file holds."""
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
 
 
 def read_reference(path: Path, height: int, width: int) -> tuple[Pixels, bool]:
