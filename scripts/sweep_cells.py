@@ -47,6 +47,7 @@ class Training:
     name: str
     folder: Path
     settings: Settings
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,11 @@ def cells_of(config: SweepConfig) -> list[Cell]:
         for key in keys:
             _check_key(key, origin)
     found: list[Cell] = []
+    trainings: dict[str, Training] = {}
     for arm, own in arms.items():
         for values in itertools.product(*grid.values()):
             varied = dict(zip(grid, values, strict=True))
-            found.append(_cell(config, shared, arm, own, varied))
+            found.append(_cell(config, shared, arm, own, varied, trainings))
     _check_distinct(found)
     if not config.only:
         return found
@@ -97,11 +99,18 @@ def trainings_of(cells: list[Cell]) -> list[Training]:
 def _base(config: SweepConfig, section: str) -> Settings:
     given = dict(getattr(config, section))
     path = given.pop(BASE, None)
-    return (flat(read_yaml(path)) if path else {}) | flat(given)
+    base = flat(read_yaml(path)) if path else {}
+    base.pop(OWN_KEYS[section], None)  # what a run by itself is called
+    return base | flat(given)
 
 
 def _cell(
-    config: SweepConfig, shared: dict[str, Settings], arm: str, own: Settings, varied: Settings
+    config: SweepConfig,
+    shared: dict[str, Settings],
+    arm: str,
+    own: Settings,
+    varied: Settings,
+    trainings: dict[str, Training],
 ) -> Cell:
     run_dir = Path(config.run_dir)
     mine = {section: dict(shared[section]) for section in SECTIONS}
@@ -118,10 +127,11 @@ def _cell(
     training = None
     if mine["train"]:
         training = _training(run_dir, mine["train"], arm, varied, label)
+        training = trainings.setdefault(training.digest, training)
     sections = {}
-    name = training.folder.name if training else ""
-    digests: list[Any] = [name]
-    identities: list[Any] = [name]
+    trained = training.digest if training else ""
+    digests: list[Any] = [trained]
+    identities: list[Any] = [trained]
     for section in ("evaluate", "search"):
         settings = mine[section]
         if not settings:
@@ -151,7 +161,7 @@ def _training(
     own = {key: value for key, value in varied.items() if key.startswith("train.")}
     name = "_".join(filter(None, [arm, *(_label(key, value, own) for key, value in own.items())]))
     folder = _place(run_dir / TRAININGS, name or "training", digest)
-    return Training(folder.name, folder, settings)
+    return Training(folder.name, folder, settings, digest)
 
 
 def _checked(section: str, settings: Settings, label: str) -> Any:
@@ -193,7 +203,7 @@ def _default(config_class: type, key: str) -> object:
 def _place(parent: Path, label: str, digest: str) -> Path:
     """Returns the folder of what has this digest, under whatever label it was begun."""
     there = sorted(parent.glob(f"*-{digest}")) if parent.is_dir() else []
-    return there[0] if there else parent / f"{label}-{digest}"
+    return there[0] if there else parent / f"{_slug(label)}-{digest}"
 
 
 def _check_key(key: str, origin: str) -> None:
@@ -212,14 +222,15 @@ def _check_key(key: str, origin: str) -> None:
 
 
 def _check_distinct(cells: list[Cell]) -> None:
-    seen: dict[Path, str] = {}
+    seen: dict[str, str] = {}
     for cell in cells:
-        if cell.folder in seen:
+        identity = cell.folder.name.rpartition("-")[2]
+        if identity in seen:
             raise UserError(
-                f"cells {seen[cell.folder]} and {cell.name} are the same: what they differ in "
+                f"cells {seen[identity]} and {cell.name} are the same: what they differ in "
                 "changes no image; drop one"
             )
-        seen[cell.folder] = cell.name
+        seen[identity] = cell.name
     names = [cell.name for cell in cells]
     for name in names:
         if names.count(name) > 1:
@@ -232,8 +243,12 @@ def _label(key: str, value: Any, varied: Mapping[str, Any]) -> str:
     if sum(each.rpartition(".")[2] == last for each in varied) > 1:
         last = key.replace(".", "-")
     text = value if isinstance(value, str) else json.dumps(value)
-    words = re.sub(r"[^A-Za-z0-9.+-]+", "-", Path(text).name if "/" in text else text).strip("-.")
-    return f"{last}-{words or 'empty'}"
+    return f"{last}-{_slug(Path(text).name if '/' in text else text) or 'empty'}"
+
+
+def _slug(text: str) -> str:
+    """Writes a text as it can be part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text).strip("-.")
 
 
 def _is_free(key: str, free: tuple[str, ...]) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 from omegaconf import MISSING
 
 from sampling.errors import UserError
-from sampling.wandb_run import WandbConfig
 
 SECTIONS = ("train", "evaluate", "search")
 BASE = "config"
@@ -57,8 +56,6 @@ class SweepConfig:
     num_processes: int = 1
     """Cells that are run at once here; they share the processor cores. In a SLURM array each
     element takes its own cells."""
-    wandb: WandbConfig = field(default_factory=lambda: WandbConfig(enabled=False))
-    """The table of the sweep at Weights & Biases."""
 
     def __post_init__(self) -> None:
         if self.num_processes < 1:

@@ -12,11 +12,10 @@ from omegaconf import MISSING
 from sampling.choices import Attention, Dtype, Spacing, Weights
 from sampling.errors import UserError
 from sampling.verifiers.load import ImageModelConfig, VerifierConfig
-from sampling.wandb_run import WandbConfig
 
 OF_RUNS = ("stability", "self_supervised", "oracle")
 """Kinds of verifiers that do not judge one picture by itself."""
-OF_MEASURES = ("verifiers", "sets", "brightness", "geneval", "wandb")
+OF_MEASURES = ("verifiers", "sets", "brightness", "geneval")
 FREE = (*OF_MEASURES, "output", "keep_images", "batch_size", "device", "attention", "channels_last")
 """Keys that change no image."""
 COLUMNS = ("prompt_index", "image", "prompt", "category", "seed", "file", "luminance")
@@ -167,8 +166,6 @@ class MetricsConfig:
     """Hold the convolutions' weights in channels-last order."""
     batch_size: int = 16
     """Images sampled at once; does not change them."""
-    wandb: WandbConfig = field(default_factory=lambda: WandbConfig(enabled=False))
-    """The table and images at Weights & Biases."""
 
     def __post_init__(self) -> None:
         for name in ("num_images", "num_steps", "batch_size"):

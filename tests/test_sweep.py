@@ -1,0 +1,276 @@
+"""`blackpoint sweep`: cells and their names, what is run again and what is not, failures, stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from sampling.errors import UserError
+from sampling.evaluation.metrics_summary import read_summary
+from scripts.cli import main
+from scripts.config import load
+from scripts.run_sweep import share_of_element
+from scripts.sweep_cells import Cell, cells_of, trainings_of
+from scripts.sweep_config import SweepConfig
+from scripts.sweep_runner import read_cell
+
+ROOT = Path(__file__).resolve().parents[1]
+EVALUATE = {
+    "prompts": ["a cat on a black background", "a street"],
+    "num_steps": 2,
+    "guidance_scale": 1.0,
+    "brightness.invariance_prompts": 0,
+    "batch_size": 2,
+}
+
+
+def sweep(folder: Path, **settings: Any) -> Path:
+    """Writes a sweep of evaluations; returns its YAML file."""
+    content = {"run_dir": str(folder / "sweep"), "evaluate": EVALUATE} | settings
+    path = folder / "sweep.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
+    return path
+
+
+def cells(folder: Path, **settings: Any) -> list[Cell]:
+    return cells_of(load(SweepConfig, [str(sweep(folder, **settings))]))
+
+
+def with_model(pipeline: Path) -> dict[str, Any]:
+    return {**EVALUATE, "checkpoint": str(pipeline)}
+
+
+def training(pipeline: Path, shards: Path) -> dict[str, Any]:
+    return {
+        "checkpoint": str(pipeline),
+        "batch_size": 4,
+        "data.shards": str(shards),
+        "data.resolution": 16,
+        "data.num_workers": 0,
+        "trainer.max_steps": 2,
+        "preview.every_steps": 0,
+        "wandb.enabled": False,
+    }
+
+
+def test_a_grid_is_every_arm_with_every_value(tmp_path: Path) -> None:
+    found = cells(
+        tmp_path,
+        evaluate={**EVALUATE, "checkpoint": "model"},
+        arms={"plain": {}, "rescaled": {"evaluate.guidance_rescale": 0.5}},
+        grid={"evaluate.num_steps": [4, 8], "evaluate": {"seed": [0, 1]}},
+    )
+    assert [cell.name for cell in found][:3] == [
+        "plain_num_steps-4_seed-0",
+        "plain_num_steps-4_seed-1",
+        "plain_num_steps-8_seed-0",
+    ]
+    assert len(found) == 8 and len({cell.folder for cell in found}) == 8
+    assert found[5].sections["evaluate"]["guidance_rescale"] == 0.5
+    assert found[5].sections["evaluate"]["num_steps"] == 4
+
+
+def test_names_stay_when_the_grid_grows(tmp_path: Path) -> None:
+    base = {**EVALUATE, "checkpoint": "model"}
+    before = cells(tmp_path, evaluate=base, grid={"evaluate.seed": [0, 1]})
+    for cell in before:
+        cell.folder.mkdir(parents=True)
+    longer = cells(tmp_path, evaluate=base, grid={"evaluate.seed": [0, 1, 2]})
+    assert [c.folder for c in longer][:2] == [c.folder for c in before]
+    # A new key whose old value is among its values, an arm's name, where it runs: the same cells.
+    wider = cells(
+        tmp_path,
+        evaluate={**base, "device": "cpu", "batch_size": 7},
+        arms={"named": {}},
+        grid={"evaluate.guidance_rescale": [0.7, 0.1], "evaluate.seed": [0, 1]},
+    )
+    assert [c.folder for c in wider][:2] == [c.folder for c in before]
+    assert not {c.folder for c in wider[2:]} & {c.folder for c in before}
+    # A measure more is the same images, and not done yet.
+    measured = {**base, "verifiers.dark.kind": "luminance", "verifiers.dark.target": 0.0}
+    more = cells(tmp_path, evaluate=measured, grid={"evaluate.seed": [0, 1]})
+    assert [c.folder for c in more] == [c.folder for c in before]
+    assert [c.digest for c in more] != [c.digest for c in before]
+
+
+def test_cells_share_a_training(tmp_path: Path) -> None:
+    found = cells(
+        tmp_path,
+        train=training(Path("base"), Path("shards")),
+        arms={"a": {}, "b": {"evaluate.guidance_rescale": 0.1}, "c": {"train.loss.floor": 0.2}},
+        grid={"train.seed": [0, 1]},
+    )
+    assert len(found) == 6 and len(trainings_of(found)) == 4
+    assert found[0].training == found[2].training
+    assert found[0].sections["evaluate"]["checkpoint"] == str(found[0].training.folder)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"grid": {"evaluate.num_step": [1]}}, "did you mean `num_steps`"),
+        ({"grid": {"num_steps": [1]}}, "did you mean evaluate.num_steps?"),
+        ({"arms": {"a": {"evalute.seed": 1}}}, "did you mean evaluate.seed?"),
+        ({"grid": {"evaluate.num_steps": []}}, "must be a list of one value or more"),
+        ({"grid": {"evaluate.num_steps": [2, 0]}}, "num_steps=0 must be at least 1"),
+        ({"grid": {"evaluate.num_steps": [2, 2]}}, "are the same"),
+        ({"grid": {"evaluate.batch_size": [1, 2]}}, "changes no image"),
+        ({"arms": {"a": 3}}, "must be a mapping"),
+        ({"evaluate": {**EVALUATE, "checkpoint": "x", "output": "y"}}, "sweep's own to set"),
+        ({"only": ["nothing*"], "grid": {"evaluate.seed": [5]}}, "the nearest is seed-5"),
+        ({"train": {"checkpoint": "x", "data.shards": "y"}}, "evaluates what it trains"),
+        ({"evaluate": {}}, "nothing to do"),
+        ({"evaluate": {"prompts": ["a"]}}, "checkpoint=..."),
+        ({"evaluate": {"config": "absent.yaml"}}, "absent.yaml: there is no such file"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: Any, settings: dict[str, Any], expected: str
+) -> None:
+    base = {"evaluate": {**EVALUATE, "checkpoint": "model"}}
+    path = sweep(tmp_path, **(base | settings))
+    assert main(["sweep", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and "Traceback" not in error
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_elements_of_an_array_share_the_cells() -> None:
+    numbers = list(range(10))
+    assert share_of_element(numbers, {}) == numbers
+    parts = [
+        share_of_element(
+            numbers,
+            {
+                "SLURM_ARRAY_TASK_ID": str(element),
+                "SLURM_ARRAY_TASK_MIN": "3",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+            },
+        )
+        for element in (3, 4, 5, 6)
+    ]
+    assert parts == [[0, 4, 8], [1, 5, 9], [2, 6], [3, 7]]
+
+
+def run(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "scripts.cli", "sweep", str(path), *more],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_trained_evaluated_extended_and_never_run_again(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "train": training(pipeline, shards),
+        "search": {
+            "prompts": ["a cat"],
+            "num_steps": 2,
+            "guidance_scale": 1.0,
+            "budget_nfe": 6,
+            "verifiers.dark.kind": "luminance",
+            "verifiers.dark.target": 0.0,
+        },
+        "num_processes": 2,
+    }
+    path = sweep(tmp_path, **settings, grid={"evaluate.num_steps": [1, 2]})
+    done = run(path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = sorted((tmp_path / "sweep" / "cells").iterdir())
+    assert len(folders) == 2 and len(list((tmp_path / "sweep" / "trainings").glob("*/"))) == 1
+    for folder in folders:
+        assert read_summary(folder / "evaluation") is not None
+        assert (folder / "search" / "winners.jsonl").is_file()
+        assert read_cell(folder)["state"] == "done" and len(read_cell(folder)["starts"]) == 1
+    path = sweep(tmp_path, **settings, grid={"evaluate.num_steps": [1, 2, 3]})
+    plan = run(path, "plan=true").stdout
+    assert plan.count("done") == 2 and plan.count("new") == 1 and "--array=0-2" in plan
+    assert run(path).returncode == 0
+    for folder in folders:
+        assert len(read_cell(folder)["starts"]) == 1
+    index = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [cell["varied"]["evaluate.num_steps"] for cell in index["cells"]] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_failed_cell_is_listed_with_its_log_and_the_others_run(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    grid = {"evaluate.checkpoint": [str(pipeline), str(tmp_path / "absent")]}
+    path = sweep(tmp_path, grid=grid)
+    done = run(path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "1 of 2 cells failed" in done.stderr and "log.txt" in done.stderr
+    assert "absent" in done.stderr
+    states = {read_cell(each)["state"] for each in (tmp_path / "sweep" / "cells").iterdir()}
+    assert states == {"done", "failed"}
+    (tmp_path / "absent").symlink_to(pipeline)  # put right, it is tried again
+    assert run(path).returncode == 0
+
+
+@pytest.mark.slow
+def test_stopped_it_says_so_and_goes_on(pipeline: Path, tmp_path: Path) -> None:
+    grid = {"evaluate.seed": [0, 1, 2]}
+    path = sweep(tmp_path, evaluate={**with_model(pipeline), "num_images": 60}, grid=grid)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.cli", "sweep", str(path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    cell_folders = tmp_path / "sweep" / "cells"
+    for _ in range(600):
+        if list(cell_folders.glob("*/evaluation/parts/*.parquet")):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 75, error
+    assert "the same command continues" in error
+    assert run(path).returncode == 0
+    unbroken = sweep(
+        tmp_path,
+        run_dir=str(tmp_path / "unbroken"),
+        evaluate={**with_model(pipeline), "num_images": 60},
+        grid=grid,
+    )
+    assert run(unbroken).returncode == 0
+    for folder in cell_folders.iterdir():
+        one = read_summary(folder / "evaluation")
+        two = read_summary(tmp_path / "unbroken" / "cells" / folder.name / "evaluation")
+        assert one is not None and two is not None and one.metrics == two.metrics
+
+
+def test_a_cell_that_is_being_run_elsewhere_is_left_alone(
+    pipeline: Path, tmp_path: Path, capsys: Any
+) -> None:
+    from scripts.sweep_runner import LOCK
+    from train.run_lock import RunLock
+
+    path = sweep(tmp_path, evaluate=with_model(pipeline))
+    [cell] = cells_of(load(SweepConfig, [str(path)]))
+    lock = RunLock(cell.folder, LOCK)
+    lock.acquire()
+    try:
+        assert main(["sweep", str(path)]) == 0
+    finally:
+        lock.release()
+    assert "1 elsewhere" in capsys.readouterr().out
+    with pytest.raises(UserError, match="in use by another process"):
+        lock.acquire()
+        RunLock(cell.folder, LOCK).acquire()
