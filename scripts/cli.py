@@ -58,7 +58,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "scripts.run_demo",
         "Shows the flaw, fine-tunes it away, exports, and writes runs/demo/report.html.",
     ),
-    "report": ("scripts.run_report", "Writes the self-contained HTML report of a run directory."),
+    "report": (
+        "scripts.run_report",
+        "Writes one self-contained HTML page about a run, an evaluation, a search or a sweep.",
+    ),
 }
 
 # Environment that keeps libraries quiet; what the user has set stays.

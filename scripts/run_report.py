@@ -1,22 +1,28 @@
-"""`blackpoint report`: one HTML page from what a run directory holds, finished or under way."""
+"""`blackpoint report`: one HTML page from a run, an evaluation, a search or a sweep."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from omegaconf import MISSING
+
+from sampling.wandb_run import WandbConfig
 
 
 @dataclass
 class ReportConfig:
-    """The page about one run directory."""
+    """The page about one run directory, or one folder of results."""
 
     run_dir: str = MISSING
-    """Run directory with metrics.csv, previews/ or black_point/ (rows of `blackpoint evaluate`)."""
+    """Run directory with metrics.csv, previews/ or black_point/; or the folder of an evaluation, a
+    search or a sweep."""
     output: str | None = None
     """The page; run_dir/report.html if not set."""
     evaluation: str | None = None
     """Folder of a black-point study; run_dir/black_point if not set."""
     committed_rows: str = "docs/black_point/rows.csv.gz"
     """Rows that show the control where the study has none; skipped where the file is absent."""
+    wandb: WandbConfig = field(default_factory=lambda: WandbConfig(enabled=False))
+    """The page and its tables at Weights & Biases, for evaluations, searches and sweeps."""
 
 
 def config_class() -> type[ReportConfig]:
@@ -25,6 +31,12 @@ def config_class() -> type[ReportConfig]:
 
 def run(config: ReportConfig) -> int:
     """Writes the page and says where it is."""
+    from scripts.report_results import is_about_results, write_results_of
+
+    if is_about_results(Path(config.run_dir)):
+        for path in write_results_of(config):
+            print(path)
+        return 0
     from scripts.report_content import write
 
     print(write(config))

@@ -2,7 +2,7 @@
 
 run_dir/sweep.json            the cells: settings, folders, in order
 run_dir/trainings/NAME/       a run directory of `blackpoint train`
-run_dir/cells/NAME/cell.json  done or failed, by which settings, seconds
+run_dir/cells/NAME/cell.json  started, done or failed, by which settings, when, seconds
 run_dir/cells/NAME/log.txt    what the verbs printed
 run_dir/cells/NAME/evaluation, search
 
@@ -37,7 +37,7 @@ FOLDERS = {"evaluate": "evaluation", "search": "search"}
 RESUMABLE, POLL_S, GRACE_S = 75, 1.0, 60.0
 LAUNCHERS = ("SLURM_", "PMI", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
 """Beginnings of variables by which a verb would take itself for one of several tasks."""
-State = Literal["new", "done", "failed", "stopped", "elsewhere"]
+State = Literal["new", "started", "done", "failed", "stopped", "elsewhere"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,9 @@ class Runner:
             if state_of(cell).state == "done":  # by another process, meanwhile
                 return Outcome(cell, "done")
             log = cell.folder / LOG
+            before = read_cell(cell.folder)
+            starts = [*before.get("starts", []), round(started_s, 2)]
+            self._keep(cell, "started", {"seconds": before.get("seconds", 0.0), "starts": starts})
             if cell.training is not None:
                 status = self._train(cell.training)
                 if status:
@@ -187,26 +190,27 @@ class Runner:
             reason = f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
         state: State = "failed" if status else "done"
         before = read_cell(cell.folder)
-        content = {
-            "name": cell.name,
-            "digest": cell.digest,
-            "state": state,
+        record = {
             "status": status,
             "reason": reason,
-            "seconds": round(time.time() - started_s + before.get("seconds", 0.0), 2),
-            "starts": [*before.get("starts", []), started_s],
+            "seconds": round(time.time() - started_s + before["seconds"], 2),
+            "starts": before["starts"],
         }
-        write_whole(cell.folder / CELL, json.dumps(content, indent=1) + "\n")
+        self._keep(cell, state, record)
         return Outcome(cell, state, reason)
+
+    def _keep(self, cell: Cell, state: State, record: dict[str, Any]) -> None:
+        content = {"name": cell.name, "digest": cell.digest, "state": state, **record}
+        write_whole(cell.folder / CELL, json.dumps(content, indent=1) + "\n")
 
 
 def state_of(cell: Cell) -> Outcome:
-    """Returns what an earlier start made of a cell: done, failed or new."""
+    """Returns what an earlier start made of a cell; started: it was stopped, or is under way."""
     content = read_cell(cell.folder)
     if content.get("state") == "done" and content.get("digest") == cell.digest:
         return Outcome(cell, "done")
-    if content.get("state") == "failed" and content.get("digest") == cell.digest:
-        return Outcome(cell, "failed", content.get("reason", ""))
+    if content.get("state") in ("started", "failed") and content.get("digest") == cell.digest:
+        return Outcome(cell, content["state"], content.get("reason", ""))
     return Outcome(cell, "new")
 
 

@@ -63,6 +63,8 @@ class Summary:
     """UNet evaluations of all images."""
     seconds: float
     """Of sampling and measuring, over all processes."""
+    where: Literal["border", "image"] = "image"
+    """Whose luminance is compared where prompts leave it open."""
     peak_gb: float = 0.0
 
 
@@ -106,6 +108,7 @@ def summarise(
         len({row["prompt_index"] for row in rows}),
         round(sum(row["nfe"] for row in rows)),
         round(seconds, 2),
+        config.brightness.where,
     )
 
 

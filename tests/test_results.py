@@ -1,0 +1,249 @@
+"""The report of evaluations, searches and sweeps: its tables, and the page in a real browser."""
+
+import csv
+import io
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sampling.evaluation.results import Cell, Picture, Results, Value, read_results
+from sampling.evaluation.results_page import render, tables_of, write_results
+from sampling.evaluation.results_plots import scaling_curves, series_of
+from sampling.evaluation.results_tables import (
+    Table,
+    cells_table,
+    seeds_table,
+    to_csv,
+    to_markdown,
+    win_matrix,
+)
+from sampling.evaluation.statistics import Estimate
+from scripts.cli import main
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NUM_PROMPTS = 30
+
+
+def made_up(tmp_path: Path, seeds: int = 3) -> Results:
+    """Two arms at two numbers of steps: `better` has .2 more, `worse` an alarm; one cell failed."""
+    rng = np.random.default_rng(0)
+    cells = []
+    for arm, gain in (("worse", 0.0), ("better, 8", 0.2), ("better, 16", 0.3)):
+        for seed in range(seeds):
+            scores = {(n, 0): float(gain + 0.05 * rng.normal()) for n in range(NUM_PROMPTS)}
+            mean = float(np.mean(list(scores.values())))
+            path = tmp_path / f"{arm}-{seed}.png"
+            Image.new("RGB", (16, 16), (60 * seed, 10, 10)).save(path)
+            cells.append(
+                Cell(
+                    f"{arm} {seed}",
+                    arm,
+                    {"evaluate.seed": seed},
+                    {"evaluate.seed": seed, "evaluate.sampler": "ddim"},
+                    values={
+                        "score": Value(
+                            Estimate(mean, mean - 0.02, mean + 0.02, NUM_PROMPTS), "higher"
+                        ),
+                        "FID": Value(Estimate(9 - gain, math.nan, math.nan, 30), "lower"),
+                    },
+                    paired={"score": scores},
+                    pictures={(n, 0): Picture(f"prompt <{n}>", seed, path) for n in range(10)},
+                    luminance=list(rng.random(20)),
+                    alarms=["score rises, judge falls"] if arm == "worse" and seed == 0 else [],
+                    nfe=16.0 if "16" in arm else 8.0,
+                    seconds=0.5,
+                    peak_gb=1.0,
+                )
+            )
+    cells.append(Cell("lost", "lost", {"evaluate.seed": 0}, {}, "failed", "killed by SIGKILL"))
+    return Results("made up", cells, "worse", list(rng.random(50)))
+
+
+def column(table: Table, name: str) -> list[str]:
+    place = table.header.index(name)
+    return [row[place].text for row in table.rows]
+
+
+def test_settings_over_seeds_are_compared_with_the_baseline_pair_by_pair(tmp_path: Path) -> None:
+    results = made_up(tmp_path)
+    table = seeds_table(results)
+    assert table is not None
+    assert column(table, "setting") == ["worse", "better, 8", "better, 16"]
+    assert column(table, "seeds") == ["3", "3", "3"]
+    changes = [row[table.header.index("score: minus worse")] for row in table.rows]
+    assert changes[0].text == "" and changes[1].is_best and changes[1].numbers is not None
+    by_seed = [
+        results.cells[3 + n].values["score"].estimate.value
+        - results.cells[n].values["score"].estimate.value
+        for n in range(3)
+    ]
+    assert changes[1].numbers[0] == pytest.approx(np.mean(by_seed))
+    assert changes[1].numbers[3] == 3
+    best = [row[table.header.index("score")].is_best for row in table.rows]
+    assert best == [False, False, True]
+    assert seeds_table(made_up(tmp_path, seeds=1)) is None
+
+
+def test_every_cell_is_there_and_the_best_is_marked(tmp_path: Path) -> None:
+    table = cells_table(made_up(tmp_path))
+    assert len(table.rows) == 10 and column(table, "state")[-1] == "failed"
+    assert [row[2].is_best for row in table.rows].count(True) == 1
+    place = table.header.index("FID")
+    best = min(table.rows[:-1], key=lambda row: row[place].number or math.inf)
+    assert best[place].is_best and best[0].text == "better, 16"
+
+
+def test_the_matrix_says_who_beats_whom_with_a_correction(tmp_path: Path) -> None:
+    table = win_matrix(made_up(tmp_path), "score")
+    assert table is not None and table.header == ["", "worse", "better, 8", "better, 16"]
+    assert table.rows[1][1].text == f"{NUM_PROMPTS} : 0" and table.rows[1][1].is_best
+    assert table.rows[0][2].text == f"0 : {NUM_PROMPTS}" and not table.rows[0][2].is_best
+    assert win_matrix(made_up(tmp_path), "FID") is None
+
+
+def test_tables_are_written_with_their_intervals(tmp_path: Path) -> None:
+    table = cells_table(made_up(tmp_path))
+    rows = list(csv.DictReader(io.StringIO(to_csv(table))))
+    assert len(rows) == 10 and float(rows[0]["score: low"]) < float(rows[0]["score"])
+    assert rows[0]["score: n"] == "30" and rows[-1]["score"] == ""
+    lines = to_markdown(table).splitlines()
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_curves_join_an_arm_at_several_costs(tmp_path: Path) -> None:
+    results = made_up(tmp_path)
+    assert {series_of(cell) for cell in results.cells} == {"worse", "better", "lost"}
+    [(name, svg), *_] = scaling_curves(results, ["score"])
+    assert name == "score" and svg.startswith("<svg") and svg.count("<path") > 10
+    assert scaling_curves(Results("one", results.cells[:3]), ["score"]) == []
+
+
+def test_the_page_refers_to_nothing_outside_and_escapes_what_it_shows(tmp_path: Path) -> None:
+    results = made_up(tmp_path)
+    page = render(results, tables_of(results), {"evaluate.sampler": "ddim"})
+    assert "prompt &lt;0&gt;" in page and "killed by SIGKILL" in page
+    assert "score rises, judge falls" in page
+    for word in ("http://", "https://", 'src="/', "url("):
+        outside = page.replace("http://www.w3.org", "").replace("https://www.w3.org", "")
+        outside = outside.replace("http://purl.org", "").replace("https://matplotlib.org", "")
+        outside = outside.replace("http://creativecommons.org", "").replace("url(#", "")
+        assert word not in outside, word
+
+
+PROBE = """
+<script>
+window.errors = [];
+window.addEventListener("error", (event) => errors.push(event.message || "resource"), true);
+</script>
+"""
+CLICKS = """
+<script>
+window.addEventListener("load", async () => {
+  for (const each of document.images) each.loading = "eager";
+  await new Promise((done) => setTimeout(done, 1000));
+  const table = document.querySelector("#cells");
+  const heads = [...table.tHead.querySelectorAll("th")];
+  const column = heads.findIndex((head) => head.textContent.startsWith("score"));
+  const rows = () => [...table.tBodies[0].rows];
+  const values = () => rows().map((row) => row.cells[column].dataset.value || "");
+  heads[column].click();
+  const up = values();
+  heads[column].click();
+  const down = values();
+  const controls = table.closest("section").querySelector(".controls");
+  const choice = controls.querySelector("select");
+  choice.value = "worse";
+  choice.dispatchEvent(new Event("change"));
+  const chosen = controls.querySelector("output").textContent;
+  choice.value = "";
+  const search = controls.querySelector("input");
+  search.value = "sigkill";
+  search.dispatchEvent(new Event("input"));
+  const searched = controls.querySelector("output").textContent;
+  document.querySelector(".gallery img").click();
+  const zoom = document.getElementById("zoom");
+  const zoomed = zoom.open && zoom.querySelector("img").naturalWidth > 0;
+  const caption = zoom.querySelector("figcaption").textContent;
+  zoom.click();
+  const broken = [...document.images].filter((i) => i.src && i.naturalWidth === 0).length;
+  const answer = { up, down, chosen, searched, zoomed, caption, closed: !zoom.open, broken,
+    pictures: document.querySelectorAll(".gallery img").length, errors,
+    plots: document.querySelectorAll("svg").length };
+  document.body.innerHTML = "";
+  const out = document.createElement("pre");
+  out.id = "answer";
+  out.textContent = JSON.stringify(answer);
+  document.body.append(out);
+});
+</script>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_browser_sorts_filters_and_enlarges_without_errors(tmp_path: Path) -> None:
+    results = made_up(tmp_path)
+    [path, *_] = write_results(tmp_path / "report.html", results, {})
+    text = path.read_text(encoding="utf-8")
+    probed = text.replace("<head>", "<head>" + PROBE).replace("</body>", CLICKS + "</body>")
+    page = tmp_path / "probed.html"
+    page.write_text(probed, encoding="utf-8")
+    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --disable-quic"
+    options += " --disable-background-networking --disable-component-update --enable-logging=stderr"
+    options += f" --user-data-dir={tmp_path / 'profile'} --virtual-time-budget=20000 --dump-dom"
+    done = subprocess.run(
+        [str(CHROMIUM), *options.split(), page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    answer = json.loads(
+        done.stdout.partition('<pre id="answer">')[2]
+        .partition("</pre>")[0]
+        .replace("&lt;", "<")
+        .replace("&gt;", ">")
+    )
+    numbers = [float(value) for value in answer["up"] if value]
+    assert len(numbers) == 9 and numbers == sorted(numbers)
+    assert [float(v) for v in answer["down"] if v] == numbers[::-1]
+    assert answer["up"][-1] == answer["down"][-1] == ""  # what has no number comes last
+    assert answer["chosen"] == "3 of 10" and answer["searched"] == "1 of 10"
+    assert answer["zoomed"] and answer["closed"] and answer["caption"].startswith("worse: prompt")
+    assert answer["broken"] == 0 and answer["pictures"] == 3 * 8 and answer["plots"] >= 2
+    assert answer["errors"] == []
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps({"version": 0, "cells": []}))
+    assert main(["report", f"run_dir={tmp_path}"]) == 2
+    assert "another version" in capsys.readouterr().err
+    cell = {"name": "a", "arm": "", "varied": {}, "folder": "cells/a"}
+    (tmp_path / "sweep.json").write_text(json.dumps({"version": 1, "cells": [cell]}))
+    assert main(["report", f"run_dir={tmp_path}"]) == 2
+    assert "no cell of the sweep is done" in capsys.readouterr().err
+    assert main(["report", f"run_dir={tmp_path / 'absent'}"]) == 2
+
+
+def test_a_cell_of_another_version_is_named_and_the_others_are_shown(tmp_path: Path) -> None:
+    good = {"metrics": [], "notes": [], "skipped": {}, "num_images": 1, "num_prompts": 1}
+    names = ["one", "two"]
+    for name in names:
+        folder = tmp_path / "cells" / name / "search"
+        folder.mkdir(parents=True)
+        (folder.parent / "cell.json").write_text(json.dumps({"state": "done"}))
+        row = {"prompt_index": 0, "held_out": {}, "scores": {"dark": 1.0}, "image": "x", "nfe": 3}
+        row = row if name == "one" else {"prompt_index": 0}
+        (folder / "winners.jsonl").write_text(json.dumps(row) + "\n")
+        (folder / "hacking.json").write_text("[]")
+    cells = [{"name": n, "arm": n, "varied": {}, "folder": f"cells/{n}"} for n in names]
+    (tmp_path / "sweep.json").write_text(json.dumps({"version": 1, "cells": cells}))
+    found = read_results(tmp_path)
+    assert [cell.state for cell in found.cells] == ["done", "not readable"] and good
