@@ -50,7 +50,7 @@ def verbs(
     blackpoint = [python, "-m", "scripts.cli"]
     photos, shards, latents = work / "photos", work / "shards", work / "latents"
     samples, found, export = work / "samples", work / "found", work / "export"
-    scored = work / "scored"
+    scored, evaluated, swept = work / "scored", work / "evaluated", work / "swept"
     unet, pipeline = 4.0 * parameters["unet"], 4.0 * sum(parameters.values())
     encoders = pipeline - unet
     train = [
@@ -143,6 +143,38 @@ def verbs(
             pipeline,
             whole,
             writes=[scored],
+        ),
+        Verb(
+            "evaluate 2 images of 2 steps",
+            [
+                *blackpoint,
+                *f"evaluate checkpoint={base} output={evaluated} num_steps=2 num_images=2".split(),
+                *["batch_size=1", "verifiers.dark.kind=luminance", "verifiers.dark.target=0"],
+                *["brightness.invariance_prompts=1", "brightness.invariance_noises=2"],
+                *pixels,
+                f"prompts={PROMPT}",
+            ],
+            pipeline,
+            whole,
+            writes=[evaluated],
+        ),
+        Verb(
+            "sweep 2 cells of 1 and 2 steps",
+            [
+                *blackpoint,
+                *f"sweep run_dir={swept} evaluate.checkpoint={base}".split(),
+                *(f"evaluate.{key}" for key in pixels),
+                "evaluate.brightness.invariance_prompts=0",
+                "grid.evaluate.num_steps=[1,2]",
+                f"evaluate.prompts={PROMPT}",
+            ],
+            holds="its own process; each cell has one, like evaluate",
+            writes=[swept],
+        ),
+        Verb(
+            "sweep's report",
+            [*blackpoint, "report", f"run_dir={swept}"],
+            done_with=[evaluated, swept],
         ),
         Verb(
             "export and verify",

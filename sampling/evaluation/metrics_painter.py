@@ -1,0 +1,150 @@
+"""The images of an evaluation: which are to be, and the model that samples them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sampling.errors import UserError
+from sampling.evaluation.metrics import MetricsConfig
+from sampling.evaluation.metrics_rows import Key
+from sampling.evaluation.set_models import Pixels, to_pixels
+from sampling.fingerprint import model_digest
+from sampling.model import DiffusionModel
+from sampling.pictures import to_picture
+from sampling.prompts import Prompt
+from sampling.speed import check_dtype, prepare_unet
+from sampling.whole_file import write_whole
+
+SETTINGS = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to be: image `image` of a prompt."""
+
+    number: int
+    prompt: Prompt
+    image: int
+    seed: int
+
+    @property
+    def key(self) -> Key:
+        return self.prompt.index, self.image
+
+    @property
+    def file(self) -> str:
+        return f"images/{self.prompt.index:05d}_{self.image:03d}.png"
+
+
+def jobs_of(config: MetricsConfig, prompts: Sequence[Prompt]) -> list[Job]:
+    """Lists every image; its seed does not depend on which part of the prompts is taken."""
+    return [
+        Job(
+            place * config.num_images + image,
+            prompt,
+            image,
+            config.seed + prompt.index * config.num_images + image,
+        )
+        for place, prompt in enumerate(prompts)
+        for image in range(config.num_images)
+    ]
+
+
+class Painter:
+    """Samples batches with a model that is loaded when it is first needed."""
+
+    def __init__(
+        self, config: MetricsConfig, settings: dict[str, Any], device: torch.device
+    ) -> None:
+        self._config, self._settings, self._device = config, settings, device
+        self._model: DiffusionModel | None = None
+        self.notes: tuple[str, ...] = ()
+        self.num_rows = 0
+        """UNet rows evaluated so far."""
+        self._process_notes(DiffusionModel.load(config.checkpoint, with_unet=False))
+
+    def __enter__(self) -> "Painter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._model = None
+
+    def _process_notes(self, model: DiffusionModel) -> None:
+        """Tells what is unusual about the process; raises UserError for what cannot work."""
+        config, own = self._config, model.process
+        process = replace(own, timestep_spacing=config.timestep_spacing or own.timestep_spacing)
+        process.check_sound(config.allow_unsound)
+        notes = []
+        if process.timestep_spacing != own.timestep_spacing:
+            notes.append(
+                f"sampled with timestep_spacing={process.timestep_spacing}; the checkpoint says "
+                f"{own.timestep_spacing}"
+            )
+        if process.unsound():
+            notes.append(f"unsound, and sampled all the same (allow_unsound): {process.unsound()}")
+        self.notes = tuple(notes)
+        self._size = (config.height or model.image_size, config.width or model.image_size)
+        model.latent_shape(config.height, config.width)  # says what sizes are possible
+
+    def size(self) -> tuple[int, int]:
+        """Returns height and width of the images, in px."""
+        return self._size
+
+    @property
+    def model(self) -> DiffusionModel:
+        """The model; refused where it is not the one that the folder's images are of."""
+        if self._model is None:
+            config = self._config
+            dtype = getattr(torch, config.dtype)
+            check_dtype(self._device, dtype)
+            model = DiffusionModel.load(config.checkpoint, self._device, dtype, config.weights)
+            _check_weights(config, self._settings, model_digest(model))
+            if config.timestep_spacing is not None:
+                model.process = replace(model.process, timestep_spacing=config.timestep_spacing)
+            prepare_unet(model.unet, config.attention, config.channels_last)
+            model.unet.register_forward_pre_hook(self._count)
+            self._model = model
+        return self._model
+
+    def _count(self, _: object, arguments: tuple[Any, ...]) -> None:
+        self.num_rows += len(arguments[0])
+
+    def paint(self, jobs: Sequence[Job]) -> Pixels:
+        """Samples the images of a batch, (N, 3, H, W) uint8."""
+        config = self._config
+        images = self.model.sample(
+            [job.prompt.text for job in jobs],
+            [job.seed for job in jobs],
+            config.num_steps,
+            config.guidance_scale,
+            config.guidance_rescale,
+            config.sampler,
+            config.eta,
+            config.height,
+            config.width,
+            config.negative_prompt,
+            batch_size=config.batch_size,
+            allow_unsound=config.allow_unsound,
+        )
+        for image in images:
+            if not torch.isfinite(image).all():
+                to_picture(image)  # says so
+        return to_pixels(images)
+
+
+def _check_weights(config: MetricsConfig, settings: dict[str, Any], digest: str) -> None:
+    """Refuses other weights under the same name; writes evaluation.json where there is none."""
+    output = Path(config.output)
+    kept = settings.get("weights_digest")
+    if kept is not None and kept != digest:
+        raise UserError(
+            f"checkpoint={config.checkpoint} has other weights than those that output={output} was "
+            "sampled with; choose another output"
+        )
+    if kept is None:
+        content = settings | {"weights_digest": digest}
+        write_whole(output / SETTINGS, json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,157 @@
+"""Keeps what a sweep found in a folder of the repository: python -m scripts.keep_sweep.
+
+settings, cells, wins_*   the report's tables, .md and .csv
+rows.csv.gz               a row an image, or a winner, of every cell
+figure.png                each setting's metrics, over the seeds
+made.json                 machine, date, seconds of every cell, versions
+"""
+
+import csv
+import gzip
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from sampling.evaluation.plots import COLORS, STYLE, panels
+from sampling.evaluation.results import CELL, Results, read_results
+from sampling.evaluation.results_page import tables_of
+from sampling.evaluation.results_plots import luminance_distributions, scaling_curves
+from sampling.evaluation.results_tables import metric_names, settings_of, to_csv, to_markdown
+from sampling.evaluation.statistics import paired_mean
+from sampling.whole_file import write_whole
+from scripts.config import load
+from scripts.full_architecture_table import describe_machine
+from scripts.stand_alone import run_script
+from train.run_directory import describe_environment
+
+DIGITS = 6
+
+
+@dataclass
+class KeepConfig:
+    """Which sweep, and where to."""
+
+    run_dir: str = "runs/ablation"
+    """The sweep."""
+    output: str = "docs/ablation"
+    """Folder to write; what is there is replaced."""
+    metrics: list[str] = field(default_factory=list)
+    """Metrics of the figure, in order; the first six if empty."""
+    without: list[str] = field(default_factory=list)
+    """Beginnings of metrics that the tables leave out."""
+
+
+def keep(config: KeepConfig) -> list[Path]:
+    """Writes everything; returns the paths."""
+    output = Path(config.output)
+    results = read_results(Path(config.run_dir))
+    for cell in results.cells:
+        for name in list(cell.values):
+            if any(name.startswith(each) for each in config.without):
+                del cell.values[name]
+    contents: dict[str, str | bytes] = {}
+    for table in tables_of(results):
+        contents[f"{table.name}.md"] = to_markdown(table)
+        contents[f"{table.name}.csv"] = to_csv(table)
+    contents["rows.csv.gz"] = gzip.compress(_csv(rows_of(results)).encode(), mtime=0)
+    made = describe_environment() | {
+        "machine": describe_machine(),
+        "kept": time.strftime("%Y-%m-%d"),
+        "cell_seconds": cell_seconds(Path(config.run_dir)),
+    }
+    del made["command"]  # of this script, not of the sweep
+    contents["made.json"] = json.dumps(made, indent=1) + "\n"
+    for number, (_, svg) in enumerate(scaling_curves(results, config.metrics or ["judge"])):
+        contents[f"scaling_{number}.svg"] = svg
+    luminance = luminance_distributions(results)
+    if luminance is not None:
+        contents["luminance.svg"] = luminance
+    contents["figure.png"] = figure(results, config.metrics or metric_names(results.cells)[:6])
+    for name, content in contents.items():
+        write_whole(output / name, content)
+    return [output / name for name in contents]
+
+
+def rows_of(results: Results) -> Iterable[dict[str, Any]]:
+    """Yields a row for each image, or winner, with its scores."""
+    names = list(dict.fromkeys(name for cell in results.cells for name in cell.paired))
+    for cell in results.cells:
+        keys = sorted({key for scores in cell.paired.values() for key in scores})
+        for key in keys:
+            yield {
+                "cell": cell.name,
+                "prompt_index": key[0],
+                "image": key[1],
+                **{name: _rounded(cell.paired.get(name, {}).get(key)) for name in names},
+            }
+
+
+def cell_seconds(run_dir: Path) -> dict[str, float]:
+    """Returns the seconds that each cell took, its training included where it made it."""
+    found = {}
+    for path in sorted(run_dir.glob(f"cells/*/{CELL}")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found[record["name"]] = record.get("seconds", math.nan)
+    return found
+
+
+@matplotlib.rc_context(STYLE)
+def figure(results: Results, names: Sequence[str]) -> bytes:
+    """Draws each metric, a line a setting: seeds as dots, their mean with its t interval."""
+    settings = settings_of(results)
+    sheet, axes = panels(len(names), 1, width=2.6, height=0.6 + 0.28 * len(settings))
+    for axis, name in zip(axes, names, strict=True):
+        for place, setting in enumerate(settings):
+            values = [
+                cell.values[name].estimate.value for cell in setting.cells if name in cell.values
+            ]
+            color = COLORS[0] if place == 0 else COLORS[1]
+            axis.plot(values, [place] * len(values), "o", color=color, alpha=0.35, markersize=4)
+            if len(values) > 1:
+                mean = paired_mean(values)
+                bar = [[mean.value - mean.low], [mean.high - mean.value]]
+                axis.errorbar(mean.value, place, xerr=bar, fmt="|", color=color, capsize=2)
+            elif values:
+                own = setting.cells[0].values[name].estimate
+                bar = [[own.value - own.low], [own.high - own.value]]
+                axis.errorbar(own.value, place, xerr=bar, fmt="|", color=color, capsize=2)
+        better = next(c.values[name].better for c in results.cells if name in c.values)
+        axis.set_title(name, loc="left", fontsize=9)
+        axis.set_xlabel({"lower": "lower is better", "higher": "higher is better", "": ""}[better])
+        axis.set_ylim(len(settings) - 0.5, -0.5)
+        axis.grid(axis="y", color="#eeeeee")
+        axis.set_yticks(range(len(settings)), [""] * len(settings))
+    axes[0].set_yticklabels([setting.name for setting in settings])
+    content = io.BytesIO()
+    sheet.savefig(content, format="png", dpi=130, bbox_inches="tight")
+    return content.getvalue()
+
+
+def _csv(rows: Iterable[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    first, *rest = rows
+    writer = csv.DictWriter(text, list(first), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([first, *rest])
+    return text.getvalue()
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.{DIGITS}g}"
+
+
+def main(argv: list[str]) -> int:
+    """Is the command; returns the exit status, 2 for wrong input."""
+    return run_script("keep_sweep", lambda: keep(load(KeepConfig, argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
