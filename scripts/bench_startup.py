@@ -20,7 +20,11 @@ GROUP = "start-up, whole process"
 PYTHON, TORCH, HELP = "python -c pass", "python -c 'import torch'", "blackpoint --help"
 LONGEST_HELP_S = 1.0
 # Verbs that need one of several keys, so that none of them is required by itself.
-ALSO_NEEDED = {"train": ["checkpoint=x"], "search": ["verifiers.x.kind=luminance"]}
+ALSO_NEEDED = {
+    "train": ["checkpoint=x"],
+    "search": ["verifiers.x.kind=luminance"],
+    "sweep": ["evaluate.checkpoint=x"],
+}
 
 
 def commands(verbs: list[str]) -> dict[str, list[str]]:

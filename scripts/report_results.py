@@ -2,19 +2,10 @@
 
 from pathlib import Path
 
-from sampling.evaluation.results import Results, has_results, read_results
+from sampling.evaluation.results import Results, read_results
 from sampling.evaluation.results_page import tables_of, write_results
 from sampling.wandb_run import start_run
 from scripts.run_report import ReportConfig
-
-METRICS_OF_A_RUN = "metrics.csv"
-
-
-def is_about_results(folder: Path) -> bool:
-    """Whether a folder is of results, and not a training run that has a search beside it."""
-    if (folder / METRICS_OF_A_RUN).is_file() and (folder / "checkpoints").is_dir():
-        return False
-    return has_results(folder)
 
 
 def write_results_of(config: ReportConfig) -> list[Path]:

@@ -7,6 +7,9 @@ from omegaconf import MISSING
 
 from sampling.wandb_run import WandbConfig
 
+RESULTS = ("sweep.json", "images.parquet", "winners.jsonl")
+"""Files by which folders of results are known."""
+
 
 @dataclass
 class ReportConfig:
@@ -31,9 +34,9 @@ def config_class() -> type[ReportConfig]:
 
 def run(config: ReportConfig) -> int:
     """Writes the page and says where it is."""
-    from scripts.report_results import is_about_results, write_results_of
-
     if is_about_results(Path(config.run_dir)):
+        from scripts.report_results import write_results_of
+
         for path in write_results_of(config):
             print(path)
         return 0
@@ -41,3 +44,9 @@ def run(config: ReportConfig) -> int:
 
     print(write(config))
     return 0
+
+
+def is_about_results(folder: Path) -> bool:
+    """Whether a folder is of an evaluation, a search or a sweep, and not a training run."""
+    is_run = (folder / "metrics.csv").is_file() and (folder / "checkpoints").is_dir()
+    return not is_run and any((folder / name).is_file() for name in RESULTS)

@@ -96,11 +96,6 @@ class Results:
     reference_luminance: list[float] = field(default_factory=list)
 
 
-def has_results(folder: Path) -> bool:
-    """Whether a folder holds what this page is about."""
-    return any((folder / name).is_file() for name in (SWEEP, IMAGES, WINNERS))
-
-
 def read_results(folder: Path) -> Results:
     """Reads a sweep, an evaluation or a search; raises UserError where there is none of them."""
     if (folder / SWEEP).is_file():
