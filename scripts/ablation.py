@@ -12,13 +12,18 @@ from pathlib import Path
 from data.digits import Split, write_digit_folder
 from data.pack import PackConfig, pack
 from sampling.errors import RunFailed
+from sampling.evaluation.results import Results, read_results
+from sampling.evaluation.results_tables import seed_difference, settings_of
+from sampling.evaluation.statistics import Estimate
+from sampling.whole_file import write_whole
 from scripts.config import load
 from scripts.keep_sweep import KeepConfig, keep
 from scripts.stand_alone import run_script
 
 YAML, RUN_DIR = "configs/ablation.yaml", Path("runs/ablation")
 BASE, RESOLUTION = "assets/tiny_sd", 64
-FIGURE = [
+METRICS = [
+    "luminance error",
     "luminance, black",
     "luminance, white",
     "luminance spread over the references', open",
@@ -26,6 +31,17 @@ FIGURE = [
     "KID",
     "digits",
 ]
+FULL = "+multiscale"
+FIXES = (
+    ("v-prediction", "v_leading", "eps_leading", ""),
+    ("zero terminal SNR", "v_zero_leading", "v_leading", "all_but_zero_snr"),
+    ("trailing timesteps", "v_zero_trailing", "v_zero_leading", "all_but_trailing"),
+    ("guidance rescale", "+rescale", "v_zero_trailing", "all_but_rescale"),
+    ("resolution shift", "+shift", "+rescale", "all_but_shift"),
+    ("multi-scale loss", "+multiscale", "+shift", "+shift"),
+)
+"""Fix, the link of the chain that adds it, the link before, all fixes without it. Without v there
+is none: epsilon-prediction at zero terminal SNR divides by 0."""
 
 
 @dataclass
@@ -64,7 +80,36 @@ def ablate(config: AblationConfig) -> None:
             blackpoint("data", "encode", *arguments, "num_workers=0")
     blackpoint("sweep", YAML, f"num_processes={config.num_processes}")
     blackpoint("report", f"run_dir={RUN_DIR}")
-    keep(KeepConfig(str(RUN_DIR), config.output, FIGURE, without=["luminance error, "]))
+    keep(KeepConfig(str(RUN_DIR), config.output, METRICS))
+    write_whole(Path(config.output) / "fixes.md", fixes(read_results(RUN_DIR)))
+
+
+def fixes(results: Results) -> str:
+    """Writes what each fix changes: added to the chain, and left out of all fixes, as Markdown."""
+    settings = {setting.name: setting for setting in settings_of(results)}
+    lines = [
+        "Change of the metric by the fix, mean over three trainings, paired by seed; 95 % interval",
+        "of Student's t. Added: to the link before it in the chain. In all: the full set minus the",
+        "full set without it. Bold: the interval leaves out 0.",
+        "",
+        f"| fix | | {' | '.join(METRICS)} |",
+        "|---|---|" + "--:|" * len(METRICS),
+    ]
+    for fix, with_it, before, without in FIXES:
+        pairs = {"added": (with_it, before), "in all": (FULL, without)}
+        for kind, (one, other) in pairs.items():
+            if one not in settings or other not in settings:
+                continue
+            changes = [seed_difference(settings[one], settings[other], name) for name in METRICS]
+            lines.append(f"| {fix} | {kind} | {' | '.join(map(_shown, changes))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(change: Estimate | None) -> str:
+    if change is None:
+        return ""
+    text = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+    return text if change.low <= 0 <= change.high else f"**{text}**"
 
 
 def blackpoint(*arguments: str) -> None:

@@ -44,21 +44,16 @@ class KeepConfig:
     output: str = "docs/ablation"
     """Folder to write; what is there is replaced."""
     metrics: list[str] = field(default_factory=list)
-    """Metrics of the figure, in order; the first six if empty."""
-    without: list[str] = field(default_factory=list)
-    """Beginnings of metrics that the tables leave out."""
+    """Metrics of the figure and of the table of settings, in order; the first six if empty."""
 
 
 def keep(config: KeepConfig) -> list[Path]:
     """Writes everything; returns the paths."""
     output = Path(config.output)
     results = read_results(Path(config.run_dir))
-    for cell in results.cells:
-        for name in list(cell.values):
-            if any(name.startswith(each) for each in config.without):
-                del cell.values[name]
+    names = config.metrics or metric_names(results.cells)[:6]
     contents: dict[str, str | bytes] = {}
-    for table in tables_of(results):
+    for table in tables_of(results, names):
         contents[f"{table.name}.md"] = to_markdown(table)
         contents[f"{table.name}.csv"] = to_csv(table)
     contents["rows.csv.gz"] = gzip.compress(_csv(rows_of(results)).encode(), mtime=0)
@@ -69,12 +64,12 @@ def keep(config: KeepConfig) -> list[Path]:
     }
     del made["command"]  # of this script, not of the sweep
     contents["made.json"] = json.dumps(made, indent=1) + "\n"
-    for number, (_, svg) in enumerate(scaling_curves(results, config.metrics or ["judge"])):
+    for number, (_, svg) in enumerate(scaling_curves(results, names)):
         contents[f"scaling_{number}.svg"] = svg
     luminance = luminance_distributions(results)
     if luminance is not None:
         contents["luminance.svg"] = luminance
-    contents["figure.png"] = figure(results, config.metrics or metric_names(results.cells)[:6])
+    contents["figure.png"] = figure(results, names)
     for name, content in contents.items():
         write_whole(output / name, content)
     return [output / name for name in contents]

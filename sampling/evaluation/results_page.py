@@ -59,14 +59,15 @@ def write_results(path: Path, results: Results, settings: Mapping[str, str]) -> 
     return written
 
 
-def tables_of(results: Results) -> list[Table]:
+def tables_of(results: Results, of_settings: Sequence[str] = ()) -> list[Table]:
     """Returns the tables of the page, in order: settings, cells, a matrix for each score.
 
-    Of a single cell there is one table.
+    of_settings: the metrics that settings are shown with; all if empty. Of a single cell there is
+    one table.
     """
     if len(results.cells) == 1:
         return [metrics_table(results.cells[0])]
-    tables = [seeds_table(results), cells_table(results)]
+    tables = [seeds_table(results, of_settings), cells_table(results)]
     names = [n for n in metric_names(results.cells) if any(n in c.paired for c in results.cells)]
     tables += [win_matrix(results, name) for name in names]
     return [table for table in tables if table is not None]

@@ -111,17 +111,17 @@ def metrics_table(cell: Cell) -> Table:
     return Table("metrics", "Metrics", "", ["metric", "value", ""], rows)
 
 
-def seeds_table(results: Results) -> Table | None:
+def seeds_table(results: Results, names: Sequence[str] = ()) -> Table | None:
     """Shows settings over their seeds, and each one's paired difference from the baseline.
 
     The interval is Student's t over seeds, so that it says how another training would come out.
-    None where no setting was repeated.
+    None where no setting was repeated. names: the metrics, all if empty.
     """
     settings = settings_of(results)
     if not any(len(setting.cells) > 1 for setting in settings):
         return None
     baseline = baseline_of(results, settings)
-    names = metric_names(results.cells)
+    names = names or metric_names(results.cells)
     header = ["setting", "seeds"]
     for name in names:
         header += [name, f"{name}: minus {baseline.name}"]
