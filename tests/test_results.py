@@ -247,3 +247,27 @@ def test_a_cell_of_another_version_is_named_and_the_others_are_shown(tmp_path: P
     (tmp_path / "sweep.json").write_text(json.dumps({"version": 1, "cells": cells}))
     found = read_results(tmp_path)
     assert [cell.state for cell in found.cells] == ["done", "not readable"] and good
+
+
+def test_the_tables_and_the_page_go_to_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    sent: dict[str, Any] = {}
+
+    class Run:
+        summary: dict[str, float] = {}
+
+        def log(self, row: dict[str, Any]) -> None:
+            sent.update(row)
+
+        def finish(self) -> None:
+            sent["finished"] = True
+
+    monkeypatch.setattr("scripts.report_results.start_run", lambda *_: Run())
+    monkeypatch.setattr("scripts.report_results.read_results", lambda _: made_up(tmp_path))
+    (tmp_path / "sweep.json").write_text("{}")
+    assert main(["report", f"run_dir={tmp_path}", "wandb.enabled=true"]) == 0
+    assert {"settings", "cells", "wins_score", "report", "finished"} <= set(sent)
+    assert len(sent["cells"].data) == 10
+    assert Run.summary["better, 8 0/score"] == pytest.approx(0.2, abs=0.05)
+    assert "report.html" in capsys.readouterr().out
