@@ -58,6 +58,8 @@ class Runner:
         self._running: set[subprocess.Popen[bytes]] = set()
         self._guard = threading.Lock()
         self._trainings: dict[Path, threading.Lock] = {}
+        self._untrained: dict[Path, int] = {}
+        """Exit status of trainings that have failed in this start, so that each is tried once."""
         self._is_stopping = False
 
     def run(self, cells: list[Cell], tell: Any = lambda outcome: None) -> list[Outcome]:
@@ -67,7 +69,7 @@ class Runner:
         trainings = trainings_of(todo)
         self._trainings = {each.folder: threading.Lock() for each in trainings}
         with ThreadPoolExecutor(self._num_processes) as pool:
-            for each in trainings[1:]:
+            for each in trainings:
                 pool.submit(self._train_early, each)
             futures = [pool.submit(self._run_cell, cell) for cell in todo]
             try:
@@ -96,7 +98,7 @@ class Runner:
                 process.kill()
 
     def _train_early(self, training: Training) -> None:
-        """Trains beside the first cells; what goes wrong is found again by who needs it."""
+        """Trains before the cells; what goes wrong is told by who needs it."""
         if not is_trained(training):
             self._train(training)
 
@@ -134,6 +136,8 @@ class Runner:
             while not is_trained(training):
                 if self._is_stopping:
                     return RESUMABLE
+                if training.folder in self._untrained:
+                    return self._untrained[training.folder]
                 try:
                     lock.acquire()
                 except UserError:
@@ -143,7 +147,10 @@ class Runner:
                     if is_trained(training):
                         return 0
                     log = training.folder.with_suffix(".log")
-                    return self._verb("train", training.settings, training.folder, log)
+                    status = self._verb("train", training.settings, training.folder, log)
+                    if status:
+                        self._untrained[training.folder] = status
+                    return status
                 finally:
                     lock.release()
         return 0

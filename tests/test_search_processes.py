@@ -158,7 +158,7 @@ def test_prompts_are_shared_out_without_rest() -> None:
 
 def test_the_first_process_hears_that_another_stopped(tmp_path: Path) -> None:
     tell_stop(tmp_path, Task(1, 2), "the disk is full")
-    with pytest.raises(RunFailed, match="process 1 of the search stopped: the disk is full"):
+    with pytest.raises(RunFailed, match="process 1 stopped: the disk is full"):
         wait_until(lambda: False, tmp_path, since=0.0)
     wait_until(lambda: True, tmp_path, since=0.0)
     with pytest.raises(RunFailed, match="stopped"):

@@ -223,6 +223,19 @@ def test_a_failed_cell_is_listed_with_its_log_and_the_others_run(
 
 
 @pytest.mark.slow
+def test_a_training_that_fails_is_tried_once_and_fails_its_cells(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    settings = training(pipeline, tmp_path / "absent")
+    path = sweep(tmp_path, train=settings, grid={"evaluate.num_steps": [1, 2]})
+    done = run(path)
+    assert done.returncode == 1 and "2 of 2 cells failed" in done.stderr
+    assert done.stderr.count("its training failed") == 2
+    [log] = (tmp_path / "sweep" / "trainings").glob("*.log")
+    assert str(log) in done.stderr and log.read_text().count("blackpoint: ") == 1
+
+
+@pytest.mark.slow
 def test_stopped_it_says_so_and_goes_on(pipeline: Path, tmp_path: Path) -> None:
     grid = {"evaluate.seed": [0, 1, 2]}
     path = sweep(tmp_path, evaluate={**with_model(pipeline), "num_images": 60}, grid=grid)

@@ -47,7 +47,7 @@ from sampling.evaluation.metrics_rows import (
     read_rows,
     write_rows,
 )
-from sampling.evaluation.metrics_summary import Summary, summarise, write_summary
+from sampling.evaluation.metrics_summary import JSON_FILE, Summary, summarise, write_summary
 from sampling.evaluation.noise_invariance import noise_dependence
 from sampling.prompts import Prompt, read_prompt_set
 from sampling.sample import find_device
@@ -114,6 +114,8 @@ def write_missing(
     output = Path(config.output)
     have = read_rows(output, measures.columns)
     todo = {job.key for job in _missing(have, jobs, measures)}
+    if todo and task.rank == 0:
+        (output / JSON_FILE).unlink(missing_ok=True)  # it says that all is done
     batches = [
         [job for job in jobs[start : start + config.batch_size]]
         for start in range(0, len(jobs), config.batch_size)

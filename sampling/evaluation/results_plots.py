@@ -119,7 +119,8 @@ def _scaling(series: dict[str, list[Cell]], name: str) -> str:
     axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axis.set_xlabel("UNet evaluations (NFE) of an image, or of a prompt's search")
     axis.set_ylabel(_plain(name))
-    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    cut = f"the first {MOST_SERIES} of {len(series)}" if len(series) > MOST_SERIES else None
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, title=cut)
     return svg_text(figure, f"scaling-{name}")
 
 

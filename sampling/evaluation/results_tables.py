@@ -180,6 +180,7 @@ def win_matrix(results: Results, name: str) -> Table | None:
         for setting in settings_of(results)
         if any(name in cell.paired for cell in setting.cells)
     }
+    cut = f" The first {MOST_IN_MATRIX} of {len(scores)}." if len(scores) > MOST_IN_MATRIX else ""
     scores = dict(list(scores.items())[:MOST_IN_MATRIX])
     if len(scores) < 2:
         return None
@@ -214,7 +215,7 @@ def win_matrix(results: Results, name: str) -> Table | None:
         rows.append(line)
     note = (
         f"By {name}: prompts that the row wins and loses against the column, ties left out; p of "
-        "the exact test after Holm's correction over all pairs. Bold: the row wins (p < .05)."
+        f"the exact test after Holm's correction over all pairs. Bold: the row wins (p < .05).{cut}"
     )
     slug = "".join(c if c.isalnum() else "_" for c in name)
     return Table(f"wins_{slug}", f"Who beats whom: {name}", note, ["", *scores], rows)

@@ -50,7 +50,7 @@ def wait_until(is_done: Callable[[], bool], output: Path, since: float) -> None:
             raise RunFailed(reason)
         if not has_told and time.monotonic() - started_s > TELL_AFTER_S:
             has_told = True
-            log.warning("output=%s: waiting for the other processes of this search", output)
+            log.warning("output=%s: waiting for the other processes", output)
         time.sleep(POLL_S)
 
 
@@ -60,7 +60,7 @@ def stopped(output: Path, since: float) -> str:
         try:
             if path.stat().st_mtime >= since:
                 number, reason = path.name.rpartition("-")[2], path.read_text(encoding="utf-8")
-                return f"process {number} of the search stopped: {reason}"
+                return f"process {number} stopped: {reason}"
         except FileNotFoundError:
             continue
     return ""
