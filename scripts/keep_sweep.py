@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import matplotlib
@@ -32,7 +33,7 @@ from scripts.full_architecture_table import describe_machine
 from scripts.stand_alone import run_script
 from train.run_directory import describe_environment
 
-DIGITS = 6
+DIGITS, TITLE_LETTERS = 6, 26
 
 
 @dataclass
@@ -119,7 +120,7 @@ def figure(results: Results, names: Sequence[str]) -> bytes:
                 bar = [[own.value - own.low], [own.high - own.value]]
                 axis.errorbar(own.value, place, xerr=bar, fmt="|", color=color, capsize=2)
         better = next(c.values[name].better for c in results.cells if name in c.values)
-        axis.set_title(name, loc="left", fontsize=9)
+        axis.set_title("\n".join(wrap(name, TITLE_LETTERS)), loc="left", fontsize=9)
         axis.set_xlabel({"lower": "lower is better", "higher": "higher is better", "": ""}[better])
         axis.set_ylim(len(settings) - 0.5, -0.5)
         axis.grid(axis="y", color="#eeeeee")
