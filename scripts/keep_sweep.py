@@ -117,7 +117,7 @@ def figure(results: Results, names: Sequence[str]) -> bytes:
                 axis.errorbar(mean.value, place, xerr=bar, fmt="|", color=color, capsize=2)
             elif values:
                 own = setting.cells[0].values[name].estimate
-                bar = [[own.value - own.low], [own.high - own.value]]
+                bar = [[max(0.0, own.value - own.low)], [max(0.0, own.high - own.value)]]
                 axis.errorbar(own.value, place, xerr=bar, fmt="|", color=color, capsize=2)
         better = next(c.values[name].better for c in results.cells if name in c.values)
         axis.set_title("\n".join(wrap(name, TITLE_LETTERS)), loc="left", fontsize=9)

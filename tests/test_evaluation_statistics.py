@@ -65,3 +65,11 @@ def test_what_has_no_interval_is_refused() -> None:
         statistics.std_ratio([0.0, 1.0], [2.0, 2.0])
     with pytest.raises(UserError, match="3 of 2"):
         statistics.proportion(3, 2)
+
+
+def test_scores_of_zero_and_one_are_proportions() -> None:
+    """Sixty of sixty leave doubt, which a bootstrap of ones does not show."""
+    assert statistics.mean_score([1.0] * 60) == statistics.proportion(60, 60)
+    assert statistics.mean_score([1.0] * 60).low < 0.95
+    values = [0.0, 0.5, 1.0]
+    assert statistics.mean_score(values) == statistics.mean(values)

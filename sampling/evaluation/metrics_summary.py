@@ -267,9 +267,9 @@ def _mean(
         by_prompt.setdefault(row["prompt_index"], []).append(value(row))
     if len(by_prompt) > 1:
         means = [float(np.mean(each)) for each in by_prompt.values()]
-        return Metric(name, group, statistics.mean(means), "prompts", better)
+        return Metric(name, group, statistics.mean_score(means), "prompts", better)
     [values] = by_prompt.values()
-    return Metric(name, group, statistics.mean(values), "images", better)
+    return Metric(name, group, statistics.mean_score(values), "images", better)
 
 
 def _asked_luminance(row: Row) -> float:

@@ -210,7 +210,7 @@ def _read_search(cell: Cell, folder: Path) -> None:
             }
             if own:
                 title = f"{name}{mark}"
-                cell.values[title] = Value(statistics.mean(list(own.values())), "higher")
+                cell.values[title] = Value(statistics.mean_score(list(own.values())), "higher")
                 cell.paired[title] = own
     for row in rows:
         path = folder / row["image"]

@@ -38,6 +38,17 @@ def mean(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
     return Estimate(float(sample.mean()), low, high, len(sample))
 
 
+def mean_score(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
+    """Estimates a mean, of zeros and ones alone as the proportion that it is.
+
+    A bootstrap of scores that are all 1 would leave no doubt; Wilson's interval does.
+    """
+    sample = checked_values(values, 1)
+    if np.isin(sample, (0.0, 1.0)).all():
+        return proportion(int(sample.sum()), len(sample), level)
+    return mean(sample, level, seed)
+
+
 def std(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
     """Estimates a standard deviation (divisor n - 1), with a percentile bootstrap interval."""
     sample = checked_values(values, 2)
