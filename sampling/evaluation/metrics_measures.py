@@ -62,7 +62,7 @@ class Measures:
         for model in self.set_models:
             if wanted & set(model.columns):
                 for column, found in zip(model.columns, model.rows(pixels), strict=True):
-                    for row, values in zip(rows, found.float().cpu().tolist(), strict=True):
+                    for row, values in zip(rows, found.float().cpu().numpy(), strict=True):
                         row[column] = values
         return rows
 

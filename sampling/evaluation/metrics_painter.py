@@ -67,12 +67,6 @@ class Painter:
         """UNet rows evaluated so far."""
         self._process_notes(DiffusionModel.load(config.checkpoint, with_unet=False))
 
-    def __enter__(self) -> "Painter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._model = None
-
     def _process_notes(self, model: DiffusionModel) -> None:
         """Tells what is unusual about the process; raises UserError for what cannot work."""
         config, own = self._config, model.process
@@ -87,12 +81,8 @@ class Painter:
         if process.unsound():
             notes.append(f"unsound, and sampled all the same (allow_unsound): {process.unsound()}")
         self.notes = tuple(notes)
-        self._size = (config.height or model.image_size, config.width or model.image_size)
+        self.size = (config.height or model.image_size, config.width or model.image_size)
         model.latent_shape(config.height, config.width)  # says what sizes are possible
-
-    def size(self) -> tuple[int, int]:
-        """Returns height and width of the images, in px."""
-        return self._size
 
     @property
     def model(self) -> DiffusionModel:

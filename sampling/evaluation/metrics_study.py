@@ -80,16 +80,14 @@ def evaluate_to_folder(config: MetricsConfig, task: Task | None = None) -> Summa
     geneval = read_geneval_file(config)
     forget_stop(output, task)
     try:
-        with Painter(config, settings, device) as painter:
-            if config.sets.reference is not None:
-                height, width = painter.size()
-                reference = measure_reference(config, measures, height, width, len(jobs))
-            else:
-                reference = None
-            write_missing(config, measures, painter, jobs, task)
-            if task.rank > 0:
-                return None
-            dependence = noise_dependences(config, painter, prompts)
+        painter = Painter(config, settings, device)
+        reference = None
+        if task.rank == 0 and config.sets.reference is not None:  # who needs it, and refuses early
+            reference = measure_reference(config, measures, *painter.size, len(jobs))
+        write_missing(config, measures, painter, jobs, task)
+        if task.rank > 0:
+            return None
+        dependence = noise_dependences(config, painter, prompts)
     except Exception as error:
         tell_stop(output, task, str(error) or type(error).__name__)
         raise

@@ -119,10 +119,10 @@ def set_metrics(
     groups = [row["prompt_index"] for row in rows]
     found = []
     if reference is not None and reference.features is not None and FEATURE_COLUMN in rows[0]:
-        features = torch.tensor([row[FEATURE_COLUMN] for row in rows])
+        features = torch.from_numpy(np.stack([row[FEATURE_COLUMN] for row in rows]))
         found += feature_metrics(features, reference.features, groups, config.sets, config.seed)
     if LOGIT_COLUMN in rows[0]:
-        logits = torch.tensor([row[LOGIT_COLUMN] for row in rows])
+        logits = torch.from_numpy(np.stack([row[LOGIT_COLUMN] for row in rows]))
         found += logit_metrics(logits, groups, config.sets, config.seed)
     metrics = [
         Metric(
