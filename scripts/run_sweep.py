@@ -10,7 +10,9 @@ from scripts.stoppable import stoppable
 from scripts.sweep_config import SweepConfig
 
 T = TypeVar("T")
-ELEMENT, FIRST, COUNT = (f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "COUNT"))
+ELEMENT, FIRST, LAST, STEP, COUNT = (
+    f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "STEP", "COUNT")
+)
 
 
 def config_class() -> type[SweepConfig]:
@@ -62,8 +64,18 @@ def run(config: SweepConfig) -> int:
 
 
 def share_of_element(cells: list[T], environment: Mapping[str, str]) -> list[T]:
-    """Returns the cells of this element of a SLURM array: every n-th of them; all outside one."""
+    """Returns the cells of this element of a SLURM array; all outside one.
+
+    Of an array 0-(n-1) every n-th, so that fewer elements than cells do; of any other, such as 3,7,
+    the cell of that number.
+    """
     if ELEMENT not in environment:
         return cells
-    place = int(environment[ELEMENT]) - int(environment.get(FIRST, "0"))
-    return cells[place :: int(environment.get(COUNT, str(len(cells))))]
+    element, first = int(environment[ELEMENT]), int(environment.get(FIRST, "0"))
+    last, step = (
+        int(environment.get(name, default)) for name, default in ((LAST, "0"), (STEP, "1"))
+    )
+    count = int(environment.get(COUNT, str(len(cells))))
+    if first == 0 and step == 1 and last + 1 == count:
+        return cells[element::count]
+    return cells[element : element + 1]  # some of the cells, by their numbers in the plan

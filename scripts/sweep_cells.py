@@ -144,8 +144,9 @@ def _cell(
                 )
             settings["checkpoint"] = str(training.folder)
         one = _checked(section, settings, label)
-        digests.append(_differing(one, FREE[section]))
-        identities.append(_differing(one, FREE_OF_IMAGES[section]))
+        of_training = ("checkpoint",) if training is not None else ()
+        digests.append(_differing(one, (*FREE[section], *of_training)))
+        identities.append(_differing(one, (*FREE_OF_IMAGES[section], *of_training)))
         sections[section] = settings
     if not sections and training is None:
         raise UserError(f"cell {label} has nothing to do: give train, evaluate or search keys")
@@ -177,8 +178,7 @@ def _differing(config: Any, free: tuple[str, ...]) -> Settings:
     """Returns the flat settings that differ from the defaults, without those that are free."""
     found = {}
     for key, value in flat(json.loads(json.dumps(asdict(config)))).items():
-        is_training = key == "checkpoint" and f"/{TRAININGS}/" in str(value)
-        if key in OWN_KEYS.values() or is_training or _is_free(key, free):
+        if key in OWN_KEYS.values() or _is_free(key, free):
             continue
         if value != _default(type(config), key):
             found[key] = value

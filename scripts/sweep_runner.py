@@ -119,7 +119,7 @@ class Runner:
             if cell.training is not None:
                 status = self._train(cell.training)
                 if status:
-                    where = cell.training.folder.with_suffix(".log")
+                    where = log_of(cell.training)
                     return self._ended(cell, status, f"its training failed: {where}", started_s)
             for section, settings in cell.sections.items():
                 status = self._verb(section, settings, cell.folder / FOLDERS[section], log)
@@ -146,7 +146,7 @@ class Runner:
                 try:
                     if is_trained(training):
                         return 0
-                    log = training.folder.with_suffix(".log")
+                    log = log_of(training)
                     status = self._verb("train", training.settings, training.folder, log)
                     if status:
                         self._untrained[training.folder] = status
@@ -157,7 +157,7 @@ class Runner:
 
     def _verb(self, verb: str, settings: Mapping[str, Any], folder: Path, log: Path) -> int:
         """Runs `blackpoint VERB` with these settings into its folder; returns its exit status."""
-        path = log.with_name(f"{log.stem if verb == 'train' else verb}.yaml")
+        path = log.with_name(f"{folder.name if verb == 'train' else verb}.yaml")
         nested = OmegaConf.create({})
         for key, value in (dict(settings) | {OWN_KEYS[verb]: str(folder)}).items():
             OmegaConf.update(nested, key, value, force_add=True)
@@ -227,6 +227,11 @@ def read_cell(folder: Path) -> dict[str, Any]:
         return json.loads((folder / CELL).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
+
+
+def log_of(training: Training) -> Path:
+    """Returns where a training's words go, beside its folder; a name may hold dots."""
+    return training.folder.with_name(f"{training.folder.name}.log")
 
 
 def is_trained(training: Training) -> bool:

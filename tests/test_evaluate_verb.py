@@ -17,6 +17,7 @@ from sampling.evaluation.metrics import MetricsConfig
 from sampling.evaluation.metrics_rows import finished_keys, read_images, read_rows, write_rows
 from sampling.evaluation.metrics_study import evaluate_to_folder
 from sampling.evaluation.metrics_summary import Metric, Summary, read_summary
+from sampling.evaluation.results import read_results
 from sampling.tasks import Task
 from scripts.cli import main
 from scripts.config import load
@@ -127,6 +128,7 @@ def test_every_metric_has_n_and_an_interval(
     assert pq.read_table(output / "features.parquet").column_names[-2:] == ["features", "logits"]
     assert numbers(read_summary(output) or found) == numbers(found)
     assert "FID" in (output / "metrics.md").read_text()
+    assert len(read_results(output).reference_luminance) == 6
     assert (output / "metrics.csv").read_text().startswith("metric,group,value,low,high,n,unit")
 
 

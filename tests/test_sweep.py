@@ -19,7 +19,7 @@ from scripts.config import load
 from scripts.run_sweep import share_of_element
 from scripts.sweep_cells import Cell, cells_of, trainings_of
 from scripts.sweep_config import SweepConfig
-from scripts.sweep_runner import read_cell
+from scripts.sweep_runner import log_of, read_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATE = {
@@ -142,21 +142,34 @@ def test_a_wrong_grid_is_refused_before_anything_runs(
     assert not (tmp_path / "sweep").exists()
 
 
+def test_trainings_whose_names_hold_dots_have_logs_of_their_own(tmp_path: Path) -> None:
+    found = cells(
+        tmp_path,
+        train=training(Path("base"), Path("shards")),
+        grid={"train.optimizer.learning_rate": [0.0001, 0.0005]},
+    )
+    assert len({log_of(each) for each in trainings_of(found)}) == 2
+
+
+def test_checkpoints_in_folders_called_trainings_are_told_apart(tmp_path: Path) -> None:
+    paths = [f"runs/other/trainings/{name}" for name in "ab"]
+    found = cells(tmp_path, grid={"evaluate.checkpoint": paths})
+    assert len({cell.digest for cell in found}) == 2
+
+
 def test_elements_of_an_array_share_the_cells() -> None:
     numbers = list(range(10))
     assert share_of_element(numbers, {}) == numbers
-    parts = [
-        share_of_element(
-            numbers,
-            {
-                "SLURM_ARRAY_TASK_ID": str(element),
-                "SLURM_ARRAY_TASK_MIN": "3",
-                "SLURM_ARRAY_TASK_COUNT": "4",
-            },
-        )
-        for element in (3, 4, 5, 6)
-    ]
+
+    def part(element: int, first: int, last: int, step: int, count: int) -> list[int]:
+        values = {"ID": element, "MIN": first, "MAX": last, "STEP": step, "COUNT": count}
+        names = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
+        return share_of_element(numbers, names)
+
+    parts = [part(element, 0, 3, 1, 4) for element in range(4)]
     assert parts == [[0, 4, 8], [1, 5, 9], [2, 6], [3, 7]]
+    assert [part(n, 3, 7, 1, 2) for n in (3, 7)] == [[3], [7]]  # --array=3,7
+    assert [part(n, 0, 8, 2, 5) for n in (0, 2, 8)] == [[0], [2], [8]]  # --array=0-8:2
 
 
 def run(path: Path, *more: str) -> subprocess.CompletedProcess[str]:

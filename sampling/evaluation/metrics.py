@@ -18,7 +18,11 @@ OF_RUNS = ("stability", "self_supervised", "oracle")
 OF_MEASURES = ("verifiers", "sets", "brightness", "geneval")
 FREE = (*OF_MEASURES, "output", "keep_images", "batch_size", "device", "attention", "channels_last")
 """Keys that change no image."""
-COLUMNS = ("prompt_index", "image", "prompt", "category", "seed", "file", "luminance")
+COLUMNS = (
+    *("prompt_index", "image", "prompt", "category", "seed", "file", "nfe", "sampling_s"),
+    *("measuring_s", "luminance", "border_luminance", "luminance_error", "asked_low"),
+    *("asked_high", "asked_where", "features", "logits"),
+)
 """Columns of images.parquet whose names a verifier cannot have."""
 
 
@@ -181,7 +185,7 @@ class MetricsConfig:
                     f"verifiers.{name}.kind={each.kind} does not judge a picture by itself; FID "
                     "and IS are under sets, stability has study=stability"
                 )
-            if name.startswith(COLUMNS):
+            if name in COLUMNS:
                 raise UserError(
                     f"verifiers.{name}: that name is kept for another column; choose another"
                 )

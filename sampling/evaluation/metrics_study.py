@@ -30,6 +30,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from sampling.errors import UserError
 from sampling.evaluation.metrics import FREE, MetricsConfig
 from sampling.evaluation.metrics_measures import (
+    DECIMALS,
     Measures,
     invariance_settings,
     load_measures,
@@ -99,6 +100,10 @@ def evaluate_to_folder(config: MetricsConfig, task: Task | None = None) -> Summa
     wanted = {job.key: rows[job.key] for job in jobs}
     join_rows(output, wanted, measures.columns)
     shutil.rmtree(output / PARTS, ignore_errors=True)
+    if reference is not None:
+        luminances = {"image": reference.luminance, "border": reference.border_luminance}
+        rounded = {k: [round(value, DECIMALS) for value in v] for k, v in luminances.items()}
+        write_whole(output / REFERENCE, json.dumps(rounded) + "\n")
     found = summarise(config, list(wanted.values()), measures, reference, dependence, geneval)
     found = replace(found, notes=(*painter.notes, *found.notes), peak_gb=peak_gb(device))
     write_summary(output, found)

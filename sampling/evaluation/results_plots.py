@@ -101,7 +101,9 @@ def _scaling(series: dict[str, list[Cell]], name: str) -> str:
             high = float(np.mean([each.high for each in own]))
             below.append(max(0.0, value - low) if math.isfinite(low) else 0.0)
             above.append(max(0.0, high - value) if math.isfinite(high) else 0.0)
-        shift = 1 + 0.012 * (number - len(series) / 2)  # so that intervals don't hide each other
+        shift = 1 + 0.012 * (
+            number - min(len(series), MOST_SERIES) / 2
+        )  # so that intervals don't hide each other
         axis.errorbar(
             [x * shift for x in xs],
             means,

@@ -175,8 +175,8 @@ def _metric(
     if len(kinds) < FEWEST_GROUPS:  # one prompt: its images are the groups
         numbers = np.arange(len(numbers))
         kinds = numbers
-    parts = np.array_split(kinds, min(len(kinds), MOST_GROUPS))
-    count = len(parts)
+    count = min(len(kinds), MOST_GROUPS)
+    parts = [kinds[start::count] for start in range(count)]  # not a category at a time
     kept = [np.flatnonzero(~np.isin(numbers, part)) for part in parts]
     if count < FEWEST_GROUPS or min(map(len, kept)) < 2:
         nothing = Estimate(value, float("nan"), float("nan"), len(numbers))
