@@ -305,6 +305,15 @@ def test_another_evaluation_is_not_overwritten(
     assert "no evaluation" in capsys.readouterr().err
 
 
+def test_a_broken_range_of_luminance_is_refused_before_anything_is_sampled(
+    pipeline: Path, prompts: Path, tmp_path: Path, capsys: Any
+) -> None:
+    prompts.write_text(prompts.read_text().replace("[0.5, 1.0]", "[0.5, 2]"))
+    assert main(["evaluate", *arguments(pipeline, prompts, tmp_path / "out")]) == 2
+    assert "luminance=[0.5, 2]" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_comparison_with_other_timesteps_says_so(
     pipeline: Path, prompts: Path, tmp_path: Path
 ) -> None:

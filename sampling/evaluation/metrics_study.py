@@ -28,6 +28,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from sampling.errors import UserError
+from sampling.evaluation.brightness import luminance_range
 from sampling.evaluation.metrics import FREE, MetricsConfig
 from sampling.evaluation.metrics_measures import (
     DECIMALS,
@@ -69,6 +70,8 @@ def evaluate_to_folder(config: MetricsConfig, task: Task | None = None) -> Summa
     task, since = task or this_task(), time.time() - 1
     output = Path(config.output)
     prompts = read_prompt_set(config.prompts, config.limit, config.offset)
+    for prompt in prompts:
+        luminance_range(prompt)  # refuses now what would else be found after hours
     jobs = jobs_of(config, prompts)
     if config.sets.is_set and len(jobs) < 2:
         raise UserError(

@@ -86,8 +86,11 @@ def summarise(
         if own:
             found.append(_mean(name, "", own, itemgetter(name), "higher"))
     found += brightness_metrics(config, rows, reference)
-    if dependence:
-        estimate = statistics.mean(dependence, seed=config.seed)
+    finite = [value for value in dependence if math.isfinite(value)]
+    if len(finite) < len(dependence):
+        notes.append(f"{INVARIANCE}: not finite for {len(dependence) - len(finite)} prompts")
+    if finite:
+        estimate = statistics.mean(finite, seed=config.seed)
         found.append(Metric(INVARIANCE, "", estimate, "prompts", "lower"))
     if geneval is not None:
         found.append(Metric("GenEval", "", geneval.overall, "prompts", "higher"))

@@ -157,7 +157,7 @@ def _fill(cell: Cell, evaluation: Path, search: Path) -> list[float]:
             reference = _read_evaluation(cell, evaluation)
         if (search / WINNERS).is_file():
             _read_search(cell, search)
-    except (UserError, KeyError, TypeError, ValueError) as error:
+    except (UserError, LookupError, TypeError, ValueError) as error:
         cell.state, cell.reason = "not readable", f"{type(error).__name__}: {error}"
     return reference
 
