@@ -125,7 +125,7 @@ class Runner:
                 status = self._verb(section, settings, cell.folder / FOLDERS[section], log)
                 if status:
                     return self._ended(cell, status, last_line(log), started_s)
-            return self._ended(cell, 0, "", started_s)
+            return self._ended(cell, 0, skipped_in(cell), started_s)
         finally:
             lock.release()
 
@@ -207,7 +207,9 @@ class Runner:
         return Outcome(cell, state, reason)
 
     def _keep(self, cell: Cell, state: State, record: dict[str, Any]) -> None:
-        content = {"name": cell.name, "digest": cell.digest, "state": state, **record}
+        is_whole = state != "done" or not record["reason"]  # else tried again by the next start
+        digest = cell.digest if is_whole else ""
+        content = {"name": cell.name, "digest": digest, "state": state, **record}
         write_whole(cell.folder / CELL, json.dumps(content, indent=1) + "\n")
 
 
@@ -256,6 +258,14 @@ def write_sweep(config: SweepConfig, cells: Iterable[Cell]) -> None:
     ]
     content = {"version": 1, "baseline": config.baseline, "cells": rows}
     write_whole(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def skipped_in(cell: Cell) -> str:
+    """Names the metrics that an evaluation could not measure here; "" where it had all."""
+    path = cell.folder / FOLDERS["evaluate"] / "metrics.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    names = ", ".join(found.get("skipped", {}))
+    return f"without {names}, which could not be loaded" if names else ""
 
 
 def last_line(log: Path) -> str:

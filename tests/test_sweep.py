@@ -236,6 +236,15 @@ def test_a_failed_cell_is_listed_with_its_log_and_the_others_run(
 
 
 @pytest.mark.slow
+def test_a_cell_that_lacks_a_metric_is_tried_again(pipeline: Path, tmp_path: Path) -> None:
+    clip = {"verifiers.clip.kind": "clip_score", "verifiers.clip.checkpoint": "/nowhere"}
+    path = sweep(tmp_path, evaluate={**with_model(pipeline), **clip})
+    done = run(path)
+    assert done.returncode == 0 and "without clip" in done.stdout, done.stderr
+    assert "new" in run(path, "plan=true").stdout
+
+
+@pytest.mark.slow
 def test_a_training_that_fails_is_tried_once_and_fails_its_cells(
     pipeline: Path, tmp_path: Path
 ) -> None:
