@@ -15,6 +15,7 @@ from sampling.model import DiffusionModel
 from sampling.pictures import caption_grid, to_picture
 from sampling.prompts import read_prompts
 from sampling.speed import check_dtype, prepare_unet
+from sampling.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +83,12 @@ def sample_to_folder(config: SampleConfig) -> Path:
     return output
 
 
-def find_device(name: str) -> torch.device:
-    """Returns the device called `name`; auto takes a GPU where there is one."""
+def find_device(name: str, task: Task | None = None) -> torch.device:
+    """Returns the device called `name`; auto takes a GPU where there is one, each task its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and task is not None and task.count > 1:
+            name = f"cuda:{task.local_rank % torch.cuda.device_count()}"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

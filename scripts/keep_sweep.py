@@ -6,7 +6,6 @@ figure.png                each setting's metrics, over the seeds
 made.json                 machine, date, seconds of every cell, versions
 """
 
-import csv
 import gzip
 import io
 import json
@@ -21,6 +20,8 @@ from typing import Any
 
 import matplotlib
 
+from sampling.evaluation.metrics_summary import WORDS
+from sampling.evaluation.plain import csv_text
 from sampling.evaluation.plots import COLORS, STYLE, panels
 from sampling.evaluation.results import CELL, Results, read_results
 from sampling.evaluation.results_page import tables_of
@@ -57,7 +58,7 @@ def keep(config: KeepConfig) -> list[Path]:
     for table in tables_of(results, names):
         contents[f"{table.name}.md"] = to_markdown(table)
         contents[f"{table.name}.csv"] = to_csv(table)
-    contents["rows.csv.gz"] = gzip.compress(_csv(rows_of(results)).encode(), mtime=0)
+    contents["rows.csv.gz"] = gzip.compress(csv_text(rows_of(results)).encode(), mtime=0)
     made = describe_environment() | {
         "machine": describe_machine(),
         "kept": time.strftime("%Y-%m-%d"),
@@ -121,7 +122,7 @@ def figure(results: Results, names: Sequence[str]) -> bytes:
                 axis.errorbar(own.value, place, xerr=bar, fmt="|", color=color, capsize=2)
         better = next(c.values[name].better for c in results.cells if name in c.values)
         axis.set_title("\n".join(wrap(name, TITLE_LETTERS)), loc="left", fontsize=9)
-        axis.set_xlabel({"lower": "lower is better", "higher": "higher is better", "": ""}[better])
+        axis.set_xlabel(WORDS[better])
         axis.set_ylim(len(settings) - 0.5, -0.5)
         axis.grid(axis="y", color="#eeeeee")
         axis.set_yticks(range(len(settings)), [""] * len(settings))
@@ -129,15 +130,6 @@ def figure(results: Results, names: Sequence[str]) -> bytes:
     content = io.BytesIO()
     sheet.savefig(content, format="png", dpi=130, bbox_inches="tight")
     return content.getvalue()
-
-
-def _csv(rows: Iterable[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    first, *rest = rows
-    writer = csv.DictWriter(text, list(first), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([first, *rest])
-    return text.getvalue()
 
 
 def _rounded(value: float | None) -> str:

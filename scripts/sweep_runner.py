@@ -27,13 +27,14 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from sampling.errors import Resumable, UserError
+from sampling.evaluation.results import CELL, EVALUATION, SEARCH, SWEEP, VERSION
 from sampling.whole_file import write_whole
 from scripts.sweep_cells import OWN_KEYS, Cell, Training, trainings_of
 from scripts.sweep_config import SweepConfig
 from train.run_lock import RunLock
 
-SWEEP, CELL, LOG, LOCK = "sweep.json", "cell.json", "log.txt", ".sweep.lock"
-FOLDERS = {"evaluate": "evaluation", "search": "search"}
+LOG, LOCK = "log.txt", ".sweep.lock"
+FOLDERS = {"evaluate": EVALUATION, "search": SEARCH}
 RESUMABLE, POLL_S, GRACE_S = 75, 1.0, 60.0
 LAUNCHERS = ("SLURM_", "PMI", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
 """Beginnings of variables by which a verb would take itself for one of several tasks."""
@@ -256,7 +257,7 @@ def write_sweep(config: SweepConfig, cells: Iterable[Cell]) -> None:
         }
         for cell in cells
     ]
-    content = {"version": 1, "baseline": config.baseline, "cells": rows}
+    content = {"version": VERSION, "baseline": config.baseline, "cells": rows}
     write_whole(path, json.dumps(content, indent=1, default=str) + "\n")
 
 

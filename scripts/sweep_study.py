@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from sampling.errors import RunFailed
-from sampling.evaluation.results import Cell, read_results
+from sampling.evaluation.results import CELL, Cell, read_results
 from sampling.whole_file import write_whole
 from scripts.config import load
 from scripts.full_architecture_table import describe_machine
 from scripts.stand_alone import run_script
 from scripts.sweep_cells import cells_of
 from scripts.sweep_config import SweepConfig
-from scripts.sweep_runner import CELL, read_cell
+from scripts.sweep_runner import read_cell
 
 
 @dataclass

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 NUM_NODES = 2
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 SBIN = "/usr/sbin"
@@ -70,6 +72,10 @@ NODE = (
 )
 
 
+def _path() -> str:
+    return f"{os.environ.get('PATH', '/usr/bin:/bin')}:{SBIN}"
+
+
 def why_not() -> str | None:
     """Returns why no cluster can be started here, or None."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
@@ -78,6 +84,15 @@ def why_not() -> str | None:
             f"{', '.join(missing)} not installed (apt install slurmctld slurmd slurm-client munge)"
         )
     return None if os.geteuid() == 0 else "the emulated nodes need root"
+
+
+MARKS = [
+    pytest.mark.slow,
+    pytest.mark.slurm,
+    pytest.mark.skipif(why_not() is not None, reason=f"no SLURM: {why_not()}"),
+    pytest.mark.xdist_group("slurm"),
+]
+"""Of every test that starts one."""
 
 
 class Cluster:
@@ -172,10 +187,6 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, describe: Callab
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {describe()}"
         time.sleep(0.2)
-
-
-def _path() -> str:
-    return f"{os.environ.get('PATH', '/usr/bin:/bin')}:{SBIN}"
 
 
 def _free_ports(count: int) -> list[int]:

@@ -24,18 +24,13 @@ from sampling.search.run import search_to_folder
 from scripts.config import load
 from scripts.frozen import CODE, ROOT
 from scripts.requeue import STOPPED, newest_step, read_starts
-from tests.slurm_cluster import Cluster, wait_until, why_not
+from tests.slurm_cluster import MARKS, Cluster, wait_until
 from tests.tiny_run import make_tiny_shards, tiny_config
 from train.encode import encode
 from train.encode_config import EncodeConfig
 from train.metrics_file import read_metrics
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.slurm,
-    pytest.mark.skipif(why_not() is not None, reason=f"no SLURM: {why_not()}"),
-    pytest.mark.xdist_group("slurm"),
-]
+pytestmark = MARKS
 NUM_STEPS = 40
 NUM_ENCODED = 300
 TWO_TASKS = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2")

@@ -5,18 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from omegaconf import OmegaConf
 
-from tests.slurm_cluster import Cluster, why_not
+from tests.slurm_cluster import MARKS, Cluster
 from tests.test_slurm import logs_of, make_checkout
+from tests.test_sweep import training
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.slurm,
-    pytest.mark.skipif(why_not() is not None, reason=f"no SLURM: {why_not()}"),
-    pytest.mark.xdist_group("slurm"),
-]
+pytestmark = MARKS
 TIMEOUT_S = 900
 
 
@@ -26,16 +21,7 @@ def test_killed_cells_are_continued_and_finished_ones_left_alone(
     checkout = make_checkout(tmp_path / "checkout", pipeline, shards)
     sweep = {
         "run_dir": "runs/sweep",
-        "train": {
-            "checkpoint": "base",
-            "batch_size": 4,
-            "data.shards": str(shards),
-            "data.resolution": 16,
-            "data.num_workers": 0,
-            "trainer.max_steps": 2,
-            "preview.every_steps": 0,
-            "wandb.enabled": False,
-        },
+        "train": training(Path("base"), shards),
         "evaluate": {
             "prompts": ["a cat on a black background", "a street"],
             "num_images": 4,

@@ -10,7 +10,7 @@ import torch
 
 from sampling.errors import UserError
 from sampling.evaluation.metrics import MetricsConfig
-from sampling.evaluation.metrics_rows import Key
+from sampling.evaluation.metrics_rows import SETTINGS, Key
 from sampling.evaluation.set_models import Pixels, to_pixels
 from sampling.fingerprint import model_digest
 from sampling.model import DiffusionModel
@@ -18,8 +18,6 @@ from sampling.pictures import to_picture
 from sampling.prompts import Prompt
 from sampling.speed import check_dtype, prepare_unet
 from sampling.whole_file import write_whole
-
-SETTINGS = "evaluation.json"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from sampling.errors import UserError
 from sampling.whole_file import write_whole
 
+SETTINGS, REFERENCE = "evaluation.json", "reference.json"
 IMAGES, FEATURES, PARTS = "images.parquet", "features.parquet", "parts"
 FEATURE_COLUMN, LOGIT_COLUMN = "features", "logits"
 LISTS = (FEATURE_COLUMN, LOGIT_COLUMN)

@@ -38,9 +38,11 @@ from sampling.evaluation.metrics_measures import (
     luminance_rows,
     measure_reference,
 )
-from sampling.evaluation.metrics_painter import SETTINGS, Job, Painter, jobs_of
+from sampling.evaluation.metrics_painter import Job, Painter, jobs_of
 from sampling.evaluation.metrics_rows import (
     PARTS,
+    REFERENCE,
+    SETTINGS,
     Key,
     Row,
     column_digest,
@@ -57,7 +59,7 @@ from sampling.search.parts import forget_stop, share_of, tell_stop, wait_until
 from sampling.tasks import Task, this_task
 from sampling.whole_file import write_whole
 
-INVARIANCE, REFERENCE = "noise_invariance.json", "reference.json"
+INVARIANCE, IMAGE_COLUMN = "noise_invariance.json", "luminance"
 BYTES_PER_GB = 1e9
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
@@ -79,7 +81,7 @@ def evaluate_to_folder(config: MetricsConfig, task: Task | None = None) -> Summa
             "makes one; raise num_images, give more prompts, or leave sets out"
         )
     settings = check_folder(config, output, prompts)
-    device = find_device(_device_name(config.device, task))
+    device = find_device(config.device, task)
     measures = load_measures(config, prompts, device)
     geneval = read_geneval_file(config)
     forget_stop(output, task)
@@ -123,8 +125,7 @@ def write_missing(
     if todo and task.rank == 0:
         (output / JSON_FILE).unlink(missing_ok=True)  # it says that all is done
     batches = [
-        [job for job in jobs[start : start + config.batch_size]]
-        for start in range(0, len(jobs), config.batch_size)
+        jobs[start : start + config.batch_size] for start in range(0, len(jobs), config.batch_size)
     ]
     mine = [batch for batch in share_of(batches, task) if any(job.key in todo for job in batch)]
     if not mine:
@@ -261,9 +262,6 @@ def peak_gb(device: torch.device) -> float:
     return used * MAXRSS_BYTES / BYTES_PER_GB
 
 
-IMAGE_COLUMN = "luminance"
-
-
 def _missing(have: dict[Key, Row], jobs: Sequence[Job], measures: Measures) -> list[Job]:
     return [
         job
@@ -284,9 +282,3 @@ def _keep(config: MetricsConfig, output: Path, job: Job, pixels: Tensor) -> str 
 def _others(output: Path) -> list[Path]:
     """Lists what lies there beside files that are being written."""
     return [p for p in output.iterdir() if not p.name.startswith(".")]
-
-
-def _device_name(name: str, task: Task) -> str:
-    if name == "auto" and task.count > 1 and torch.cuda.is_available():
-        return f"cuda:{task.local_rank % torch.cuda.device_count()}"
-    return name

@@ -24,6 +24,7 @@ from sampling.evaluation.geneval import GenEvalScores
 from sampling.evaluation.metrics import MetricsConfig
 from sampling.evaluation.metrics_measures import Measures, Reference
 from sampling.evaluation.metrics_rows import FEATURE_COLUMN, LOGIT_COLUMN, Row
+from sampling.evaluation.plain import finite
 from sampling.evaluation.prompt_luminance import TONES
 from sampling.evaluation.set_metrics import feature_metrics, logit_metrics
 from sampling.evaluation.statistics import LEVEL, NUM_RESAMPLES, Estimate, percentiles
@@ -35,6 +36,7 @@ SPREAD, SPREAD_RATIO = "luminance spread", "luminance spread over the references
 DISTANCE = "luminance distance to the references"
 OPEN = "open"
 Better = Literal["lower", "higher", ""]
+WORDS: dict[Better, str] = {"lower": "lower is better", "higher": "higher is better", "": ""}
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,11 @@ def summarise(
         if own:
             found.append(_mean(name, "", own, itemgetter(name), "higher"))
     found += brightness_metrics(config, rows, reference)
-    finite = [value for value in dependence if math.isfinite(value)]
-    if len(finite) < len(dependence):
-        notes.append(f"{INVARIANCE}: not finite for {len(dependence) - len(finite)} prompts")
-    if finite:
-        estimate = statistics.mean(finite, seed=config.seed)
+    usable = [value for value in dependence if math.isfinite(value)]
+    if len(usable) < len(dependence):
+        notes.append(f"{INVARIANCE}: not finite for {len(dependence) - len(usable)} prompts")
+    if usable:
+        estimate = statistics.mean(usable, seed=config.seed)
         found.append(Metric(INVARIANCE, "", estimate, "prompts", "lower"))
     if geneval is not None:
         found.append(Metric("GenEval", "", geneval.overall, "prompts", "higher"))
@@ -148,7 +150,7 @@ def brightness_metrics(
     if asked:
         found.append(_mean(ERROR, "", asked, itemgetter("luminance_error"), "lower"))
         groups = list(dict.fromkeys(group_of(row) for row in asked))
-        for group in groups if len(groups) > 1 or groups[0] else []:
+        for group in groups:
             own = [row for row in asked if group_of(row) == group]
             found.append(_mean(ERROR, group, own, itemgetter("luminance_error"), "lower"))
             found.append(_mean(LUMINANCE, group, own, _asked_luminance))
@@ -205,7 +207,7 @@ def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
             each.name + (f" ({each.group})" if each.group else ""),
             shown(each.estimate),
             f"{each.estimate.n} {each.unit}",
-            {"lower": "lower is better", "higher": "higher is better", "": ""}[each.better],
+            WORDS[each.better],
         ]
         for each in summary.metrics
     ]
@@ -246,7 +248,7 @@ def write_summary(folder: Path, summary: Summary) -> None:
         )
         writer.writerow([each.name, each.group, *numbers, each.estimate.n, each.unit, each.better])
     write_whole(folder / CSV_FILE, text.getvalue())
-    write_whole(folder / JSON_FILE, json.dumps(_finite(asdict(summary)), indent=1) + "\n")
+    write_whole(folder / JSON_FILE, json.dumps(finite(asdict(summary)), indent=1) + "\n")
 
 
 def read_summary(folder: Path) -> Summary | None:
@@ -281,12 +283,3 @@ def _asked_luminance(row: Row) -> float:
 
 def _numbers(estimate: Mapping[str, float | None]) -> dict[str, Any]:
     return {key: math.nan if value is None else value for key, value in estimate.items()}
-
-
-def _finite(value: object) -> object:
-    """Returns what JSON can hold: null for a number that is not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

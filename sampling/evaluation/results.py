@@ -14,7 +14,7 @@ from typing import Any
 
 from sampling.errors import UserError
 from sampling.evaluation import statistics
-from sampling.evaluation.metrics_rows import IMAGES, Row, read_images
+from sampling.evaluation.metrics_rows import IMAGES, REFERENCE, SETTINGS, Row, read_images
 from sampling.evaluation.metrics_summary import (
     ERROR,
     LUMINANCE,
@@ -31,7 +31,6 @@ WINNERS, SEARCH_SETTINGS, LEDGER, HACKING = (
     "ledger.json",
     "hacking.json",
 )
-REFERENCE = "reference.json"
 VERSION = 1
 Key = tuple[int, int]
 """Prompt index and image of the prompt."""
@@ -181,7 +180,7 @@ def _read_evaluation(cell: Cell, folder: Path) -> list[float]:
         for row in rows
         if row["file"] and (folder / row["file"]).is_file()
     }
-    settings = _json(folder / "evaluation.json")
+    settings = _json(folder / SETTINGS)
     where = summary.where
     column = "border_luminance" if where == "border" else "luminance"
     left = [row for row in rows if row["luminance_error"] is None]

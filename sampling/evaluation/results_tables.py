@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sampling.evaluation import statistics
+from sampling.evaluation.metrics_summary import WORDS
 from sampling.evaluation.paired import count_outcomes, holm
 from sampling.evaluation.results import Cell, Key, Results, Value, is_seed, short
 from sampling.evaluation.statistics import Estimate
@@ -100,9 +101,8 @@ def cells_table(results: Results) -> Table:
 
 def metrics_table(cell: Cell) -> Table:
     """Shows one cell, a line for each metric."""
-    words = {"lower": "lower is better", "higher": "higher is better", "": ""}
     rows = [
-        [TableCell(name), _shown(value, False), TableCell(words[value.better])]
+        [TableCell(name), _shown(value, False), TableCell(WORDS[value.better])]
         for name, value in cell.values.items()
     ]
     for name, number in (("NFE", cell.nfe), ("seconds", cell.seconds), ("peak GB", cell.peak_gb)):

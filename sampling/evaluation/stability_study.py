@@ -7,12 +7,9 @@ OUTPUT/sets.json, peaks.json metrics of sets, peak memory
 OUTPUT/report.html, results.md, *.svg
 """
 
-import csv
 import gzip
-import io
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -22,6 +19,7 @@ from typing import Any
 import torch
 
 from sampling.errors import RunFailed, UserError
+from sampling.evaluation.plain import csv_text, finite
 from sampling.evaluation.stability import StabilityStudyConfig
 from sampling.evaluation.stability_arms import Arm, arms, places
 from sampling.evaluation.stability_findings import methods, rivals
@@ -109,10 +107,10 @@ def report(
     founds = [read_found(config, place) for place in places(config)]
     reference = load_reference(config)
     sets = [set_metrics(found, output / found.place.folder, reference) for found in founds]
-    write_whole(output / PAIRS, gzip.compress(_csv(pair_rows(founds)).encode(), mtime=0))
-    write_whole(output / CHOSEN, _csv(chosen_rows(founds)))
+    write_whole(output / PAIRS, gzip.compress(csv_text(pair_rows(founds)).encode(), mtime=0))
+    write_whole(output / CHOSEN, csv_text(chosen_rows(founds)))
     found_sets = {
-        found.place.folder: [_finite(asdict(each)) for each in own]
+        found.place.folder: [finite(asdict(each)) for each in own]
         for found, own in zip(founds, sets, strict=True)
     }
     write_whole(output / SETS, json.dumps(found_sets, indent=1) + "\n")
@@ -161,21 +159,3 @@ def chosen_rows(founds: Sequence[Found]) -> Iterable[dict[str, Any]]:
                         "nfe": price,
                         "prompt_index": prompt,
                     } | {name: f"{own[name][row]:.6g}" for name in found.quality}
-
-
-def _csv(rows: Iterable[dict[str, Any]]) -> str:
-    rows = iter(rows)
-    first = next(rows)  # all have its columns
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(first), lineterminator="\n")
-    writer.writeheader()
-    writer.writerow(first)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _finite(value: Any) -> Any:
-    """Returns what JSON can hold: null for a number that is not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -49,10 +49,7 @@ class Loaded:
 
 def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded:
     """Loads the model and all verifiers; raises UserError for a prompt that one cannot judge."""
-    name = config.device
-    if name == "auto" and task.count > 1 and torch.cuda.is_available():
-        name = f"cuda:{task.local_rank % torch.cuda.device_count()}"
-    device = find_device(name)
+    device = find_device(config.device, task)
     dtype = getattr(torch, config.dtype)
     check_dtype(device, dtype)
     named = {**config.verifiers, **config.held_out}
