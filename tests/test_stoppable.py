@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -38,3 +39,30 @@ def test_ctrl_c_that_a_library_turned_into_an_error_is_still_ctrl_c() -> None:
 def test_an_error_that_no_signal_preceded_stays_what_it_is() -> None:
     with pytest.raises(UserError, match="no such file"), stoppable():
         raise UserError("no such file")
+
+
+class Dies:
+    """Gets the signal while Python deletes it, where nothing can be raised."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGTERM, Resumable), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_stop_that_python_drops_is_raised_again(
+    number: int, raised: type[BaseException], capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = sys.unraisablehook, signal.getsignal(signal.SIGALRM)
+    reached = list[str]()
+    with pytest.raises(raised), stoppable():
+        Dies(number)
+        time.sleep(5)
+        reached.append("what follows")
+    assert not reached
+    assert (sys.unraisablehook, signal.getsignal(signal.SIGALRM)) == before
+    assert "Traceback" not in capfd.readouterr().err

@@ -1,5 +1,6 @@
 """A verifier's config: what each kind needs, and a user's own by import path."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from omegaconf.errors import ValidationError
 from torch.testing import assert_close
 
 from sampling.errors import RunFailed, UserError
+from sampling.verifiers.import_path import import_object
 from sampling.verifiers.load import VerifierConfig, load_verifier
 from sampling.verifiers.verifier import checked_scores
 
@@ -152,3 +154,13 @@ def test_reading_a_config_does_not_import_torch() -> None:
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_working_folder_that_is_searched_already_stays_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    before = list(sys.path)
+    assert import_object("json:dumps", "module") is json.dumps
+    assert sys.path == before

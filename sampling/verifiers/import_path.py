@@ -17,7 +17,9 @@ def import_object(path: str, field: str) -> Any:
             f"{field}={path} must be an import path, package.module:name, such as my_scores:sharp"
         )
     here = str(Path.cwd())
-    sys.path.append(here)
+    added = here not in sys.path  # removing it would otherwise remove an entry that others need
+    if added:
+        sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -26,7 +28,8 @@ def import_object(path: str, field: str) -> Any:
             f"holds {module_name.partition('.')[0]}, or install it"
         ) from error
     finally:
-        sys.path.remove(here)
+        if added:
+            sys.path.remove(here)
     try:
         return getattr(module, name)
     except AttributeError as error:
