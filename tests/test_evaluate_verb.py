@@ -13,81 +13,32 @@ import pytest
 import torch
 from PIL import Image
 
-from sampling.evaluation.metrics import MetricsConfig
 from sampling.evaluation.metrics_rows import finished_keys, read_images, read_rows, write_rows
-from sampling.evaluation.metrics_study import evaluate_to_folder
-from sampling.evaluation.metrics_summary import Metric, Summary, read_summary
+from sampling.evaluation.metrics_summary import read_summary
 from sampling.evaluation.results import read_results
-from sampling.tasks import Task
 from scripts.cli import main
-from scripts.config import load
+from tests.evaluations import (
+    PROMPTS,
+    arguments,
+    evaluate,
+    metric,
+    numbers,
+    with_sets,
+    write_prompts,
+    write_reference,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPTS = [
-    {"prompt": "a cat on a black background", "category": "dark"},
-    {"prompt": "a dog on a white background", "category": "bright"},
-    {"prompt": "snow", "category": "bright", "luminance": [0.5, 1.0]},
-    {"prompt": "a street", "luminance": None},
-    {"prompt": "a house"},
-]
 
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
-    return path
+    return write_prompts(tmp_path / "prompts.jsonl")
 
 
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
-    folder = tmp_path / "real"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(6):
-        size = (16, 16) if number else (40, 24)
-        pixels = (rng.random((size[1], size[0], 3)) * 255 * (number + 1) / 7).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
-
-
-def arguments(pipeline: Path, prompts: Path, output: Path, *more: str) -> list[str]:
-    return [
-        f"checkpoint={pipeline}",
-        f"prompts={prompts}",
-        f"output={output}",
-        "num_images=2",
-        "num_steps=2",
-        "guidance_scale=2",
-        "batch_size=4",
-        "brightness.invariance_noises=2",
-        "verifiers.dark.kind=luminance",
-        "verifiers.dark.target=0",
-        *more,
-    ]
-
-
-def with_sets(reference: Path) -> list[str]:
-    return [
-        f"sets.reference={reference}",
-        "sets.features.module=tests.tiny_vision:ThreeColors",
-        "sets.classifier.module=tests.tiny_vision:ThreeColors",
-    ]
-
-
-def evaluate(given: list[str], task: Task | None = None) -> Summary:
-    found = evaluate_to_folder(load(MetricsConfig, given), task or Task())
-    assert found is not None
-    return found
-
-
-def metric(summary: Summary, name: str, group: str = "") -> Metric:
-    [found] = [each for each in summary.metrics if (each.name, each.group) == (name, group)]
-    return found
-
-
-def numbers(summary: Summary) -> list[tuple[Any, ...]]:
-    return [(each.name, each.group, each.estimate) for each in summary.metrics]
+    return write_reference(tmp_path / "real")
 
 
 def test_every_metric_has_n_and_an_interval(

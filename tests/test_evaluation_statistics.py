@@ -53,7 +53,32 @@ def test_std_ratio_covers_the_true_ratio() -> None:
 def test_constant_values_have_a_point_interval() -> None:
     found = statistics.std_ratio([0.5] * 10, [0.0, 1.0] * 10)
     assert (found.value, found.low, found.high) == (0, 0, 0)
-    assert statistics.mean([0.25]).low == statistics.mean([0.25]).high == 0.25
+    assert statistics.mean([0.25] * 2).low == statistics.mean([0.25] * 2).high == 0.25
+
+
+def test_one_observation_has_no_interval() -> None:
+    found = statistics.mean([0.25])
+    assert found.value == 0.25 and np.isnan([found.low, found.high]).all() and found.n == 1
+
+
+def test_rows_that_belong_together_are_drawn_together() -> None:
+    """Ten copies of each value say no more than one: the interval does not shrink."""
+    values = np.random.default_rng(0).normal(size=40)
+    copies = np.repeat(values[:, None], 10, axis=1)
+    for estimate in (statistics.mean, statistics.std):
+        alone, together = estimate(values), estimate(copies)
+        apart = estimate(copies.ravel())
+        assert together.n == 40
+        assert together.high - together.low == pytest.approx(alone.high - alone.low, rel=0.05)
+        assert apart.high - apart.low < 0.5 * (together.high - together.low)
+
+
+def test_a_bootstrap_in_parts_has_the_same_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    whole = statistics.mean(values)
+    monkeypatch.setattr(statistics, "MOST_AT_ONCE", 1000)
+    parts = statistics.mean(values)
+    assert parts.high - parts.low == pytest.approx(whole.high - whole.low, rel=0.1)
 
 
 def test_what_has_no_interval_is_refused() -> None:

@@ -16,11 +16,12 @@ from sampling.verifiers.load import ImageModelConfig, VerifierConfig
 OF_RUNS = ("stability", "self_supervised", "oracle")
 """Kinds of verifiers that do not judge one picture by itself."""
 OF_MEASURES = ("verifiers", "sets", "brightness", "geneval")
-FREE = (*OF_MEASURES, "output", "keep_images", "batch_size", "device", "attention", "channels_last")
+OF_WHERE = ("output", "reference_cache", "keep_images", "batch_size", "device", "attention")
+FREE = (*OF_MEASURES, *OF_WHERE, "channels_last")
 """Keys that change no image."""
 COLUMNS = (
     *("prompt_index", "image", "prompt", "category", "seed", "file", "nfe", "sampling_s"),
-    *("measuring_s", "luminance", "border_luminance", "luminance_error", "asked_low"),
+    *("measuring_s", "peak_gb", "luminance", "border_luminance", "luminance_error", "asked_low"),
     *("asked_high", "asked_where", "features", "logits"),
 )
 """Columns of images.parquet whose names a verifier cannot have."""
@@ -134,6 +135,9 @@ class MetricsConfig:
     """FID, KID, IS, precision, recall."""
     brightness: BrightnessConfig = field(default_factory=BrightnessConfig)
     """The brightness suite."""
+    reference_cache: str | None = None
+    """Folder that keeps what was measured of references, for evaluations that share it; inside
+    `output` if not set."""
     geneval: str | None = None
     """results.jsonl of GenEval's detector, whose scores are shown beside."""
     keep_images: int | None = 64

@@ -8,27 +8,23 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sampling.errors import UserError
 from sampling.evaluation.brightness import luminance_error, luminance_range
 from sampling.evaluation.luminance import border_luminance, image_luminance
 from sampling.evaluation.metrics import MetricsConfig
-from sampling.evaluation.metrics_rows import FEATURE_COLUMN, Row, column_digest
+from sampling.evaluation.metrics_rows import Row, column_digest
 from sampling.evaluation.set_models import (
     Pixels,
     SetModel,
     load_set_model,
     networks,
-    read_reference,
 )
 from sampling.prompts import Prompt
 from sampling.verifiers.load import load_verifiers
-from sampling.verifiers.oracle import reference_pictures
 from sampling.verifiers.verifier import Verifier, checked_scores
 
 DECIMALS = 6
@@ -37,13 +33,21 @@ MAX_CHECKED = 10_000
 
 @dataclass
 class Measures:
-    """What measures; `columns` are the measured columns with the digests of their settings."""
+    """What measures. A column's digest is of the settings that it is measured with."""
 
     columns: dict[str, str] = field(default_factory=dict)
+    """Columns that can be measured here, with their digests."""
     verifiers: dict[str, Verifier] = field(default_factory=dict)
     set_models: list[SetModel] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """What was asked for and cannot be measured here, with the reason."""
+    lacking: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Skipped -> the columns that it would measure, with their digests."""
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """All columns that are asked for, with their digests."""
+        return self.columns | {k: v for each in self.lacking.values() for k, v in each.items()}
 
     def missing(self, row: Row) -> set[str]:
         """Returns the columns that a row lacks."""
@@ -101,78 +105,30 @@ def load_measures(
     """
     found = Measures()
     for name, each in config.verifiers.items():
+        settings = {k: v for k, v in asdict(each).items() if k not in ("batch_size", "name")}
+        columns = {name: column_digest(settings)}
         try:
             verifier = load_verifiers({name: dataclasses.replace(each, name=name)}, device)[name]
         except UserError as error:
-            found.skipped[name] = str(error)
+            found.skipped[name], found.lacking[name] = str(error), columns
             continue
         check = getattr(verifier, "check_prompt", None)
         for prompt in itertools.islice(prompts, MAX_CHECKED if check else 0):
             check(prompt.text)  # type: ignore[misc]
         found.verifiers[name] = verifier
-        settings = {k: v for k, v in asdict(each).items() if k not in ("batch_size", "name")}
-        found.columns[name] = column_digest(settings)
-    for key, columns in networks(config.sets).items():
-        try:
-            model = load_set_model(config.sets, key, columns, device)
-        except UserError as error:
-            found.skipped[f"sets.{key}"] = str(error)
-            continue
-        found.set_models.append(model)
+        found.columns |= columns
+    for key, names in networks(config.sets).items():
         given = getattr(config.sets, key)
         digest = column_digest([key, given if key == "inception" else asdict(given)])
-        found.columns |= {column: digest for column in columns}
+        columns = {column: digest for column in names}
+        try:
+            found.set_models.append(load_set_model(config.sets, key, names, device))
+        except UserError as error:
+            skipped = f"sets.{key}"
+            found.skipped[skipped], found.lacking[skipped] = str(error), columns
+            continue
+        found.columns |= columns
     return found
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The real pictures of a folder, as our images are measured."""
-
-    num_images: int
-    luminance: list[float]
-    border_luminance: list[float]
-    features: Tensor | None
-    """(M, d), where features are asked for."""
-    notes: tuple[str, ...] = ()
-
-
-@torch.no_grad()
-def measure_reference(
-    config: MetricsConfig, measures: Measures, height: int, width: int, num_images: int
-) -> Reference:
-    """Measures the real pictures; raises UserError for fewer than two, or a broken one."""
-    assert config.sets.reference is not None
-    files = reference_pictures(config.sets.reference, "sets.reference")
-    model = next((each for each in measures.set_models if FEATURE_COLUMN in each.columns), None)
-    luminances: list[float] = []
-    borders: list[float] = []
-    features, num_resized = [], 0
-    for start in range(0, len(files), config.batch_size):
-        batch = [
-            read_reference(Path(file), height, width) for file in files[start:][: config.batch_size]
-        ]
-        pixels = torch.cat([each for each, _ in batch])
-        num_resized += sum(is_other for _, is_other in batch)
-        images = pixels.float() / 255
-        luminances += image_luminance(images).tolist()
-        borders += border_luminance(images).tolist()
-        if model is not None:
-            rows = model.rows(pixels)[model.columns.index(FEATURE_COLUMN)]
-            features.append(rows.float().cpu())
-    notes = []
-    if num_resized:
-        notes.append(
-            f"{num_resized} of {len(files)} references had another size than {width} x {height} px "
-            "and were resized and cut"
-        )
-    if len(files) != num_images:
-        notes.append(
-            f"{len(files)} references and {num_images} images: FID is biased upwards in small "
-            "sets; compare evaluations of equal numbers"
-        )
-    whole = torch.cat(features) if features else None
-    return Reference(len(files), luminances, borders, whole, tuple(notes))
 
 
 def invariance_settings(config: MetricsConfig) -> dict[str, Any]:

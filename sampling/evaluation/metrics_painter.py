@@ -56,9 +56,14 @@ class Painter:
     """Samples batches with a model that is loaded when it is first needed."""
 
     def __init__(
-        self, config: MetricsConfig, settings: dict[str, Any], device: torch.device
+        self,
+        config: MetricsConfig,
+        settings: dict[str, Any],
+        prompts: Sequence[Prompt],
+        device: torch.device,
     ) -> None:
-        self._config, self._settings, self._device = config, settings, device
+        self._config, self._settings, self.device = config, settings, device
+        self._texts = [prompt.text for prompt in prompts]
         self._model: DiffusionModel | None = None
         self.notes: tuple[str, ...] = ()
         self.num_rows = 0
@@ -81,6 +86,9 @@ class Painter:
         self.notes = tuple(notes)
         self.size = (config.height or model.image_size, config.width or model.image_size)
         model.latent_shape(config.height, config.width)  # says what sizes are possible
+        process.timesteps(config.num_steps)  # says how many there are
+        if model.tokenizer is None:
+            model.encode_prompts([config.negative_prompt, *self._texts])  # names of classes
 
     @property
     def model(self) -> DiffusionModel:
@@ -88,9 +96,9 @@ class Painter:
         if self._model is None:
             config = self._config
             dtype = getattr(torch, config.dtype)
-            check_dtype(self._device, dtype)
-            model = DiffusionModel.load(config.checkpoint, self._device, dtype, config.weights)
-            _check_weights(config, self._settings, model_digest(model))
+            check_dtype(self.device, dtype)
+            model = DiffusionModel.load(config.checkpoint, self.device, dtype, config.weights)
+            self._check_weights(model_digest(model))
             if config.timestep_spacing is not None:
                 model.process = replace(model.process, timestep_spacing=config.timestep_spacing)
             prepare_unet(model.unet, config.attention, config.channels_last)
@@ -98,11 +106,16 @@ class Painter:
             self._model = model
         return self._model
 
+    def load(self) -> None:
+        """Loads the model now; `paint` does so where it is not loaded yet."""
+        _ = self.model
+
     def _count(self, _: object, arguments: tuple[Any, ...]) -> None:
         self.num_rows += len(arguments[0])
 
     def paint(self, jobs: Sequence[Job]) -> Pixels:
-        """Samples the images of a batch, (N, 3, H, W) uint8."""
+        """Samples the images of a batch, (N, 3, H, W) uint8; after the first, evaluation.json is
+        there."""
         config = self._config
         images = self.model.sample(
             [job.prompt.text for job in jobs],
@@ -121,18 +134,21 @@ class Painter:
         for image in images:
             if not torch.isfinite(image).all():
                 to_picture(image)  # says so
+        self._write_settings()
         return to_pixels(images)
 
+    def _check_weights(self, digest: str) -> None:
+        """Refuses other weights under the same name than those that the folder's images are of."""
+        kept = self._settings.get("weights_digest")
+        if kept is not None and kept != digest:
+            raise UserError(
+                f"checkpoint={self._config.checkpoint} has other weights than those that "
+                f"output={self._config.output} was sampled with; choose another output"
+            )
+        self._settings["weights_digest"] = digest
 
-def _check_weights(config: MetricsConfig, settings: dict[str, Any], digest: str) -> None:
-    """Refuses other weights under the same name; writes evaluation.json where there is none."""
-    output = Path(config.output)
-    kept = settings.get("weights_digest")
-    if kept is not None and kept != digest:
-        raise UserError(
-            f"checkpoint={config.checkpoint} has other weights than those that output={output} was "
-            "sampled with; choose another output"
-        )
-    if kept is None:
-        content = settings | {"weights_digest": digest}
-        write_whole(output / SETTINGS, json.dumps(content, indent=1) + "\n")
+    def _write_settings(self) -> None:
+        """Writes evaluation.json, by which a later start knows whether it may go on here."""
+        path = Path(self._config.output) / SETTINGS
+        if not path.is_file():
+            write_whole(path, json.dumps(self._settings, indent=1) + "\n")

@@ -5,7 +5,8 @@ features.parquet   (prompt_index, image) and the rows of numbers that set metric
 
 Rows are found by (prompt_index, image), never by their place. A measured column says in its field's
 metadata by which settings it was measured: asked for with others it is measured again, and nothing
-else is. While an evaluation runs, each finished batch is a file in parts/.
+else is. Columns that are not asked for stay. While an evaluation runs, each finished batch is a
+file in parts/; a column without values there says that its process could not measure it.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 from sampling.errors import UserError
 from sampling.whole_file import write_whole
 
-SETTINGS, REFERENCE = "evaluation.json", "reference.json"
+SETTINGS, REFERENCE, REFERENCES = "evaluation.json", "reference.json", "references"
 IMAGES, FEATURES, PARTS = "images.parquet", "features.parquet", "parts"
 FEATURE_COLUMN, LOGIT_COLUMN = "features", "logits"
 LISTS = (FEATURE_COLUMN, LOGIT_COLUMN)
@@ -66,18 +67,35 @@ def read_rows(folder: Path, columns: Columns | None = None) -> dict[Key, Row]:
     columns: the measured columns that are wanted, with their digests; a column measured with other
     settings is left out. None: whatever there is. Raises UserError for files of another version.
     """
-    found: dict[Key, Row] = {}
+    while True:
+        found: dict[Key, Row] = {}
+        try:
+            for path in _files(folder):
+                for row in _read(path, columns):
+                    found.setdefault((row["prompt_index"], row["image"]), {}).update(row)
+            return found
+        except FileNotFoundError:
+            continue  # the first process has joined the parts meanwhile
+
+
+def carried_columns(folder: Path, asked: Columns) -> dict[str, str]:
+    """Returns the measured columns that are there and not asked for, with their digests.
+
+    One that two files measured with different settings is none: it could not be told apart.
+    """
+    found: dict[str, set[str]] = {}
     for path in _files(folder):
-        for row in _read(path, columns):
-            found.setdefault((row["prompt_index"], row["image"]), {}).update(row)
-    return found
+        for field in pq.read_schema(path):
+            if field.metadata and DIGEST in field.metadata and field.name not in asked:
+                found.setdefault(field.name, set()).add(field.metadata[DIGEST].decode())
+    return {name: digests.pop() for name, digests in found.items() if len(digests) == 1}
 
 
 def join_rows(folder: Path, rows: Mapping[Key, Row], columns: Columns) -> None:
     """Writes images.parquet and, where there are any, features.parquet."""
-    lists = [name for name in LISTS if name in columns]
+    lists = [name for name in LISTS if any(name in row for row in rows.values())]
     if lists:
-        kept = [{name: row[name] for name in (*KEY, *lists)} for row in rows.values()]
+        kept = [{name: row.get(name) for name in (*KEY, *lists)} for row in rows.values()]
         write_rows(folder / FEATURES, kept, columns)
     scalars = [{k: v for k, v in row.items() if k not in LISTS} for row in rows.values()]
     write_rows(folder / IMAGES, scalars, columns)
@@ -98,16 +116,23 @@ def column_digest(settings: object) -> str:
 
 
 def finished_keys(folder: Path, columns: Columns) -> set[Key]:
-    """Returns the keys of the rows that have every wanted column; reads no more than the keys."""
+    """Returns the keys of the rows that have every wanted column, or whose process cannot have it.
+
+    Reads no more than the keys. Files that vanish meanwhile are joined into others.
+    """
     found: dict[Key, set[str]] = {}
     for path in _files(folder):
-        file = pq.ParquetFile(path)
+        try:
+            file = pq.ParquetFile(path)
+            keys = file.read(KEY).to_pydict()
+        except FileNotFoundError:
+            continue
         own = {
             field.name
             for field in file.schema_arrow
             if (field.metadata or {}).get(DIGEST, b"").decode() == columns.get(field.name)
         }
-        for prompt_index, image in zip(*file.read(KEY).to_pydict().values(), strict=True):
+        for prompt_index, image in zip(*keys.values(), strict=True):
             found.setdefault((prompt_index, image), set()).update(own)
     return {key for key, own in found.items() if own >= columns.keys()}
 
@@ -120,6 +145,8 @@ def _files(folder: Path) -> list[Path]:
 def _read(path: Path, columns: Columns | None) -> list[Row]:
     try:
         table = pq.read_table(path)
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path} cannot be read ({str(error).splitlines()[0]}); remove it, and the same "
@@ -138,10 +165,11 @@ def _read(path: Path, columns: Columns | None) -> list[Row]:
             and field.metadata.get(DIGEST, b"").decode() != columns.get(field.name)
         ]
         table = table.drop_columns(stale)
-    lists = {name: _matrix(table.column(name)) for name in LISTS if name in table.column_names}
+    lists = {name: table.column(name) for name in LISTS if name in table.column_names}
     rows = table.drop_columns(list(lists)).to_pylist()
-    for name, matrix in lists.items():
-        for row, values in zip(rows, matrix, strict=True):
+    for name, column in lists.items():
+        own = [row for row, has in zip(rows, column.is_valid().to_pylist(), strict=True) if has]
+        for row, values in zip(own, _matrix(column), strict=True):
             row[name] = values
     return rows if columns is None else [_without_missing(row, columns) for row in rows]
 
@@ -152,7 +180,9 @@ def _without_missing(row: Row, columns: Columns) -> Row:
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """Returns a column of lists of one length as (N, d) float32; Python's floats take ten times
-    the room."""
-    whole = column.combine_chunks()
+    """Returns the lists of a column, all of one length, as (N, d) float32; Python's floats take ten
+    times the room."""
+    whole = column.combine_chunks().drop_null()
+    if len(whole) == 0:
+        return np.empty((0, 0), np.float32)
     return whole.flatten().to_numpy(zero_copy_only=False).reshape(len(whole), -1)

@@ -11,6 +11,7 @@ nothing. What is finished is never sampled again, and a metric that is added lat
 the images that are kept, or on images sampled once more.
 """
 
+import io
 import json
 import resource
 import shutil
@@ -36,15 +37,16 @@ from sampling.evaluation.metrics_measures import (
     invariance_settings,
     load_measures,
     luminance_rows,
-    measure_reference,
 )
 from sampling.evaluation.metrics_painter import Job, Painter, jobs_of
 from sampling.evaluation.metrics_rows import (
     PARTS,
     REFERENCE,
+    REFERENCES,
     SETTINGS,
     Key,
     Row,
+    carried_columns,
     column_digest,
     finished_keys,
     join_rows,
@@ -53,6 +55,7 @@ from sampling.evaluation.metrics_rows import (
 )
 from sampling.evaluation.metrics_summary import JSON_FILE, Summary, summarise, write_summary
 from sampling.evaluation.noise_invariance import noise_dependence
+from sampling.evaluation.reference_set import measure_reference
 from sampling.prompts import Prompt, read_prompt_set
 from sampling.sample import find_device
 from sampling.search.parts import forget_stop, share_of, tell_stop, wait_until
@@ -86,33 +89,43 @@ def evaluate_to_folder(config: MetricsConfig, task: Task | None = None) -> Summa
     geneval = read_geneval_file(config)
     forget_stop(output, task)
     try:
-        painter = Painter(config, settings, device)
+        painter = Painter(config, settings, prompts, device)
         reference = None
         if task.rank == 0 and config.sets.reference is not None:  # who needs it, and refuses early
-            reference = measure_reference(config, measures, *painter.size, len(jobs))
+            reference = measure_reference(config, measures, *painter.size)
         write_missing(config, measures, painter, jobs, task)
         if task.rank > 0:
             return None
         dependence = noise_dependences(config, painter, prompts)
+        if task.count > 1:
+            keys = {job.key for job in jobs}
+            wait_until(lambda: finished_keys(output, measures.columns) >= keys, output, since)
+            write_missing(config, measures, painter, jobs, Task())  # what another could not measure
     except Exception as error:
         tell_stop(output, task, str(error) or type(error).__name__)
         raise
 
-    keys = {job.key for job in jobs}
-    if task.count > 1:
-        wait_until(lambda: finished_keys(output, measures.columns) >= keys, output, since)
-    rows = read_rows(output, measures.columns)
+    columns = known_columns(output, measures)
+    rows = read_rows(output, columns)
     wanted = {job.key: rows[job.key] for job in jobs}
-    join_rows(output, wanted, measures.columns)
+    join_rows(output, wanted, columns)
     shutil.rmtree(output / PARTS, ignore_errors=True)
     if reference is not None:
         luminances = {"image": reference.luminance, "border": reference.border_luminance}
-        rounded = {k: [round(value, DECIMALS) for value in v] for k, v in luminances.items()}
+        rounded = {
+            k: [round(value, DECIMALS) for value in v.tolist()] for k, v in luminances.items()
+        }
         write_whole(output / REFERENCE, json.dumps(rounded) + "\n")
     found = summarise(config, list(wanted.values()), measures, reference, dependence, geneval)
-    found = replace(found, notes=(*painter.notes, *found.notes), peak_gb=peak_gb(device))
+    notes = reference.notes(*painter.size, len(jobs)) if reference is not None else []
+    found = replace(found, notes=(*painter.notes, *found.notes, *notes))
     write_summary(output, found)
     return found
+
+
+def known_columns(output: Path, measures: Measures) -> dict[str, str]:
+    """Returns every measured column that stays: what is asked for, and what was before."""
+    return measures.asked | carried_columns(output, measures.asked)
 
 
 def write_missing(
@@ -120,8 +133,9 @@ def write_missing(
 ) -> None:
     """Samples and measures the batches of this process that are not finished."""
     output = Path(config.output)
-    have = read_rows(output, measures.columns)
-    todo = {job.key for job in _missing(have, jobs, measures)}
+    columns = known_columns(output, measures)
+    have = read_rows(output, columns)
+    todo = {job.key for job in _missing(config, have, jobs, measures)}
     if todo and task.rank == 0:
         (output / JSON_FILE).unlink(missing_ok=True)  # it says that all is done
     batches = [
@@ -130,14 +144,15 @@ def write_missing(
     mine = [batch for batch in share_of(batches, task) if any(job.key in todo for job in batch)]
     if not mine:
         return
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    measured_by = column_digest(sorted(measures.columns.items()))
+    bars = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*bars) as progress:
         bar = progress.add_task("evaluating", total=sum(map(len, mine)))
         for batch in mine:
             rows = batch_rows(config, measures, painter, batch, have)
-            measured_by = column_digest(sorted(measures.columns.items()))
+            rows = [dict.fromkeys(measures.asked) | row for row in rows]
             path = output / PARTS / f"{batch[0].number:08d}-{measured_by}.parquet"
-            write_rows(path, rows, measures.columns)
+            write_rows(path, rows, columns)
             progress.advance(bar, len(batch))
 
 
@@ -150,29 +165,33 @@ def batch_rows(
 ) -> list[Row]:
     """Returns the rows of a batch, of what it lacks; keeps the first images as files."""
     output = Path(config.output)
-    started_s, before = time.perf_counter(), painter.num_rows
     rows: list[Row] = [dict(have.get(job.key, {})) for job in batch]
     is_new = any(IMAGE_COLUMN not in row for row in rows)
     files = [output / job.file for job in batch]
-    if not is_new and all(file.is_file() for file in files):
-        pixels = torch.stack([pil_to_tensor(Image.open(file)).contiguous() for file in files])
-    else:
+    is_painted = is_new or not all(file.is_file() for file in files)
+    if is_painted:
+        painter.load()  # its seconds are not the batch's
+    started_s, before = time.perf_counter(), painter.num_rows
+    if is_painted:
         pixels = painter.paint(batch)
+    else:
+        pixels = torch.stack([pil_to_tensor(Image.open(file)).contiguous() for file in files])
     sampled_s, num_rows = time.perf_counter() - started_s, painter.num_rows - before
     prompts = [job.prompt for job in batch]
     if is_new:
-        for row, job, of_luminance in zip(
-            rows, batch, luminance_rows(pixels, prompts), strict=True
-        ):
+        for row, job, luminance in zip(rows, batch, luminance_rows(pixels, prompts), strict=True):
             row |= {
                 "prompt_index": job.prompt.index,
                 "image": job.image,
                 "prompt": job.prompt.text,
                 "category": job.prompt.category,
                 "seed": job.seed,
-                "file": _keep(config, output, job, pixels[job.number - batch[0].number]),
-                **of_luminance,
+                "file": None,
+                **luminance,
             }
+    for row, job, picture in zip(rows, batch, pixels, strict=True):
+        if row["file"] is None and _is_kept(config, job):
+            row["file"] = _keep(output, job, picture)
     wanted = set().union(*(measures.missing(row) for row in rows))
     for row, measured in zip(rows, measures.measure(pixels, prompts, wanted), strict=True):
         row |= measured
@@ -181,6 +200,7 @@ def batch_rows(
     measured_s = time.perf_counter() - started_s - sampled_s
     for row in rows:
         row["measuring_s"] = round((row.get("measuring_s") or 0) + measured_s / len(batch), 5)
+        row["peak_gb"] = round(max(row.get("peak_gb") or 0, peak_gb(painter.device)), 4)
     return rows
 
 
@@ -262,23 +282,30 @@ def peak_gb(device: torch.device) -> float:
     return used * MAXRSS_BYTES / BYTES_PER_GB
 
 
-def _missing(have: dict[Key, Row], jobs: Sequence[Job], measures: Measures) -> list[Job]:
+def _missing(
+    config: MetricsConfig, have: dict[Key, Row], jobs: Sequence[Job], measures: Measures
+) -> list[Job]:
+    """Lists what has to be sampled, measured or, since more pictures are wanted now, kept."""
     return [
         job
         for job in jobs
-        if IMAGE_COLUMN not in have.get(job.key, {}) or measures.missing(have[job.key])
+        if IMAGE_COLUMN not in (row := have.get(job.key, {}))
+        or measures.missing(row)
+        or (row["file"] is None and _is_kept(config, job))
     ]
 
 
-def _keep(config: MetricsConfig, output: Path, job: Job, pixels: Tensor) -> str | None:
-    if config.keep_images is not None and job.number >= config.keep_images:
-        return None
-    path = output / job.file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+def _is_kept(config: MetricsConfig, job: Job) -> bool:
+    return config.keep_images is None or job.number < config.keep_images
+
+
+def _keep(output: Path, job: Job, pixels: Tensor) -> str:
+    content = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(content, "PNG")
+    write_whole(output / job.file, content.getvalue())
     return job.file
 
 
 def _others(output: Path) -> list[Path]:
-    """Lists what lies there beside files that are being written."""
-    return [p for p in output.iterdir() if not p.name.startswith(".")]
+    """Lists what lies there beside files that are being written, and references."""
+    return [p for p in output.iterdir() if not p.name.startswith(".") and p.name != REFERENCES]

@@ -22,10 +22,11 @@ from scipy import stats
 from sampling.evaluation import statistics
 from sampling.evaluation.geneval import GenEvalScores
 from sampling.evaluation.metrics import MetricsConfig
-from sampling.evaluation.metrics_measures import Measures, Reference
-from sampling.evaluation.metrics_rows import FEATURE_COLUMN, LOGIT_COLUMN, Row
+from sampling.evaluation.metrics_measures import Measures
+from sampling.evaluation.metrics_rows import FEATURE_COLUMN, LOGIT_COLUMN, Columns, Row
 from sampling.evaluation.plain import finite
 from sampling.evaluation.prompt_luminance import TONES
+from sampling.evaluation.reference_set import Reference
 from sampling.evaluation.set_metrics import feature_metrics, logit_metrics
 from sampling.evaluation.statistics import LEVEL, NUM_RESAMPLES, Estimate, percentiles
 from sampling.whole_file import write_whole
@@ -36,6 +37,7 @@ SPREAD, SPREAD_RATIO = "luminance spread", "luminance spread over the references
 DISTANCE = "luminance distance to the references"
 OPEN = "open"
 Better = Literal["lower", "higher", ""]
+Unit = Literal["prompts", "images"]
 WORDS: dict[Better, str] = {"lower": "lower is better", "higher": "higher is better", "": ""}
 
 
@@ -47,7 +49,7 @@ class Metric:
     group: str
     """Which prompts: a category, a tone that they ask for, or "" for all."""
     estimate: Estimate
-    unit: Literal["prompts", "images"]
+    unit: Unit
     """What n counts."""
     better: Better = ""
 
@@ -81,12 +83,17 @@ def summarise(
     """Computes every metric that the rows have."""
     rows = sorted(rows, key=lambda row: (row["prompt_index"], row["image"]))
     found, notes = set_metrics(config, rows, reference)
-    for name in measures.verifiers:
+    lacking = {
+        name: reason
+        for name, reason in measures.skipped.items()
+        if not _was_measured(measures.lacking[name], rows, reference)
+    }
+    for name in (name for name in config.verifiers if name not in lacking):
         own = [row for row in rows if math.isfinite(row[name])]
         if len(own) < len(rows):
             notes.append(f"{name}: {len(rows) - len(own)} images without a finite score left out")
         if own:
-            found.append(_mean(name, "", own, itemgetter(name), "higher"))
+            found.append(_mean(name, "", own, itemgetter(name), "higher", statistics.mean_score))
     found += brightness_metrics(config, rows, reference)
     usable = [value for value in dependence if math.isfinite(value)]
     if len(usable) < len(dependence):
@@ -102,18 +109,17 @@ def summarise(
         ]
         if geneval.missing:
             notes.append(f"GenEval: no images of {', '.join(geneval.missing)}")
-    if reference is not None:
-        notes += reference.notes
     seconds = sum(row["sampling_s"] + row["measuring_s"] for row in rows)
     return Summary(
         tuple(found),
         tuple(notes),
-        dict(measures.skipped),
+        lacking,
         len(rows),
         len({row["prompt_index"] for row in rows}),
         round(sum(row["nfe"] for row in rows)),
         round(seconds, 2),
         config.brightness.where,
+        max(row.get("peak_gb") or 0.0 for row in rows),
     )
 
 
@@ -123,10 +129,11 @@ def set_metrics(
     """Computes FID, KID, precision, recall and IS of rows in order, as far as they can be."""
     groups = [row["prompt_index"] for row in rows]
     found = []
-    if reference is not None and reference.features is not None and FEATURE_COLUMN in rows[0]:
+    has = {column: all(column in row for row in rows) for column in (FEATURE_COLUMN, LOGIT_COLUMN)}
+    if reference is not None and reference.features is not None and has[FEATURE_COLUMN]:
         features = torch.from_numpy(np.stack([row[FEATURE_COLUMN] for row in rows]))
         found += feature_metrics(features, reference.features, groups, config.sets, config.seed)
-    if LOGIT_COLUMN in rows[0]:
+    if config.sets.has_classifier and has[LOGIT_COLUMN]:
         logits = torch.from_numpy(np.stack([row[LOGIT_COLUMN] for row in rows]))
         found += logit_metrics(logits, groups, config.sets, config.seed)
     metrics = [
@@ -155,37 +162,37 @@ def brightness_metrics(
             found.append(_mean(ERROR, group, own, itemgetter("luminance_error"), "lower"))
             found.append(_mean(LUMINANCE, group, own, _asked_luminance))
     where = "border_luminance" if config.brightness.where == "border" else "luminance"
-    left = [row[where] for row in rows if row["luminance_error"] is None]
-    if len(left) > 1:
-        spread = statistics.std(left, seed=config.seed)
-        found.append(Metric(SPREAD, OPEN, spread, "images"))
-        if reference is not None:
-            real = (
-                reference.border_luminance if where == "border_luminance" else reference.luminance
-            )
-            if np.std(real) > 0:
-                ratio = statistics.std_ratio(left, real, seed=config.seed)
-                found.append(Metric(SPREAD_RATIO, OPEN, ratio, "images"))
-            distance = luminance_distance(left, real, config.seed)
-            found.append(Metric(DISTANCE, OPEN, distance, "images", "lower"))
+    left = _by_prompt([row for row in rows if row["luminance_error"] is None], itemgetter(where))
+    if sum(map(len, left)) < 2:
+        return found
+    values = np.array(left) if len(left) > 1 else np.array(left[0])  # a prompt's images in a row
+    unit: Unit = "prompts" if len(left) > 1 else "images"
+    found.append(Metric(SPREAD, OPEN, statistics.std(values, seed=config.seed), unit))
+    if reference is not None:
+        real = reference.border_luminance if where == "border_luminance" else reference.luminance
+        if np.std(real) > 0:
+            ratio = statistics.std_ratio(values, real, seed=config.seed)
+            found.append(Metric(SPREAD_RATIO, OPEN, ratio, unit))
+        distance = luminance_distance(values, real, config.seed)
+        found.append(Metric(DISTANCE, OPEN, distance, unit, "lower"))
     return found
 
 
-def luminance_distance(values: Sequence[float], reference: Sequence[float], seed: int) -> Estimate:
+def luminance_distance(values: np.ndarray, reference: np.ndarray, seed: int) -> Estimate:
     """Estimates the Wasserstein-1 distance of two sets of luminances, with a bootstrap interval.
 
-    Both are resampled. The distance of finite samples of one distribution is above 0.
+    values: (n,), or (n, m) of which rows are drawn; reference: (M,). Both are resampled. The
+    distance of finite samples of one distribution is above 0.
     """
     rng = np.random.default_rng(seed)
-    own, real = np.asarray(values), np.asarray(reference)
-    resampled = np.array(
-        [
-            stats.wasserstein_distance(rng.choice(own, len(own)), rng.choice(real, len(real)))
-            for _ in range(NUM_RESAMPLES // 4)
-        ]
-    )
-    value = float(stats.wasserstein_distance(own, real))
-    return Estimate(value, *percentiles(resampled, LEVEL), len(own))
+
+    def distances(drawn: np.ndarray) -> np.ndarray:
+        others = rng.choice(reference, (len(drawn), len(reference)))
+        return np.array(list(map(stats.wasserstein_distance, drawn, others)))
+
+    resampled = statistics.bootstrap(values, distances, rng, NUM_RESAMPLES // 4)
+    value = float(stats.wasserstein_distance(values.ravel(), reference))
+    return Estimate(value, *percentiles(resampled, LEVEL), len(values))
 
 
 def group_of(row: Row) -> str:
@@ -265,16 +272,33 @@ def read_summary(folder: Path) -> Summary | None:
 
 
 def _mean(
-    name: str, group: str, rows: Sequence[Row], value: Callable[[Row], float], better: Better = ""
+    name: str,
+    group: str,
+    rows: Sequence[Row],
+    value: Callable[[Row], float],
+    better: Better = "",
+    estimate: Callable[[Sequence[float]], Estimate] = statistics.mean,
 ) -> Metric:
-    by_prompt: dict[int, list[float]] = {}
-    for row in rows:
-        by_prompt.setdefault(row["prompt_index"], []).append(value(row))
+    by_prompt = _by_prompt(rows, value)
     if len(by_prompt) > 1:
-        means = [float(np.mean(each)) for each in by_prompt.values()]
-        return Metric(name, group, statistics.mean_score(means), "prompts", better)
-    [values] = by_prompt.values()
-    return Metric(name, group, statistics.mean_score(values), "images", better)
+        means = [float(np.mean(each)) for each in by_prompt]
+        return Metric(name, group, estimate(means), "prompts", better)
+    return Metric(name, group, estimate(by_prompt[0]), "images", better)
+
+
+def _by_prompt(rows: Sequence[Row], value: Callable[[Row], float]) -> list[list[float]]:
+    """Returns the values of each prompt's images."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["prompt_index"], []).append(value(row))
+    return list(found.values())
+
+
+def _was_measured(columns: Columns, rows: Sequence[Row], reference: Reference | None) -> bool:
+    """Whether an earlier start measured what this one cannot."""
+    if FEATURE_COLUMN in columns and (reference is None or reference.features is None):
+        return False
+    return all(column in row for row in rows for column in columns)
 
 
 def _asked_luminance(row: Row) -> float:

@@ -6,7 +6,8 @@ of two of them (Newcombe 1998, method 10), which stays honest near 0 and 1 where
 approximation does not. A few paired differences, one a seed, take Student's t.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -17,7 +18,11 @@ from sampling.errors import UserError
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2000
+MOST_AT_ONCE = 4_000_000
+"""Numbers that a bootstrap holds at once."""
 Values = Sequence[float] | np.ndarray
+"""Independent observations, or rows of them that are only independent of each other's, such as the
+images of a prompt: a bootstrap draws rows."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,11 @@ class Estimate:
 
 
 def mean(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
-    """Estimates a mean, with a percentile bootstrap interval."""
+    """Estimates a mean, with a percentile bootstrap interval; of one observation without (NaN)."""
     sample = checked_values(values, 1)
-    resampled = _resampled(sample, np.random.default_rng(seed)).mean(axis=1)
+    if len(sample) == 1:
+        return Estimate(float(sample.mean()), math.nan, math.nan, 1)
+    resampled = bootstrap(sample, lambda drawn: drawn.mean(axis=1), np.random.default_rng(seed))
     low, high = percentiles(resampled, level)
     return Estimate(float(sample.mean()), low, high, len(sample))
 
@@ -52,7 +59,7 @@ def mean_score(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
 def std(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
     """Estimates a standard deviation (divisor n - 1), with a percentile bootstrap interval."""
     sample = checked_values(values, 2)
-    resampled = _resampled(sample, np.random.default_rng(seed)).std(axis=1, ddof=1)
+    resampled = bootstrap(sample, _deviation, np.random.default_rng(seed))
     low, high = percentiles(resampled, level)
     return Estimate(float(sample.std(ddof=1)), low, high, len(sample))
 
@@ -66,8 +73,7 @@ def std_ratio(values: Values, reference: Values, level: float = LEVEL, seed: int
             "reference: its standard deviation is 0, so there is no ratio; give values that vary"
         )
     rng = np.random.default_rng(seed)
-    above = _resampled(sample, rng).std(axis=1, ddof=1)
-    below = _resampled(base, rng).std(axis=1, ddof=1)
+    above, below = bootstrap(sample, _deviation, rng), bootstrap(base, _deviation, rng)
     low, high = percentiles(above / np.maximum(below, 1e-12), level)
     return Estimate(float(sample.std(ddof=1) / base.std(ddof=1)), low, high, len(sample))
 
@@ -130,7 +136,7 @@ def smallest_detectable_effect(
 def checked_values(values: Values, smallest: int) -> np.ndarray:
     """Returns values as float64; raises UserError for fewer than `smallest` or not finite ones."""
     sample = np.asarray(values, dtype=np.float64)
-    if sample.ndim != 1 or len(sample) < smallest:
+    if sample.ndim not in (1, 2) or len(sample) < smallest:
         raise UserError(
             f"values: shape {sample.shape}; an interval needs at least {smallest} numbers in a row"
         )
@@ -152,6 +158,24 @@ def _standard_error(sample: np.ndarray) -> float:
     return float(sample.std(ddof=1) / len(sample) ** 0.5)
 
 
-def _resampled(sample: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws NUM_RESAMPLES samples of the same size with replacement."""
-    return sample[rng.integers(len(sample), size=(NUM_RESAMPLES, len(sample)))]
+def bootstrap(
+    sample: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    rng: np.random.Generator,
+    num_resamples: int = NUM_RESAMPLES,
+) -> np.ndarray:
+    """Returns a statistic of samples of the same size, drawn with replacement, (num_resamples,).
+
+    sample: (n,), or (n, m) of which rows are drawn. statistic: from (k, n m) to (k,).
+    """
+    at_once = max(1, MOST_AT_ONCE // sample.size)
+    found = []
+    for start in range(0, num_resamples, at_once):
+        count = min(at_once, num_resamples - start)
+        drawn = sample[rng.integers(len(sample), size=(count, len(sample)))]
+        found.append(statistic(drawn.reshape(count, -1)))
+    return np.concatenate(found)
+
+
+def _deviation(drawn: np.ndarray) -> np.ndarray:
+    return drawn.std(axis=1, ddof=1)

@@ -150,9 +150,10 @@ def reference_pictures(path: str, field: str = "reference") -> list[Path]:
     """Lists the pictures of a folder; raises UserError, naming `field`, for fewer than two."""
     files = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in PICTURES)
     if len(files) < 2:
+        other = ", or a .safetensors with mean and covariance" if field == "reference" else ""
         raise UserError(
-            f"{field}={path} holds {len(files)} pictures ({', '.join(PICTURES)}); FID needs a "
-            "folder of many, or a .safetensors with mean and covariance"
+            f"{field}={path} holds {len(files)} pictures ({', '.join(PICTURES)}); a set is "
+            f"compared with a set: give a folder of many{other}"
         )
     return files
 
