@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sampling.evaluation.results import Results, read_results
 from sampling.evaluation.results_page import tables_of, write_results
+from sampling.evaluation.results_tables import plain_values
 from sampling.wandb_run import start_run
 from scripts.run_report import ReportConfig
 
@@ -34,10 +35,8 @@ def send(config: ReportConfig, results: Results, page: Path) -> None:
 
     run = start_run(config.wandb, Path(config.run_dir), shared_settings(results))
     for table in tables_of(results):
-        sent = wandb.Table(columns=[*table.header])
-        for row in table.rows:
-            sent.add_data(*(f"{cell.text} {cell.detail}".strip() for cell in row))
-        run.log({table.name: sent})
+        header, lines = plain_values(table)
+        run.log({table.name: wandb.Table([*header], lines, allow_mixed_types=True)})
     for cell in results.cells:
         for name, value in cell.values.items():
             key = f"{cell.name}/{name}" if len(results.cells) > 1 else name

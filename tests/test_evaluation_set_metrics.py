@@ -13,9 +13,17 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from sampling.errors import UserError
+from sampling.evaluation.kernel_distance import distances_without, kernel_distance
 from sampling.evaluation.metrics import SetsConfig
 from sampling.evaluation.metrics_rows import FEATURE_COLUMN, LOGIT_COLUMN
-from sampling.evaluation.set_metrics import SetMetric, feature_metrics, logit_metrics
+from sampling.evaluation.set_metrics import (
+    SetMetric,
+    ball_counts,
+    feature_metrics,
+    jackknife_parts,
+    logit_metrics,
+    precision_recall,
+)
 from sampling.evaluation.set_models import load_set_model, networks, read_reference
 from sampling.verifiers.load import ImageModelConfig
 from tests.tiny_vision import ThreeColors, eight_bit_images
@@ -99,6 +107,25 @@ def test_the_interval_covers_what_other_sets_of_that_size_have() -> None:
     ]
     mean = float(np.mean([each.value for each in found]))
     assert sum(each.low <= mean <= each.high for each in found) >= 32
+
+
+def test_what_is_left_out_is_left_out() -> None:
+    """Sums that are taken once give what a set without those rows has."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(600, 5, generator=generator).double() + 0.4
+    real = torch.randn(700, 5, generator=generator).double()
+    parts = jackknife_parts(np.arange(600) // 7)
+    assert len(parts) == 20 and sorted(np.concatenate(parts)) == list(range(600))
+    inside, covers = ball_counts(own, real, 3, parts)
+    balls = torch.cdist(own, real) <= torch.cdist(own, own).kthvalue(4).values[:, None]
+    for number, found in enumerate(distances_without(own, real, parts)):
+        kept = np.setdiff1d(np.arange(600), parts[number])
+        assert found == pytest.approx(kernel_distance(own[kept], real), rel=1e-9)
+        covered = covers.sum(axis=0) > covers[number]
+        assert (covered == balls[kept].any(dim=0).numpy()).all()
+    precision, recall = precision_recall(own, real, 3)
+    assert inside.mean() == pytest.approx(precision)
+    assert (covers.sum(axis=0) > 0).mean() == pytest.approx(recall)
 
 
 @pytest.mark.parametrize("count", [0, 1])

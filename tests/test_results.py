@@ -37,7 +37,10 @@ def made_up(tmp_path: Path, seeds: int = 3) -> Results:
     cells = []
     for arm, gain in (("worse", 0.0), ("better, 8", 0.2), ("better, 16", 0.3)):
         for seed in range(seeds):
-            scores = {(n, 0): float(gain + 0.05 * rng.normal()) for n in range(NUM_PROMPTS)}
+            scores = {
+                (n, f"prompt <{n}>", 0): float(gain + 0.05 * rng.normal())
+                for n in range(NUM_PROMPTS)
+            }
             mean = float(np.mean(list(scores.values())))
             path = tmp_path / f"{arm}-{seed}.png"
             Image.new("RGB", (16, 16), (60 * seed, 10, 10)).save(path)
@@ -54,7 +57,10 @@ def made_up(tmp_path: Path, seeds: int = 3) -> Results:
                         "FID": Value(Estimate(9 - gain, math.nan, math.nan, 30), "lower"),
                     },
                     paired={"score": scores},
-                    pictures={(n, 0): Picture(f"prompt <{n}>", seed, path) for n in range(10)},
+                    pictures={
+                        (n, f"prompt <{n}>", 0): Picture(f"prompt <{n}>", seed, path)
+                        for n in range(10)
+                    },
                     luminance=list(rng.random(20)),
                     alarms=["score rises, judge falls"] if arm == "worse" and seed == 0 else [],
                     nfe=16.0 if "16" in arm else 8.0,
@@ -225,28 +231,109 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "sweep.json").write_text(json.dumps({"version": 0, "cells": []}))
     assert main(["report", f"run_dir={tmp_path}"]) == 2
     assert "another version" in capsys.readouterr().err
-    cell = {"name": "a", "arm": "", "varied": {}, "folder": "cells/a"}
-    (tmp_path / "sweep.json").write_text(json.dumps({"version": 1, "cells": [cell]}))
-    assert main(["report", f"run_dir={tmp_path}"]) == 2
-    assert "no cell of the sweep is done" in capsys.readouterr().err
+    cell = {"name": "a", "arm": "", "varied": {}, "folder": "cells/a", "training": "a-1"}
+    for section, said in (({"evaluate": {"seed": 0}}, "no cell of the sweep is done"), ({}, "a-1")):
+        content = {"version": 1, "cells": [cell | section]}
+        (tmp_path / "sweep.json").write_text(json.dumps(content))
+        assert main(["report", f"run_dir={tmp_path}"]) == 2
+        assert said in capsys.readouterr().err
     assert main(["report", f"run_dir={tmp_path / 'absent'}"]) == 2
 
 
+def write_search(folder: Path, row: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "winners.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "hacking.json").write_text("[]")
+
+
+WINNER = {
+    "prompt_index": 0,
+    "prompt": "a cat",
+    "held_out": {},
+    "scores": {"dark": 1.0},
+    "image": "x",
+    "nfe": 3,
+}
+
+
+def write_sweep(folder: Path, *cells: dict[str, Any], record: dict[str, Any]) -> None:
+    rows = [{"name": n, "arm": n, "varied": {}, "folder": f"cells/{n}"} for n in ("one", "two")]
+    for row in rows[: len(cells)]:
+        path = folder / str(row["folder"]) / "cell.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"state": "done"} | record))
+    content = [row | cell for row, cell in zip(rows, cells, strict=False)]
+    (folder / "sweep.json").write_text(json.dumps({"version": 1, "cells": content}))
+
+
 def test_a_cell_of_another_version_is_named_and_the_others_are_shown(tmp_path: Path) -> None:
-    good = {"metrics": [], "notes": [], "skipped": {}, "num_images": 1, "num_prompts": 1}
-    names = ["one", "two"]
-    for name in names:
-        folder = tmp_path / "cells" / name / "search"
-        folder.mkdir(parents=True)
-        (folder.parent / "cell.json").write_text(json.dumps({"state": "done"}))
-        row = {"prompt_index": 0, "held_out": {}, "scores": {"dark": 1.0}, "image": "x", "nfe": 3}
-        row = row if name == "one" else {"prompt_index": 0}
-        (folder / "winners.jsonl").write_text(json.dumps(row) + "\n")
-        (folder / "hacking.json").write_text("[]")
-    cells = [{"name": n, "arm": n, "varied": {}, "folder": f"cells/{n}"} for n in names]
-    (tmp_path / "sweep.json").write_text(json.dumps({"version": 1, "cells": cells}))
+    write_search(tmp_path / "cells" / "one" / "search", WINNER)
+    write_search(tmp_path / "cells" / "two" / "search", {"prompt_index": 0})
+    write_sweep(tmp_path, {"search": {"seed": 0}}, {"search": {"seed": 0}}, record={})
     found = read_results(tmp_path)
-    assert [cell.state for cell in found.cells] == ["done", "not readable"] and good
+    assert [cell.state for cell in found.cells] == ["done", "not readable"]
+
+
+def test_a_cell_that_evaluates_and_searches_has_two_lines(tmp_path: Path) -> None:
+    write_search(tmp_path / "cells" / "one" / "search", WINNER)
+    both = {"evaluate": {"seed": 0}, "search": {"seed": 0}}
+    write_sweep(tmp_path, both, record={"digest": ""})
+    evaluation, search = read_results(tmp_path).cells
+    assert (evaluation.name, evaluation.nfe) == (
+        "one evaluate",
+        pytest.approx(math.nan, nan_ok=True),
+    )
+    assert search.nfe == 3 and search.setting == "one, verb search" and search.values
+
+
+def test_a_cell_measured_with_other_settings_is_called_stale(tmp_path: Path) -> None:
+    write_search(tmp_path / "cells" / "one" / "search", WINNER)
+    for digest, state in (("a", "done"), ("b", "stale")):
+        write_sweep(tmp_path, {"search": {"seed": 0}, "digest": "a"}, record={"digest": digest})
+        [cell] = read_results(tmp_path).cells
+        assert cell.state == state and cell.values
+
+
+def cell_of(arm: str, value: float, seeds: dict[str, int], prompt: str = "a cat") -> Cell:
+    estimate = Value(Estimate(value, math.nan, math.nan, 1), "higher")
+    return Cell(
+        f"{arm} {seeds}",
+        arm,
+        dict(seeds),
+        values={"score": estimate},
+        paired={"score": {(0, prompt, 0): value}},
+        nfe=4.0,
+    )
+
+
+def test_seeds_of_evaluation_within_a_training_are_no_repetitions() -> None:
+    cells = [
+        cell_of(arm, gain + train + 0.1 * seed, {"train.seed": train, "evaluate.seed": seed})
+        for arm, gain in (("base", 0.0), ("fixed", 1.0))
+        for train in range(2)
+        for seed in range(3)
+    ]
+    table = seeds_table(Results("crossed", cells))
+    assert table is not None and column(table, "seeds") == ["2", "2"]
+    numbers = [row[table.header.index("score")].numbers for row in table.rows]
+    assert [each and each[3] for each in numbers] == [2, 2]
+    assert numbers[0] and numbers[0][0] == pytest.approx(0.6)
+    change = table.rows[1][table.header.index("score: minus base")].numbers
+    assert change and change[0] == pytest.approx(1.0) and change[3] == 2
+    once = [cell for cell in cells if cell.varied["train.seed"] == 0]
+    alone = seeds_table(Results("one training", once))
+    assert alone is not None and column(alone, "seeds") == ["3", "3"]
+
+
+def test_cells_of_other_prompts_are_not_paired() -> None:
+    cells = [cell_of("one", 1.0, {}), cell_of("two", 2.0, {}, "a dog"), cell_of("three", 3.0, {})]
+    table = win_matrix(Results("prompts", cells), "score")
+    assert table is not None
+    assert [[cell.text for cell in row[1:]] for row in table.rows] == [
+        ["", "", "0 : 1"],
+        ["", "", ""],
+        ["1 : 0", "", ""],
+    ]
 
 
 def test_the_tables_and_the_page_go_to_wandb(

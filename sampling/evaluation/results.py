@@ -7,7 +7,7 @@ not finished, or of another version, is kept with the reason.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,14 @@ WINNERS, SEARCH_SETTINGS, LEDGER, HACKING = (
     "ledger.json",
     "hacking.json",
 )
+FOLDERS = {"evaluate": EVALUATION, "search": SEARCH}
+"""Section of a sweep -> its folder in a cell's."""
+STALE = "stale"
 VERSION = 1
-Key = tuple[int, int]
-"""Prompt index and image of the prompt."""
+Key = tuple[int, str, int]
+"""Index and text of the prompt, and the image of it: cells with other prompts share none."""
+EVALUATE_AND_SEARCH = "verb"
+"""What the two lines of a cell differ in that evaluates and searches."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def read_results(folder: Path) -> Results:
     if (folder / SWEEP).is_file():
         return _read_sweep(folder)
     cell = Cell(folder.name)
-    reference = _fill(cell, folder, folder)
+    reference = _fill(cell, folder)
     if not cell.values:
         raise UserError(
             f"run_dir={folder} holds no finished evaluation or search"
@@ -129,33 +134,50 @@ def _read_sweep(folder: Path) -> Results:
         )
     cells, reference = [], list[float]()
     for row in content["cells"]:
-        settings = {
-            f"{section}.{key}": value
-            for section in ("train", "evaluate", "search")
-            for key, value in row.get(section, {}).items()
-        }
-        cell = Cell(row["name"], row["arm"], row["varied"], settings)
-        place = folder / row["folder"]
-        record = _json(place / CELL)
-        state = record.get("state", "not run")
-        cell.state = "stopped, or under way" if state == "started" else state
-        cell.reason = record.get("reason", "")
-        if cell.state == "done":
-            reference = _fill(cell, place / EVALUATION, place / SEARCH) or reference
-        cells.append(cell)
+        for cell, place in _cells_of(folder, row):
+            if cell.state in ("done", STALE):
+                reference = _fill(cell, place) or reference
+            cells.append(cell)
+    if not any(row.get(section) for row in content["cells"] for section in FOLDERS):
+        training = folder / "trainings" / content["cells"][0]["training"]
+        raise UserError(
+            f"run_dir={folder} is a sweep of trainings alone; run_dir={training} shows one of them"
+        )
     if not any(cell.values for cell in cells):
         raise UserError(f"run_dir={folder}: no cell of the sweep is done; run it first")
     return Results(folder.name, cells, content.get("baseline"), reference)
 
 
-def _fill(cell: Cell, evaluation: Path, search: Path) -> list[float]:
-    """Reads what is there into the cell; returns the references' luminance."""
+def _cells_of(folder: Path, row: Mapping[str, Any]) -> Iterator[tuple[Cell, Path]]:
+    """Yields a cell of a sweep with the folder of its verb; two where it evaluates and searches."""
+    place = folder / row["folder"]
+    record = _json(place / CELL)
+    state, reason = record.get("state", "not run"), record.get("reason", "")
+    if state == "started":
+        state = "stopped, or under way"
+    elif state == "done" and record.get("digest") not in ("", row.get("digest")):
+        state, reason = STALE, "measured with other settings than now; run the sweep again"
+    verbs = [section for section in FOLDERS if row.get(section)]
+    for verb in verbs or ["evaluate"]:
+        settings = {
+            f"{section}.{key}": value
+            for section in ("train", verb)
+            for key, value in row.get(section, {}).items()
+        }
+        name, varied = row["name"], row["varied"]
+        if len(verbs) > 1:
+            name, varied = f"{name} {verb}", {**varied, EVALUATE_AND_SEARCH: verb}
+        yield Cell(name, row["arm"], varied, settings, state, reason), place / FOLDERS[verb]
+
+
+def _fill(cell: Cell, folder: Path) -> list[float]:
+    """Reads an evaluation or a search into the cell; returns the references' luminance."""
     reference = list[float]()
     try:
-        if (evaluation / IMAGES).is_file():
-            reference = _read_evaluation(cell, evaluation)
-        if (search / WINNERS).is_file():
-            _read_search(cell, search)
+        if (folder / IMAGES).is_file():
+            reference = _read_evaluation(cell, folder)
+        elif (folder / WINNERS).is_file():
+            _read_search(cell, folder)
     except (UserError, LookupError, TypeError, ValueError) as error:
         cell.state, cell.reason = "not readable", f"{type(error).__name__}: {error}"
     return reference
@@ -174,7 +196,7 @@ def _read_evaluation(cell: Cell, folder: Path) -> list[float]:
         if values:
             cell.paired[_title(each)] = values
     cell.pictures = {
-        (row["prompt_index"], row["image"]): Picture(
+        (row["prompt_index"], row["prompt"], row["image"]): Picture(
             row["prompt"], row["seed"], folder / row["file"]
         )
         for row in rows
@@ -203,7 +225,7 @@ def _read_search(cell: Cell, folder: Path) -> None:
     for kind, mark in (("held_out", ""), ("scores", " (searched)")):
         for name in rows[0][kind]:
             own = {
-                (row["prompt_index"], 0): row[kind][name]
+                (row["prompt_index"], row["prompt"], 0): row[kind][name]
                 for row in rows
                 if row[kind][name] is not None
             }
@@ -214,7 +236,8 @@ def _read_search(cell: Cell, folder: Path) -> None:
     for row in rows:
         path = folder / row["image"]
         if path.is_file():
-            cell.pictures[row["prompt_index"], 0] = Picture(row["prompt"], row["seed"], path)
+            key = (row["prompt_index"], row["prompt"], 0)
+            cell.pictures[key] = Picture(row["prompt"], row["seed"], path)
     alarms = json.loads((folder / HACKING).read_text(encoding="utf-8"))
     cell.alarms = [finding["line"] for alarm in alarms for finding in alarm["findings"]]
     cell.nfe = sum(row["nfe"] for row in rows) / len(rows)
@@ -238,7 +261,7 @@ def _paired(metric: Metric, rows: Sequence[Row]) -> dict[Key, float]:
     else:
         return {}
     return {
-        (row["prompt_index"], row["image"]): row[column]
+        (row["prompt_index"], row["prompt"], row["image"]): row[column]
         for row in rows
         if row[column] is not None and math.isfinite(row[column])
     }

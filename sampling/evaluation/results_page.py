@@ -105,10 +105,16 @@ def gallery(cells: Sequence[Cell]) -> Gallery | None:
             lines[setting.name] = first
     if not lines:
         return None
-    note = f"the first {MOST_LINES} of {len(lines)} settings" if len(lines) > MOST_LINES else ""
-    lines = dict(list(lines.items())[:MOST_LINES])
-    shared = set.intersection(*(set(cell.pictures) for cell in lines.values()))
-    keys = _spread(sorted(shared))
+    notes = []
+    if len(lines) > MOST_LINES:
+        notes.append(f"the first {MOST_LINES} of {len(lines)} settings")
+        lines = dict(list(lines.items())[:MOST_LINES])
+    shared = set(next(iter(lines.values())).pictures)
+    others = [name for name, cell in lines.items() if not shared & set(cell.pictures)]
+    if others:
+        notes.append(f"without settings of other prompts: {', '.join(others)}")
+    lines = {name: cell for name, cell in lines.items() if name not in others}
+    keys = _spread(sorted(set.intersection(*(set(cell.pictures) for cell in lines.values()))))
     if not keys:
         return None
     side = _side(len(keys) * len(lines))
@@ -123,7 +129,7 @@ def gallery(cells: Sequence[Cell]) -> Gallery | None:
         (name, [_embedded(cell.pictures[key].path, side) for key in keys])
         for name, cell in lines.items()
     ]
-    return Gallery(captions, shown, note)
+    return Gallery(captions, shown, "; ".join(notes))
 
 
 def _spread(keys: Sequence[Key]) -> list[Key]:

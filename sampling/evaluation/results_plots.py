@@ -9,7 +9,7 @@ import numpy as np
 
 from sampling.evaluation.plots import COLORS, DATA_COLOR, STYLE, panels, svg_text
 from sampling.evaluation.results import Cell, Results, is_seed, short
-from sampling.evaluation.results_tables import settings_of
+from sampling.evaluation.results_tables import over_seeds, settings_of
 
 NFE_KEYS = ("num_steps", "budget_nfe")
 MOST_PANELS, MOST_SERIES, MOST_METRICS = 24, 16, 6
@@ -19,8 +19,9 @@ MARKERS = "osD^vPX*"
 def scaling_curves(results: Results, names: Sequence[str]) -> list[tuple[str, str]]:
     """Draws each metric against NFE, a line for each series; returns (metric, SVG).
 
-    A series is an arm, and values of the grid, but for what sets the NFE; an arm's trailing number
-    ("random, 96") counts as that. Nothing where no series has two NFE.
+    Bars are the cell's own interval, of several seeds Student's t over these. A series is an arm,
+    and values of the grid, but for what sets the NFE; an arm's trailing number ("random, 96")
+    counts as that. Nothing where no series has two NFE.
     """
     series: dict[str, list[Cell]] = {}
     for cell in results.cells:
@@ -94,13 +95,12 @@ def _scaling(series: dict[str, list[Cell]], name: str) -> str:
             continue
         means, below, above = [], [], []
         for x in xs:
-            own = [cell.values[name].estimate for cell in points[x]]
-            value = float(np.mean([each.value for each in own]))
-            means.append(value)
-            low = float(np.mean([each.low for each in own]))
-            high = float(np.mean([each.high for each in own]))
-            below.append(max(0.0, value - low) if math.isfinite(low) else 0.0)
-            above.append(max(0.0, high - value) if math.isfinite(high) else 0.0)
+            found = over_seeds(points[x], name)
+            assert found is not None
+            own = found.estimate if len(points[x]) > 1 else points[x][0].values[name].estimate
+            means.append(own.value)
+            below.append(max(0.0, own.value - own.low))  # 0 where there is no interval
+            above.append(max(0.0, own.high - own.value))
         shift = 1 + 0.012 * (
             number - min(len(series), MOST_SERIES) / 2
         )  # so that intervals don't hide each other

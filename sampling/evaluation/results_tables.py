@@ -19,6 +19,7 @@ from sampling.evaluation.results import Cell, Key, Results, Value, is_seed, shor
 from sampling.evaluation.statistics import Estimate
 
 MOST_IN_MATRIX = 24
+Seeds = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,14 @@ def seeds_table(results: Results, names: Sequence[str] = ()) -> Table | None:
     for name in names:
         header += [name, f"{name}: minus {baseline.name}"]
     means = {
-        (setting.name, name): _over_seeds([cell.values.get(name) for cell in setting.cells])
+        (setting.name, name): over_seeds(setting.cells, name)
         for setting in settings
         for name in names
     }
     best = {name: _best([means[setting.name, name] for setting in settings]) for name in names}
     rows = []
     for setting in settings:
-        row = [TableCell(setting.name), _plain(len(setting.cells))]
+        row = [TableCell(setting.name), _plain(_num_repetitions(setting.cells))]
         for name in names:
             value = means[setting.name, name]
             row.append(_shown(value, value is not None and value is best[name]))
@@ -141,8 +142,9 @@ def seeds_table(results: Results, names: Sequence[str] = ()) -> Table | None:
             row.append(_shown(None if change is None else Value(change), False, signed=True))
         rows.append(row)
     note = (
-        f"Means over seeds; differences from {baseline.name} are paired by seed. Intervals: 95 %, "
-        "Student's t over seeds. A difference whose interval leaves out 0 is set in bold."
+        f"Means over seeds, of trainings where these differ; differences from {baseline.name} are "
+        "paired by seed. Intervals: 95 %, Student's t over seeds. A difference whose interval "
+        "leaves out 0 is set in bold."
     )
     return Table("settings", "Settings over their seeds", note, header, rows, [0])
 
@@ -159,14 +161,24 @@ def baseline_of(results: Results, settings: Sequence[Setting]) -> Setting:
 
 def seed_difference(setting: Setting, baseline: Setting, name: str) -> Estimate | None:
     """Estimates a metric's mean difference from the baseline, paired by seed; None for one seed."""
-    ours, theirs = ({_seeds(c): c for c in each.cells} for each in (setting, baseline))
-    pairs = [
-        (ours[seed].values[name].estimate.value, theirs[seed].values[name].estimate.value)
-        for seed in ours.keys() & theirs.keys()
-        if name in ours[seed].values and name in theirs[seed].values
-    ]
-    differences = [a - b for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
+    prefix = _repeated([*setting.cells, *baseline.cells])
+    ours, theirs = (_by_seed(each.cells, name, prefix) for each in (setting, baseline))
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return statistics.paired_mean(differences) if len(differences) > 1 else None
+
+
+def over_seeds(cells: Sequence[Cell], name: str) -> Value | None:
+    """Returns a metric's mean over the repetitions of a setting, with Student's t interval.
+
+    Of one repetition there is no interval. None where no cell has the metric.
+    """
+    numbers = list(_by_seed(cells, name, _repeated(cells)).values())
+    if not numbers:
+        return None
+    better = next(cell.values[name].better for cell in cells if name in cell.values)
+    if len(numbers) == 1:
+        return Value(Estimate(numbers[0], math.nan, math.nan, 1), better)
+    return Value(statistics.paired_mean(numbers), better)
 
 
 def win_matrix(results: Results, name: str) -> Table | None:
@@ -221,25 +233,37 @@ def win_matrix(results: Results, name: str) -> Table | None:
     return Table(f"wins_{slug}", f"Who beats whom: {name}", note, ["", *scores], rows)
 
 
-def to_csv(table: Table) -> str:
-    """Writes a table as CSV; a number with an interval takes columns for low, high and n."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+def plain_values(table: Table) -> tuple[list[str], list[list[str | float | None]]]:
+    """Returns a table's header and lines with numbers as numbers, None where there is nothing.
+
+    A number with an interval takes columns for low, high and n.
+    """
     wide = [any(row[n].numbers for row in table.rows) for n in range(len(table.header))]
     header = []
     for name, is_wide in zip(table.header, wide, strict=True):
         header += [name, f"{name}: low", f"{name}: high", f"{name}: n"] if is_wide else [name]
-    writer.writerow(header)
+    lines = []
     for row in table.rows:
-        line: list[str] = []
+        line: list[str | float | None] = []
         for cell, is_wide in zip(row, wide, strict=True):
-            if is_wide and cell.numbers:
-                line += [*(f"{value:.8g}" for value in cell.numbers[:3]), str(cell.numbers[3])]
-            elif is_wide:
-                line += ["", "", "", ""]
+            if is_wide:
+                line += cell.numbers or (None, None, None, None)
+            elif cell.number is not None and not cell.detail:
+                line.append(cell.number)
             else:
                 line.append(" ".join(filter(None, [cell.text, cell.detail])))
-        writer.writerow(line)
+        lines.append(line)
+    return header, lines
+
+
+def to_csv(table: Table) -> str:
+    """Writes `plain_values` as CSV, numbers to eight digits."""
+    header, lines = plain_values(table)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for line in lines:
+        writer.writerow([f"{each:.8g}" if isinstance(each, float) else each for each in line])
     return text.getvalue()
 
 
@@ -256,28 +280,41 @@ def to_markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _by_prompt(setting: Setting, name: str) -> dict[int, float]:
-    found: dict[int, list[float]] = {}
+def _by_prompt(setting: Setting, name: str) -> dict[tuple[int, str], float]:
+    found: dict[tuple[int, str], list[float]] = {}
     for cell in setting.cells:
         key: Key
         for key, value in cell.paired.get(name, {}).items():
-            found.setdefault(key[0], []).append(value)
+            found.setdefault(key[:2], []).append(value)
     return {prompt: float(np.mean(values)) for prompt, values in found.items()}
 
 
-def _over_seeds(values: Sequence[Value | None]) -> Value | None:
-    own = [each for each in values if each is not None and math.isfinite(each.estimate.value)]
-    if not own:
-        return None
-    numbers = [each.estimate.value for each in own]
-    if len(numbers) == 1:
-        nothing = Estimate(numbers[0], math.nan, math.nan, 1)
-        return Value(nothing, own[0].better)
-    return Value(statistics.paired_mean(numbers), own[0].better)
+def _repeated(cells: Sequence[Cell]) -> str:
+    """Returns the beginning of the seeds that count as repetitions.
+
+    Several trainings are the independent draws: seeds of evaluation within one are none.
+    """
+    return "train." if len({_seeds(cell, "train.") for cell in cells}) > 1 else ""
 
 
-def _seeds(cell: Cell) -> tuple[Any, ...]:
-    return tuple(value for key, value in cell.varied.items() if is_seed(key))
+def _by_seed(cells: Sequence[Cell], name: str, prefix: str) -> dict[Seeds, float]:
+    """Returns a metric of each repetition, the mean of its cells."""
+    found: dict[Seeds, list[float]] = {}
+    for cell in cells:
+        value = cell.values[name].estimate.value if name in cell.values else math.nan
+        if math.isfinite(value):
+            found.setdefault(_seeds(cell, prefix), []).append(value)
+    return {seeds: float(np.mean(values)) for seeds, values in found.items()}
+
+
+def _num_repetitions(cells: Sequence[Cell]) -> int:
+    return len({_seeds(cell, _repeated(cells)) for cell in cells})
+
+
+def _seeds(cell: Cell, prefix: str) -> Seeds:
+    return tuple(
+        value for key, value in cell.varied.items() if is_seed(key) and key.startswith(prefix)
+    )
 
 
 def _best(values: Sequence[Value | None]) -> Value | None:
@@ -304,7 +341,8 @@ def _shown(value: Value | None, is_best: bool, signed: bool = False) -> TableCel
 
 
 def _plain(value: Any) -> TableCell:
-    number = float(value) if isinstance(value, int | float) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = float(value) if is_number else None
     return TableCell("" if value is None else str(value), number=number)
 
 

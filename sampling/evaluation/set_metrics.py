@@ -19,7 +19,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from sampling.errors import UserError
-from sampling.evaluation.kernel_distance import kernel_distance, kernel_mean
+from sampling.evaluation.kernel_distance import distances_without, part_numbers
 from sampling.evaluation.metrics import SetsConfig
 from sampling.evaluation.statistics import LEVEL, Estimate
 from sampling.verifiers.oracle import gaussian_of, inception_score
@@ -74,8 +74,9 @@ def feature_metrics(
             "measure both with one network"
         )
     own, real = features.double(), reference.double()
+    parts = jackknife_parts(groups)
     gaussian = gaussian_of(real)
-    root, real_kernel = gaussian.root, kernel_mean(real)
+    root = gaussian.root
 
     def fid(kept: np.ndarray) -> float:
         part = gaussian_of(own[kept])
@@ -96,15 +97,17 @@ def feature_metrics(
         torch.manual_seed(seed)
         kid = float(kid_metric.compute()[0])
     found = [
-        _metric(FID, float(fid_metric.compute()), fid, groups, True),
-        _metric(KID, kid, lambda kept: kernel_distance(own[kept], real, real_kernel), groups, True),
+        _metric(FID, float(fid_metric.compute()), _without(parts, fid), len(own), True),
+        _metric(KID, kid, distances_without(own, real, parts) if parts else [], len(own), True),
     ]
     if min(len(own), len(real)) > config.neighbourhood:
         precision, recall = precision_recall(own, real, config.neighbourhood)
-        balls = _Balls(own, real, config.neighbourhood)
+        inside, covers = ball_counts(own, real, config.neighbourhood, parts)
+        precisions = _without(parts, lambda kept: float(inside[kept].mean()))
+        recalls = [float((covers.sum(axis=0) > each).mean()) for each in covers] if parts else []
         found += [
-            _metric(PRECISION, precision, balls.precision, groups, False),
-            _metric(RECALL, recall, balls.recall, groups, False),
+            _metric(PRECISION, precision, precisions, len(own), False),
+            _metric(RECALL, recall, recalls, len(own), False),
         ]
     return found
 
@@ -123,7 +126,8 @@ def logit_metrics(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         value = float(metric.compute()[0])
-    return [_metric(IS, value, lambda kept: inception_score(logits[kept]), groups, False)]
+    left_out = _without(jackknife_parts(groups), lambda kept: inception_score(logits[kept]))
+    return [_metric(IS, value, left_out, len(logits), False)]
 
 
 def precision_recall(
@@ -143,45 +147,64 @@ def precision_recall(
     return found["precision"], found["recall"]
 
 
-class _Balls:
-    """Precision and recall of parts of the set, from distances that are computed once.
+def ball_counts(
+    own: Tensor, real: Tensor, neighbourhood: int, parts: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what precision and recall of parts of a set follow from.
 
-    Precision asks of each generated image whether the references' balls hold it; leaving others out
-    changes nothing, so it is a mean. Recall's balls are those of the whole set that remain.
+    Which generated images (N,) the references' balls hold, bool: leaving others out changes
+    nothing, so precision is their mean. And how many images of each part have a reference in their
+    ball, (parts, M): the balls are those of the whole set.
     """
+    k = neighbourhood + 1  # the nearest is the row itself
+    own_radius, real_radius = (
+        torch.cat([torch.cdist(some, rows).kthvalue(k).values for some in rows.split(BATCH)])
+        for rows in (own, real)
+    )
+    inside = torch.empty(len(own), dtype=torch.bool)
+    covers = torch.zeros(len(parts), len(real), dtype=torch.int32)
+    owner = part_numbers(parts, len(own))
+    for start in range(0, len(own), BATCH):
+        rows = slice(start, start + BATCH)
+        across = torch.cdist(own[rows], real)
+        inside[rows] = (across <= real_radius).any(dim=1)
+        if parts:
+            covers.index_add_(0, owner[rows], (across <= own_radius[rows, None]).int())
+    return inside.numpy(), covers.numpy()
 
-    def __init__(self, own: Tensor, real: Tensor, neighbourhood: int) -> None:
-        k = neighbourhood + 1
-        across = torch.cdist(own, real)
-        own_radius = torch.cdist(own, own).kthvalue(k).values
-        real_radius = torch.cdist(real, real).kthvalue(k).values
-        self._inside = (across <= real_radius).any(dim=1).double().numpy()
-        self._covers = (across <= own_radius[:, None]).numpy()  # (N, M)
 
-    def precision(self, kept: np.ndarray) -> float:
-        """Returns the share of the kept images that lie among the references."""
-        return float(self._inside[kept].mean())
+def jackknife_parts(groups: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """Splits images into parts of whole prompts, of which one at a time is left out.
 
-    def recall(self, kept: np.ndarray) -> float:
-        """Returns the share of references that lie among the kept images."""
-        return float(self._covers[kept].any(axis=0).mean())
-
-
-def _metric(
-    name: str, value: float, of_kept: Subset, groups: Sequence[int] | np.ndarray, lower: bool
-) -> SetMetric:
+    groups: each image's prompt; the images of a single prompt are their own. Returns the places of
+    each part's images; nothing where an interval would rest on too few.
+    """
     numbers = np.asarray(groups)
     kinds = np.unique(numbers)
-    if len(kinds) < FEWEST_GROUPS:  # one prompt: its images are the groups
+    if len(kinds) < FEWEST_GROUPS:
         numbers = np.arange(len(numbers))
         kinds = numbers
     count = min(len(kinds), MOST_GROUPS)
-    parts = [kinds[start::count] for start in range(count)]  # not a category at a time
-    kept = [np.flatnonzero(~np.isin(numbers, part)) for part in parts]
-    if count < FEWEST_GROUPS or min(map(len, kept)) < 2:
-        nothing = Estimate(value, float("nan"), float("nan"), len(numbers))
-        return SetMetric(name, nothing, lower)
-    left_out = np.array([of_kept(each) for each in kept])
-    error = float(np.sqrt((count - 1) * left_out.var()))
+    parts = [
+        np.flatnonzero(np.isin(numbers, kinds[start::count])) for start in range(count)
+    ]  # not a category at a time
+    is_enough = count >= FEWEST_GROUPS and len(numbers) - max(map(len, parts)) >= 2
+    return parts if is_enough else []
+
+
+def _without(parts: Sequence[np.ndarray], of_kept: Subset) -> list[float]:
+    """Returns a metric of the set without each of the parts."""
+    everything = np.arange(sum(map(len, parts)))
+    return [of_kept(np.setdiff1d(everything, part)) for part in parts]
+
+
+def _metric(
+    name: str, value: float, left_out: Sequence[float], n: int, lower_is_better: bool
+) -> SetMetric:
+    """Makes a jackknife's interval from the values without each of the parts."""
+    count = len(left_out)
+    if count == 0:
+        return SetMetric(name, Estimate(value, float("nan"), float("nan"), n), lower_is_better)
+    error = float(np.sqrt((count - 1) * np.var(left_out)))
     half = float(stats.t.ppf(0.5 + LEVEL / 2, count - 1)) * error
-    return SetMetric(name, Estimate(value, value - half, value + half, len(numbers)), lower)
+    return SetMetric(name, Estimate(value, value - half, value + half, n), lower_is_better)
