@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
@@ -21,12 +20,11 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from sampling.errors import UserError
 from sampling.evaluation.kernel_distance import distances_without, part_numbers
 from sampling.evaluation.metrics import SetsConfig
-from sampling.evaluation.statistics import LEVEL, Estimate
+from sampling.evaluation.statistics import FEWEST_GROUPS, Estimate, jackknife
 from sampling.verifiers.oracle import gaussian_of, inception_score
 
 FID, KID, PRECISION, RECALL, IS = "FID", "KID", "precision", "recall", "IS"
 MOST_GROUPS = 20
-FEWEST_GROUPS = 3
 BATCH = 512
 Subset = Callable[[np.ndarray], float]
 
@@ -201,10 +199,4 @@ def _without(parts: Sequence[np.ndarray], of_kept: Subset) -> list[float]:
 def _metric(
     name: str, value: float, left_out: Sequence[float], n: int, lower_is_better: bool
 ) -> SetMetric:
-    """Makes a jackknife's interval from the values without each of the parts."""
-    count = len(left_out)
-    if count == 0:
-        return SetMetric(name, Estimate(value, float("nan"), float("nan"), n), lower_is_better)
-    error = float(np.sqrt((count - 1) * np.var(left_out)))
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, count - 1)) * error
-    return SetMetric(name, Estimate(value, value - half, value + half, n), lower_is_better)
+    return SetMetric(name, jackknife(value, left_out, n), lower_is_better)

@@ -16,14 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
-from scipy import stats
 from torch import Tensor
 
 from sampling.evaluation.kernel_distance import kernel_distance, kernel_mean
 from sampling.evaluation.stability import StabilityStudyConfig
 from sampling.evaluation.stability_pictures import painted
 from sampling.evaluation.stability_rows import Found
-from sampling.evaluation.statistics import LEVEL, Estimate
+from sampling.evaluation.statistics import FEWEST_GROUPS, Estimate, jackknife
 from sampling.sample import find_device
 from sampling.verifiers.image_model import ImageModel, load_classifier, load_features
 from sampling.verifiers.oracle import (
@@ -39,8 +38,7 @@ from sampling.whole_file import write_whole
 FEATURES, LOGITS = "features", "logits"
 RANDOM = "random"
 MOST_GROUPS = 50
-FEWEST_PROMPTS = 3
-"""Prompts that a jackknife needs."""
+"""Groups of prompts that a jackknife leaves out in turn."""
 Rows = dict[str, Tensor]
 """What -> (N, d), a row an image."""
 
@@ -103,7 +101,7 @@ def set_metrics(found: Found, folder: Path, reference: Reference | None) -> list
             whole[name], left_out[name] = _jackknife(rows[key], own, of_set)
         for name, own in members.items():
             change = whole[name] - whole[RANDOM]
-            interval = _interval(change, left_out[name] - left_out[RANDOM], len(own))
+            interval = jackknife(change, left_out[name] - left_out[RANDOM], len(own))
             metrics.append(SetMetric(name, metric, own.size, whole[name], interval))
     return metrics
 
@@ -169,19 +167,9 @@ def _jackknife(
     left_out = [
         of_set(rows[np.delete(own, group, axis=0).ravel()])
         for group in groups
-        if len(own) >= FEWEST_PROMPTS
+        if len(own) >= FEWEST_GROUPS
     ]
     return of_set(rows[own.ravel()]), np.array(left_out)
-
-
-def _interval(change: float, left_out: np.ndarray, num_prompts: int) -> Estimate:
-    """Returns Student's interval with the delete-a-group jackknife's error."""
-    count = len(left_out)
-    if count < FEWEST_PROMPTS:
-        return Estimate(change, float("nan"), float("nan"), num_prompts)
-    error = float(np.sqrt((count - 1) * left_out.var()))
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, count - 1)) * error
-    return Estimate(change, change - half, change + half, num_prompts)
 
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:

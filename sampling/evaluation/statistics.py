@@ -18,6 +18,8 @@ from sampling.errors import UserError
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2000
+FEWEST_GROUPS = 3
+"""Groups that a jackknife leaves out in turn."""
 MOST_AT_ONCE = 4_000_000
 """Numbers that a bootstrap holds at once."""
 Values = Sequence[float] | np.ndarray
@@ -111,6 +113,20 @@ def paired_mean(differences: Values, level: float = LEVEL) -> Estimate:
     half = float(stats.t.ppf(0.5 + level / 2, len(sample) - 1)) * _standard_error(sample)
     value = float(sample.mean())
     return Estimate(value, value - half, value + half, len(sample))
+
+
+def jackknife(value: float, left_out: Values, n: int, level: float = LEVEL) -> Estimate:
+    """Gives a value the interval of a delete-a-group jackknife, with Student's t.
+
+    left_out: the value without each of the groups; of fewer than three there is no interval (NaN).
+    n: what the value rests on.
+    """
+    without, count = np.asarray(left_out, dtype=np.float64), len(left_out)
+    if count < FEWEST_GROUPS:
+        return Estimate(value, math.nan, math.nan, n)
+    error = float(np.sqrt((count - 1) * without.var()))
+    half = float(stats.t.ppf(0.5 + level / 2, count - 1)) * error
+    return Estimate(value, value - half, value + half, n)
 
 
 def smallest_detectable_effect(
