@@ -9,7 +9,6 @@ Every run resumes or is skipped when it is done. seeds=[1] does a part, for a se
 page is written from all rows that are there.
 """
 
-import csv
 import json
 import statistics
 import sys
@@ -28,8 +27,10 @@ from data.digits import DIGIT_NAMES, Split, compose, mnist_digits
 from data.pack import PackConfig, pack
 from data.transform import transform
 from sampling.errors import UserError
+from sampling.evaluation.plain import csv_text
 from sampling.model import DiffusionModel
 from sampling.pictures import caption_grid, to_picture
+from sampling.whole_file import write_whole
 from scripts.config import load
 from scripts.pixel_study_page import write_page
 from scripts.stand_alone import run_script
@@ -91,10 +92,7 @@ def study(config: PixelStudyConfig) -> None:
                 rows_file.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
                 print(f"* {arm}, seed {seed}: KID {row['kid']:.5f}", flush=True)
     rows = [json.loads(p.read_text("utf-8")) for p in sorted((work / "rows").glob("*.json"))]
-    with (output / "rows.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_whole(output / "rows.csv", csv_text(rows))
     write_page(output, rows, json.loads((work / "judge.json").read_text("utf-8")))
 
 

@@ -9,9 +9,7 @@ Every search resumes or is skipped when it is done; arms=[random] does a part, f
 The page is written from all searches that are there.
 """
 
-import csv
 import gzip
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sampling.evaluation.plain import csv_text
 from sampling.search.config import SearchConfig
 from sampling.search.journal import read_rows
 from sampling.search.run import search_to_folder
@@ -74,7 +73,7 @@ def study(config: SearchStudyConfig) -> None:
         search(config, hacked, prompts, group("verifiers.darkness", dark))
     rows = [row for arm in [*study_arms(), hacked] for row in rows_of(config, arm)]
     output = Path(config.output)
-    write_whole(output / "rows.csv.gz", gzip.compress(table(rows).encode(), mtime=0))
+    write_whole(output / "rows.csv.gz", gzip.compress(csv_text(rows).encode(), mtime=0))
     write_page(output, rows, records(config))
 
 
@@ -147,15 +146,6 @@ def records(config: SearchStudyConfig) -> dict[str, Any]:
         if arm == hacked_arm()[0]:
             found["hacking"] = json.loads((folder / "hacking.json").read_text(encoding="utf-8"))
     return found
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Writes rows as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def main(argv: list[str]) -> int:

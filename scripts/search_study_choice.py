@@ -4,7 +4,6 @@ Samples the study's prompts once at every number of steps and guidance scale, an
 of digits that both readers read to docs/search_study/choice.csv.
 """
 
-import csv
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,10 @@ import torch
 from data.digits import digit_of
 from sampling.evaluation.digit_perceptron import DigitPerceptron
 from sampling.evaluation.digit_reader import DigitReader
+from sampling.evaluation.plain import csv_text
 from sampling.evaluation.statistics import proportion
 from sampling.model import DiffusionModel
+from sampling.whole_file import write_whole
 from scripts.config import load
 from scripts.search_study_arms import study_prompts
 from scripts.stand_alone import run_script
@@ -63,12 +64,7 @@ def choose(config: ChoiceConfig) -> None:
                 row |= {name: share.value, f"{name}_low": share.low, f"{name}_high": share.high}
             rows.append({key: round(value, 4) for key, value in row.items()})
             print(rows[-1], flush=True)
-    path = Path(config.output) / "choice.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_whole(Path(config.output) / "choice.csv", csv_text(rows))
 
 
 def main(argv: list[str]) -> int:
