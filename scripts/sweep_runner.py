@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -31,6 +30,7 @@ from sampling.evaluation.results import CELL, EVALUATION, SEARCH, SWEEP, VERSION
 from sampling.whole_file import write_whole
 from scripts.sweep_cells import OWN_KEYS, Cell, Training, trainings_of
 from scripts.sweep_config import SweepConfig
+from scripts.verb_process import verb_command
 from train.run_lock import RunLock
 
 LOG, LOCK = "log.txt", ".sweep.lock"
@@ -171,7 +171,7 @@ class Runner:
             if self._is_stopping:
                 return RESUMABLE
             process = subprocess.Popen(
-                [sys.executable, "-m", "scripts.cli", verb, str(path)],
+                verb_command(verb, str(path)),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
