@@ -8,7 +8,8 @@ run_dir/cells/NAME/evaluation, search
 
 A cell that is stopped or killed is continued by its verb, a finished one is not touched, a failed
 one is tried again. Cells and trainings have locks: several sweeps, or the elements of an array, may
-work in one folder, and who needs a training that another process makes waits for it.
+work in one folder, and who needs a training that another process makes waits for it. A verb holds
+the lock of what it works on, and so keeps others away also where its sweep was killed alone.
 """
 
 import json
@@ -36,6 +37,9 @@ from train.run_lock import RunLock
 LOG, LOCK = "log.txt", ".sweep.lock"
 FOLDERS = {"evaluate": EVALUATION, "search": SEARCH}
 RESUMABLE, POLL_S, GRACE_S = 75, 1.0, 60.0
+NUM_POLLS = 10
+"""How often a cell whose lock is held is tried again, after all others: of a verb that was killed
+with its sweep, worker processes may live for some seconds."""
 LAUNCHERS = ("SLURM_", "PMI", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
 """Beginnings of variables by which a verb would take itself for one of several tasks."""
 State = Literal["new", "started", "done", "failed", "stopped", "elsewhere"]
@@ -72,12 +76,18 @@ class Runner:
         with ThreadPoolExecutor(self._num_processes) as pool:
             for each in trainings:
                 pool.submit(self._train_early, each)
-            futures = [pool.submit(self._run_cell, cell) for cell in todo]
             try:
-                for future in as_completed(futures):
-                    outcome = future.result()
-                    outcomes[outcome.cell.folder] = outcome
-                    tell(outcome)
+                for polls_left in reversed(range(1 + NUM_POLLS)):
+                    futures = [pool.submit(self._run_cell, cell) for cell in todo]
+                    for future in as_completed(futures):
+                        outcome = future.result()
+                        outcomes[outcome.cell.folder] = outcome
+                        if outcome.state != "elsewhere" or not polls_left:
+                            tell(outcome)
+                    todo = [cell for cell in todo if outcomes[cell.folder].state == "elsewhere"]
+                    if not todo or not polls_left:
+                        break
+                    time.sleep(POLL_S)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.stop()
@@ -123,7 +133,8 @@ class Runner:
                     where = log_of(cell.training)
                     return self._ended(cell, status, f"its training failed: {where}", started_s)
             for section, settings in cell.sections.items():
-                status = self._verb(section, settings, cell.folder / FOLDERS[section], log)
+                folder = cell.folder / FOLDERS[section]
+                status = self._verb(section, settings, folder, log, lock)
                 if status:
                     return self._ended(cell, status, last_line(log), started_s)
             return self._ended(cell, 0, skipped_in(cell), started_s)
@@ -148,7 +159,7 @@ class Runner:
                     if is_trained(training):
                         return 0
                     log = log_of(training)
-                    status = self._verb("train", training.settings, training.folder, log)
+                    status = self._verb("train", training.settings, training.folder, log, lock)
                     if status:
                         self._untrained[training.folder] = status
                     return status
@@ -156,8 +167,13 @@ class Runner:
                     lock.release()
         return 0
 
-    def _verb(self, verb: str, settings: Mapping[str, Any], folder: Path, log: Path) -> int:
-        """Runs `blackpoint VERB` with these settings into its folder; returns its exit status."""
+    def _verb(
+        self, verb: str, settings: Mapping[str, Any], folder: Path, log: Path, lock: RunLock
+    ) -> int:
+        """Runs `blackpoint VERB` with these settings into its folder; returns its exit status.
+
+        It holds the lock too.
+        """
         path = log.with_name(f"{folder.name if verb == 'train' else verb}.yaml")
         nested = OmegaConf.create({})
         for key, value in (dict(settings) | {OWN_KEYS[verb]: str(folder)}).items():
@@ -176,6 +192,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=environment,
+                pass_fds=(lock.fileno(),),
             )
             self._running.add(process)
         try:

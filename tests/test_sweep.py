@@ -10,37 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
-from sampling.errors import UserError
 from sampling.evaluation.metrics_summary import read_summary
 from scripts.cli import main
-from scripts.config import load
 from scripts.run_sweep import share_of_element
-from scripts.sweep_cells import Cell, cells_of, trainings_of
-from scripts.sweep_config import SweepConfig
+from scripts.sweep_cells import trainings_of
 from scripts.sweep_runner import log_of, read_cell
+from tests.tiny_sweep import EVALUATE, cells, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
-EVALUATE = {
-    "prompts": ["a cat on a black background", "a street"],
-    "num_steps": 2,
-    "guidance_scale": 1.0,
-    "brightness.invariance_prompts": 0,
-    "batch_size": 2,
-}
-
-
-def sweep(folder: Path, **settings: Any) -> Path:
-    """Writes a sweep of evaluations; returns its YAML file."""
-    content = {"run_dir": str(folder / "sweep"), "evaluate": EVALUATE} | settings
-    path = folder / "sweep.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
-    return path
-
-
-def cells(folder: Path, **settings: Any) -> list[Cell]:
-    return cells_of(load(SweepConfig, [str(sweep(folder, **settings))]))
 
 
 def with_model(pipeline: Path) -> dict[str, Any]:
@@ -289,23 +267,3 @@ def test_stopped_it_says_so_and_goes_on(pipeline: Path, tmp_path: Path) -> None:
         one = read_summary(folder / "evaluation")
         two = read_summary(tmp_path / "unbroken" / "cells" / folder.name / "evaluation")
         assert one is not None and two is not None and one.metrics == two.metrics
-
-
-def test_a_cell_that_is_being_run_elsewhere_is_left_alone(
-    pipeline: Path, tmp_path: Path, capsys: Any
-) -> None:
-    from scripts.sweep_runner import LOCK
-    from train.run_lock import RunLock
-
-    path = sweep(tmp_path, evaluate=with_model(pipeline))
-    [cell] = cells_of(load(SweepConfig, [str(path)]))
-    lock = RunLock(cell.folder, LOCK)
-    lock.acquire()
-    try:
-        assert main(["sweep", str(path)]) == 0
-    finally:
-        lock.release()
-    assert "1 elsewhere" in capsys.readouterr().out
-    with pytest.raises(UserError, match="in use by another process"):
-        lock.acquire()
-        RunLock(cell.folder, LOCK).acquire()
