@@ -67,7 +67,7 @@ class Cell:
 
 
 def cells_of(config: SweepConfig) -> list[Cell]:
-    """Expands a sweep; raises UserError for a key or value that a verb would refuse."""
+    """Expands a sweep, whatever its `only`; raises UserError for what a verb would refuse."""
     shared = {section: _base(config, section) for section in SECTIONS}
     arms = {name: flat(arm or {}) for name, arm in config.arms.items()} or {"": {}}
     grid = flat(config.grid)
@@ -81,12 +81,17 @@ def cells_of(config: SweepConfig) -> list[Cell]:
             varied = dict(zip(grid, values, strict=True))
             found.append(_cell(config, shared, arm, own, varied, trainings))
     _check_distinct(found)
-    if not config.only:
-        return found
-    chosen = [c for c in found if any(fnmatch.fnmatch(c.name, each) for each in config.only)]
+    return found
+
+
+def chosen_of(cells: list[Cell], only: list[str]) -> list[Cell]:
+    """Returns the cells that one of the patterns names, all without any; UserError for none."""
+    if not only:
+        return cells
+    chosen = [c for c in cells if any(fnmatch.fnmatch(c.name, each) for each in only)]
     if not chosen:
-        near = difflib.get_close_matches(config.only[0], [c.name for c in found], n=1, cutoff=0)
-        raise UserError(f"only={config.only} names no cell; the nearest is {near[0]}")
+        near = difflib.get_close_matches(only[0], [c.name for c in cells], n=1, cutoff=0)
+        raise UserError(f"only={only} names no cell; the nearest is {near[0]}")
     return chosen
 
 

@@ -1,5 +1,6 @@
 """How a sweep runs its cells: whose lock keeps whom away, what it writes; verbs are stand-ins."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -109,3 +110,57 @@ def test_a_cell_that_is_let_go_meanwhile_is_run(
     out = capsys.readouterr().out
     assert len(verbs) == 1 and read_cell(cell.folder)["state"] == "done"
     assert "1 done" in out and "elsewhere" not in out
+
+
+def test_the_file_of_the_sweep_holds_every_cell_with_its_digest(
+    tmp_path: Path, verbs: list[Any]
+) -> None:
+    """Also where a first start runs some of them; the report shows the others as not run."""
+    grid = {"evaluate.seed": [0, 1]}
+    found = cells(tmp_path, evaluate=MODEL, grid=grid)
+    assert main(["sweep", str(sweep(tmp_path, evaluate=MODEL, grid=grid)), "only=[seed-1]"]) == 0
+    assert len(verbs) == 1
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["cells"]
+    assert [row["digest"] for row in rows] == [cell.digest for cell in found]
+    assert [row["name"] for row in rows] == ["seed-0", "seed-1"]
+    assert read_cell(found[1].folder)["digest"] == found[1].digest
+
+
+def test_seconds_of_a_cell_are_those_of_its_own_verbs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "train": {"checkpoint": "model", "data.shards": "shards"},
+        "grid": {"evaluate.seed": [0, 1]},
+        "num_processes": 2,
+    }
+    found = cells(tmp_path, **settings)
+    training = found[0].training
+    assert training is not None and training == found[1].training
+    index = training.folder / "export" / "model_index.json"
+    code = "import pathlib, sys, time; time.sleep(1.5); path = pathlib.Path(sys.argv[1]); "
+    code += "path.parent.mkdir(parents=True); path.touch()"
+    train = [sys.executable, "-c", code, str(index)]
+    monkeypatch.setattr(
+        sweep_runner, "verb_command", lambda verb, _: train if verb == "train" else ["true"]
+    )
+    assert main(["sweep", str(sweep(tmp_path, **settings))]) == 0
+    assert all(read_cell(cell.folder)["seconds"] < 1.0 for cell in found)
+
+
+def test_cells_share_what_is_measured_of_the_references(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"reference_cache": None}
+    monkeypatch.setattr(sweep_runner, "fields_of", lambda _: known, raising=False)
+
+    def keys(verb: str, settings: dict[str, Any]) -> dict[str, Any]:
+        return sweep_runner.with_own_keys(verb, settings, Path("cell"), tmp_path)
+
+    compared = {"sets.reference": "pictures"}
+    assert keys("evaluate", compared)["reference_cache"] == str(tmp_path / "references")
+    chosen = compared | {"reference_cache": "mine"}
+    assert keys("evaluate", chosen) == chosen | {"output": "cell"}
+    for settings in ({}, {"sets.reference": None}):
+        assert "reference_cache" not in keys("evaluate", settings)
+    assert keys("train", {}) == {"run_dir": "cell"}
