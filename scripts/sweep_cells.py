@@ -1,8 +1,9 @@
 """The cells of a sweep: arms x grid, each with its settings, its training and a name that stays.
 
 A cell is known by a digest of the settings that decide its images, those that differ from the
-defaults: adding values, arms or keys with their old values to a grid leaves the other cells what
-they were, so only new ones are run. Its name is for people: the arm and what the grid varies.
+defaults, and of the contents of the prompts and weights that they name (scripts.content_digest):
+adding values, arms or keys with their old values to a grid leaves the other cells what they were,
+so only new ones are run. Its name is for people: the arm and what the grid varies.
 """
 
 import difflib
@@ -23,6 +24,7 @@ from sampling.search.config import SearchConfig
 from sampling.search.folder import FREE as FREE_OF_SEARCH
 from scripts.config import load_values, read_yaml
 from scripts.config_fields import fields_of, item_hint, nearest, nested_class
+from scripts.content_digest import content_digests
 from scripts.sweep_config import BASE, SECTIONS, Settings, SweepConfig, flat
 from train.config import TrainConfig
 from train.run_directory import FREE_KEYS
@@ -137,6 +139,7 @@ def _cell(
     trained = training.digest if training else ""
     digests: list[Any] = [trained]
     identities: list[Any] = [trained]
+    contents: dict[str, dict[str, str]] = {}
     for section in ("evaluate", "search"):
         settings = mine[section]
         if not settings:
@@ -153,6 +156,12 @@ def _cell(
         digests.append(_differing(one, (*FREE[section], *of_training)))
         identities.append(_differing(one, (*FREE_OF_IMAGES[section], *of_training)))
         sections[section] = settings
+        checkpoint = one.checkpoint if training is None else None
+        if found := content_digests(one.prompts, checkpoint, one.weights):
+            contents[section] = found
+    if contents:
+        digests.append(contents)
+        identities.append(contents)
     if not sections and training is None:
         raise UserError(f"cell {label} has nothing to do: give train, evaluate or search keys")
     folder = _place(run_dir / CELLS, label, _digest(identities))
