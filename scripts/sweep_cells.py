@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sampling.errors import UserError
+from sampling.evaluation import results
 from sampling.evaluation.metrics import FREE as FREE_OF_EVALUATION
 from sampling.evaluation.metrics import OF_MEASURES, MetricsConfig
 from sampling.search.config import SearchConfig
@@ -38,7 +39,8 @@ FREE = {"evaluate": _OF_WHERE, "search": FREE_OF_SEARCH}
 FREE_OF_IMAGES = {"evaluate": FREE_OF_EVALUATION, "search": FREE_OF_SEARCH}
 """Keys that change no image of a cell."""
 TRAININGS, CELLS = "trainings", "cells"
-DIGEST_LETTERS = 8
+DIGEST_LETTERS, MOST_LETTERS = 8, 80
+"""Of a folder's name: of its digest, and of what stands before it."""
 _NOTHING = object()
 
 
@@ -83,6 +85,7 @@ def cells_of(config: SweepConfig) -> list[Cell]:
             varied = dict(zip(grid, values, strict=True))
             found.append(_cell(config, shared, arm, own, varied, trainings))
     _check_distinct(found)
+    _check_baseline(config.baseline, found)
     return found
 
 
@@ -119,21 +122,20 @@ def _cell(
     varied: Settings,
     trainings: dict[str, Training],
 ) -> Cell:
-    run_dir = Path(config.run_dir)
+    run_dir, grid = Path(config.run_dir), flat(config.grid)
     mine = {section: dict(shared[section]) for section in SECTIONS}
     for key, value in {**own, **varied}.items():
         section, _, rest = key.partition(".")
         mine[section] |= flat({rest: value})
-    label = "_".join(
-        filter(None, [arm, *(_label(key, value, varied) for key, value in varied.items())])
-    )
-    label = label or "cell"
+    label = _name(arm, varied, grid) or "cell"
     for section, name in OWN_KEYS.items():
         if name in mine[section]:
             raise UserError(f"{section}.{name} is the sweep's own to set; leave it out")
     training = None
     if mine["train"]:
-        training = _training(run_dir, mine["train"], arm, varied, label)
+        of_training = {key: value for key, value in varied.items() if key.startswith("train.")}
+        name = _name(arm, of_training, grid) or "training"
+        training = _training(run_dir, mine["train"], name, label)
         training = trainings.setdefault(training.digest, training)
     sections = {}
     trained = training.digest if training else ""
@@ -152,9 +154,9 @@ def _cell(
                 )
             settings["checkpoint"] = str(training.folder)
         one = _checked(section, settings, label)
-        of_training = ("checkpoint",) if training is not None else ()
-        digests.append(_differing(one, (*FREE[section], *of_training)))
-        identities.append(_differing(one, (*FREE_OF_IMAGES[section], *of_training)))
+        trained_here = ("checkpoint",) if training is not None else ()
+        digests.append(_differing(one, (*FREE[section], *trained_here)))
+        identities.append(_differing(one, (*FREE_OF_IMAGES[section], *trained_here)))
         sections[section] = settings
         checkpoint = one.checkpoint if training is None else None
         if found := content_digests(one.prompts, checkpoint, one.weights):
@@ -168,14 +170,10 @@ def _cell(
     return Cell(label, arm, varied, folder, training, sections, _digest(digests))
 
 
-def _training(
-    run_dir: Path, settings: Settings, arm: str, varied: Settings, label: str
-) -> Training:
+def _training(run_dir: Path, settings: Settings, name: str, label: str) -> Training:
     config = _checked("train", settings, label)
     digest = _digest(_differing(config, FREE_KEYS))
-    own = {key: value for key, value in varied.items() if key.startswith("train.")}
-    name = "_".join(filter(None, [arm, *(_label(key, value, own) for key, value in own.items())]))
-    folder = _place(run_dir / TRAININGS, name or "training", digest)
+    folder = _place(run_dir / TRAININGS, name, digest)
     return Training(folder.name, folder, settings, digest)
 
 
@@ -217,7 +215,7 @@ def _default(config_class: type, key: str) -> object:
 def _place(parent: Path, label: str, digest: str) -> Path:
     """Returns the folder of what has this digest, under whatever label it was begun."""
     there = sorted(parent.glob(f"*-{digest}")) if parent.is_dir() else []
-    return there[0] if there else parent / f"{_slug(label)}-{digest}"
+    return there[0] if there else parent / f"{_slug(label)[:MOST_LETTERS]}-{digest}"
 
 
 def _check_key(key: str, origin: str) -> None:
@@ -248,16 +246,50 @@ def _check_distinct(cells: list[Cell]) -> None:
     names = [cell.name for cell in cells]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{names.count(name)} cells are called {name}; give the arms names")
+            raise UserError(
+                f"{names.count(name)} cells are called {name}; make arms of their settings, whose "
+                "names you choose: arms.NAME"
+            )
 
 
-def _label(key: str, value: Any, varied: Mapping[str, Any]) -> str:
-    """Names one value of the grid, by the last word of its key where that is not ambiguous."""
+def _check_baseline(baseline: str | None, cells: list[Cell]) -> None:
+    """Raises UserError where a report would not find the baseline."""
+    if baseline is None:
+        return
+    known = {name for cell in cells for name in (cell.arm, cell.name) if name}
+    known |= {results.Cell(cell.name, cell.arm, cell.varied).setting for cell in cells}
+    if baseline not in known:
+        near = difflib.get_close_matches(baseline, sorted(known), n=1, cutoff=0)
+        raise UserError(
+            f"baseline={baseline} is no arm, cell or setting of the sweep; the nearest is {near[0]}"
+        )
+
+
+def _name(arm: str, varied: Mapping[str, Any], grid: Mapping[str, list[Any]]) -> str:
+    """Names an arm with values of the grid; nothing for neither."""
+    labels = [_label(key, value, varied, grid[key]) for key, value in varied.items()]
+    return "_".join(filter(None, [arm, *labels]))
+
+
+def _label(key: str, value: Any, varied: Mapping[str, Any], values: list[Any]) -> str:
+    """Names one value of the grid, by the last word of its key where that is not ambiguous; a path
+    by its last part, likewise."""
     last = key.rpartition(".")[2]
     if sum(each.rpartition(".")[2] == last for each in varied) > 1:
         last = key.replace(".", "-")
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f"{last}-{_slug(Path(text).name if '/' in text else text) or 'empty'}"
+    text = _last_part(value)
+    if any(_last_part(other) == text and other != value for other in values):
+        text = _slug(_text(value))
+    return f"{last}-{text or 'empty'}"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _last_part(value: Any) -> str:
+    text = _text(value)
+    return _slug(Path(text).name if "/" in text else text)
 
 
 def _slug(text: str) -> str:

@@ -107,6 +107,9 @@ def test_cells_share_a_training(tmp_path: Path) -> None:
         ({"evaluate": {}}, "nothing to do"),
         ({"evaluate": {"prompts": ["a"]}}, "checkpoint=..."),
         ({"evaluate": {"config": "absent.yaml"}}, "absent.yaml: there is no such file"),
+        ({"grid": {"evaluate.checkpoint": ["/a/b", "a/b"]}}, "make arms of their settings"),
+        ({"arms": {"plain": {}}, "baseline": "plane"}, "the nearest is plain"),
+        ({"grid": {"evaluate.seed": [5]}, "baseline": "seed"}, "the nearest is seed-5"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_runs(
@@ -133,6 +136,33 @@ def test_checkpoints_in_folders_called_trainings_are_told_apart(tmp_path: Path) 
     paths = [f"runs/other/trainings/{name}" for name in "ab"]
     found = cells(tmp_path, grid={"evaluate.checkpoint": paths})
     assert len({cell.digest for cell in found}) == 2
+
+
+def test_values_whose_last_parts_are_the_same_are_named_whole(tmp_path: Path) -> None:
+    paths = ["/a/model", "/b/model", "/b/other"]
+    found = cells(tmp_path, grid={"evaluate.checkpoint": paths})
+    names = ["checkpoint-a-model", "checkpoint-b-model", "checkpoint-other"]
+    assert [cell.name for cell in found] == names
+
+
+def test_long_values_make_folders_whose_names_fit(tmp_path: Path) -> None:
+    shards = [letter * 300 for letter in "ab"]
+    found = cells(
+        tmp_path,
+        train=training(Path("base"), Path("shards")),
+        grid={"train.data.shards": shards, "evaluate.negative_prompt": ["word " * 99]},
+    )
+    for cell, name in zip(found, shards, strict=True):
+        assert cell.name.startswith(f"shards-{name}_negative_prompt-word-word")
+        assert cell.training is not None
+        assert len(cell.training.name) < 100 and len(cell.folder.name) < 100
+
+
+@pytest.mark.parametrize("name", ["plain", "plain_seed-0_num_steps-4", "plain, num steps 4"])
+def test_the_baseline_is_an_arm_a_cell_or_a_setting(tmp_path: Path, name: str) -> None:
+    grid = {"evaluate.seed": [0, 1], "evaluate.num_steps": [4, 8]}
+    settings = {"evaluate": {**EVALUATE, "checkpoint": "model"}, "arms": {"plain": {}}}
+    assert len(cells(tmp_path, **settings, grid=grid, baseline=name)) == 4
 
 
 def test_elements_of_an_array_share_the_cells() -> None:
