@@ -19,6 +19,7 @@ from sampling.whole_file import write_whole
 from scripts.config import load
 from scripts.keep_sweep import KeepConfig, keep
 from scripts.stand_alone import run_script
+from scripts.verb_process import verb_command
 
 YAML, RUN_DIR = "configs/ablation.yaml", Path("runs/ablation")
 BASE, RESOLUTION = "assets/tiny_sd", 64
@@ -114,8 +115,7 @@ def _shown(change: Estimate | None) -> str:
 
 def blackpoint(*arguments: str) -> None:
     """Runs a verb in a process of its own; raises RunFailed where it fails."""
-    command = [sys.executable, "-m", "scripts.cli", *arguments]
-    status = subprocess.run(command, check=False).returncode
+    status = subprocess.run(verb_command(*arguments), check=False).returncode
     if status:
         raise RunFailed(f"blackpoint {' '.join(arguments)} ended with {status}; run this again")
 

@@ -15,6 +15,7 @@ from sampling.errors import RunFailed
 from scripts.bench_timing import Row, Seconds, row, time_round
 from scripts.cli import VERBS
 from scripts.config_fields import fields_of
+from scripts.verb_process import verb_command
 
 GROUP = "start-up, whole process"
 PYTHON, TORCH, HELP = "python -c pass", "python -c 'import torch'", "blackpoint --help"
@@ -29,7 +30,7 @@ ALSO_NEEDED = {
 
 def commands(verbs: list[str]) -> dict[str, list[str]]:
     """Returns what is started, by name."""
-    command = [sys.executable, "-m", "scripts.cli"]
+    command = verb_command()
     found = {
         PYTHON: [sys.executable, "-c", "pass"],
         TORCH: [sys.executable, "-c", "import torch"],

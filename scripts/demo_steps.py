@@ -36,6 +36,7 @@ from scripts import evaluation, report_content
 from scripts.config import load
 from scripts.run_demo import DemoConfig
 from scripts.run_report import ReportConfig
+from scripts.verb_process import verb_command
 from train.config import TrainConfig
 from train.run import fit
 
@@ -152,7 +153,7 @@ def train_in_processes(arguments: list[str]) -> None:
     On two cores, two processes of one thread train 1.3 times as fast as one of two threads. What
     stops this process stops them, saved; their exit status, if it is not 0, becomes ours.
     """
-    process = subprocess.Popen([sys.executable, "-m", "scripts.cli", "train", *arguments])
+    process = subprocess.Popen(verb_command("train", *arguments))
     previous = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),  # Ctrl-C reaches them itself

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scripts.verb_process import verb_command
+
 PROMPT = "a photo of a cat on a black background"
 RELOAD = """
 import sys
@@ -47,7 +49,7 @@ def verbs(
     the sampled picture `sample_px`. `training` are further settings of the run.
     """
     python, base, run_dir = sys.executable, work / "base", work / "run"
-    blackpoint = [python, "-m", "scripts.cli"]
+    blackpoint = verb_command()
     photos, shards, latents = work / "photos", work / "shards", work / "latents"
     samples, found, export = work / "samples", work / "found", work / "export"
     scored, evaluated, swept = work / "scored", work / "evaluated", work / "swept"

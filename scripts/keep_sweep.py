@@ -6,10 +6,10 @@ figure.png                each setting's metrics, over the seeds
 made.json                 machine, date, seconds of every cell, versions
 """
 
+import difflib
 import gzip
 import io
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -20,10 +20,11 @@ from typing import Any
 
 import matplotlib
 
+from sampling.errors import UserError
 from sampling.evaluation.metrics_summary import WORDS
 from sampling.evaluation.plain import csv_text
 from sampling.evaluation.plots import COLORS, STYLE, panels
-from sampling.evaluation.results import CELL, Results, read_results
+from sampling.evaluation.results import CELL, SWEEP, Results, read_results
 from sampling.evaluation.results_page import tables_of
 from sampling.evaluation.results_plots import luminance_distributions, scaling_curves
 from sampling.evaluation.results_tables import metric_names, settings_of, to_csv, to_markdown
@@ -35,6 +36,8 @@ from scripts.stand_alone import run_script
 from train.run_directory import describe_environment
 
 DIGITS, TITLE_LETTERS = 6, 26
+COLUMNS = ("cell", "prompt_index", "image")
+"""Of rows.csv.gz, before those of the metrics."""
 
 
 @dataclass
@@ -50,15 +53,17 @@ class KeepConfig:
 
 
 def keep(config: KeepConfig) -> list[Path]:
-    """Writes everything; returns the paths."""
+    """Writes everything; returns the paths. Raises UserError for a metric that no cell has."""
     output = Path(config.output)
     results = read_results(Path(config.run_dir))
-    names = config.metrics or metric_names(results.cells)[:6]
+    names = _known(config.metrics, metric_names(results.cells)) or metric_names(results.cells)[:6]
     contents: dict[str, str | bytes] = {}
     for table in tables_of(results, names):
         contents[f"{table.name}.md"] = to_markdown(table)
         contents[f"{table.name}.csv"] = to_csv(table)
-    contents["rows.csv.gz"] = gzip.compress(csv_text(rows_of(results)).encode(), mtime=0)
+    rows = list(rows_of(results))
+    text = csv_text(rows) if rows else ",".join(COLUMNS) + "\n"  # no metric is of single images
+    contents["rows.csv.gz"] = gzip.compress(text.encode(), mtime=0)
     made = describe_environment() | {
         "machine": describe_machine(),
         "kept": time.strftime("%Y-%m-%d"),
@@ -84,19 +89,19 @@ def rows_of(results: Results) -> Iterable[dict[str, Any]]:
         keys = sorted({key for scores in cell.paired.values() for key in scores})
         for key in keys:
             yield {
-                "cell": cell.name,
-                "prompt_index": key[0],
-                "image": key[1],
+                **dict(zip(COLUMNS, (cell.name, key[0], key[-1]), strict=True)),
                 **{name: _rounded(cell.paired.get(name, {}).get(key)) for name in names},
             }
 
 
 def cell_seconds(run_dir: Path) -> dict[str, float]:
-    """Returns the seconds that each cell took, its training included where it made it."""
+    """Returns the seconds that each cell of a sweep took, without its training."""
+    index = run_dir / SWEEP
     found = {}
-    for path in sorted(run_dir.glob(f"cells/*/{CELL}")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found[record["name"]] = record.get("seconds", math.nan)
+    for row in json.loads(index.read_text(encoding="utf-8"))["cells"] if index.is_file() else []:
+        path = run_dir / row["folder"] / CELL
+        if path.is_file():
+            found[row["name"]] = json.loads(path.read_text(encoding="utf-8")).get("seconds")
     return found
 
 
@@ -130,6 +135,14 @@ def figure(results: Results, names: Sequence[str]) -> bytes:
     content = io.BytesIO()
     sheet.savefig(content, format="png", dpi=130, bbox_inches="tight")
     return content.getvalue()
+
+
+def _known(names: list[str], metrics: list[str]) -> list[str]:
+    for name in names:
+        if name not in metrics:
+            near = difflib.get_close_matches(name, metrics, n=1, cutoff=0)
+            raise UserError(f"metrics: no cell has {name!r}; the nearest is {near[0]!r}")
+    return names
 
 
 def _rounded(value: float | None) -> str:

@@ -22,10 +22,11 @@ def config_class() -> type[SweepConfig]:
 
 def run(config: SweepConfig) -> int:
     """Runs what is not done and says what became of every cell; 1 where one failed."""
-    from scripts.sweep_cells import cells_of
+    from scripts.sweep_cells import cells_of, chosen_of
     from scripts.sweep_runner import Outcome, Runner, raise_stopped, state_of, write_sweep
 
-    cells = cells_of(config)
+    every = cells_of(config)
+    cells = chosen_of(every, config.only)
     if config.plan:
         for cell in cells:
             print(f"{state_of(cell).state:8} {cell.name}  {cell.folder}")
@@ -34,8 +35,7 @@ def run(config: SweepConfig) -> int:
         )
         return 0
     mine = share_of_element(cells, os.environ)
-    if not config.only:
-        write_sweep(config, cells)
+    write_sweep(config, every)
     number = 0
 
     def tell(outcome: Outcome) -> None:

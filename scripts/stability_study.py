@@ -24,6 +24,7 @@ from sampling.pictures import to_picture
 from scripts.config import load
 from scripts.stand_alone import run_script
 from scripts.stoppable import stoppable
+from scripts.verb_process import verb_command
 
 SETS_OF_DIGITS = (
     "sets.features.module=sampling.evaluation.digit_reader:DigitReader",
@@ -76,7 +77,7 @@ def write_references(folder: Path, count: int) -> Path:
 
 def run_in_processes(config: StudyConfig, settings: list[str]) -> None:
     """Runs the verb in processes that meet in its folder; raises RunFailed where one fails."""
-    command = [sys.executable, "-m", "scripts.cli", "evaluate", config.config, *settings]
+    command = verb_command("evaluate", config.config, *settings)
     count = config.num_processes
     processes = [
         subprocess.Popen(

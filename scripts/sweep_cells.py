@@ -1,8 +1,9 @@
 """The cells of a sweep: arms x grid, each with its settings, its training and a name that stays.
 
 A cell is known by a digest of the settings that decide its images, those that differ from the
-defaults: adding values, arms or keys with their old values to a grid leaves the other cells what
-they were, so only new ones are run. Its name is for people: the arm and what the grid varies.
+defaults, and of the contents of the prompts and weights that they name (scripts.content_digest):
+adding values, arms or keys with their old values to a grid leaves the other cells what they were,
+so only new ones are run. Its name is for people: the arm and what the grid varies.
 """
 
 import difflib
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from sampling.errors import UserError
+from sampling.evaluation import results
 from sampling.evaluation.metrics import FREE as FREE_OF_EVALUATION
 from sampling.evaluation.metrics import OF_MEASURES, MetricsConfig
 from sampling.search.config import SearchConfig
 from sampling.search.folder import FREE as FREE_OF_SEARCH
 from scripts.config import load_values, read_yaml
 from scripts.config_fields import fields_of, item_hint, nearest, nested_class
+from scripts.content_digest import content_digests
 from scripts.sweep_config import BASE, SECTIONS, Settings, SweepConfig, flat
 from train.config import TrainConfig
 from train.run_directory import FREE_KEYS
@@ -36,7 +39,8 @@ FREE = {"evaluate": _OF_WHERE, "search": FREE_OF_SEARCH}
 FREE_OF_IMAGES = {"evaluate": FREE_OF_EVALUATION, "search": FREE_OF_SEARCH}
 """Keys that change no image of a cell."""
 TRAININGS, CELLS = "trainings", "cells"
-DIGEST_LETTERS = 8
+DIGEST_LETTERS, MOST_LETTERS = 8, 80
+"""Of a folder's name: of its digest, and of what stands before it."""
 _NOTHING = object()
 
 
@@ -67,7 +71,7 @@ class Cell:
 
 
 def cells_of(config: SweepConfig) -> list[Cell]:
-    """Expands a sweep; raises UserError for a key or value that a verb would refuse."""
+    """Expands a sweep, whatever its `only`; raises UserError for what a verb would refuse."""
     shared = {section: _base(config, section) for section in SECTIONS}
     arms = {name: flat(arm or {}) for name, arm in config.arms.items()} or {"": {}}
     grid = flat(config.grid)
@@ -81,12 +85,18 @@ def cells_of(config: SweepConfig) -> list[Cell]:
             varied = dict(zip(grid, values, strict=True))
             found.append(_cell(config, shared, arm, own, varied, trainings))
     _check_distinct(found)
-    if not config.only:
-        return found
-    chosen = [c for c in found if any(fnmatch.fnmatch(c.name, each) for each in config.only)]
+    _check_baseline(config.baseline, found)
+    return found
+
+
+def chosen_of(cells: list[Cell], only: list[str]) -> list[Cell]:
+    """Returns the cells that one of the patterns names, all without any; UserError for none."""
+    if not only:
+        return cells
+    chosen = [c for c in cells if any(fnmatch.fnmatch(c.name, each) for each in only)]
     if not chosen:
-        near = difflib.get_close_matches(config.only[0], [c.name for c in found], n=1, cutoff=0)
-        raise UserError(f"only={config.only} names no cell; the nearest is {near[0]}")
+        near = difflib.get_close_matches(only[0], [c.name for c in cells], n=1, cutoff=0)
+        raise UserError(f"only={only} names no cell; the nearest is {near[0]}")
     return chosen
 
 
@@ -112,26 +122,26 @@ def _cell(
     varied: Settings,
     trainings: dict[str, Training],
 ) -> Cell:
-    run_dir = Path(config.run_dir)
+    run_dir, grid = Path(config.run_dir), flat(config.grid)
     mine = {section: dict(shared[section]) for section in SECTIONS}
     for key, value in {**own, **varied}.items():
         section, _, rest = key.partition(".")
         mine[section] |= flat({rest: value})
-    label = "_".join(
-        filter(None, [arm, *(_label(key, value, varied) for key, value in varied.items())])
-    )
-    label = label or "cell"
+    label = _name(arm, varied, grid) or "cell"
     for section, name in OWN_KEYS.items():
         if name in mine[section]:
             raise UserError(f"{section}.{name} is the sweep's own to set; leave it out")
     training = None
     if mine["train"]:
-        training = _training(run_dir, mine["train"], arm, varied, label)
+        of_training = {key: value for key, value in varied.items() if key.startswith("train.")}
+        name = _name(arm, of_training, grid) or "training"
+        training = _training(run_dir, mine["train"], name, label)
         training = trainings.setdefault(training.digest, training)
     sections = {}
     trained = training.digest if training else ""
     digests: list[Any] = [trained]
     identities: list[Any] = [trained]
+    contents: dict[str, dict[str, str]] = {}
     for section in ("evaluate", "search"):
         settings = mine[section]
         if not settings:
@@ -144,24 +154,26 @@ def _cell(
                 )
             settings["checkpoint"] = str(training.folder)
         one = _checked(section, settings, label)
-        of_training = ("checkpoint",) if training is not None else ()
-        digests.append(_differing(one, (*FREE[section], *of_training)))
-        identities.append(_differing(one, (*FREE_OF_IMAGES[section], *of_training)))
+        trained_here = ("checkpoint",) if training is not None else ()
+        digests.append(_differing(one, (*FREE[section], *trained_here)))
+        identities.append(_differing(one, (*FREE_OF_IMAGES[section], *trained_here)))
         sections[section] = settings
+        checkpoint = one.checkpoint if training is None else None
+        if found := content_digests(one.prompts, checkpoint, one.weights):
+            contents[section] = found
+    if contents:
+        digests.append(contents)
+        identities.append(contents)
     if not sections and training is None:
         raise UserError(f"cell {label} has nothing to do: give train, evaluate or search keys")
     folder = _place(run_dir / CELLS, label, _digest(identities))
     return Cell(label, arm, varied, folder, training, sections, _digest(digests))
 
 
-def _training(
-    run_dir: Path, settings: Settings, arm: str, varied: Settings, label: str
-) -> Training:
+def _training(run_dir: Path, settings: Settings, name: str, label: str) -> Training:
     config = _checked("train", settings, label)
     digest = _digest(_differing(config, FREE_KEYS))
-    own = {key: value for key, value in varied.items() if key.startswith("train.")}
-    name = "_".join(filter(None, [arm, *(_label(key, value, own) for key, value in own.items())]))
-    folder = _place(run_dir / TRAININGS, name or "training", digest)
+    folder = _place(run_dir / TRAININGS, name, digest)
     return Training(folder.name, folder, settings, digest)
 
 
@@ -203,7 +215,7 @@ def _default(config_class: type, key: str) -> object:
 def _place(parent: Path, label: str, digest: str) -> Path:
     """Returns the folder of what has this digest, under whatever label it was begun."""
     there = sorted(parent.glob(f"*-{digest}")) if parent.is_dir() else []
-    return there[0] if there else parent / f"{_slug(label)}-{digest}"
+    return there[0] if there else parent / f"{_slug(label)[:MOST_LETTERS]}-{digest}"
 
 
 def _check_key(key: str, origin: str) -> None:
@@ -234,16 +246,50 @@ def _check_distinct(cells: list[Cell]) -> None:
     names = [cell.name for cell in cells]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{names.count(name)} cells are called {name}; give the arms names")
+            raise UserError(
+                f"{names.count(name)} cells are called {name}; make arms of their settings, whose "
+                "names you choose: arms.NAME"
+            )
 
 
-def _label(key: str, value: Any, varied: Mapping[str, Any]) -> str:
-    """Names one value of the grid, by the last word of its key where that is not ambiguous."""
+def _check_baseline(baseline: str | None, cells: list[Cell]) -> None:
+    """Raises UserError where a report would not find the baseline."""
+    if baseline is None:
+        return
+    known = {name for cell in cells for name in (cell.arm, cell.name) if name}
+    known |= {results.Cell(cell.name, cell.arm, cell.varied).setting for cell in cells}
+    if baseline not in known:
+        near = difflib.get_close_matches(baseline, sorted(known), n=1, cutoff=0)
+        raise UserError(
+            f"baseline={baseline} is no arm, cell or setting of the sweep; the nearest is {near[0]}"
+        )
+
+
+def _name(arm: str, varied: Mapping[str, Any], grid: Mapping[str, list[Any]]) -> str:
+    """Names an arm with values of the grid; nothing for neither."""
+    labels = [_label(key, value, varied, grid[key]) for key, value in varied.items()]
+    return "_".join(filter(None, [arm, *labels]))
+
+
+def _label(key: str, value: Any, varied: Mapping[str, Any], values: list[Any]) -> str:
+    """Names one value of the grid, by the last word of its key where that is not ambiguous; a path
+    by its last part, likewise."""
     last = key.rpartition(".")[2]
     if sum(each.rpartition(".")[2] == last for each in varied) > 1:
         last = key.replace(".", "-")
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f"{last}-{_slug(Path(text).name if '/' in text else text) or 'empty'}"
+    text = _last_part(value)
+    if any(_last_part(other) == text and other != value for other in values):
+        text = _slug(_text(value))
+    return f"{last}-{text or 'empty'}"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _last_part(value: Any) -> str:
+    text = _text(value)
+    return _slug(Path(text).name if "/" in text else text)
 
 
 def _slug(text: str) -> str:

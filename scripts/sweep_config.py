@@ -48,7 +48,8 @@ class SweepConfig:
     grid: dict[str, Any] = field(default_factory=dict)
     """Key such as evaluate.num_steps -> list of values; every arm is crossed with all of them."""
     baseline: str | None = None
-    """Arm, or name of a cell, that the report compares the others with; the first if not set."""
+    """Arm, cell, or setting as the report names it, that the report compares the others with; the
+    first if not set."""
     only: list[str] = field(default_factory=list)
     """Names of cells, with * for any letters; the others are left alone."""
     plan: bool = False

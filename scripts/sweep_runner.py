@@ -2,23 +2,24 @@
 
 run_dir/sweep.json            the cells: settings, folders, in order
 run_dir/trainings/NAME/       a run directory of `blackpoint train`
-run_dir/cells/NAME/cell.json  started, done or failed, by which settings, when, seconds
+run_dir/cells/NAME/cell.json  started, done or failed, by which settings, when, seconds of its
+                              evaluation and search
 run_dir/cells/NAME/log.txt    what the verbs printed
 run_dir/cells/NAME/evaluation, search
 
 A cell that is stopped or killed is continued by its verb, a finished one is not touched, a failed
 one is tried again. Cells and trainings have locks: several sweeps, or the elements of an array, may
-work in one folder, and who needs a training that another process makes waits for it.
+work in one folder, and who needs a training that another process makes waits for it. A verb holds
+the lock of what it works on, and so keeps others away also where its sweep was killed alone.
 """
 
 import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +28,22 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from sampling.errors import Resumable, UserError
+from sampling.evaluation.metrics import MetricsConfig
 from sampling.evaluation.results import CELL, EVALUATION, SEARCH, SWEEP, VERSION
 from sampling.whole_file import write_whole
+from scripts.config_fields import fields_of
 from scripts.sweep_cells import OWN_KEYS, Cell, Training, trainings_of
-from scripts.sweep_config import SweepConfig
+from scripts.sweep_config import Settings, SweepConfig
+from scripts.verb_process import verb_command
 from train.run_lock import RunLock
 
 LOG, LOCK = "log.txt", ".sweep.lock"
+CACHE, REFERENCES = "reference_cache", "references"
 FOLDERS = {"evaluate": EVALUATION, "search": SEARCH}
 RESUMABLE, POLL_S, GRACE_S = 75, 1.0, 60.0
+NUM_POLLS = 10
+"""How often a cell whose lock is held is tried again, after all others: of a verb that was killed
+with its sweep, worker processes may live for some seconds."""
 LAUNCHERS = ("SLURM_", "PMI", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
 """Beginnings of variables by which a verb would take itself for one of several tasks."""
 State = Literal["new", "started", "done", "failed", "stopped", "elsewhere"]
@@ -72,12 +80,18 @@ class Runner:
         with ThreadPoolExecutor(self._num_processes) as pool:
             for each in trainings:
                 pool.submit(self._train_early, each)
-            futures = [pool.submit(self._run_cell, cell) for cell in todo]
             try:
-                for future in as_completed(futures):
-                    outcome = future.result()
-                    outcomes[outcome.cell.folder] = outcome
-                    tell(outcome)
+                for polls_left in reversed(range(1 + NUM_POLLS)):
+                    futures = [pool.submit(self._run_cell, cell) for cell in todo]
+                    for future in as_completed(futures):
+                        outcome = future.result()
+                        outcomes[outcome.cell.folder] = outcome
+                        if outcome.state != "elsewhere" or not polls_left:
+                            tell(outcome)
+                    todo = [cell for cell in todo if outcomes[cell.folder].state == "elsewhere"]
+                    if not todo or not polls_left:
+                        break
+                    time.sleep(POLL_S)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.stop()
@@ -104,7 +118,6 @@ class Runner:
             self._train(training)
 
     def _run_cell(self, cell: Cell) -> Outcome:
-        started_s = time.time()
         lock = RunLock(cell.folder, LOCK)
         try:
             lock.acquire()
@@ -115,18 +128,22 @@ class Runner:
                 return Outcome(cell, "done")
             log = cell.folder / LOG
             before = read_cell(cell.folder)
-            starts = [*before.get("starts", []), round(started_s, 2)]
-            self._keep(cell, "started", {"seconds": before.get("seconds", 0.0), "starts": starts})
+            starts = [*before.get("starts", []), round(time.time(), 2)]
+            seconds = before.get("seconds", 0.0)
+            self._keep(cell, "started", {"seconds": seconds, "starts": starts})
             if cell.training is not None:
                 status = self._train(cell.training)
                 if status:
                     where = log_of(cell.training)
-                    return self._ended(cell, status, f"its training failed: {where}", started_s)
+                    return self._ended(cell, status, f"its training failed: {where}", seconds)
             for section, settings in cell.sections.items():
-                status = self._verb(section, settings, cell.folder / FOLDERS[section], log)
+                folder = cell.folder / FOLDERS[section]
+                begun_s = time.monotonic()
+                status = self._verb(section, settings, folder, log, lock)
+                seconds += time.monotonic() - begun_s
                 if status:
-                    return self._ended(cell, status, last_line(log), started_s)
-            return self._ended(cell, 0, skipped_in(cell), started_s)
+                    return self._ended(cell, status, last_line(log), seconds)
+            return self._ended(cell, 0, skipped_in(cell), seconds)
         finally:
             lock.release()
 
@@ -148,7 +165,7 @@ class Runner:
                     if is_trained(training):
                         return 0
                     log = log_of(training)
-                    status = self._verb("train", training.settings, training.folder, log)
+                    status = self._verb("train", training.settings, training.folder, log, lock)
                     if status:
                         self._untrained[training.folder] = status
                     return status
@@ -156,11 +173,15 @@ class Runner:
                     lock.release()
         return 0
 
-    def _verb(self, verb: str, settings: Mapping[str, Any], folder: Path, log: Path) -> int:
-        """Runs `blackpoint VERB` with these settings into its folder; returns its exit status."""
+    def _verb(self, verb: str, settings: Settings, folder: Path, log: Path, lock: RunLock) -> int:
+        """Runs `blackpoint VERB` with these settings into its folder; returns its exit status.
+
+        It holds the lock too.
+        """
         path = log.with_name(f"{folder.name if verb == 'train' else verb}.yaml")
         nested = OmegaConf.create({})
-        for key, value in (dict(settings) | {OWN_KEYS[verb]: str(folder)}).items():
+        run_dir = Path(self._config.run_dir)
+        for key, value in with_own_keys(verb, settings, folder, run_dir).items():
             OmegaConf.update(nested, key, value, force_add=True)
         write_whole(path, OmegaConf.to_yaml(nested))
         environment = {
@@ -171,11 +192,12 @@ class Runner:
             if self._is_stopping:
                 return RESUMABLE
             process = subprocess.Popen(
-                [sys.executable, "-m", "scripts.cli", verb, str(path)],
+                verb_command(verb, str(path)),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=environment,
+                pass_fds=(lock.fileno(),),
             )
             self._running.add(process)
         try:
@@ -189,7 +211,7 @@ class Runner:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return {"OMP_NUM_THREADS": str(max(1, (count or 1) // self._num_processes))}
 
-    def _ended(self, cell: Cell, status: int, reason: str, started_s: float) -> Outcome:
+    def _ended(self, cell: Cell, status: int, reason: str, seconds: float) -> Outcome:
         """Keeps the outcome; what was stopped has none yet."""
         if status == RESUMABLE or self._is_stopping:
             return Outcome(cell, "stopped")
@@ -197,12 +219,11 @@ class Runner:
             name = signal.Signals(-status).name
             reason = f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
         state: State = "failed" if status else "done"
-        before = read_cell(cell.folder)
         record = {
             "status": status,
             "reason": reason,
-            "seconds": round(time.time() - started_s + before["seconds"], 2),
-            "starts": before["starts"],
+            "seconds": round(seconds, 2),
+            "starts": read_cell(cell.folder)["starts"],
         }
         self._keep(cell, state, record)
         return Outcome(cell, state, reason)
@@ -212,6 +233,15 @@ class Runner:
         digest = cell.digest if is_whole else ""
         content = {"name": cell.name, "digest": digest, "state": state, **record}
         write_whole(cell.folder / CELL, json.dumps(content, indent=1) + "\n")
+
+
+def with_own_keys(verb: str, settings: Settings, folder: Path, run_dir: Path) -> Settings:
+    """Returns a verb's keys with the sweep's: its folder, and the references' features, which all
+    cells share."""
+    keys = settings | {OWN_KEYS[verb]: str(folder)}
+    if verb == "evaluate" and settings.get("sets.reference") and CACHE in fields_of(MetricsConfig):
+        keys.setdefault(CACHE, str(run_dir / REFERENCES))
+    return keys
 
 
 def state_of(cell: Cell) -> Outcome:
@@ -243,7 +273,11 @@ def is_trained(training: Training) -> bool:
 
 
 def write_sweep(config: SweepConfig, cells: Iterable[Cell]) -> None:
-    """Writes sweep.json, by which a report finds the cells of the grid as it is now."""
+    """Writes sweep.json, by which a report finds the cells of the grid as it is now.
+
+    A cell whose cell.json has another digest was made by other settings; with "" there, a metric is
+    missing.
+    """
     path = Path(config.run_dir) / SWEEP
     rows = [
         {
@@ -251,6 +285,7 @@ def write_sweep(config: SweepConfig, cells: Iterable[Cell]) -> None:
             "arm": cell.arm,
             "varied": cell.varied,
             "folder": str(cell.folder.relative_to(config.run_dir)),
+            "digest": cell.digest,
             "training": cell.training.name if cell.training else None,
             "train": cell.training.settings if cell.training else {},
             **cell.sections,

@@ -27,6 +27,7 @@ from scripts.stand_alone import run_script
 from scripts.sweep_cells import cells_of
 from scripts.sweep_config import SweepConfig
 from scripts.sweep_runner import read_cell
+from scripts.verb_process import verb_command
 
 
 @dataclass
@@ -72,7 +73,7 @@ def study(config: SweepStudyConfig) -> dict[str, Any]:
     tables = [table_of(folder) for folder in (quiet, disturbed)]
     page = quiet / "report.html"
     subprocess.run(
-        [sys.executable, "-m", "scripts.cli", "report", f"run_dir={quiet}"],
+        verb_command("report", f"run_dir={quiet}"),
         check=True,
         stdout=subprocess.DEVNULL,
     )

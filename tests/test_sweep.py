@@ -10,37 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
-from sampling.errors import UserError
 from sampling.evaluation.metrics_summary import read_summary
 from scripts.cli import main
-from scripts.config import load
 from scripts.run_sweep import share_of_element
-from scripts.sweep_cells import Cell, cells_of, trainings_of
-from scripts.sweep_config import SweepConfig
+from scripts.sweep_cells import trainings_of
 from scripts.sweep_runner import log_of, read_cell
+from tests.tiny_sweep import EVALUATE, cells, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
-EVALUATE = {
-    "prompts": ["a cat on a black background", "a street"],
-    "num_steps": 2,
-    "guidance_scale": 1.0,
-    "brightness.invariance_prompts": 0,
-    "batch_size": 2,
-}
-
-
-def sweep(folder: Path, **settings: Any) -> Path:
-    """Writes a sweep of evaluations; returns its YAML file."""
-    content = {"run_dir": str(folder / "sweep"), "evaluate": EVALUATE} | settings
-    path = folder / "sweep.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
-    return path
-
-
-def cells(folder: Path, **settings: Any) -> list[Cell]:
-    return cells_of(load(SweepConfig, [str(sweep(folder, **settings))]))
 
 
 def with_model(pipeline: Path) -> dict[str, Any]:
@@ -129,6 +107,9 @@ def test_cells_share_a_training(tmp_path: Path) -> None:
         ({"evaluate": {}}, "nothing to do"),
         ({"evaluate": {"prompts": ["a"]}}, "checkpoint=..."),
         ({"evaluate": {"config": "absent.yaml"}}, "absent.yaml: there is no such file"),
+        ({"grid": {"evaluate.checkpoint": ["/a/b", "a/b"]}}, "make arms of their settings"),
+        ({"arms": {"plain": {}}, "baseline": "plane"}, "the nearest is plain"),
+        ({"grid": {"evaluate.seed": [5]}, "baseline": "seed"}, "the nearest is seed-5"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_runs(
@@ -155,6 +136,33 @@ def test_checkpoints_in_folders_called_trainings_are_told_apart(tmp_path: Path) 
     paths = [f"runs/other/trainings/{name}" for name in "ab"]
     found = cells(tmp_path, grid={"evaluate.checkpoint": paths})
     assert len({cell.digest for cell in found}) == 2
+
+
+def test_values_whose_last_parts_are_the_same_are_named_whole(tmp_path: Path) -> None:
+    paths = ["/a/model", "/b/model", "/b/other"]
+    found = cells(tmp_path, grid={"evaluate.checkpoint": paths})
+    names = ["checkpoint-a-model", "checkpoint-b-model", "checkpoint-other"]
+    assert [cell.name for cell in found] == names
+
+
+def test_long_values_make_folders_whose_names_fit(tmp_path: Path) -> None:
+    shards = [letter * 300 for letter in "ab"]
+    found = cells(
+        tmp_path,
+        train=training(Path("base"), Path("shards")),
+        grid={"train.data.shards": shards, "evaluate.negative_prompt": ["word " * 99]},
+    )
+    for cell, name in zip(found, shards, strict=True):
+        assert cell.name.startswith(f"shards-{name}_negative_prompt-word-word")
+        assert cell.training is not None
+        assert len(cell.training.name) < 100 and len(cell.folder.name) < 100
+
+
+@pytest.mark.parametrize("name", ["plain", "plain_seed-0_num_steps-4", "plain, num steps 4"])
+def test_the_baseline_is_an_arm_a_cell_or_a_setting(tmp_path: Path, name: str) -> None:
+    grid = {"evaluate.seed": [0, 1], "evaluate.num_steps": [4, 8]}
+    settings = {"evaluate": {**EVALUATE, "checkpoint": "model"}, "arms": {"plain": {}}}
+    assert len(cells(tmp_path, **settings, grid=grid, baseline=name)) == 4
 
 
 def test_elements_of_an_array_share_the_cells() -> None:
@@ -289,23 +297,3 @@ def test_stopped_it_says_so_and_goes_on(pipeline: Path, tmp_path: Path) -> None:
         one = read_summary(folder / "evaluation")
         two = read_summary(tmp_path / "unbroken" / "cells" / folder.name / "evaluation")
         assert one is not None and two is not None and one.metrics == two.metrics
-
-
-def test_a_cell_that_is_being_run_elsewhere_is_left_alone(
-    pipeline: Path, tmp_path: Path, capsys: Any
-) -> None:
-    from scripts.sweep_runner import LOCK
-    from train.run_lock import RunLock
-
-    path = sweep(tmp_path, evaluate=with_model(pipeline))
-    [cell] = cells_of(load(SweepConfig, [str(path)]))
-    lock = RunLock(cell.folder, LOCK)
-    lock.acquire()
-    try:
-        assert main(["sweep", str(path)]) == 0
-    finally:
-        lock.release()
-    assert "1 elsewhere" in capsys.readouterr().out
-    with pytest.raises(UserError, match="in use by another process"):
-        lock.acquire()
-        RunLock(cell.folder, LOCK).acquire()

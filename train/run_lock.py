@@ -1,10 +1,12 @@
 """One process at a time works in a run directory: two would write the same checkpoints.
 
 The lock is the system's, on run_dir/.lock: it ends with its process, however that ends, so that a
-requeued job finds it free. The file says who holds it. A SLURM job has a lock of its own as well,
-run_dir/.job.lock, from before its first task starts until its last has ended.
+requeued job finds it free; a child that is given its descriptor (pass_fds) holds it as long as it
+lives. The file says who took it. A SLURM job has a lock of its own as well, run_dir/.job.lock, from
+before its first task starts until its last has ended.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -60,9 +62,17 @@ class RunLock:
         file.flush()
         self._file = file
 
+    def fileno(self) -> int:
+        """Returns the descriptor that holds the lock; raises ValueError where it is not held."""
+        if self._file is None:
+            raise ValueError(f"the lock of {self.run_dir} is not held")
+        return self._file.fileno()
+
     def release(self) -> None:
-        """Lets go; the file stays, since removing it could remove another's lock."""
+        """Lets go, for children too; the file stays: removing it could remove another's lock."""
         if self._file is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
             self._file = None
 

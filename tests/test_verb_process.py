@@ -1,0 +1,52 @@
+"""Verbs in processes of their own: whose code they run."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from scripts.verb_process import verb_command
+
+
+@pytest.mark.parametrize("is_safe", [False, True])
+def test_packages_of_the_working_folder_stand_in_for_none_of_ours(
+    tmp_path: Path, is_safe: bool
+) -> None:
+    for name in ("data", "sampling", "scripts", "train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('not ours')\n")
+    (tmp_path / "typing.py").write_text("raise RuntimeError('not the standard one')\n")
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    done = subprocess.run(
+        verb_command("sweep", "--help"),
+        cwd=tmp_path,
+        env=environment | ({"PYTHONSAFEPATH": "1"} if is_safe else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "blackpoint sweep" in done.stdout, done.stderr
+    assert not list(tmp_path.rglob("__pycache__"))
+
+
+def test_the_code_is_that_of_this_process(tmp_path: Path) -> None:
+    """Also of a copy, such as the frozen one of a run, that no path of Python's names."""
+    from scripts import verb_process
+
+    (tmp_path / "copy" / "scripts").mkdir(parents=True)
+    source = Path(verb_process.__file__).read_text()
+    (tmp_path / "copy" / "scripts" / "verb_process.py").write_text(source)
+    (tmp_path / "copy" / "scripts" / "__init__.py").touch()
+    cli = "def entry() -> None:\n    print('the copy')\n"
+    (tmp_path / "copy" / "scripts" / "cli.py").write_text(cli)
+    code = "import subprocess; from scripts.verb_process import verb_command as c; "
+    done = subprocess.run(
+        [verb_command()[0], "-c", code + "print(subprocess.check_output(c(), cwd='/'))"],
+        env={k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"},
+        cwd=tmp_path / "copy",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "the copy" in done.stdout, done.stderr
