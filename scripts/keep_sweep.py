@@ -27,8 +27,13 @@ from sampling.evaluation.plots import COLORS, STYLE, panels
 from sampling.evaluation.results import CELL, SWEEP, Results, read_results
 from sampling.evaluation.results_page import tables_of
 from sampling.evaluation.results_plots import luminance_distributions, scaling_curves
-from sampling.evaluation.results_tables import metric_names, settings_of, to_csv, to_markdown
-from sampling.evaluation.statistics import paired_mean
+from sampling.evaluation.results_tables import (
+    metric_names,
+    settings_of,
+    shown_estimate,
+    to_csv,
+    to_markdown,
+)
 from sampling.whole_file import write_whole
 from scripts.config import load
 from scripts.full_architecture_table import describe_machine
@@ -117,12 +122,8 @@ def figure(results: Results, names: Sequence[str]) -> bytes:
             ]
             color = COLORS[0] if place == 0 else COLORS[1]
             axis.plot(values, [place] * len(values), "o", color=color, alpha=0.35, markersize=4)
-            if len(values) > 1:
-                mean = paired_mean(values)
-                bar = [[mean.value - mean.low], [mean.high - mean.value]]
-                axis.errorbar(mean.value, place, xerr=bar, fmt="|", color=color, capsize=2)
-            elif values:
-                own = setting.cells[0].values[name].estimate
+            own = shown_estimate(setting.cells, name)
+            if own is not None:
                 bar = [[max(0.0, own.value - own.low)], [max(0.0, own.high - own.value)]]
                 axis.errorbar(own.value, place, xerr=bar, fmt="|", color=color, capsize=2)
         better = next(c.values[name].better for c in results.cells if name in c.values)

@@ -10,7 +10,7 @@ from sampling.errors import UserError
 from sampling.evaluation.black_point_summary import summary
 from sampling.evaluation.report import Control, ReportContent, write_report
 from sampling.evaluation.rows import DATA, Row, read_rows
-from sampling.evaluation.run_page import chosen_grids, flat
+from sampling.evaluation.run_page import chosen_grids, shown_settings
 from sampling.evaluation.search_page import read_search
 from scripts.run_report import ReportConfig
 from train.metrics_file import read_metrics
@@ -62,7 +62,7 @@ def collect(run_dir: Path, study: Path, committed: Path) -> ReportContent:
             content.control = committed_control(committed)
     content.previews = chosen_grids(run_dir / "previews")
     resolved = resolved_config(run_dir / "config.yaml")
-    content.config = flat(resolved)
+    content.config = shown_settings(resolved)
     content.prompts = resolved.get("preview", {}).get("prompts", [])
     content.max_steps = resolved.get("trainer", {}).get("max_steps")
     content.environment = environment(run_dir)

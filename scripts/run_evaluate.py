@@ -73,7 +73,7 @@ def _metrics(config: MetricsConfig) -> int:
 
 def _stability(config: StabilityStudyConfig) -> int:
     with stoppable():
-        from sampling.evaluation.run_page import flat
+        from sampling.evaluation.run_page import shown_settings
         from sampling.evaluation.stability_study import PEAKS, report, run_searches
         from sampling.tasks import this_task
         from scripts.stability_cost import measured_peaks
@@ -84,7 +84,7 @@ def _stability(config: StabilityStudyConfig) -> int:
             return 0
         peaks_path = Path(config.output) / PEAKS
         peaks = measured_peaks(config, peaks_path) if config.measure_memory else {}
-        page, lines = report(config, peaks, flat(asdict(config)))
+        page, lines = report(config, peaks, shown_settings(asdict(config)))
     print("\n".join(lines))
     print(f"{page}; tables in results.md, rows in pairs.csv.gz and chosen.csv beside it")
     return 0

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sampling.dotted import flat
 from sampling.errors import UserError
 from sampling.evaluation import results
 from sampling.evaluation.metrics import FREE as FREE_OF_EVALUATION
@@ -26,7 +27,7 @@ from sampling.search.folder import FREE as FREE_OF_SEARCH
 from scripts.config import load_values, read_yaml
 from scripts.config_fields import fields_of, item_hint, nearest, nested_class
 from scripts.content_digest import content_digests
-from scripts.sweep_config import BASE, SECTIONS, Settings, SweepConfig, flat
+from scripts.sweep_config import BASE, SECTIONS, Settings, SweepConfig
 from train.config import TrainConfig
 from train.run_directory import FREE_KEYS
 

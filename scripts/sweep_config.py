@@ -1,32 +1,18 @@
 """The configuration of `blackpoint sweep`; free of torch, so that its help is instant."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
+from sampling.dotted import flat
 from sampling.errors import UserError
 
 SECTIONS = ("train", "evaluate", "search")
 BASE = "config"
 """Key of a section that names a YAML file of its verb, under the section's other keys."""
 
-
 Settings = dict[str, Any]
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Settings:
-    """Flattens nested sections to dotted keys; the later of two spellings of a key wins."""
-    found: Settings = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{path}.")
-        else:
-            found.pop(path, None)
-            found[path] = value
-    return found
 
 
 @dataclass

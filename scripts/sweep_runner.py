@@ -28,18 +28,16 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from sampling.errors import Resumable, UserError
-from sampling.evaluation.metrics import MetricsConfig
-from sampling.evaluation.results import CELL, EVALUATION, SEARCH, SWEEP, VERSION
+from sampling.evaluation.metrics_rows import REFERENCES
+from sampling.evaluation.results import CELL, FOLDERS, SWEEP, VERSION
 from sampling.whole_file import write_whole
-from scripts.config_fields import fields_of
 from scripts.sweep_cells import OWN_KEYS, Cell, Training, trainings_of
 from scripts.sweep_config import Settings, SweepConfig
 from scripts.verb_process import verb_command
 from train.run_lock import RunLock
 
 LOG, LOCK = "log.txt", ".sweep.lock"
-CACHE, REFERENCES = "reference_cache", "references"
-FOLDERS = {"evaluate": EVALUATION, "search": SEARCH}
+CACHE = "reference_cache"
 RESUMABLE, POLL_S, GRACE_S = 75, 1.0, 60.0
 NUM_POLLS = 10
 """How often a cell whose lock is held is tried again, after all others: of a verb that was killed
@@ -239,7 +237,7 @@ def with_own_keys(verb: str, settings: Settings, folder: Path, run_dir: Path) ->
     """Returns a verb's keys with the sweep's: its folder, and the references' features, which all
     cells share."""
     keys = settings | {OWN_KEYS[verb]: str(folder)}
-    if verb == "evaluate" and settings.get("sets.reference") and CACHE in fields_of(MetricsConfig):
+    if verb == "evaluate" and settings.get("sets.reference"):
         keys.setdefault(CACHE, str(run_dir / REFERENCES))
     return keys
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from sampling.dotted import flat
 from sampling.errors import UserError
 from sampling.whole_file import write_whole
 from train.config import TrainConfig
@@ -147,14 +148,9 @@ def _git(*arguments: str) -> str | None:
     return answer.stdout.strip()
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    plain: Any = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
-    if not isinstance(plain, dict):
-        return {prefix: plain}
-    flat: dict[str, Any] = {}
-    for key, value in plain.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+def _flat(node: Any) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(node)
+    return flat(plain)
 
 
 def _same(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:

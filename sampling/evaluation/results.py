@@ -24,14 +24,14 @@ from sampling.evaluation.metrics_summary import (
 )
 from sampling.evaluation.statistics import Estimate
 
-SWEEP, CELL, EVALUATION, SEARCH = "sweep.json", "cell.json", "evaluation", "search"
+SWEEP, CELL = "sweep.json", "cell.json"
 WINNERS, SEARCH_SETTINGS, LEDGER, HACKING = (
     "winners.jsonl",
     "search.json",
     "ledger.json",
     "hacking.json",
 )
-FOLDERS = {"evaluate": EVALUATION, "search": SEARCH}
+FOLDERS = {"evaluate": "evaluation", "search": "search"}
 """Section of a sweep -> its folder in a cell's."""
 STALE = "stale"
 VERSION = 1

@@ -9,7 +9,7 @@ import numpy as np
 
 from sampling.evaluation.plots import COLORS, DATA_COLOR, STYLE, panels, svg_text
 from sampling.evaluation.results import Cell, Results, is_seed, short
-from sampling.evaluation.results_tables import over_seeds, settings_of
+from sampling.evaluation.results_tables import settings_of, shown_estimate
 
 NFE_KEYS = ("num_steps", "budget_nfe")
 MOST_PANELS, MOST_SERIES, MOST_METRICS = 24, 16, 6
@@ -95,9 +95,8 @@ def _scaling(series: dict[str, list[Cell]], name: str) -> str:
             continue
         means, below, above = [], [], []
         for x in xs:
-            found = over_seeds(points[x], name)
-            assert found is not None
-            own = found.estimate if len(points[x]) > 1 else points[x][0].values[name].estimate
+            own = shown_estimate(points[x], name)
+            assert own is not None
             means.append(own.value)
             below.append(max(0.0, own.value - own.low))  # 0 where there is no interval
             above.append(max(0.0, own.high - own.value))

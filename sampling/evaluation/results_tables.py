@@ -181,6 +181,15 @@ def over_seeds(cells: Sequence[Cell], name: str) -> Value | None:
     return Value(statistics.paired_mean(numbers), better)
 
 
+def shown_estimate(cells: Sequence[Cell], name: str) -> Estimate | None:
+    """Returns what a plot shows of a setting: one cell's own interval, of more that over seeds."""
+    own = [cell for cell in cells if name in cell.values]
+    if len(own) == 1:
+        return own[0].values[name].estimate
+    found = over_seeds(own, name)
+    return None if found is None else found.estimate
+
+
 def win_matrix(results: Results, name: str) -> Table | None:
     """Shows, for each pair of settings, on how many prompts the row beats the column.
 

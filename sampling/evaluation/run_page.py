@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from sampling.dotted import flat
 from sampling.evaluation import run_plots
 from sampling.evaluation.run_series import Series, smoothed
 
@@ -109,14 +110,12 @@ def embedded(path: Path, widest_px: int = WIDEST_PX) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 
-def flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+def shown_settings(tree: Mapping[str, object]) -> dict[str, str]:
     """Flattens a resolved config to dotted keys and text."""
-    lines: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            lines |= flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            lines[prefix + key] = "; ".join(map(str, value))
-        else:
-            lines[prefix + key] = "not set" if value is None else str(value)
-    return lines
+    return {key: _shown(value) for key, value in flat(tree).items()}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
+    return "not set" if value is None else str(value)
