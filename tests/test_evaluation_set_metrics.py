@@ -90,6 +90,11 @@ def test_precision_and_recall_know_a_narrow_set_from_a_wide_one() -> None:
     found = by_name(feature_metrics(narrow, real, range(200), SetsConfig(reference="real")))
     assert found["precision"].estimate.value > 0.95
     assert found["recall"].estimate.value < 0.3
+    far = by_name(feature_metrics(narrow + 50, real, range(200), SetsConfig(reference="real")))
+    for name in ("precision", "recall"):  # none of 200 leaves doubt
+        none = far[name].estimate
+        assert (none.value, none.low) == (0, 0) and 0.01 < none.high < 0.03
+        assert 0 <= found[name].estimate.low <= found[name].estimate.high <= 1
 
 
 def test_the_interval_covers_what_other_sets_of_that_size_have() -> None:

@@ -148,12 +148,7 @@ def test_seconds_of_a_cell_are_those_of_its_own_verbs(
     assert all(read_cell(cell.folder)["seconds"] < 1.0 for cell in found)
 
 
-def test_cells_share_what_is_measured_of_the_references(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known = {"reference_cache": None}
-    monkeypatch.setattr(sweep_runner, "fields_of", lambda _: known, raising=False)
-
+def test_cells_share_what_is_measured_of_the_references(tmp_path: Path) -> None:
     def keys(verb: str, settings: dict[str, Any]) -> dict[str, Any]:
         return sweep_runner.with_own_keys(verb, settings, Path("cell"), tmp_path)
 

@@ -155,7 +155,10 @@ def _cells_of(folder: Path, row: Mapping[str, Any]) -> Iterator[tuple[Cell, Path
     state, reason = record.get("state", "not run"), record.get("reason", "")
     if state == "started":
         state = "stopped, or under way"
-    elif state == "done" and record.get("digest") not in ("", row.get("digest")):
+    elif state == "done" and record.get("digest") not in (
+        "",
+        row.get("digest", record.get("digest")),
+    ):
         state, reason = STALE, "measured with other settings than now; run the sweep again"
     verbs = [section for section in FOLDERS if row.get(section)]
     for verb in verbs or ["evaluate"]:

@@ -20,7 +20,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from sampling.errors import UserError
 from sampling.evaluation.kernel_distance import distances_without, part_numbers
 from sampling.evaluation.metrics import SetsConfig
-from sampling.evaluation.statistics import FEWEST_GROUPS, Estimate, jackknife
+from sampling.evaluation.statistics import FEWEST_GROUPS, Estimate, jackknife, proportion
 from sampling.verifiers.oracle import gaussian_of, inception_score
 
 FID, KID, PRECISION, RECALL, IS = "FID", "KID", "precision", "recall", "IS"
@@ -104,8 +104,8 @@ def feature_metrics(
         precisions = _without(parts, lambda kept: float(inside[kept].mean()))
         recalls = [float((covers.sum(axis=0) > each).mean()) for each in covers] if parts else []
         found += [
-            _metric(PRECISION, precision, precisions, len(own), False),
-            _metric(RECALL, recall, recalls, len(own), False),
+            _share(PRECISION, precision, precisions, len(own)),
+            _share(RECALL, recall, recalls, len(own)),
         ]
     return found
 
@@ -200,3 +200,16 @@ def _metric(
     name: str, value: float, left_out: Sequence[float], n: int, lower_is_better: bool
 ) -> SetMetric:
     return SetMetric(name, jackknife(value, left_out, n), lower_is_better)
+
+
+def _share(name: str, value: float, left_out: Sequence[float], n: int) -> SetMetric:
+    """Makes the interval of a share of images, which stays within 0 and 1.
+
+    Where nothing that is left out changes it, it is Wilson's of n images: they leave doubt.
+    """
+    found = jackknife(value, left_out, n)
+    if found.low == found.high:
+        wilson = proportion(round(value * n), n)
+        found = Estimate(value, wilson.low, wilson.high, n)
+    bounds = (float(np.clip(bound, 0, 1)) for bound in (found.low, found.high))
+    return SetMetric(name, Estimate(value, *bounds, n), False)
