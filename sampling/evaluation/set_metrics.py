@@ -211,5 +211,5 @@ def _share(name: str, value: float, left_out: Sequence[float], n: int) -> SetMet
     if found.low == found.high:
         wilson = proportion(round(value * n), n)
         found = Estimate(value, wilson.low, wilson.high, n)
-    bounds = (float(np.clip(bound, 0, 1)) for bound in (found.low, found.high))
-    return SetMetric(name, Estimate(value, *bounds, n), False)
+    low, high = (float(np.clip(bound, 0, 1)) for bound in (found.low, found.high))
+    return SetMetric(name, Estimate(value, low, high, n), False)
