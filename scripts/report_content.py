@@ -41,8 +41,9 @@ def collect(run_dir: Path, study: Path, committed: Path) -> ReportContent:
     search = read_search(run_dir / "search") or read_search(run_dir)
     if not metrics.is_file() and not rows_file.is_file() and search is None:
         raise UserError(
-            f"run_dir={run_dir} holds neither metrics.csv nor black_point/rows.csv.gz nor a "
-            "finished search; name a run directory or the output of a search, or evaluate it first"
+            f"run_dir={run_dir} holds no metrics.csv, black_point/rows.csv.gz, sweep.json, nor a "
+            "finished evaluation or search; name a run directory, or the output of an evaluation, "
+            "a search or a sweep"
         )
     content = ReportContent(title=f"blackpoint: {run_dir.name}", search=search)
     if metrics.is_file():

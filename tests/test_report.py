@@ -238,7 +238,7 @@ def test_a_run_without_a_study_has_its_losses(run_dir: Path, tmp_path: Path) -> 
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds neither metrics\.csv"):
+    with pytest.raises(UserError, match=r"holds no metrics\.csv"):
         write(ReportConfig(str(tmp_path)))
     assert not list(tmp_path.iterdir())
 

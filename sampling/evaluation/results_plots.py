@@ -126,4 +126,5 @@ def _scaling(series: dict[str, list[Cell]], name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.replace("_", "-").replace("$", "")
+    """Writes a name so that matplotlib takes no formula for it, and hides none."""
+    return text.replace("$", r"\$").lstrip("_")
