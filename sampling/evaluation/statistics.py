@@ -88,7 +88,9 @@ def proportion(num_true: int, n: int, level: float = LEVEL) -> Estimate:
     share = num_true / n
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    return Estimate(share, max(0.0, center - half), min(1.0, center + half), n)
+    low = center - half if num_true > 0 else 0.0  # exact, where rounding would leave 1e-18
+    high = center + half if num_true < n else 1.0
+    return Estimate(share, max(0.0, low), min(1.0, high), n)
 
 
 def proportion_difference(
