@@ -138,7 +138,7 @@ def test_a_wrong_reference_says_why(tmp_path: Path) -> None:
     def load(path: Path) -> Any:
         return load_verifier(VerifierConfig(kind="oracle", module=MODULE, reference=str(path)), CPU)
 
-    with pytest.raises(UserError, match="holds 0 pictures.*FID needs a folder of many"):
+    with pytest.raises(UserError, match="holds 0 pictures.*give a folder of many, or"):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="does not exist; give statistics or a folder"):
         load(tmp_path / "none.safetensors")
