@@ -1,6 +1,9 @@
 """Every YAML in configs/ says what it is for, how to launch it, and loads as its header says."""
 
+import dataclasses
 import importlib
+import json
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -8,16 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.testing import assert_close
 
 from data.errors import UserError
 from data.shards import find_shards
+from sampling.process import Process
+from sampling.schedule import NoiseSchedule
 from scripts.cli import VERBS, chosen_config_class
 from scripts.config import load, read_yaml
 from scripts.config_fields import fields_of, nested_class
 from train.config import TrainConfig
+from train.process import fine_tuned_process
+from train.schedule_config import ShiftConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+TRAINING = {"sd15_zero_snr", "sd21_zero_snr", "sd21_768_shift", "pixel_256", "pixel_512"} | {
+    f"tiny_{name}" for name in ("zero_snr", "control", "longer", "pixel")
+}
+# The header's line `Process`; a single shift holds at every t.
+SHIFT = r"log SNR \+ 2 log\((\d+) / (\d+)\)(?: at t = 0 to 2 log\((\d+) / (\d+)\) at T - 1)?"
+PROCESS = re.compile(rf"(\w+), (zero|non-zero) terminal SNR, (\w+), (?:no shift|{SHIFT})")
 
 
 def header_of(path: Path) -> dict[str, str]:
@@ -91,3 +106,61 @@ def test_the_commands_that_slurm_train_shows_need_no_other_argument(
 def test_the_configs_that_the_readme_and_outside_scripts_name_are_here() -> None:
     names = {path.name for path in CONFIGS}
     assert {"tiny_zero_snr.yaml", "sd15_zero_snr.yaml", "sd21_zero_snr.yaml"} <= names
+
+
+def process_of(config: TrainConfig) -> Process:
+    """Builds the process that a config trains to, from that of Stable Diffusion or of its base."""
+    base = Process(NoiseSchedule.scaled_linear(), "epsilon", "leading")
+    scheduler = ROOT / (config.checkpoint or "") / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        base = Process.from_diffusers(json.loads(scheduler.read_text()))
+    return fine_tuned_process(config, base)
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem in TRAINING], ids=lambda p: p.name)
+def test_a_training_config_builds_the_process_that_its_header_names(path: Path) -> None:
+    """A base that is lower by a factor 2 at one end alone would be off by 1.4 nats there."""
+    config = load(TrainConfig, [str(path), "data.shards=shards"])
+    process = process_of(config)
+    named = PROCESS.fullmatch(header_of(path)["Process"])
+    assert named is not None, header_of(path)["Process"]
+    prediction_type, terminal, spacing, *resolutions = named.groups()
+    assert (process.prediction_type, process.timestep_spacing) == (prediction_type, spacing)
+    assert process.schedule.is_zero_terminal_snr == (terminal == "zero")
+
+    unshifted = dataclasses.replace(config.schedule, shift=ShiftConfig())
+    plain = process_of(dataclasses.replace(config, schedule=unshifted)).schedule
+    bases = [float(each) for each in resolutions if each] or [1.0, 1.0]
+    start = 2 * math.log(bases[0] / bases[1])
+    end = 2 * math.log(bases[-2] / bases[-1])
+    u = torch.linspace(0, 1, plain.num_steps, dtype=torch.float64)
+    finite = plain.log_snr.isfinite()  # but at T - 1, where zero SNR stays zero
+    shift = (process.schedule.log_snr - plain.log_snr)[finite]
+    assert_close(shift, ((1 - u) * start + u * end)[finite], rtol=0, atol=1e-8)
+
+
+def test_every_training_config_is_among_those_whose_process_is_tested() -> None:
+    assert {path.stem for path in CONFIGS if command_of(path)[0] is TrainConfig} == TRAINING
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_pixel_512_has_the_interpolated_schedule_of_its_paper(zero_snr: bool) -> None:
+    """Hoogeboom et al. 2023, in their own terms; the rescale of Lin et al. 2023 comes first.
+
+    Equal to 1e-8 in log SNR at every t but T - 1 of zero SNR; the bases the other way round are
+    off by 2 log(256 / 32) = 4.16 at both ends.
+    """
+    t = torch.linspace(0, 1, 1000, dtype=torch.float64)
+    t_min, t_max = math.atan(math.exp(-0.5 * 15)), math.atan(math.exp(-0.5 * -15))
+    cosine = -2 * torch.log(torch.tan(t_min + t * (t_max - t_min)))
+    if zero_snr:
+        alpha = cosine.sigmoid().sqrt()
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        cosine = (alpha.square() / (1 - alpha.square())).log()
+    low, high = (cosine + 2 * math.log(noise_d / 512) for noise_d in (32, 256))
+    paper = t * low + (1 - t) * high
+    path = str(ROOT / "configs" / "pixel_512.yaml")
+    config = load(TrainConfig, [path, f"schedule.zero_terminal_snr={zero_snr}"])
+    num_compared = 999 if zero_snr else 1000
+    found = process_of(config).schedule.log_snr
+    assert_close(found[:num_compared], paper[:num_compared], rtol=0, atol=1e-8)

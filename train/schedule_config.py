@@ -18,13 +18,14 @@ class ShiftConfig:
     """The shift of log SNR by 2 log(base / resolution) (Hoogeboom et al. 2023, section 3.1)."""
 
     base_resolution: int | None = None
-    """Side, in px or in latents, that the schedule was made for. Not set: no shift."""
+    """Side, in px or in latents, that the schedule was made for; the lower, the noisier every t.
+    Not set: no shift."""
     resolution: int | str = "auto"
     """Side that is trained, in the same unit; auto: data.resolution, in px."""
     base_at_start: int | None = None
     """Base at t = 0, from which it moves evenly (in its logarithm) to base_resolution at the last
-    timestep; lower than base_resolution, and the start is noisier, higher, the end. Not set: one
-    base at every t."""
+    timestep. The paper's interpolation, t low + (1 - t) high, has the higher base here and the
+    lower as base_resolution (256 and 32 at 512 px). Not set: one base at every t."""
 
     def __post_init__(self) -> None:
         for name in ("base_resolution", "base_at_start"):
