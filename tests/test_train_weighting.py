@@ -18,7 +18,7 @@ from scripts import plot_loss_weights
 from tests.tiny_run import tiny_config
 from train.loss_config import LossConfig
 from train.process import fine_tuned_process
-from train.weighting import ZERO_SNR_FLOOR, check_sound, loss_weights, sigmoid, v_weights
+from train.weighting import check_sound, floor_of, loss_weights, sigmoid, v_weights
 
 SD = NoiseSchedule.scaled_linear()
 ZERO_SNR = SD.zero_terminal_snr()
@@ -49,7 +49,9 @@ def test_the_last_timestep_of_a_zero_snr_schedule_keeps_the_floor(
     assert weights.dtype == torch.float64
     assert torch.isfinite(weights).all() and (weights > 0).all()
     assert v_weights(loss, ZERO_SNR)[-1] == 0  # what was published vanishes there
-    assert weights[-1] == (ZERO_SNR_FLOOR if floor is None else floor)
+    assert (
+        weights[-1] == floor_of(loss, ZERO_SNR) == (floor or v_weights(loss, ZERO_SNR).mean() / 3)
+    )
     assert_close(weights.float()[-1].item(), weights[-1].item())
 
 
@@ -90,9 +92,10 @@ def test_soft_min_snr_and_p2_are_sigmoid_weights() -> None:
     weighting=st.sampled_from(NOT_UNIFORM),
     output=st.sampled_from(["epsilon", "sample"]),
     floor=st.sampled_from([None, 0.0, 0.1]),
+    where=st.sampled_from(["noisy", "everywhere"]),
 )
 def test_a_weighted_loss_is_the_same_number_in_every_space(
-    t: int, weighting: str, output: Any, floor: float | None
+    t: int, weighting: str, output: Any, floor: float | None, where: Any
 ) -> None:
     """w_v |v - v'|^2 = w_eps |eps - eps'|^2 = w_x0 |x0 - x0'|^2 for the same prediction v'."""
     generator = torch.Generator().manual_seed(t)
@@ -102,8 +105,9 @@ def test_a_weighted_loss_is_the_same_number_in_every_space(
     v = alpha * eps - sigma * x0 + error
     read, truth = (to_eps, eps) if output == "epsilon" else (to_x0, x0)
     own_error = read("v_prediction", v, x_t, alpha, sigma) - truth
-    of_v = loss_weights(weight(weighting, floor=floor), SD)[t]
-    of_own = loss_weights(weight(weighting, prediction_type=output, floor=floor), SD)[t]
+    options = {"floor": floor, "floor_where": where}
+    of_v = loss_weights(weight(weighting, **options), SD)[t]
+    of_own = loss_weights(weight(weighting, prediction_type=output, **options), SD)[t]
     ours, theirs = of_v * error.square().mean(), of_own * own_error.square().mean()
     assert_close(ours, theirs, rtol=1e-6, atol=0)
 
@@ -171,5 +175,5 @@ def test_picture_and_table_of_the_weights_are_written(
     plot_loss_weights.main()
     assert (tmp_path / "loss_weights.png").stat().st_size > 10_000
     text = (tmp_path / "loss_weights.md").read_text()
-    assert "| min_snr, gamma 5 | 0 | 16.3% | 0.2776 | 0.1 |" in text
+    assert "| min_snr, gamma 5 | 0 | 16.3% | 0.2776 | 0.0925 |" in text
     assert text == Path("docs/loss_weights.md").read_text()

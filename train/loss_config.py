@@ -14,6 +14,7 @@ from train.ranges import check_range
 Weighting = Literal["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"]
 Timesteps = Literal["uniform", "stratified"]
 ScaleWeights = Literal["inverse_resolution", "uniform"]
+FloorWhere = Literal["noisy", "everywhere"]
 
 
 @dataclass
@@ -25,8 +26,12 @@ class LossConfig:
     weighting: Weighting = "uniform"
     """Weight of a timestep: 1 for all (lambda_t = 1 in the paper), or a function of its SNR."""
     floor: float | None = None
-    """Least weight of a timestep, for an error in v. null: 0.1 with zero terminal SNR, where every
-    weighting but uniform would be 0 at the last timestep, and 0 (as published) without."""
+    """Least weight of a timestep whose SNR is below 1, for an error in v. null: with zero terminal
+    SNR, where every weighting but uniform would be 0 at the last timestep, a third of the
+    weighting's mean over the schedule (at most its value at SNR 1); 0, as published, without."""
+    floor_where: FloorWhere = "noisy"
+    """Timesteps that the floor lifts: noisy, of SNR below 1; or everywhere, null being 0.1 then:
+    the rule that runs started before this key go on with."""
     snr_gamma: float = 5.0
     """Where min_snr and soft_min_snr stop growing with the SNR."""
     p2_k: float = 1.0

@@ -39,7 +39,7 @@ from train.metrics import CsvMetrics, is_first_process
 from train.module import FineTuner
 from train.previews import Previews
 from train.progress import Progress
-from train.run_directory import check_continues, describe_batch, write_records
+from train.run_directory import as_started, check_continues, describe_batch, write_records
 from train.run_lock import RunLock
 from train.start import keep_base, starting_model
 from train.tracking import finish, sent_rows, wandb_logger
@@ -68,6 +68,9 @@ def fit(config: TrainConfig) -> int:
         check_continues(run_dir, config)
         if is_finished(run_dir):
             return 0
+        config, notes = as_started(run_dir, config)
+        for note in notes:
+            say(f"note: {note}")
     lock = RunLock(run_dir)
     try:
         if run_dir.exists() and is_first_process():

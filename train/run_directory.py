@@ -4,6 +4,7 @@ config.yaml (resolved), environment.json, checkpoints/, metrics.csv, previews/, 
 run is finished, export/.
 """
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -37,6 +38,8 @@ FREE_KEYS = (
     "wandb.",
 )
 ABSENT = "(not set)"
+# A run that is older than this key keeps the rule of its time: max(w, floor) at every timestep.
+FLOOR_KEY = "loss.floor_where"
 # Beside a frozen copy of the code, which may lie in a repository that has moved on.
 GIT_RECORD = "git.json"
 # What a run writes; other files, such as shards, may lie in its directory from the start.
@@ -62,6 +65,8 @@ def check_continues(run_dir: Path, config: TrainConfig) -> None:
     old = _flat(OmegaConf.structured(TrainConfig)) | _flat(OmegaConf.load(saved))
     new = _flat(OmegaConf.structured(config))
     differing = [key for key in sorted(old.keys() | new.keys()) if not _same(key, old, new)]
+    if FLOOR_KEY in differing and is_older_than(run_dir, FLOOR_KEY):
+        differing.remove(FLOOR_KEY)
     if differing:
         rows = [f"  {k}: {old.get(k, ABSENT)} there, {new.get(k, ABSENT)} now" for k in differing]
         raise UserError(
@@ -69,6 +74,31 @@ def check_continues(run_dir: Path, config: TrainConfig) -> None:
             + "\n".join(rows)
             + "\nchoose another run_dir, or continue that run with its own values"
         )
+
+
+def as_started(run_dir: Path, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Returns the config that a run goes on with, and notes on what differs from a new run's.
+
+    That is `config` itself but for a run that is older than loss.floor_where and whose weights that
+    key would change: its floor holds at every timestep, as it did when the run was started.
+    """
+    if not is_older_than(run_dir, FLOOR_KEY):
+        return config, []
+    notes = []
+    if config.loss.weighting != "uniform" and config.loss.floor_where != "everywhere":
+        notes.append(
+            f"{run_dir} was started with loss.floor at every timestep, and goes on with the same "
+            "weights (loss.floor_where=everywhere); a new run lifts those of SNR below 1 alone"
+        )
+        loss = dataclasses.replace(config.loss, floor_where="everywhere")
+        config = dataclasses.replace(config, loss=loss)
+    return config, notes
+
+
+def is_older_than(run_dir: Path, key: str) -> bool:
+    """Tells whether `run_dir` holds a run whose config was written before `key` existed."""
+    saved = run_dir / "config.yaml"
+    return saved.exists() and key not in _flat(OmegaConf.load(saved))
 
 
 def write_records(run_dir: Path, config: TrainConfig, resume_step: int = 0) -> None:

@@ -5,7 +5,14 @@
 so a weight W published for an eps error is w = alpha^2 W here, one for an x0 error w = sigma^2 W,
 and w becomes the weight of the network's own output by the same law read backwards. With zero
 terminal SNR alpha is 0 at t = T - 1: every published weight but the uniform one is 0 there, on the
-one timestep that the rescale adds and that decides an image's mean. Hence the floor, max(w, floor).
+one timestep that the rescale adds and that decides an image's mean. Hence a floor at the noisy end,
+
+    max(w, floor) where SNR < 1,   w elsewhere,   floor = min(mean(w) / 3, w at SNR 1)
+
+so that the last timestep learns at a third of the mean pace, whatever the weighting and the shift.
+As the floor is at most w at SNR 1, the weight has no step there; a larger floor that is given as a
+number makes one. The clean end keeps its published weight: divided by sigma^2, which is 1 - alpha^2
+and near 0 there, a floor would be the largest weight of an x0 error.
 
 Only alpha^2, sigma^2 and SNR = alpha^2 / sigma^2 occur; sigma / alpha is infinite at T - 1.
 """
@@ -16,13 +23,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sampling.choices import PredictionType
 from sampling.errors import UserError
 from sampling.schedule import NoiseSchedule
 from train.loss_config import LossConfig
 
-# A third of min-SNR's mean weight on SD's rescaled schedule (.278): the last timestep learns at a
-# third of the mean pace, and min-SNR keeps its published weight where SNR is between .11 and 49.
-ZERO_SNR_FLOOR = 0.1
+# Of runs whose floor holds everywhere: about a third of min-SNR's mean on SD's rescaled schedule.
+FLOOR_EVERYWHERE = 0.1
 
 Weights = Float[Tensor, " T"]
 
@@ -79,10 +86,41 @@ def v_weights(loss: LossConfig, schedule: NoiseSchedule) -> Weights:
 
 
 def floor_of(loss: LossConfig, schedule: NoiseSchedule) -> float:
-    """Returns loss.floor or, where it is null, what the schedule needs."""
+    """Returns loss.floor or, where it is null, what weighting and schedule need."""
     if loss.floor is not None:
         return loss.floor
-    return ZERO_SNR_FLOOR if schedule.is_zero_terminal_snr else 0.0
+    if not schedule.is_zero_terminal_snr:
+        return 0.0
+    if loss.floor_where == "everywhere":
+        return FLOOR_EVERYWHERE
+    weights = v_weights(loss, schedule)
+    from_snr_1_up = weights[schedule.snr >= 1]
+    limit = from_snr_1_up[-1].item() if len(from_snr_1_up) else math.inf
+    return min(weights.mean().item() / 3, limit)
+
+
+def floored_v_weights(loss: LossConfig, schedule: NoiseSchedule) -> Weights:
+    """Returns the weight for an error in v with its floor."""
+    weights = v_weights(loss, schedule)
+    lifted = weights.clamp(min=floor_of(loss, schedule))
+    if loss.floor_where == "everywhere":
+        return lifted
+    return torch.where(schedule.snr < 1, lifted, weights)
+
+
+def error_per_v_error(prediction_type: PredictionType, schedule: NoiseSchedule) -> Weights:
+    """Returns the squared error of the network's output that a squared error of 1 in v makes.
+
+    alpha^2 for epsilon, which is 0 at zero terminal SNR, sigma^2 for sample (x0), 1 for v.
+    """
+    match prediction_type:
+        case "epsilon":
+            return schedule.alpha_bar
+        case "sample":
+            return 1 - schedule.alpha_bar
+        case "v_prediction":
+            return torch.ones(schedule.num_steps, dtype=torch.float64)
+    raise ValueError(f"unknown prediction type {prediction_type!r}")
 
 
 def loss_weights(loss: LossConfig, schedule: NoiseSchedule) -> Weights:
@@ -93,12 +131,7 @@ def loss_weights(loss: LossConfig, schedule: NoiseSchedule) -> Weights:
     """
     if loss.weighting == "uniform":
         return v_weights(loss, schedule)
-    weights = v_weights(loss, schedule).clamp(min=floor_of(loss, schedule))
-    match loss.prediction_type:
-        case "epsilon":
-            weights = weights / schedule.alpha_bar
-        case "sample":
-            weights = weights / (1 - schedule.alpha_bar)
+    weights = floored_v_weights(loss, schedule) / error_per_v_error(loss.prediction_type, schedule)
     if not torch.isfinite(weights).all():
         raise UserError(
             f"loss.weighting={loss.weighting} with loss.prediction_type={loss.prediction_type}: "
@@ -143,7 +176,7 @@ def _unsound(loss: LossConfig, schedule: NoiseSchedule) -> str | None:
         return (
             f"loss.floor=0 with loss.weighting={loss.weighting} and zero terminal SNR: the weight "
             "must be > 0 at every timestep, and is 0 at the last one, which the rescale adds and "
-            f"which would never be trained; set loss.floor={ZERO_SNR_FLOOR} (what null gives), or "
-            "loss.weighting=uniform"
+            "which would never be trained; leave loss.floor out (null: a third of the mean "
+            "weight), or set loss.weighting=uniform"
         )
     return None
