@@ -75,6 +75,23 @@ gain. To train the last timestep more, `loss.terminal_share` draws it more often
 weights alone. soft_min_snr is the sigmoid weighting of bias log(gamma), and p2 with gamma 1 is
 proportional to the one of bias log(k): those three are one family.
 
+**Which logged losses compare.** None but `train/objective` has loss weights, so that runs of
+different weights compare.
+
+| metric | error of |
+|---|---|
+| `validation/loss`, `validation/loss_<range of log SNR>` | v, whatever the network predicts |
+| `validation/epsilon_loss`, `validation/sample_loss` | the network's own output, if not v |
+| `train/loss`, `train/loss_<range of log SNR>`, `train/loss_pool_<p>` | the network's own output |
+| `train/objective` | the network's own output, with its weights |
+
+So across prediction types the first row alone compares. The v error is an eps error / alpha^2, or
+an x0 error / sigma^2: the noisiest samples dominate the one number of an eps model, the cleanest
+that of an x0 model, so compare by range too. The best checkpoint is chosen by the error of the
+network's own output. At alpha = 0 an eps prediction determines no v: an eps model at zero SNR
+(`allow_unsound=true`) has no `validation/loss_terminal`, and its `validation/loss` leaves the last
+timestep out.
+
 **Learned uncertainty** (`loss.uncertainty=true`, Karras et al. 2024) has no fixed curve: it trains
 w L / exp(u(t)) + u(t), and its weight w / exp(u(t)) is positive at T - 1. u sees t / T, as log SNR
 is infinite there.

@@ -18,7 +18,13 @@ from sampling.evaluation.black_point_summary import write_summary
 from sampling.evaluation.digit_reader import DigitReader, save_weights
 from sampling.evaluation.prompt_luminance import prompt_slugs
 from sampling.evaluation.rows import read_rows, write_rows
-from sampling.evaluation.run_page import WIDEST_PX, at_a_glance, chosen_grids, embedded
+from sampling.evaluation.run_page import (
+    WIDEST_PX,
+    at_a_glance,
+    chosen_grids,
+    embedded,
+    run_figures,
+)
 from sampling.evaluation.run_series import (
     NUM_STRETCHES,
     bin_label,
@@ -253,6 +259,16 @@ def test_what_is_not_there_is_not_drawn() -> None:
     assert run_plots.memory_curves(speed) is None
     assert run_plots.speed_curves(speed) is not None
     assert run_plots.loss_curves({"train/loss": [(1, 0.5)]}) is not None
+
+
+def test_a_page_says_of_what_its_losses_are_where_the_network_predicts_no_v() -> None:
+    rows = {"train/loss": [(1, 0.2)], "validation/loss": [(1, 0.9)]}
+    assert at_a_glance(rows)["validation loss"] == "0.9"
+    assert not any("own output" in caption for _, caption, _ in run_figures(rows))
+    rows["validation/epsilon_loss"] = [(1, 0.3)]
+    assert at_a_glance(rows)["validation loss, of v"] == "0.9"
+    (_, caption, _) = run_figures(rows)[0]
+    assert "Both are of the network's own output" in caption
 
 
 def test_any_prompt_can_be_drawn() -> None:

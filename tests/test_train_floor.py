@@ -1,5 +1,6 @@
 """Laws of the floor of loss weights: it lifts the noisy end alone, under every shift."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,11 @@ def test_the_rule_of_an_older_run_is_named_only_where_it_matters(tmp_path: Path)
     config = written()
     make_old(tmp_path)
     assert as_started(tmp_path, config) == (config, [])  # uniform has no floor
+
+    of_x0 = {"loss.prediction_type": "sample", "data.validation_shards": "held_out"}
+    config = written(**of_x0)
+    make_old(tmp_path)
+    started, notes = as_started(tmp_path, config)
+    assert started == config and len(notes) == 1
+    assert "goes on as validation/sample_loss" in notes[0]
+    assert math.isclose(floor_of(started.loss, SD), 0)

@@ -131,7 +131,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class SaveCheckpoints(Checkpoint):
     """Saves every so many optimizer steps and at the last one; keeps the newest few and the best.
 
-    The best is the one of the lowest validation loss, of those saved at a step that was validated.
+    The best is the one of the lowest validation loss, in the network's own output, of those saved
+    at a step that was validated.
     """
 
     def __init__(

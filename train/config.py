@@ -93,13 +93,15 @@ class TrainerConfig:
     log_every_steps: int = 10
     """Optimizer steps between rows of metrics."""
     validate_every_steps: int = 500
-    """Optimizer steps between validation losses; 0 switches them off."""
+    """Optimizer steps between validation losses, of v whatever the network predicts; 0 switches
+    them off."""
     checkpoint_every_steps: int = 500
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
     keep_best: bool = True
-    """Keep the checkpoint of the lowest validation loss too; checkpoints/best.json names it."""
+    """Keep the checkpoint of the lowest validation loss too, that of the network's own output (v,
+    epsilon or sample); checkpoints/best.json names it."""
 
     def __post_init__(self) -> None:
         for name in (

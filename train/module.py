@@ -35,8 +35,8 @@ class FineTuner(LightningModule):
     """Fine-tunes `model.unet` to `model.process`; see `losses` and `objective`.
 
     The training step gives callbacks `losses`, each sample's loss without weight or uncertainty, so
-    that runs of different weights compare; the same at every scale, `scales`; `t`; and `objective`,
-    the number that is minimised.
+    that runs of different weights compare, of the network's own output; the same at every scale,
+    `scales`; `t`; and `objective`, the number that is minimised.
     """
 
     def __init__(self, model: DiffusionModel, config: TrainConfig) -> None:

@@ -85,6 +85,13 @@ def as_started(run_dir: Path, config: TrainConfig) -> tuple[TrainConfig, list[st
     if not is_older_than(run_dir, FLOOR_KEY):
         return config, []
     notes = []
+    kind = config.loss.prediction_type
+    validates = config.trainer.validate_every_steps and config.data.validation_shards
+    if validates and kind != "v_prediction":
+        notes.append(
+            f"validation/loss is the error in v from here on; that of the network's own output, "
+            f"which earlier rows and best.json hold, goes on as validation/{kind}_loss"
+        )
     if config.loss.weighting != "uniform" and config.loss.floor_where != "everywhere":
         notes.append(
             f"{run_dir} was started with loss.floor at every timestep, and goes on with the same "

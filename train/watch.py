@@ -1,7 +1,9 @@
 """What is watched at every step: the loss (which must stay finite), its gradient, speed and memory.
 
 Numbers stay on the device until a row is due, so that a GPU is never made to wait for them.
-`train/loss` is without loss weights, so that runs compare; where there are weights or a learned
+`train/loss` is without loss weights, so that runs of one prediction type compare: it is the error
+of the network's own output, v, eps or x0, by ranges of SNR too. Across prediction types only the
+validation loss compares, which is of v (`train.validation`). Where there are weights or a learned
 uncertainty, what is minimised is `train/objective`.
 """
 

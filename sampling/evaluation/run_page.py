@@ -13,7 +13,7 @@ from PIL import Image
 
 from sampling.dotted import flat
 from sampling.evaluation import run_plots
-from sampling.evaluation.run_series import Series, smoothed
+from sampling.evaluation.run_series import Series, own_validation, smoothed
 
 NUM_GRIDS = 5
 WIDEST_PX = 1400  # a wider grid is embedded smaller
@@ -30,9 +30,10 @@ def at_a_glance(metrics: Series, max_steps: int | None = None) -> dict[str, str]
     values = {name: [value for _, value in series] for name, series in metrics.items() if series}
     if loss := values.get("train/loss"):
         found["training loss"] = f"{smoothed(loss)[-1]:.4g} (running mean at the end)"
+    of_v = ", of v" if own_validation(metrics) else ""
     for name, text in (
-        ("validation/loss", "validation loss"),
-        ("validation/loss_terminal", "validation loss at the last timestep"),
+        ("validation/loss", f"validation loss{of_v}"),
+        ("validation/loss_terminal", f"validation loss at the last timestep{of_v}"),
         ("preview/luminance_error", "previews' distance to the luminance asked for"),
     ):
         if own := values.get(name):
@@ -52,6 +53,8 @@ def at_a_glance(metrics: Series, max_steps: int | None = None) -> dict[str, str]
 
 def run_figures(metrics: Series, prompts: Sequence[str] = ()) -> list[Plot]:
     """Draws the plots of a run; those without rows are left out."""
+    differ = own_validation(metrics) is not None
+    spaces = (" Both are of the network's own output.", " Validation is of v, training not.")
     drawn = (
         (
             "The black point as it trains",
@@ -62,13 +65,15 @@ def run_figures(metrics: Series, prompts: Sequence[str] = ()) -> list[Plot]:
         (
             "Loss of the fine-tune",
             "Faint: each row, the mean since the row before. Training and validation loss are "
-            "without loss weights; validation is of the averaged weights, if there are any.",
+            "without loss weights; validation is of the averaged weights, if there are any."
+            + spaces[0]
+            * differ,
             run_plots.loss_curves(metrics),
         ),
         (
             "Loss by signal-to-noise ratio",
             "By the natural logarithm of the SNR; terminal is the last timestep alone, pure noise "
-            "at zero terminal SNR, where the loss cannot reach 0.",
+            "at zero terminal SNR, where the loss cannot reach 0." + spaces[1] * differ,
             run_plots.loss_by_snr(metrics),
         ),
         ("Gradient and learning rate", "", run_plots.optimizer_curves(metrics)),

@@ -21,6 +21,7 @@ from sampling.evaluation.run_series import (
     bin_label,
     bin_order,
     extremes,
+    own_validation,
     preview_luminance,
     smoothed,
 )
@@ -33,14 +34,14 @@ PROMPT_LENGTH = 60
 
 @matplotlib.rc_context(STYLE)
 def loss_curves(metrics: Series) -> str | None:
-    """Draws training and validation loss; None without a loss."""
+    """Draws training and validation loss, of the network's own output; None without a loss."""
     if not any(metrics.get(name) for name in ("train/loss", "validation/loss")):
         return None
     figure, (axis,) = panels(1, 1, width=2 * PANEL_WIDTH, height=3.4)
     for name, label, color in (
         ("train/loss", "training", COLORS[1]),
         ("train/objective", "objective, with its weights", COLORS[4]),
-        ("validation/loss", "validation", COLORS[0]),
+        (own_validation(metrics) or "validation/loss", "validation", COLORS[0]),
     ):
         draw(axis, metrics.get(name, []), color, label, smooth=name.startswith("train/"))
     finish(axis, "", "mean squared error")

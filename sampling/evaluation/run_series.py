@@ -33,6 +33,12 @@ def preview_luminance(metrics: Series, prompts: Sequence[str]) -> dict[str, Rows
     return found
 
 
+def own_validation(metrics: Series) -> str | None:
+    """Names the validation loss of the network's own output where that is not v; else None."""
+    names = ("validation/epsilon_loss", "validation/sample_loss")
+    return next((name for name in names if metrics.get(name)), None)
+
+
 def extremes(series: Rows) -> list[tuple[int, float]]:
     """Returns the series, or if it is long the lowest and highest value of each stretch of it."""
     if len(series) <= 2 * NUM_STRETCHES:
