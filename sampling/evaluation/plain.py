@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,6 +18,21 @@ def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
     writer.writerow(first)
     writer.writerows(rows)
     return text.getvalue()
+
+
+def recorded(scores: Mapping[str, float]) -> dict[str, float | str]:
+    """Returns scores as JSON has them: "NaN", "Infinity" and "-Infinity" for what is not finite.
+
+    Those are the words of Protocol Buffers' JSON; JSON's own numbers are finite.
+    """
+    return {
+        name: value if math.isfinite(value) else json.dumps(value) for name, value in scores.items()
+    }
+
+
+def number(value: float | str | None) -> float:
+    """Reads a recorded score; NaN for null, which stands for any that is not finite in old rows."""
+    return math.nan if value is None else float(value)
 
 
 def finite(value: object) -> Any:

@@ -22,6 +22,7 @@ from sampling.evaluation.metrics_summary import (
     Metric,
     read_summary,
 )
+from sampling.evaluation.plain import number
 from sampling.evaluation.statistics import Estimate
 
 SWEEP, CELL = "sweep.json", "cell.json"
@@ -228,9 +229,9 @@ def _read_search(cell: Cell, folder: Path) -> None:
     for kind, mark in (("held_out", ""), ("scores", " (searched)")):
         for name in rows[0][kind]:
             own = {
-                (row["prompt_index"], row["prompt"], 0): row[kind][name]
+                (row["prompt_index"], row["prompt"], 0): number(row[kind][name])
                 for row in rows
-                if row[kind][name] is not None
+                if math.isfinite(number(row[kind][name]))
             }
             if own:
                 title = f"{name}{mark}"

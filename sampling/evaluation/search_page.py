@@ -1,11 +1,13 @@
 """What a page shows of a search: plain images above winners, their scores, the alarm."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from sampling.evaluation.plain import number
 from sampling.evaluation.run_page import embedded
 
 NUM_SHOWN = 8
@@ -57,8 +59,8 @@ def _numbers(
     found = []
     for key, what in (("scores", "searched"), ("held_out", "held out")):
         for name in rows[0][key] if rows else ():
-            pairs = [(row["baseline"][key][name], row[key][name]) for row in rows]
-            finite = [pair for pair in pairs if None not in pair]
+            pairs = [(number(row["baseline"][key][name]), number(row[key][name])) for row in rows]
+            finite = [pair for pair in pairs if all(map(math.isfinite, pair))]
             if not finite:  # every score of it was rejected
                 continue
             plain, best = zip(*finite, strict=True)

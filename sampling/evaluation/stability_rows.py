@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sampling.evaluation.plain import number
 from sampling.evaluation.stability import StabilityStudyConfig
 from sampling.evaluation.stability_arms import (
     BEST_OF,
@@ -119,7 +120,7 @@ def read_noises(arm: Arm) -> Noises:
         [line[0]["prompt"] for line in table],
         np.array([[row["seed"] for row in line] for line in table], dtype=np.int64),
         {
-            name: np.array([[_number(row["scores"][name]) for row in line] for line in table])
+            name: np.array([[number(row["scores"][name]) for row in line] for line in table])
             for name in names
         },
         _seconds(arm),
@@ -136,12 +137,9 @@ def read_ascent(config: StabilityStudyConfig, kind: str, arm: Arm) -> Ascent:
     judged = [row["held_out"] | row["scores"] for row in winners]
     return Ascent(
         kind,
-        {
-            quality: np.array([_number(row[quality]) for row in judged])
-            for quality in config.quality
-        },
-        np.array([_number(row["baseline"]["scores"][name]) for row in winners]),
-        np.array([_number(row["scores"][name]) for row in winners]),
+        {quality: np.array([number(row[quality]) for row in judged]) for quality in config.quality},
+        np.array([number(row["baseline"]["scores"][name]) for row in winners]),
+        np.array([number(row["scores"][name]) for row in winners]),
         np.array([tried[row["prompt_index"]] for row in winners]),
         _seconds(arm),
     )
@@ -155,7 +153,3 @@ def _seconds(arm: Arm) -> float:
     """Returns what the search has spent, the encoding of prompts and loading not counted."""
     ledger = json.loads((Path(arm.config.output) / "ledger.json").read_text(encoding="utf-8"))
     return sum(ledger[name] for name in ("denoising_s", "decoding_s", "verifying_s"))
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value

@@ -10,6 +10,11 @@ x0-prediction at level k and lambda_k rising to lambda (tempering), the potentia
 Log-weights are carried from level to level and reset by a resampling, which is systematic
 (Carpenter et al. 1999) and happens where the effective sample size (sum w)^2 / sum w^2 falls below
 a share of the particles. It needs a sampler with noise: copies of a particle would stay copies.
+
+A preview without a finite score has weight 0 at its level and enters no maximum and no sum. The
+difference has telescoped by the next level, so a finite score there restores the weight; a maximum
+or a sum lacks a term until the next resampling, and the weight stays 0. Where all weights are 0
+nothing can be preferred: all particles go on, with equal weights.
 """
 
 import math
@@ -50,7 +55,8 @@ def fk_steering(problem: Problem, config: FkSteeringConfig) -> Search:
     levels = [*range(config.resample_every_steps, last, config.resample_every_steps), last]
     seeds = [problem.draw_seed("candidate", number) for number in range(count)]
     particles: list[Outcome] = []
-    log_weights, tilts, number = [0.0] * count, [0.0] * count, 0
+    log_weights, number = [0.0] * count, 0
+    bases = [0.0] * count  # tilts at the last resampling
     history: list[list[float]] = [[] for _ in range(count)]
     for round_number, level in enumerate(levels):
         trials = []
@@ -65,20 +71,25 @@ def fk_steering(problem: Problem, config: FkSteeringConfig) -> Search:
             number += 1
         particles = yield trials
         strength = config.strength * (level / last) ** config.tempering
+        tilts = [0.0] * count
         for slot, particle in enumerate(particles):
+            if not math.isfinite(particle.score):
+                log_weights[slot] = -math.inf
+                continue
             history[slot].append(particle.score)
-            tilt = strength * _tilted(history[slot], config.potential)
-            before = tilts[slot] if config.potential == "difference" else 0.0
-            rejected = math.isnan(particle.score)
-            log_weights[slot] = -math.inf if rejected else log_weights[slot] + tilt - before
-            tilts[slot] = 0.0 if rejected else tilt
-        if level == last or max(log_weights) == -math.inf:
+            tilts[slot] = strength * _tilted(history[slot], config.potential)
+            carried = -bases[slot] if config.potential == "difference" else log_weights[slot]
+            log_weights[slot] = carried + tilts[slot]
+        if level == last:
             return
+        if max(log_weights) == -math.inf:
+            log_weights = [0.0] * count
+            continue
         if effective_sample_size(log_weights) < config.ess_threshold * count:
             uniform = problem.draw_seed("resample", round_number) / 2**31
             parents = systematic(normalised(log_weights).tolist(), uniform)
             particles = [particles[parent] for parent in parents]
-            tilts = [tilts[parent] for parent in parents]
+            bases = [tilts[parent] for parent in parents]
             history = [list(history[parent]) for parent in parents]
             log_weights = [0.0] * count
 

@@ -4,6 +4,7 @@ A row is one line, flushed before the search goes on, so that a kill tears at mo
 is cut off when the search resumes. What later rounds start from, the states of trials that end
 before the last level, lies beside it until the prompt is finished: what was paid for is never run
 again. Rows are found by (prompt_index, candidate), never by their place in the file.
+`scores` holds what each verifier said, `score` what choices see: null for what is not finite.
 
 Several processes write a file each (sampling/search/parts.py) and read all of them.
 """
@@ -20,6 +21,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from sampling.errors import UserError
+from sampling.evaluation.plain import number, recorded
 from sampling.samplers import SampleState
 from sampling.search.ledger import Ledger
 from sampling.search.parts import files_of
@@ -74,8 +76,8 @@ class Journal:
                 f"output={self.folder}: candidate {trial.candidate} of prompt {prompt_index} in "
                 f"{ROWS} belongs to a search with other settings; choose another output"
             )
-        score = math.nan if row["score"] is None else row["score"]
-        scores = {name: math.nan if v is None else v for name, v in row["scores"].items()}
+        score = number(row["score"])
+        scores = {name: number(value) for name, value in row["scores"].items()}
         if trial.goal == "final":
             return Outcome(trial, score, row["nfe"], None, scores)
         path = self._state_path(prompt_index, trial.candidate)
@@ -102,8 +104,8 @@ class Journal:
             "seed": trial.seed,
             "goal": trial.goal,
             "stop": trial.stop,
-            "score": _finite(outcome.score),
-            "scores": {name: _finite(value) for name, value in outcome.scores.items()},
+            "score": outcome.score if math.isfinite(outcome.score) else None,
+            "scores": recorded(outcome.scores),
             "nfe": outcome.nfe,
             "nfe_so_far": outcome.nfe + sum(row["nfe"] for row in before.values()),
             "seconds": round(result.seconds, 4),
@@ -134,7 +136,7 @@ def read_rows(path: Path, repair: bool = True) -> list[dict[str, Any]]:
     """
     content = path.read_bytes()
     rows, good = [], 0
-    for number, line in enumerate(content.splitlines(keepends=True), 1):
+    for place, line in enumerate(content.splitlines(keepends=True), 1):
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("torn")
@@ -142,7 +144,7 @@ def read_rows(path: Path, repair: bool = True) -> list[dict[str, Any]]:
         except ValueError as error:
             if good + len(line) != len(content):
                 raise UserError(
-                    f"{path}:{number} is not JSON: it was changed by hand or the disk lost it; "
+                    f"{path}:{place} is not JSON: it was changed by hand or the disk lost it; "
                     "remove the line to pay for that candidate again, or choose another output"
                 ) from error
             if repair:
@@ -182,7 +184,3 @@ def _lock(file: Any, folder: Path) -> None:
         ) from None
     except OSError:
         return
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

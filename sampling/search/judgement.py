@@ -6,7 +6,6 @@ of whole images; for the others one more image, which counts in no budget and in
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from torch.nn.functional import interpolate
 
 from sampling.evaluation.diversity import diversity_change
 from sampling.evaluation.hacking_alarm import HackingAlarm, PairedScores, hacking_alarm
+from sampling.evaluation.plain import number, recorded
 from sampling.pictures import read_picture
 from sampling.search.config import DiversityConfig
-from sampling.search.winners import finite_or_none
 from sampling.verifiers.image_model import load_features
 from sampling.verifiers.verifier import Verifier, checked_scores
 
@@ -30,7 +29,7 @@ MAX_DIVERSITY_IMAGES, BATCH, THUMBNAIL_PX = 2000, 64, 16
 
 def judge(
     held_out: dict[str, Verifier], images: Sequence[Tensor], prompt: str
-) -> list[dict[str, float | None]]:
+) -> list[dict[str, float | str]]:
     """Returns what each held-out verifier says of each image of a prompt."""
     if not images:
         return []
@@ -39,7 +38,7 @@ def judge(
         for name, verifier in held_out.items()
     }
     return [
-        finite_or_none({name: column[row] for name, column in columns.items()})
+        recorded({name: column[row] for name, column in columns.items()})
         for row in range(len(images))
     ]
 
@@ -50,6 +49,7 @@ def alarms(
     """Compares the winners of all prompts with their baselines.
 
     rows: those of winners.jsonl. One alarm for each searched verifier; none below two prompts.
+    Scores and features that are not finite leave their prompt out of that comparison.
     """
     paired = [row for row in rows if row["baseline"] is not None]
     if len(paired) < 2:
@@ -57,7 +57,9 @@ def alarms(
     winners, plain = (
         _features(config, [output / name for name in names]) for names in _images(paired)
     )
-    diversity = diversity_change(winners, plain)
+    usable = (winners.isfinite() & plain.isfinite()).all(dim=1)
+    # One row that is not finite has no distance to any other.
+    diversity = diversity_change(winners[usable], plain[usable]) if usable.sum() > 1 else None
     found = []
     held_out = [_pairs(paired, "held_out", name) for name in paired[0]["held_out"]]
     held_out = [scores for scores in held_out if _is_enough(scores)]
@@ -83,11 +85,8 @@ def extractor(checkpoint: str | None, module: str | None) -> Callable[[Tensor], 
 
 
 def _pairs(rows: Sequence[dict[str, Any]], key: str, name: str) -> PairedScores:
-    def value(found: float | None) -> float:
-        return math.nan if found is None else found
-
-    winners = [value(row[key][name]) for row in rows]
-    return PairedScores(name, winners, [value(row["baseline"][key][name]) for row in rows])
+    winners = [number(row[key][name]) for row in rows]
+    return PairedScores(name, winners, [number(row["baseline"][key][name]) for row in rows])
 
 
 def _images(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:

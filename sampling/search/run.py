@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sampling.errors import UserError
+from sampling.evaluation.plain import recorded
 from sampling.prompts import Prompt, read_prompt_set
 from sampling.search.batch_size import find_batch_size
 from sampling.search.calibration import (
@@ -54,7 +55,7 @@ from sampling.search.set_up import (
 )
 from sampling.search.tables import send_tables
 from sampling.search.trial import Outcome, Problem
-from sampling.search.winners import BESTS, WINNERS, Winners, finite_or_none, read_winners
+from sampling.search.winners import BESTS, WINNERS, Winners, read_winners
 from sampling.tasks import Task, this_task
 from sampling.whole_file import write_whole
 
@@ -173,7 +174,7 @@ def search_prompts(
             if first is not None and baseline is not None:
                 row["baseline"] = {
                     "seed": first.trial.seed,
-                    "scores": finite_or_none(first.scores),
+                    "scores": recorded(first.scores),
                     "held_out": held_out[1],
                     "image": winners.save_baseline(one, baseline),
                 }

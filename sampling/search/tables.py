@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sampling.evaluation.hacking_alarm import HackingAlarm
+from sampling.evaluation.plain import finite, number
 from sampling.search.folder import LEDGER, SETTINGS
 from sampling.wandb_run import WandbConfig, start_run
 
@@ -33,7 +34,7 @@ def send_tables(
             wandb.Image(str(output / row["image"])),
             wandb.Image(str(output / plain["image"])) if plain else None,
             *(row[key] for key in ("score", "seed", "nfe", "rejected")),
-            *(row[key][name] for _, key, name in names),
+            *(finite(number(row[key][name])) for _, key, name in names),
         )
     run.log({"winners": table})
     changes = wandb.Table(columns=["searched", "metric", "change", "low", "high", "prompts"])

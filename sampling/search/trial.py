@@ -162,10 +162,16 @@ class Problem:
     """NFE of a run with its gradient, for noise optimisation."""
 
     def best_first(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Sorts outcomes, the best first; ties go to the lower candidate, rejected ones go last."""
+        """Sorts outcomes, the best first; ties go to the lower candidate, rejected ones go last.
+
+        Rejected are those whose score, or whose value in the ranking, is not finite.
+        """
         values = self.ranking(outcomes)
         keys = [
-            (math.inf if math.isnan(outcome.score) else -value, outcome.trial.candidate)
+            (
+                -value if math.isfinite(outcome.score) and math.isfinite(value) else math.inf,
+                outcome.trial.candidate,
+            )
             for outcome, value in zip(outcomes, values, strict=True)
         ]
         order = sorted(range(len(outcomes)), key=keys.__getitem__)

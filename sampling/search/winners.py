@@ -6,7 +6,6 @@ a killed search has all it needs. A picture carries the settings that made it as
 
 import contextlib
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sampling.evaluation.plain import recorded
 from sampling.pictures import caption_grid, read_picture, to_picture
 from sampling.samplers import SampleState
 from sampling.search.journal import read_rows
@@ -76,7 +76,7 @@ class Winners:
             "candidate": best.trial.candidate,
             "seed": seed,
             "score": best.score,
-            "scores": finite_or_none(best.scores),
+            "scores": recorded(best.scores),
             "nfe": one.spent_nfe,
             "rejected": one.num_rejected,
             "note": one.note,
@@ -141,11 +141,6 @@ class Winners:
 
     def _best_path(self, index: int, name: int | str) -> Path:
         return self.folder / BESTS / f"{index:06d}" / f"{name:0>6}.safetensors"
-
-
-def finite_or_none(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """Returns scores as JSON has them."""
-    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
 
 
 def read_winners(folder: Path) -> dict[int, dict[str, Any]]:

@@ -15,6 +15,7 @@ features: exact for sets of fewer images than features, whose covariance is sing
 image, whose covariance is 0. FID of a small set is biased upwards: compare sets of one size.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +74,17 @@ class Oracle:
     def score(
         self, images: Images, prompts: Sequence[str], previews: Images | None = None
     ) -> Float[Tensor, " n"]:
-        """Returns what each image alone would add to the winners kept so far."""
+        """Returns what each image alone would add to the winners kept so far.
+
+        NaN for an image whose features are not finite.
+        """
         rows = self._rows(images)
         kept = rows[:0] if self._kept is None else self._kept
         before = self._value(kept)
-        values = [self._value(torch.cat([kept, row[None]])) - before for row in rows]
+        values = [
+            self._value(torch.cat([kept, row[None]])) - before if row.isfinite().all() else math.nan
+            for row in rows
+        ]
         return (len(kept) + 1) * torch.tensor(values, dtype=torch.float64)
 
     @torch.no_grad()
