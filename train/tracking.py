@@ -1,8 +1,10 @@
 """Weights & Biases: one run there for a run directory, however often it is resumed.
 
 Rows can't be taken back there. A run that was killed goes on from a step before its last row, and
-computes the same numbers again, to the bit: those that were sent already are not sent twice. Which
-those are is kept in wandb/sent.json, for metrics.csv is cut back to the checkpoint at every start.
+computes those numbers again: what was sent already is not sent twice. On a CPU they are the same to
+the bit; on a GPU, whose kernels need not add in the same order twice, rows at wandb and those of
+metrics.csv may then differ, as two runs do. Which were sent is kept in wandb/sent.json, for
+metrics.csv is cut back to the checkpoint at every start.
 """
 
 import dataclasses

@@ -99,7 +99,7 @@ class StabilityStudyConfig:
     channels_last: bool = False
     """Hold the convolutions' weights in channels-last order."""
     batch_size: int = 16
-    """Noises run at once, of any prompts. Changes no choice."""
+    """Noises run at once, of any prompts. Moves choices only among near-ties (docs/search.md)."""
     gradient_batch_size: int = 4
     """Noises whose gradients are taken at once; they need several times the memory."""
 

@@ -1,7 +1,7 @@
 """The batch size that is found: the smallest that is about as fast as any that fits.
 
-One step and a decode are timed at 1, 2, 4, ... until memory ends or a doubling gains nothing. What
-a search chooses does not depend on it.
+One step and a decode are timed at 1, 2, 4, ... until memory ends or a doubling gains nothing. It
+moves what a search chooses only among near-ties (docs/search.md).
 """
 
 import time

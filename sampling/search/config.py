@@ -102,7 +102,8 @@ class SearchConfig:
     compile: bool = False
     """Compile the UNet with torch.compile, at the first step of each batch size."""
     batch_size: int = 16
-    """Candidates run at once, of any prompts; 0 finds it. Changes no choice."""
+    """Candidates run at once, of any prompts; 0 finds it. Moves choices only among
+    near-ties (docs/search.md)."""
     diversity: DiversityConfig = field(default_factory=DiversityConfig)
     """How the diversity of the winners is measured."""
     wandb: WandbConfig = field(default_factory=lambda: WandbConfig(enabled=False))

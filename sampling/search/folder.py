@@ -28,7 +28,7 @@ FREE = (
     "compile",
     "diversity",
     "wandb",
-)  # keys that change no choice
+)  # keys that change scores by rounding alone, or not at all
 
 
 def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Runs trials of any number of prompts in batches: denoise, preview or decode, verify.
 
 Trials that go from the same level to the same level share a batch, whatever their prompts. What
-becomes of a trial does not depend on its batch; the ledger counts rows as forward hooks would.
+becomes of a trial depends on its batch by rounding alone; the ledger counts rows as forward hooks
+would.
 """
 
 import time

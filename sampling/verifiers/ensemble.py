@@ -6,8 +6,9 @@
     weighted_sum   sum_k w_k score_k                   on the scores' own scales
 
 (Ma et al. 2025 use the unweighted mean rank, which no verifier's scale can dominate.) Scores are
-rounded to 1e-4 first, so that near-ties are ties. A candidate with a score that is not finite gets
--inf, whatever its other scores, and does not move the ranks, means and deviations of the others.
+rounded to 1e-4 first, so that most near-ties are ties. A candidate with a score that is not finite
+gets -inf, whatever its other scores, and does not move the ranks, means and deviations of the
+others.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """What every verifier is: from images and their prompts to one score each, the higher the better.
 
-Searches compare scores after rounding them to 1e-4 and never see more of a verifier than this.
+Searches compare scores after rounding them to 1e-4, so that near-ties seldom turn on the batch or
+the device (seldom, not never), and see no more of a verifier than this.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ class Verifier(Protocol):
     def score(
         self, images: Images, prompts: Sequence[str], previews: Images | None = None
     ) -> Float[Tensor, " n"]:
-        """Returns one score an image; an image's score does not depend on the rest of the batch."""
+        """Returns one score an image; an image's depends on the rest of the batch by
+        rounding alone."""
         ...
 
 
