@@ -29,16 +29,17 @@ def draw_many(num_samples: int, loss: LossConfig | None = None, seed: int = 3) -
     seed=st.integers(0, 2**31),
     places=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 10**7)), min_size=1, max_size=6),
     loss=st.sampled_from([None, ALL_OPTIONS]),
+    posterior=st.booleans(),
 )
 def test_draws_depend_on_seed_epoch_index_and_position_only(
-    seed: int, places: list[tuple[int, int]], loss: LossConfig | None
+    seed: int, places: list[tuple[int, int]], loss: LossConfig | None, posterior: bool
 ) -> None:
     epochs, indices = [epoch for epoch, _ in places], [index for _, index in places]
     positions = [10**7 * epoch + index for epoch, index in places]
-    batch = draw(seed, epochs, indices, SHAPE, 1000, positions, loss)
+    batch = draw(seed, epochs, indices, SHAPE, 1000, positions, loss, posterior)
     for row, (epoch, index) in enumerate(places):
-        alone = draw(seed, [epoch], [index], SHAPE, 1000, [positions[row]], loss)
-        for name in NAMES + (("perturbation",) if loss else ()):
+        alone = draw(seed, [epoch], [index], SHAPE, 1000, [positions[row]], loss, posterior)
+        for name in NAMES[not posterior :] + (("perturbation",) if loss else ()):
             assert_close(getattr(batch, name)[row], getattr(alone, name)[0], rtol=0, atol=0)
 
 
@@ -53,6 +54,20 @@ def test_draws_by_default_are_posterior_noise_then_t_then_eps() -> None:
     for name in NAMES:
         assert_close(getattr(batch, name), getattr(expected, name), rtol=0, atol=0)
     assert batch.perturbed(batch.eps) is batch.eps
+
+
+def test_without_a_posterior_t_comes_first_and_nothing_is_drawn_for_it() -> None:
+    batch = draw(5, [2, 2], [7, 8], SHAPE, 1000, posterior=False)
+    assert batch.posterior_noise is None
+    for row, index in enumerate((7, 8)):
+        generator = torch.Generator("cpu").manual_seed(derive_seed(5, "train", 2, index))
+        assert batch.t[row] == torch.randint(0, 1000, (), generator=generator)
+        assert torch.equal(batch.eps[row], torch.randn(SHAPE, generator=generator))
+    ranges = [(10, 20), (990, 1000)]
+    held_out = draw_validation(5, [7, 8], ranges, SHAPE, posterior=False)
+    assert held_out.posterior_noise is None
+    generator = torch.Generator("cpu").manual_seed(derive_seed(5, "validation", 8))
+    assert held_out.t[1] == torch.randint(990, 1000, (), generator=generator)
 
 
 def test_draws_of_another_seed_epoch_or_index_differ() -> None:

@@ -12,7 +12,6 @@ from sampling.export import export
 from sampling.model import DiffusionModel
 from tests.pixel_models import CLASSES, pixel_model, pixel_train_config
 from tests.tiny_run import Killed, assert_same_run, kill, load_checkpoint, stop_in_step, tiny_config
-from train.draws import draw
 from train.dropout import SampleDropout, add_dropout, keep_mask
 from train.metrics_file import read_metrics
 from train.model_config import DropoutConfig
@@ -88,7 +87,8 @@ def test_the_loss_is_measured_on_pixels_whatever_the_codec(shards: Path, tmp_pat
     for codec in ("space_to_depth", "wavelet"):
         config = pixel_train_config(tmp_path / codec, shards, "none", **{"model.codec": codec})
         tuner = FineTuner(pixel_model("none", codec=codec), config)
-        draws = draw(0, [0, 0], [0, 1], tuner.latent_shape(batch), 1000)
+        draws = tuner.draws(batch)
+        assert draws.posterior_noise is None, "pixels are x0: no noise is drawn for a posterior"
         assert draws.eps.shape == (2, 3, 16, 16)
         found.append(tuner.losses(batch, draws))
     assert_close(found[0], found[1], rtol=1e-6, atol=0)

@@ -1,10 +1,11 @@
 """The random draws of one training sample, as functions of (seed, epoch, sample index) alone.
 
-A generator for each sample draws, in this order, the noise of the VAE posterior, t, eps and then
-what the options ask for: whether to train the last timestep instead, the offset of each channel,
-the input's perturbation. So the draws depend neither on the batch that the sample came in, nor on
-the number of processes, nor on whether the run was interrupted; and an option that is off, or the
-choice between uniform and stratified t, leaves posterior noise and eps as they were.
+A generator for each sample draws, in this order, the noise of the VAE posterior (models in pixel
+space have none), t, eps and then what the options ask for: whether to train the last timestep
+instead, the offset of each channel, the input's perturbation. So the draws depend neither on the
+batch that the sample came in, nor on the number of processes, nor on whether the run was
+interrupted; and an option that is off, or the choice between uniform and stratified t, leaves
+posterior noise and eps as they were.
 
 Stratified timesteps are a function of (seed, position) instead, the position being the sample's
 place in the endless concatenation of epochs:
@@ -36,7 +37,7 @@ PHI = (math.isqrt(5 << 2 * BITS) - (1 << BITS)) >> 1
 class Draws:
     """What a batch draws; all on the CPU."""
 
-    posterior_noise: Float[Tensor, "b c h w"]
+    posterior_noise: Float[Tensor, "b c h w"] | None
     t: Int[Tensor, " b"]
     eps: Float[Tensor, "b c h w"]
     perturbation: Float[Tensor, "b c h w"] | None = None
@@ -59,10 +60,12 @@ def draw(
     bound: int,
     positions: Sequence[int] | None = None,
     loss: LossConfig | None = None,
+    posterior: bool = True,
 ) -> Draws:
     """Draws for samples `indices` in their `epochs`; latents of `shape` (C, H, W), t < bound.
 
     `positions` are needed where `loss.timesteps` is stratified; without `loss`, its defaults hold.
+    `posterior`: whether x0 is drawn from a posterior, for which there is noise then.
     """
     loss = loss or LossConfig()
     sample_seeds = [
@@ -73,18 +76,23 @@ def draw(
     if loss.timesteps == "stratified":
         assert positions is not None, "stratified timesteps need the samples' positions"
         timesteps = stratified_timesteps(seed, positions, bound)
-    return _draw(sample_seeds, [(0, bound)] * len(sample_seeds), shape, loss, timesteps)
+    ranges = [(0, bound)] * len(sample_seeds)
+    return _draw(sample_seeds, ranges, shape, loss, posterior, timesteps)
 
 
 def draw_validation(
-    seed: int, indices: Sequence[int], ranges: Sequence[tuple[int, int]], shape: Sequence[int]
+    seed: int,
+    indices: Sequence[int],
+    ranges: Sequence[tuple[int, int]],
+    shape: Sequence[int],
+    posterior: bool = True,
 ) -> Draws:
     """Draws for validation samples, the same at every validation; t in ranges[i] = [low, high).
 
     No option of the loss changes them, so that validation losses compare between runs.
     """
     sample_seeds = [derive_seed(seed, "validation", index) for index in indices]
-    return _draw(sample_seeds, ranges, shape, LossConfig())
+    return _draw(sample_seeds, ranges, shape, LossConfig(), posterior)
 
 
 def stratified_timesteps(seed: int, positions: Sequence[int], num_timesteps: int) -> list[int]:
@@ -102,16 +110,18 @@ def _draw(
     ranges: Sequence[tuple[int, int]],
     shape: Sequence[int],
     loss: LossConfig,
+    posterior: bool,
     timesteps: Sequence[int] | None = None,
 ) -> Draws:
-    posterior_noise = torch.empty(len(sample_seeds), *shape)
+    posterior_noise = torch.empty(len(sample_seeds), *shape) if posterior else None
     t = torch.empty(len(sample_seeds), dtype=torch.long)
     eps = torch.empty(len(sample_seeds), *shape)
     perturbation = torch.empty_like(eps) if loss.input_perturbation else None
     generator = torch.Generator("cpu")
     for row, (sample_seed, (low, high)) in enumerate(zip(sample_seeds, ranges, strict=True)):
         generator.manual_seed(sample_seed)
-        torch.randn(tuple(shape), generator=generator, out=posterior_noise[row])
+        if posterior_noise is not None:
+            torch.randn(tuple(shape), generator=generator, out=posterior_noise[row])
         t[row] = torch.randint(low, high, (), generator=generator)
         if timesteps is not None:
             t[row] = timesteps[row]

@@ -65,15 +65,9 @@ class FineTuner(LightningModule):
         self.model.to(self.device)
 
     def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
-        shape = self.latent_shape(batch)
-        num_timesteps = self.model.process.schedule.num_steps
-        epochs, indices = batch["epoch"].tolist(), batch["index"].tolist()
-        stratified = self.config.loss.timesteps == "stratified"
-        positions = batch["position"].tolist() if stratified else None
-        draws = draw(
-            self.config.seed, epochs, indices, shape, num_timesteps, positions, self.config.loss
-        )
+        draws = self.draws(batch)
         if self.dropout_seeds is not None:
+            epochs, indices = batch["epoch"].tolist(), batch["index"].tolist()
             self.dropout_seeds.set(self.config.seed, epochs, indices, self.device)
         output, target = self.predict(batch, draws)
         scales = scale_errors(output, target, self.config.loss.pool_factors)  # (S, B)
@@ -81,6 +75,20 @@ class FineTuner(LightningModule):
         loss = self.objective(weighted.sum(dim=0), draws.t).mean()
         found = {"losses": scales[0].detach(), "scales": scales.detach(), "t": draws.t}
         return {"loss": loss, "objective": loss.detach(), **found}
+
+    def draws(self, batch: Batch) -> Draws:
+        """Returns what the batch's samples draw in their epochs, on the CPU."""
+        stratified = self.config.loss.timesteps == "stratified"
+        return draw(
+            self.config.seed,
+            batch["epoch"].tolist(),
+            batch["index"].tolist(),
+            self.latent_shape(batch),
+            self.model.process.schedule.num_steps,
+            batch["position"].tolist() if stratified else None,
+            self.config.loss,
+            self.has_posterior,
+        )
 
     def losses(self, batch: Batch, draws: Draws) -> Tensor:
         """Returns ||target - output||^2 / (CHW) for each sample, (B,) float32, at full size."""
@@ -106,6 +114,11 @@ class FineTuner(LightningModule):
         return weighted / uncertainty.exp() + uncertainty
 
     @property
+    def has_posterior(self) -> bool:
+        """Whether x0 is drawn from an autoencoder's posterior; pixels are x0 themselves."""
+        return self.model.pixels is None
+
+    @property
     def is_weighted(self) -> bool:
         """Whether the objective differs from the plain mean of the losses."""
         if self.uncertainty is not None or len(self.scale_weights) > 1:
@@ -120,9 +133,9 @@ class FineTuner(LightningModule):
         return self.model.latent_shape(*batch["image"].shape[-2:])
 
     @torch.no_grad()
-    def encode(self, batch: Batch, posterior_noise: Tensor) -> Tensor:
+    def encode(self, batch: Batch, posterior_noise: Tensor | None) -> Tensor:
         """Returns x0, float32, from moments or from uint8 images; a VAE has its own precision."""
-        noise = posterior_noise.to(self.device)
+        noise = None if posterior_noise is None else posterior_noise.to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             if "moments" in batch:
                 return self.model.draw_latents(batch["moments"], noise)

@@ -81,7 +81,9 @@ class ValidationLoss(Callback):
                 which = torch.tensor([index % len(ranges) for index in indices])
                 shape = module.latent_shape(batch)
                 chosen = [ranges[row] for row in which.tolist()]
-                draws = draw_validation(module.config.seed, indices, chosen, shape)
+                draws = draw_validation(
+                    module.config.seed, indices, chosen, shape, module.has_posterior
+                )
                 batch = module.transfer_batch_to_device(batch, module.device, 0)
                 losses = module.losses(batch, draws).cpu().double()
                 scale = per_v[draws.t]
