@@ -51,17 +51,18 @@ class SampleSeeds:
 
 
 class SampleDropout(nn.Module):
-    """Stands in for one nn.Dropout; does nothing in evaluation mode."""
+    """Stands in for one nn.Dropout, the UNet's `layer`-th; does nothing in evaluation mode."""
 
     def __init__(self, p: float, layer: int, seeds: SampleSeeds) -> None:
         super().__init__()
-        self.p, self.layer, self.seeds = p, layer, seeds
+        # Hashed here: torch.compile cannot trace the hash, and would cut its graph at every layer.
+        self.p, self.salt, self.seeds = p, derive_seed("layer", layer), seeds
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         assert self.seeds.of_batch is not None and len(self.seeds.of_batch) == len(x)
-        seeds = self.seeds.of_batch ^ derive_seed("layer", self.layer)
+        seeds = self.seeds.of_batch ^ self.salt
         return x * keep_mask(seeds, x.shape[1:], self.p) / (1 - self.p)
 
 
