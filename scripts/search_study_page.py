@@ -14,10 +14,9 @@ import numpy as np
 
 from sampling.evaluation.paired import count_outcomes, holm, mean_difference
 from sampling.evaluation.statistics import (
-    LEVEL,
     NUM_RESAMPLES,
     Estimate,
-    percentiles,
+    bca_interval,
     proportion,
     smallest_detectable_effect,
 )
@@ -150,8 +149,9 @@ def ratio(part: np.ndarray, whole: np.ndarray, seed: int = 0) -> Estimate:
     rows = np.random.default_rng(seed).integers(len(part), size=(NUM_RESAMPLES, len(part)))
     with np.errstate(divide="ignore", invalid="ignore"):
         resampled = part[rows].mean(axis=1) / whole[rows].mean(axis=1)
-    low, high = percentiles(resampled[np.isfinite(resampled)], LEVEL)
-    return Estimate(float(part.mean() / whole.mean()), low, high, len(part))
+    value = float(part.mean() / whole.mean())
+    influence = (part - value * whole) / whole.mean()
+    return Estimate(value, *bca_interval(value, resampled, [influence]), len(part))
 
 
 def hacking(rows: Rows, alarms: Sequence[dict[str, Any]]) -> str:

@@ -13,6 +13,7 @@ from sampling.evaluation.diversity import (
     extract_features,
     mean_pairwise_distance,
 )
+from sampling.evaluation.statistics import bca_interval, influences
 
 FEATURES = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
 
@@ -69,7 +70,12 @@ def test_change_of_diversity_is_paired_by_prompt(monkeypatch) -> None:
         different = drawn[:, None] != drawn
         sample = FEATURES[drawn].double()
         changes.append(-0.5 * torch.cdist(sample, sample)[torch.from_numpy(different)].mean())
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(changes, [0.025, 0.975])))
+    left_out = [
+        -0.5 * mean_pairwise_distance(torch.cat([FEATURES[:place], FEATURES[place + 1 :]]))
+        for place in range(20)
+    ]
+    expected = bca_interval(found.value, np.array(changes), [influences(left_out)])
+    assert (found.low, found.high) == pytest.approx(expected)
     assert found.high < 0
     same = diversity_change(FEATURES, FEATURES)
     assert (same.value, same.low, same.high) == (0, 0, 0)

@@ -9,6 +9,7 @@ import pytest
 
 from sampling.errors import UserError
 from sampling.evaluation.geneval import TASKS, read_geneval
+from sampling.evaluation.statistics import proportion
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -46,6 +47,14 @@ def test_images_of_a_prompt_do_not_narrow_the_interval(tmp_path: Path) -> None:
     )
     assert (one.value, one.low, one.high, one.n) == (four.value, four.low, four.high, four.n)
     assert read_geneval(tmp_path / "1.jsonl").missing == tuple(t for t in TASKS if t != "colors")
+
+
+def test_a_task_that_is_always_right_leaves_doubt(tmp_path: Path) -> None:
+    rows = [row("colors", prompt, True) for prompt in range(12)]
+    found = read_geneval(write(tmp_path / "results.jsonl", rows))
+    assert found.tasks["colors"] == found.overall == proportion(12, 12)
+    one = read_geneval(write(tmp_path / "one.jsonl", rows[:1])).tasks["colors"]
+    assert (one.value, one.high) == (1, 1) and one.low < 0.5
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from scipy import stats
 from sampling.errors import UserError
 from sampling.evaluation import rank_correlation
 from sampling.evaluation.rank_correlation import kendall, spearman
+from sampling.evaluation.statistics import bca_interval, influences
 
 
 def scores(n: int, seed: int, correlation: float = 0.6) -> tuple[np.ndarray, np.ndarray]:
@@ -35,11 +36,16 @@ def test_intervals_are_those_of_scipys_statistic_on_every_sample(monkeypatch, bl
         stats.kendalltau(np.repeat(first, row), np.repeat(second, row)).statistic for row in counts
     ]
     found = kendall(first, second, seed=5)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(taus, [0.025, 0.975])))
+    others = [np.delete(np.arange(n), place) for place in range(n)]
+    left_out = [stats.kendalltau(first[own], second[own]).statistic for own in others]
+    expected = bca_interval(found.value, np.array(taus), [influences(left_out)])
+    assert (found.low, found.high) == pytest.approx(expected)
     drawn = np.random.default_rng(5).integers(n, size=(num_resamples, n))
     rhos = [stats.spearmanr(first[row], second[row]).statistic for row in drawn]
     found = spearman(first, second, seed=5)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(rhos, [0.025, 0.975])))
+    left_out = [stats.spearmanr(first[own], second[own]).statistic for own in others]
+    expected = bca_interval(found.value, np.array(rhos), [influences(left_out)])
+    assert (found.low, found.high) == pytest.approx(expected)
 
 
 def test_intervals_cover_the_true_correlation(monkeypatch) -> None:

@@ -17,7 +17,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sampling.errors import RunFailed, UserError
-from sampling.evaluation.statistics import LEVEL, NUM_RESAMPLES, Estimate, percentiles
+from sampling.evaluation.statistics import (
+    LEVEL,
+    NUM_RESAMPLES,
+    Estimate,
+    bca_interval,
+    influences,
+)
 
 Features = Float[Tensor, "n d"]
 BLOCK_PAIRS = 2**22
@@ -80,8 +86,12 @@ def diversity_change(
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n, np.full(n, 1 / n), size=NUM_RESAMPLES).astype(np.float64)
     counts = counts[(counts > 0).sum(axis=1) > 1]  # one prompt alone has no pairs
-    changes = _weighted_distance(features, counts) - _weighted_distance(baseline, counts)
-    return Estimate(value, *percentiles(changes, level), n)
+    without = 1 - np.eye(n) if n > 2 else np.empty((0, n))  # one prompt alone has none either
+    changes = _weighted_distance(features, np.concatenate([counts, without]))
+    changes -= _weighted_distance(baseline, np.concatenate([counts, without]))
+    resampled, left_out = np.split(changes, [len(counts)])
+    influence = influences(left_out) if n > 2 else np.zeros(n)
+    return Estimate(value, *bca_interval(value, resampled, [influence], level), n)
 
 
 def _weighted_distance(features: Features, counts: np.ndarray) -> np.ndarray:

@@ -3,11 +3,12 @@
 A row an image: `prompt`, `tag` (the task) and `correct`. A task's score is the share of its images
 that are correct, the overall score the mean of the tasks' (553 prompts, six tasks, four images a
 prompt, as published). Intervals are bootstraps over prompts, within each task: images of one prompt
-are not independent.
+are not independent. Where all prompts have one share they are Wilson's of the prompts: a bootstrap
+would leave no doubt.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from typing import Any
 import numpy as np
 
 from sampling.errors import UserError
-from sampling.evaluation.statistics import LEVEL, NUM_RESAMPLES, Estimate, percentiles
+from sampling.evaluation.statistics import (
+    LEVEL,
+    NUM_RESAMPLES,
+    Estimate,
+    bca_interval,
+    influences,
+    proportion,
+)
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
@@ -44,7 +52,7 @@ def read_geneval(path: str | Path, level: float = LEVEL, seed: int = 0) -> GenEv
     if not by_task:
         raise UserError(f"{path} holds no rows; give the results.jsonl of GenEval's detector")
     rng = np.random.default_rng(seed)
-    values, resampled = {}, {}
+    values, resampled, influence = {}, {}, {}
     for task in sorted(by_task, key=_place):
         prompts = list(by_task[task].values())
         right = np.array([sum(each) for each in prompts], dtype=np.float64)
@@ -52,19 +60,38 @@ def read_geneval(path: str | Path, level: float = LEVEL, seed: int = 0) -> GenEv
         drawn = rng.integers(len(prompts), size=(NUM_RESAMPLES, len(prompts)))
         values[task] = float(right.sum() / count.sum())
         resampled[task] = right[drawn].sum(axis=1) / count[drawn].sum(axis=1)
+        if len(prompts) > 1:
+            left_out = (right.sum() - right) / (count.sum() - count)
+            influence[task] = influences(left_out)
     tasks = {
-        task: Estimate(value, *percentiles(resampled[task], level), len(by_task[task]))
+        task: _share(value, resampled[task], [influence.get(task)], len(by_task[task]), level)
         for task, value in values.items()
     }
-    overall = np.mean(list(values.values()))
+    overall = float(np.mean(list(values.values())))
     spread = np.mean(list(resampled.values()), axis=0)
+    parts = [None if each not in influence else influence[each] / len(values) for each in values]
     num_prompts = sum(map(len, by_task.values()))
     return GenEvalScores(
-        Estimate(float(overall), *percentiles(spread, level), num_prompts),
+        _share(overall, spread, parts, num_prompts, level),
         tasks,
         num_images,
         tuple(task for task in TASKS if task not in by_task),
     )
+
+
+def _share(
+    value: float,
+    resampled: np.ndarray,
+    influence: Sequence[np.ndarray | None],
+    n: int,
+    level: float,
+) -> Estimate:
+    """Gives a share of n prompts its interval; a task of a single prompt adds no spread."""
+    known = [each for each in influence if each is not None]
+    if not known or np.ptp(resampled) == 0:
+        wilson = proportion(round(value * n), n, level)
+        return Estimate(value, min(value, wilson.low), max(value, wilson.high), n)
+    return Estimate(value, *bca_interval(value, resampled, known, level), n)
 
 
 def _lines(path: Path) -> list[str]:

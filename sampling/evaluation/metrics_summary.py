@@ -28,7 +28,7 @@ from sampling.evaluation.plain import finite
 from sampling.evaluation.prompt_luminance import TONES
 from sampling.evaluation.reference_set import Reference
 from sampling.evaluation.set_metrics import feature_metrics, logit_metrics
-from sampling.evaluation.statistics import LEVEL, NUM_RESAMPLES, Estimate, percentiles
+from sampling.evaluation.statistics import NUM_RESAMPLES, Estimate, expanded_interval
 from sampling.whole_file import write_whole
 
 JSON_FILE, CSV_FILE, MARKDOWN_FILE = "metrics.json", "metrics.csv", "metrics.md"
@@ -182,7 +182,8 @@ def luminance_distance(values: np.ndarray, reference: np.ndarray, seed: int) -> 
     """Estimates the Wasserstein-1 distance of two sets of luminances, with a bootstrap interval.
 
     values: (n,), or (n, m) of which rows are drawn; reference: (M,). Both are resampled. The
-    distance of finite samples of one distribution is above 0.
+    distance of finite samples of one distribution is above 0, and so is the interval, which is of
+    the distance at this n.
     """
     rng = np.random.default_rng(seed)
 
@@ -192,7 +193,7 @@ def luminance_distance(values: np.ndarray, reference: np.ndarray, seed: int) -> 
 
     resampled = statistics.bootstrap(values, distances, rng, NUM_RESAMPLES // 4)
     value = float(stats.wasserstein_distance(values.ravel(), reference))
-    return Estimate(value, *percentiles(resampled, LEVEL), len(values))
+    return Estimate(value, *expanded_interval(resampled, len(values)), len(values))
 
 
 def group_of(row: Row) -> str:

@@ -1,7 +1,7 @@
 """Two settings on the same prompts: differences, wins, and a correction for many metrics.
 
 Everything is paired: entry i of `values` and of `baseline` is prompt i's score (or the mean over
-its seeds). Differences of means take a percentile bootstrap over prompts (Efron 1979); wins and
+its seeds). Differences of means take a bootstrap over prompts (`statistics.bca_interval`); wins and
 losses the exact binomial test of 1/2 on what is no tie, their share Clopper and Pearson's interval
 (1934). Several metrics tested at once take Holm's step-down correction (Holm 1979):
 
