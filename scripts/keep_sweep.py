@@ -24,7 +24,7 @@ from sampling.errors import UserError
 from sampling.evaluation.metrics_summary import WORDS
 from sampling.evaluation.plain import csv_text
 from sampling.evaluation.plots import COLORS, STYLE, panels
-from sampling.evaluation.results import CELL, SWEEP, Results, read_results
+from sampling.evaluation.results import CELL, SWEEP, Results, read_results, title_of
 from sampling.evaluation.results_page import tables_of
 from sampling.evaluation.results_plots import luminance_distributions, scaling_curves
 from sampling.evaluation.results_tables import (
@@ -127,7 +127,9 @@ def figure(results: Results, names: Sequence[str]) -> bytes:
                 bar = [[max(0.0, own.value - own.low)], [max(0.0, own.high - own.value)]]
                 axis.errorbar(own.value, place, xerr=bar, fmt="|", color=color, capsize=2)
         better = next(c.values[name].better for c in results.cells if name in c.values)
-        axis.set_title("\n".join(wrap(name, TITLE_LETTERS)), loc="left", fontsize=9)
+        axis.set_title(
+            "\n".join(wrap(title_of(name, results.cells), TITLE_LETTERS)), loc="left", fontsize=9
+        )
         axis.set_xlabel(WORDS[better])
         axis.set_ylim(len(settings) - 0.5, -0.5)
         axis.grid(axis="y", color="#eeeeee")

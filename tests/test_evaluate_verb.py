@@ -78,7 +78,9 @@ def test_every_metric_has_n_and_an_interval(
         assert row["luminance"] == pytest.approx(gray.mean(), abs=1e-5)
     assert pq.read_table(output / "features.parquet").column_names[-2:] == ["features", "logits"]
     assert numbers(read_summary(output) or found) == numbers(found)
-    assert "FID" in (output / "metrics.md").read_text()
+    for name in ("metrics.md", "metrics.csv"):
+        assert "FID at n = 10; interval at this n" in (output / name).read_text()
+    assert "FID at infinite n left out: 5 prompts" in " ".join(found.notes)
     assert len(read_results(output).reference_luminance) == 6
     assert (output / "metrics.csv").read_text().startswith("metric,group,value,low,high,n,unit")
 

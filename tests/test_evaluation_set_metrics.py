@@ -22,10 +22,12 @@ from sampling.evaluation.set_metrics import (
     feature_metrics,
     jackknife_parts,
     logit_metrics,
+    num_splits,
     precision_recall,
 )
 from sampling.evaluation.set_models import load_set_model, networks, read_reference
 from sampling.verifiers.load import ImageModelConfig
+from sampling.verifiers.oracle import inception_score
 from tests.tiny_vision import ThreeColors, eight_bit_images
 
 CPU = torch.device("cpu")
@@ -73,14 +75,69 @@ def test_fid_and_kid_are_torchmetrics_own() -> None:
 
 def test_the_inception_score_is_torchmetrics_own() -> None:
     pictures = images(50, 0)
-    metric = InceptionScore(feature=ThreeColors(), splits=5)
+    metric = InceptionScore(feature=ThreeColors(), splits=1)
     metric.update(pictures)
     torch.manual_seed(3)
     expected = float(metric.compute()[0])
-    config = SetsConfig(inception_score_splits=5)
+    config = SetsConfig(inception_score_splits=1)
     [found] = logit_metrics(ThreeColors()(pictures), range(50), config, seed=3)
     assert found.estimate.value == pytest.approx(expected, rel=1e-6)
     assert found.estimate.low < expected < found.estimate.high
+
+
+def classes(count: int, num_classes: int, seed: int = 0) -> torch.Tensor:
+    """Logits of a sure classifier on images of all classes alike, whose true score is k."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(num_classes, (count,), generator=generator)
+    return 20 * nn.functional.one_hot(drawn, num_classes).float()
+
+
+@pytest.mark.parametrize("count", [19, 20, 100, 999, 1000])
+def test_the_inception_score_does_not_fall_where_splits_begin(count: int) -> None:
+    """Ten splits of n / 10 images bound it by n / 10. The logarithm of one split of n falls short
+    by chi2 / (2 n) with k - 1 degrees of freedom: .24 +- .11 at 19, .045 +- .021 at 100."""
+    config, size = SetsConfig(), count // num_splits(count, 10, 10)
+    assert num_splits(count, 10, 10) == (10 if count == 1000 else 1)
+    [found] = logit_metrics(classes(count, 10), range(count), config)
+    own = found.estimate
+    lack = 9 / (2 * size)
+    assert -math.log(own.value / 10) == pytest.approx(lack, abs=5 * 18**0.5 / (2 * size))
+    assert 1 <= own.low <= own.value <= own.high <= 10
+    metric = InceptionScore(feature=nn.Identity(), splits=num_splits(count, 10, 10))
+    metric.inception.num_features = 10
+    metric.update(classes(count, 10))
+    torch.manual_seed(0)
+    assert own.value == pytest.approx(float(metric.compute()[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 5.0])
+def test_the_interval_of_the_inception_score_stays_within_its_bounds(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (3, 12, 40, 250):
+        logits = scale * torch.randn(count, 4, generator=generator)
+        [found] = logit_metrics(logits, range(count), SetsConfig(inception_score_splits=2))
+        low, value, high = found.estimate.low, found.estimate.value, found.estimate.high
+        assert 1 <= low <= value + 1e-9 and value <= high + 1e-9 and high <= 4
+
+
+def test_what_is_left_out_of_the_inception_score_is_left_out_of_its_splits() -> None:
+    """Value and interval rest on one estimator, the mean over the splits of the whole set."""
+    logits = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    assert num_splits(400, 4, 10) == 10 and num_splits(399, 4, 10) == 1
+    [ten] = logit_metrics(logits, range(400), SetsConfig(inception_score_splits=10), seed=7)
+    torch.manual_seed(7)
+    split_of = torch.empty(400, dtype=torch.long)
+    split_of[torch.randperm(400)] = torch.arange(400) // 40
+    part_of = torch.arange(400) % 20
+    left_out = [
+        np.mean([inception_score(logits[(split_of == s) & (part_of != p)]) for s in range(10)])
+        for p in range(20)
+    ]
+    half = 2.093024 * np.sqrt(19 * np.log(left_out).var())  # t of 19 degrees of freedom
+    own = ten.estimate
+    assert (own.low, own.high) == pytest.approx(
+        (own.value * math.exp(-half), own.value * math.exp(half)), rel=1e-6
+    )
 
 
 def test_precision_and_recall_know_a_narrow_set_from_a_wide_one() -> None:

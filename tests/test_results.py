@@ -19,6 +19,7 @@ from sampling.evaluation.results_plots import scaling_curves, series_of
 from sampling.evaluation.results_tables import (
     Table,
     cells_table,
+    metrics_table,
     seeds_table,
     to_csv,
     to_markdown,
@@ -101,9 +102,23 @@ def test_every_cell_is_there_and_the_best_is_marked(tmp_path: Path) -> None:
     table = cells_table(made_up(tmp_path))
     assert len(table.rows) == 10 and column(table, "state")[-1] == "failed"
     assert [row[2].is_best for row in table.rows].count(True) == 1
-    place = table.header.index("FID")
+    place = table.header.index("FID at n = 30; interval at this n")
     best = min(table.rows[:-1], key=lambda row: row[place].number or math.inf)
     assert best[place].is_best and best[0].text == "better, 16"
+
+
+def test_fid_says_at_which_n_it_is_wherever_it_is_shown(tmp_path: Path) -> None:
+    """Also of evaluations made before: the title is made where it is shown."""
+    results, title = made_up(tmp_path), "FID at n = 30; interval at this n"
+    settings = seeds_table(results)
+    assert settings is not None and f"{title}: minus worse" in settings.header
+    assert metrics_table(results.cells[0]).rows[1][0].text == title
+    for table in (settings, cells_table(results)):
+        assert title in to_csv(table) and title in to_markdown(table)
+    assert [name for name, _ in scaling_curves(results, ["FID"])] == [title]
+    for cell in results.cells[:3]:
+        cell.values["FID"] = Value(Estimate(8, 7, 9, 50), "lower")
+    assert "FID at n = 30 to 50; interval at each n" in cells_table(results).header
 
 
 def test_the_matrix_says_who_beats_whom_with_a_correction(tmp_path: Path) -> None:

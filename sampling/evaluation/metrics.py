@@ -46,7 +46,8 @@ class SetsConfig:
     kid_subset_size: int = 1000
     """Images in a subset of KID; all that there are, where there are fewer."""
     inception_score_splits: int = 10
-    """Parts of the set that IS is the mean of; fewer images have one part."""
+    """Parts of the set that IS is the mean of; one part where a part would have fewer than ten
+    images a class."""
     neighbourhood: int = 3
     """k of the k-nearest-neighbour balls of precision and recall."""
 

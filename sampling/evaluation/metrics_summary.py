@@ -20,6 +20,7 @@ import torch
 from scipy import stats
 
 from sampling.evaluation import statistics
+from sampling.evaluation.frechet import lack_of_images
 from sampling.evaluation.geneval import GenEvalScores
 from sampling.evaluation.metrics import MetricsConfig
 from sampling.evaluation.metrics_measures import Measures
@@ -27,7 +28,13 @@ from sampling.evaluation.metrics_rows import FEATURE_COLUMN, LOGIT_COLUMN, Colum
 from sampling.evaluation.plain import finite
 from sampling.evaluation.prompt_luminance import TONES
 from sampling.evaluation.reference_set import Reference
-from sampling.evaluation.set_metrics import feature_metrics, logit_metrics
+from sampling.evaluation.set_metrics import (
+    FID,
+    FID_INFINITE,
+    feature_metrics,
+    independent_groups,
+    logit_metrics,
+)
 from sampling.evaluation.statistics import NUM_RESAMPLES, Estimate, expanded_interval
 from sampling.whole_file import write_whole
 
@@ -128,11 +135,15 @@ def set_metrics(
 ) -> tuple[list[Metric], list[str]]:
     """Computes FID, KID, precision, recall and IS of rows in order, as far as they can be."""
     groups = [row["prompt_index"] for row in rows]
-    found = []
+    found, notes = [], []
     has = {column: all(column in row for row in rows) for column in (FEATURE_COLUMN, LOGIT_COLUMN)}
     if reference is not None and reference.features is not None and has[FEATURE_COLUMN]:
         features = torch.from_numpy(np.stack([row[FEATURE_COLUMN] for row in rows]))
         found += feature_metrics(features, reference.features, groups, config.sets, config.seed)
+        num_groups = len(np.unique(independent_groups(groups)))
+        lack = lack_of_images(len(features), features.shape[1], num_groups)
+        if lack:
+            notes.append(f"{FID_INFINITE} left out: {lack}")
     if config.sets.has_classifier and has[LOGIT_COLUMN]:
         logits = torch.from_numpy(np.stack([row[LOGIT_COLUMN] for row in rows]))
         found += logit_metrics(logits, groups, config.sets, config.seed)
@@ -142,7 +153,6 @@ def set_metrics(
         )
         for each in found
     ]
-    notes = []
     if len(rows) <= config.sets.neighbourhood and reference is not None:
         notes.append(f"precision and recall need more than {config.sets.neighbourhood} images")
     return metrics, notes
@@ -212,7 +222,7 @@ def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """Returns header and lines of the table of metrics."""
     lines = [
         [
-            each.name + (f" ({each.group})" if each.group else ""),
+            title_at_n(each.name, [each.estimate.n]) + (f" ({each.group})" if each.group else ""),
             shown(each.estimate),
             f"{each.estimate.n} {each.unit}",
             WORDS[each.better],
@@ -220,6 +230,21 @@ def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
         for each in summary.metrics
     ]
     return ["metric", "value [95 % interval]", "n", ""], lines
+
+
+def title_at_n(name: str, counts: Sequence[int]) -> str:
+    """Returns a metric's title: of FID it says at which numbers of images it and its interval are.
+
+    counts: n of each value that stands under the title.
+    """
+    if name != FID or not counts:
+        return name
+    low, high = min(counts), max(counts)
+    return (
+        f"FID at n = {low}; interval at this n"
+        if low == high
+        else (f"FID at n = {low} to {high}; interval at each n")
+    )
 
 
 def shown(estimate: Estimate) -> str:
@@ -249,12 +274,15 @@ def write_summary(folder: Path, summary: Summary) -> None:
     write_whole(folder / MARKDOWN_FILE, markdown(summary))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["metric", "group", "value", "low", "high", "n", "unit", "better"])
+    writer.writerow(["metric", "group", "value", "low", "high", "n", "unit", "better", "title"])
     for each in summary.metrics:
         numbers = (
             f"{value:.8g}" for value in (each.estimate.value, each.estimate.low, each.estimate.high)
         )
-        writer.writerow([each.name, each.group, *numbers, each.estimate.n, each.unit, each.better])
+        title = title_at_n(each.name, [each.estimate.n])
+        writer.writerow(
+            [each.name, each.group, *numbers, each.estimate.n, each.unit, each.better, title]
+        )
     write_whole(folder / CSV_FILE, text.getvalue())
     write_whole(folder / JSON_FILE, json.dumps(finite(asdict(summary)), indent=1) + "\n")
 

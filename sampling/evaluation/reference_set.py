@@ -48,7 +48,7 @@ class Reference:
         if count != num_images:
             found.append(
                 f"{count} references and {num_images} images: FID is biased upwards in small "
-                "sets; compare evaluations of equal numbers"
+                "sets; compare FID of equal numbers, or KID, which is unbiased"
             )
         return found
 

@@ -21,6 +21,7 @@ from sampling.evaluation.metrics_summary import (
     Better,
     Metric,
     read_summary,
+    title_at_n,
 )
 from sampling.evaluation.plain import number
 from sampling.evaluation.statistics import Estimate
@@ -119,6 +120,11 @@ def read_results(folder: Path) -> Results:
 def short(key: str) -> str:
     """Returns the last word of a dotted key."""
     return key.rpartition(".")[2].replace("_", " ")
+
+
+def title_of(name: str, cells: Sequence[Cell]) -> str:
+    """Returns what a metric of these cells is called in a head."""
+    return title_at_n(name, [cell.values[name].estimate.n for cell in cells if name in cell.values])
 
 
 def is_seed(key: str) -> bool:

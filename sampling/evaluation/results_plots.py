@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 
 from sampling.evaluation.plots import COLORS, DATA_COLOR, STYLE, panels, svg_text
-from sampling.evaluation.results import Cell, Results, is_seed, short
+from sampling.evaluation.results import Cell, Results, is_seed, short, title_of
 from sampling.evaluation.results_tables import settings_of, shown_estimate
 
 NFE_KEYS = ("num_steps", "budget_nfe")
@@ -36,7 +36,8 @@ def scaling_curves(results: Results, names: Sequence[str]) -> list[tuple[str, st
             for title, cells in series.items()
         }
         if any(len({cell.nfe for cell in cells}) > 1 for cells in own.values()):
-            drawn.append((name, _scaling(own, name)))
+            title = title_of(name, [cell for cells in own.values() for cell in cells])
+            drawn.append((title, _scaling(own, name, title)))
     return drawn
 
 
@@ -84,9 +85,9 @@ def luminance_distributions(results: Results) -> str | None:
 
 
 @matplotlib.rc_context(STYLE)
-def _scaling(series: dict[str, list[Cell]], name: str) -> str:
+def _scaling(series: dict[str, list[Cell]], name: str, title: str) -> str:
     figure, (axis,) = panels(1, 1, width=8.6, height=4.0)
-    for number, (title, cells) in enumerate(list(series.items())[:MOST_SERIES]):
+    for number, (label, cells) in enumerate(list(series.items())[:MOST_SERIES]):
         points: dict[float, list[Cell]] = {}
         for cell in cells:
             points.setdefault(cell.nfe, []).append(cell)
@@ -114,12 +115,12 @@ def _scaling(series: dict[str, list[Cell]], name: str) -> str:
             markersize=4,
             elinewidth=0.7,
             capsize=2,
-            label=_plain(title),
+            label=_plain(label),
         )
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axis.set_xlabel("UNet evaluations (NFE) of an image, or of a prompt's search")
-    axis.set_ylabel(_plain(name))
+    axis.set_ylabel(_plain(title))
     cut = f"the first {MOST_SERIES} of {len(series)}" if len(series) > MOST_SERIES else None
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, title=cut)
     return svg_text(figure, f"scaling-{name}")

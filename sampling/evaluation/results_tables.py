@@ -15,7 +15,7 @@ import numpy as np
 from sampling.evaluation import statistics
 from sampling.evaluation.metrics_summary import WORDS
 from sampling.evaluation.paired import count_outcomes, holm
-from sampling.evaluation.results import Cell, Key, Results, Value, is_seed, short
+from sampling.evaluation.results import Cell, Key, Results, Value, is_seed, short, title_of
 from sampling.evaluation.statistics import Estimate
 
 MOST_IN_MATRIX = 24
@@ -81,7 +81,8 @@ def cells_table(results: Results) -> Table:
     settings = len(header)
     if not header:
         header, settings = ["cell"], 1
-    header += [*names, "NFE", "seconds", "peak GB", "state"]
+    header += [*(title_of(name, results.cells) for name in names), "NFE", "seconds"]
+    header += ["peak GB", "state"]
     rows = []
     for cell in results.cells:
         row = [TableCell(cell.arm)] if has_arms else []
@@ -103,7 +104,7 @@ def cells_table(results: Results) -> Table:
 def metrics_table(cell: Cell) -> Table:
     """Shows one cell, a line for each metric."""
     rows = [
-        [TableCell(name), _shown(value, False), TableCell(WORDS[value.better])]
+        [TableCell(title_of(name, [cell])), _shown(value, False), TableCell(WORDS[value.better])]
         for name, value in cell.values.items()
     ]
     for name, number in (("NFE", cell.nfe), ("seconds", cell.seconds), ("peak GB", cell.peak_gb)):
@@ -125,7 +126,8 @@ def seeds_table(results: Results, names: Sequence[str] = ()) -> Table | None:
     names = names or metric_names(results.cells)
     header = ["setting", "seeds"]
     for name in names:
-        header += [name, f"{name}: minus {baseline.name}"]
+        title = title_of(name, results.cells)
+        header += [title, f"{title}: minus {baseline.name}"]
     means = {
         (setting.name, name): over_seeds(setting.cells, name)
         for setting in settings

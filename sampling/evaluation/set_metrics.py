@@ -1,30 +1,37 @@
 """FID, KID, precision, recall and Inception Score of a set of images, each with its interval.
 
-The values are torchmetrics' (FID, KID, IS) and torch-fidelity's (precision, recall: Kynkaanniemi et
-al. 2019) on rows that were measured image by image, so that they depend on no order and no batch.
-The intervals are a jackknife's that leaves out one group of prompts, with all its images, in turn:
-resampling would put copies into the set, which these metrics mind. They are of the generated set;
-the references are taken as they are. FID of a small set is biased upwards: compare equal n.
+The values equal torchmetrics' (FID, KID, IS) and torch-fidelity's (precision, recall: Kynkaanniemi
+et al. 2019) on rows that were measured image by image, so that they depend on no order and no
+batch. The intervals are a jackknife's over groups of prompts with all their images: resampling
+would put copies into the set, which these metrics mind. They are of the generated set; the
+references are taken as they are.
+
+FID of n images is biased upwards, and its interval is of its mean at this n; FID at infinite n is
+extrapolated (frechet.py). KID is unbiased. IS of n images and k classes is biased downwards, by a
+factor of up to exp(-(k - 1) / (2 n)) where all classes are likely.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from sampling.errors import UserError
+from sampling.evaluation.frechet import frechet_estimates
 from sampling.evaluation.kernel_distance import distances_without, part_numbers
 from sampling.evaluation.metrics import SetsConfig
 from sampling.evaluation.statistics import FEWEST_GROUPS, Estimate, jackknife, proportion
 from sampling.verifiers.oracle import gaussian_of, inception_score
 
 FID, KID, PRECISION, RECALL, IS = "FID", "KID", "precision", "recall", "IS"
+FID_INFINITE = "FID at infinite n"
 MOST_GROUPS = 20
+IMAGES_PER_CLASS = 10
+"""Images a class that a split of IS has at least; fewer bound it: IS <= images in a split."""
 BATCH = 512
 Subset = Callable[[np.ndarray], float]
 
@@ -59,7 +66,8 @@ def feature_metrics(
 ) -> list[SetMetric]:
     """Returns FID, KID, precision and recall of features (N, d) against references (M, d), float32.
 
-    groups: each image's prompt. Raises UserError for fewer than two rows of either.
+    FID at infinite n is left out where `frechet.lack_of_images` says why. groups: each image's
+    prompt. Raises UserError for fewer than two rows of either.
     """
     for name, rows in (("generated", features), ("reference", reference)):
         if len(rows) < 2:
@@ -73,31 +81,24 @@ def feature_metrics(
         )
     own, real = features.double(), reference.double()
     parts = jackknife_parts(groups)
-    gaussian = gaussian_of(real)
-    root = gaussian.root
-
-    def fid(kept: np.ndarray) -> float:
-        part = gaussian_of(own[kept])
-        overlap = torch.linalg.eigvalsh(root @ part.covariance @ root).clamp(min=0).sqrt().sum()
-        apart = (part.mean - gaussian.mean).square().sum()
-        return float(apart + part.covariance.trace() + gaussian.covariance.trace() - 2 * overlap)
-
+    of_set, at_infinity = frechet_estimates(
+        own, gaussian_of(real), independent_groups(groups), seed
+    )
     size = min(len(own), len(real), config.kid_subset_size)
-    fid_metric = FrechetInceptionDistance(feature=_Rows(own.shape[1]))
     kid_metric = KernelInceptionDistance(
         feature=_Rows(own.shape[1]), subsets=config.kid_subsets, subset_size=size
     )
     for rows, is_real in ((real, True), (own, False)):
         for part in rows.split(BATCH):
-            fid_metric.update(part, real=is_real)
             kid_metric.update(part, real=is_real)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         kid = float(kid_metric.compute()[0])
-    found = [
-        _metric(FID, float(fid_metric.compute()), _without(parts, fid), len(own), True),
-        _metric(KID, kid, distances_without(own, real, parts) if parts else [], len(own), True),
-    ]
+    left_out = distances_without(own, real, parts) if parts else []
+    found = [SetMetric(FID, of_set, True)]
+    if at_infinity is not None:
+        found.append(SetMetric(FID_INFINITE, at_infinity, True))
+    found.append(SetMetric(KID, jackknife(kid, left_out, len(own)), True))
     if min(len(own), len(real)) > config.neighbourhood:
         precision, recall = precision_recall(own, real, config.neighbourhood)
         inside, covers = ball_counts(own, real, config.neighbourhood, parts)
@@ -113,19 +114,35 @@ def feature_metrics(
 def logit_metrics(
     logits: Tensor, groups: Sequence[int] | np.ndarray, config: SetsConfig, seed: int = 0
 ) -> list[SetMetric]:
-    """Returns the Inception Score of logits (N, k); raises UserError for fewer than two."""
-    if len(logits) < 2:
-        raise UserError(f"Inception Score: {len(logits)} image; a set has at least 2")
-    splits = config.inception_score_splits
-    metric = InceptionScore(
-        feature=_Rows(logits.shape[1]), splits=splits if len(logits) >= 2 * splits else 1
-    )
-    metric.update(logits)
+    """Returns the Inception Score of logits (N, k), its interval within 1 and k.
+
+    It is the mean over random splits, also where a part is left out of each of them; of one split
+    where `num_splits` says so. Raises UserError for fewer than two images.
+    """
+    count, num_classes = logits.shape
+    if count < 2:
+        raise UserError(f"Inception Score: {count} image; a set has at least 2")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        value = float(metric.compute()[0])
-    left_out = _without(jackknife_parts(groups), lambda kept: inception_score(logits[kept]))
-    return [_metric(IS, value, left_out, len(logits), False)]
+        order = torch.randperm(count)
+    splits = order.chunk(num_splits(count, num_classes, config.inception_score_splits))
+
+    def score(kept: np.ndarray) -> float:
+        is_kept = torch.zeros(count, dtype=torch.bool)
+        is_kept[torch.from_numpy(kept)] = True
+        own = [split[is_kept[split]] for split in splits]
+        return float(np.mean([inception_score(logits[each]) for each in own if len(each)]))
+
+    value = score(np.arange(count))
+    left_out = np.log(_without(jackknife_parts(groups), score))
+    found = jackknife(math.log(value), left_out, count)
+    low, high = (float(np.clip(np.exp(x), 1, num_classes)) for x in (found.low, found.high))
+    return [SetMetric(IS, Estimate(value, low, high, count), False)]
+
+
+def num_splits(num_images: int, num_classes: int, wanted: int) -> int:
+    """Returns into how many parts IS splits a set: as wanted, or one where these were too small."""
+    return wanted if num_images >= IMAGES_PER_CLASS * num_classes * wanted else 1
 
 
 def precision_recall(
@@ -171,17 +188,22 @@ def ball_counts(
     return inside.numpy(), covers.numpy()
 
 
+def independent_groups(groups: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Returns each image's prompt; of fewer than three prompts the images are their own."""
+    numbers = np.asarray(groups)
+    if len(np.unique(numbers)) < FEWEST_GROUPS:
+        return np.arange(len(numbers))
+    return numbers
+
+
 def jackknife_parts(groups: Sequence[int] | np.ndarray) -> list[np.ndarray]:
     """Splits images into parts of whole prompts, of which one at a time is left out.
 
     groups: each image's prompt; the images of a single prompt are their own. Returns the places of
     each part's images; nothing where an interval would rest on too few.
     """
-    numbers = np.asarray(groups)
+    numbers = independent_groups(groups)
     kinds = np.unique(numbers)
-    if len(kinds) < FEWEST_GROUPS:
-        numbers = np.arange(len(numbers))
-        kinds = numbers
     count = min(len(kinds), MOST_GROUPS)
     parts = [
         np.flatnonzero(np.isin(numbers, kinds[start::count])) for start in range(count)
@@ -194,12 +216,6 @@ def _without(parts: Sequence[np.ndarray], of_kept: Subset) -> list[float]:
     """Returns a metric of the set without each of the parts."""
     everything = np.arange(sum(map(len, parts)))
     return [of_kept(np.setdiff1d(everything, part)) for part in parts]
-
-
-def _metric(
-    name: str, value: float, left_out: Sequence[float], n: int, lower_is_better: bool
-) -> SetMetric:
-    return SetMetric(name, jackknife(value, left_out, n), lower_is_better)
 
 
 def _share(name: str, value: float, left_out: Sequence[float], n: int) -> SetMetric:

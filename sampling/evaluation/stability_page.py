@@ -56,7 +56,8 @@ NOTES = {
     "as the score needs them, the scores, and the winner's remaining steps.",
     "sets": "FID and KID to the reference pictures (lower is better), IS (higher is better); every "
     "set has as many images of every prompt. Differences from the set of random noises with "
-    "jackknife intervals over prompts. FID of so few images is biased upwards: compare only here.",
+    "jackknife intervals over prompts. FID of n images is biased upwards, and "
+    "its interval is at this n: compare only here. KID is unbiased.",
     "costs": "NFE: a row that a gradient goes back through counts 3. Seconds as the study ran it, "
     "in its batches; selection's are its share of the pool's, where every image is decoded and "
     "judged. Memory: of a process that does it for one prompt, one noise at a time.",

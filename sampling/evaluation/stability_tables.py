@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sampling.evaluation.hacking_alarm import fewest_prompts
+from sampling.evaluation.metrics_summary import title_at_n
 from sampling.evaluation.stability_arms import Place, Prices
 from sampling.evaluation.stability_findings import (
     SELECTION,
@@ -121,7 +122,12 @@ def cheaper_table(found: Sequence[Cheaper], quality: Sequence[str], judge: str) 
 def set_table(found: Sequence[SetMetric]) -> Table:
     """Shows FID, KID and IS of the sets."""
     rows = [
-        [each.metric, each.chosen, f"{each.num_images}", f"{each.value:.4g}"]
+        [
+            title_at_n(each.metric, [each.num_images]),
+            each.chosen,
+            f"{each.num_images}",
+            f"{each.value:.4g}",
+        ]
         + ([interval(each.difference, 3)] if each.chosen != "random" else [""])
         for each in found
     ]
