@@ -66,7 +66,7 @@ class Classifier:
         self.label_of(prompt)
 
     def _score(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
-        wanted = torch.tensor([self.label_of(prompt) for prompt in prompts])
+        classes = [self.label_of(prompt) for prompt in prompts]
         logits = self._model(images)
         num_classes = logits.shape[1]
         if self._labels and len(self._labels) != num_classes:
@@ -74,15 +74,16 @@ class Classifier:
                 f"labels: {len(self._labels)} names for a classifier with {num_classes} outputs; "
                 "give one name an output, in their order"
             )
-        if wanted.max() >= num_classes:
+        if max(classes) >= num_classes:
             raise UserError(
-                f"label={int(wanted.max())} is not one of the classifier's {num_classes} classes, "
+                f"label={max(classes)} is not one of the classifier's {num_classes} classes, "
                 f"0 to {num_classes - 1}"
             )
+        wanted = torch.tensor(classes, device=logits.device)
         if self._output == "top1":
-            return (logits.argmax(dim=1) == wanted.to(logits.device)).to(logits.dtype)
+            return (logits.argmax(dim=1) == wanted).to(logits.dtype)
         values = logits if self._output == "logit" else logits.log_softmax(dim=1)
-        return values.gather(1, wanted.to(values.device)[:, None])[:, 0]
+        return values.gather(1, wanted[:, None])[:, 0]
 
     def _number(self, label: str) -> int:
         if label in self._labels:
