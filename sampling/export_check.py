@@ -137,7 +137,8 @@ def our_latents(model: DiffusionModel, scheduler: Any, noise: Tensor) -> dict[st
         schedule = process.schedule
         if comparison.has_stand_in and schedule.is_zero_terminal_snr:
             schedule = schedule.with_terminal_alpha_bar(STAND_IN)
-        grid = SamplingGrid.of(schedule, [int(t) for t in theirs.timesteps])
+        timesteps = [int(t) for t in theirs.timesteps]
+        grid = SamplingGrid.of(schedule, timesteps, process.final_alpha_bar(comparison.sampler))
         start = noise
         if comparison.sampler == "euler" and process.timestep_spacing != "leading":
             start = noise * grid.sigma[0]  # their Euler starts at x_t = sigma_t eps

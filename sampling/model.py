@@ -32,7 +32,6 @@ from sampling.samplers import (
     Denoise,
     Prediction,
     SampleState,
-    SamplingGrid,
     check_sampler,
     run,
 )
@@ -335,8 +334,7 @@ class DiffusionModel:
         check_sampler(sampler, eta)
         self.process.check_sound(allow_unsound)
         shape = self.latent_shape(height, width)
-        schedule = self.process.schedule
-        grid = SamplingGrid.of(schedule, self.process.timesteps(num_steps))
+        grid = self.process.grid(num_steps, sampler)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         if self.is_unconditional:
             guidance = NO_GUIDANCE  # both branches would be the same

@@ -1,9 +1,10 @@
-"""The process that a checkpoint was trained for: schedule, prediction type, timestep spacing.
+"""The process of a checkpoint: schedule, prediction type, timestep spacing, final alpha_bar.
 
 It travels inside the checkpoint, as a diffusers scheduler_config, and nothing that samples takes it
 from elsewhere.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -12,7 +13,10 @@ import torch
 
 from sampling.errors import UserError
 from sampling.prediction import PredictionType
+from sampling.samplers import END_AT_FINAL_ALPHA_BAR, SamplingGrid
 from sampling.schedule import NoiseSchedule, Spacing
+
+log = logging.getLogger(__name__)
 
 EXPORT_TOLERANCE = 1e-5
 SCHEME_KEYS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
@@ -27,6 +31,9 @@ class Process:
     timestep_spacing: Spacing = "trailing"
     steps_offset: int = 1
     scheme: dict[str, Any] = field(default_factory=dict)  # the named betas it started from
+    set_alpha_to_one: bool = True
+    """Whether DDIM ends at clean data, alpha_bar 1, rather than at the schedule's first alpha_bar;
+    diffusers' name and default. Stable Diffusion 1 and 2 were published with False."""
 
     def unsound(self) -> str | None:
         """Names what cannot work at zero terminal SNR, with the remedy; None where all is well."""
@@ -70,9 +77,23 @@ class Process:
         """Returns the sampling timesteps of this checkpoint, noisiest first."""
         return self.schedule.timesteps(num_steps, self.timestep_spacing, self.steps_offset)
 
+    def final_alpha_bar(self, sampler: str) -> float:
+        """Returns the alpha_bar that a sampler's last step goes to."""
+        if self.set_alpha_to_one or sampler not in END_AT_FINAL_ALPHA_BAR:
+            return 1.0
+        return self.schedule.alpha_bar[0].item()
+
+    def grid(self, num_steps: int, sampler: str = "ddim") -> SamplingGrid:
+        """Returns the noise levels that a sampler of this checkpoint walks."""
+        timesteps = self.timesteps(num_steps)
+        return SamplingGrid.of(self.schedule, timesteps, self.final_alpha_bar(sampler))
+
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":
-        """Reads a scheduler_config of any diffusers scheduler class."""
+        """Reads a scheduler_config of any diffusers scheduler class.
+
+        A key that is absent means what it means to DDIMScheduler.from_config, whatever the class.
+        """
         if "timestep_scaling" in config:
             raise UserError(
                 "the scheduler config has the key timestep_scaling, which diffusers ignores "
@@ -90,6 +111,12 @@ class Process:
                 f"timestep_spacing={spacing!r} in the scheduler config is not one of "
                 "trailing, leading, linspace"
             )
+        if config.get("final_sigmas_type", "zero") != "zero":
+            log.warning(
+                "note: final_sigmas_type=%s in the scheduler config is not kept: every sampler "
+                "but ddim ends at clean data, as with zero",
+                config["final_sigmas_type"],
+            )
         return cls(
             schedule=NoiseSchedule.from_diffusers(config),
             prediction_type=cast(PredictionType, prediction_type),
@@ -97,6 +124,7 @@ class Process:
             # StableDiffusionPipeline corrects an older config's 0 to 1, with a warning
             steps_offset=max(1, int(config.get("steps_offset", 1))),
             scheme={key: config[key] for key in SCHEME_KEYS if key in config},
+            set_alpha_to_one=bool(config.get("set_alpha_to_one", True)),
         )
 
     def to_diffusers(self) -> dict[str, Any]:
@@ -114,7 +142,7 @@ class Process:
             "prediction_type": self.prediction_type,
             "rescale_betas_zero_snr": self.schedule.is_zero_terminal_snr,
             "sample_max_value": 1.0,
-            "set_alpha_to_one": True,
+            "set_alpha_to_one": self.set_alpha_to_one,
             "steps_offset": self.steps_offset,
             "thresholding": False,
             "timestep_spacing": self.timestep_spacing,

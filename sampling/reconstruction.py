@@ -23,7 +23,7 @@ from sampling.inversion import (
     invert,
 )
 from sampling.model import DiffusionModel
-from sampling.samplers import SampleState, SamplingGrid, run
+from sampling.samplers import SampleState, run
 
 NAIVE = Inverter("ddim")
 
@@ -64,7 +64,7 @@ def reconstruct(
         )
     model.latent_shape(*images.shape[2:])
     model.process.check_sound()
-    grid = SamplingGrid.of(model.process.schedule, model.process.timesteps(num_steps))
+    grid = model.process.grid(num_steps)
     if inverter is None and grid.num_steps < 2:
         raise UserError(f"num_steps={num_steps}: BDIA walks pairs of levels; take at least 2")
     empty = model.encode_prompts([""])

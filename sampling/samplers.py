@@ -1,15 +1,16 @@
 """Samplers in (alpha, sigma), finite at zero terminal SNR, walking a timestep list by index.
 
-A step goes from noise level i of a grid to level i + 1; the last level is clean data (alpha 1,
-sigma 0). Every sampler is a function of one step, so a run can stop at any level, preview, add
-noise and go on. With x0 and eps the network's reading of x_t:
+A step goes from noise level i of a grid to level i + 1. The last level is clean data (alpha 1,
+sigma 0), or for ddim the process's final alpha_bar (`Process.grid`). Every sampler is a function of
+one step, so a run can stop at any level, preview, add noise and go on. With x0 and eps the
+network's reading of x_t:
 
     DDIM (Song et al. 2021):  x_u = alpha_u x0 + sqrt(sigma_u^2 - s^2) eps + s z,
                               s = eta (sigma_u / sigma_t) sqrt(1 - alpha_t^2 / alpha_u^2)
     Heun in the angle:        phi = atan2(sigma, alpha), dx / dphi = v = alpha eps - sigma x0
     DPM++ 2M (Lu et al. 2022): x_u = r x_t + (alpha_u - alpha_t r) D,  r = sigma_u / sigma_t
 
-Euler is DDIM with eta 0, Euler ancestral is DDIM with eta 1.
+Euler is DDIM with eta 0, Euler ancestral is DDIM with eta 1, on a grid that ends at clean data.
 """
 
 import math
@@ -37,20 +38,25 @@ StepNoise = Callable[[int], Tensor]  # step index -> unit noise like x
 
 @dataclass(frozen=True)
 class SamplingGrid:
-    """The noise levels of a run: S timesteps and, as level S, clean data."""
+    """The noise levels of a run: S timesteps and, as level S, where it ends (`of`)."""
 
     timesteps: tuple[int, ...]
-    alpha: tuple[float, ...]  # S + 1 values, the last is 1
-    sigma: tuple[float, ...]  # S + 1 values, the last is 0
+    alpha: tuple[float, ...]  # S + 1 values
+    sigma: tuple[float, ...]  # S + 1 values
 
     @classmethod
-    def of(cls, schedule: NoiseSchedule, timesteps: Sequence[int]) -> "SamplingGrid":
-        """Reads the levels of `timesteps` (noisiest first) from the schedule."""
+    def of(
+        cls, schedule: NoiseSchedule, timesteps: Sequence[int], final_alpha_bar: float = 1.0
+    ) -> "SamplingGrid":
+        """Reads the levels of `timesteps` (noisiest first) from the schedule.
+
+        Level S has `final_alpha_bar`; 1 is clean data.
+        """
         alpha, sigma = schedule.alpha.tolist(), schedule.sigma.tolist()
         return cls(
             tuple(timesteps),
-            (*(alpha[t] for t in timesteps), 1.0),
-            (*(sigma[t] for t in timesteps), 0.0),
+            (*(alpha[t] for t in timesteps), math.sqrt(final_alpha_bar)),
+            (*(sigma[t] for t in timesteps), math.sqrt(1 - final_alpha_bar)),
         )
 
     @property
@@ -125,6 +131,9 @@ def _half_log_snr(alpha: float, sigma: float) -> float:
 
 
 SAMPLERS = ("ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m")
+END_AT_FINAL_ALPHA_BAR = ("ddim",)
+"""Samplers that end at the process's final alpha_bar. The others end at clean data, as diffusers'
+Euler, Euler ancestral, Heun and DPM++ 2M do, which have no `set_alpha_to_one`."""
 
 
 def run(

@@ -16,7 +16,7 @@ from sampling.errors import RunFailed
 from sampling.guidance import Guidance
 from sampling.model import DiffusionModel
 from sampling.noise import initial_noise
-from sampling.samplers import SampleState, SamplingGrid, run
+from sampling.samplers import SampleState, run
 from scripts.bench_timing import Row, Seconds, ratio_row, row, time_round
 from train.config import TrainConfig
 from train.process import fine_tuned_process
@@ -52,8 +52,7 @@ def contestants(
     ]
     seeds = list(range(num_images))
     noise = initial_noise(seeds, model.latent_shape())
-    timesteps = model.process.timesteps(num_steps)
-    grid = SamplingGrid.of(model.process.schedule, timesteps)
+    grid = model.process.grid(num_steps)
     conditional = model.encode_prompts(prompts)
     empty = model.encode_prompts([""] * num_images)
     both = torch.cat([empty.prompt_embeds, conditional.prompt_embeds])
@@ -62,7 +61,7 @@ def contestants(
 
     @torch.no_grad()
     def unet_calls() -> None:
-        for t in timesteps:
+        for t in grid.timesteps:
             model.unet(doubled, torch.full((2 * num_images,), t), both, return_dict=False)
 
     @torch.no_grad()

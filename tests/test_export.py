@@ -30,6 +30,7 @@ ZERO_SNR = {
     "_class_name": "DDIMScheduler",
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
     "timestep_spacing": "trailing",
 }
 

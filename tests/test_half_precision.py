@@ -22,6 +22,7 @@ TRAINED_BETAS = NoiseSchedule.scaled_linear(0.001, 0.011).zero_terminal_snr().be
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "trained_betas": TRAINED_BETAS,
+    "set_alpha_to_one": True,
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",

@@ -261,7 +261,7 @@ def test_the_verb_optimises_a_noise_and_keeps_it(pipeline: Path, tmp_path: Path)
         assert row["score"] > row["baseline"]["scores"]["bright"]
         name = row["image"].replace(".png", ".noise.safetensors")
         noise = load_file(tmp_path / "out" / name)["noise"][None]
-        grid = SamplingGrid.of(model.process.schedule, model.process.timesteps(4))
+        grid = model.process.grid(4)
         with torch.no_grad():
             denoise = model.denoiser(model.encode_prompts([row["prompt"]]))
             image = model.decode(run("ddim", denoise, grid, SampleState(noise)).x)

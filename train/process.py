@@ -41,6 +41,7 @@ def fine_tuned_process(config: TrainConfig, base: Process) -> Process:
         timestep_spacing=config.schedule.timestep_spacing,
         steps_offset=1,
         scheme=scheme,
+        set_alpha_to_one=True,  # the last step ends clean
     )
     # Again, now of the schedule itself: a base may be zero-terminal where the config is not.
     process.check_sound(config.allow_unsound)

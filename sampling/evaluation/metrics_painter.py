@@ -142,7 +142,7 @@ class Painter:
         kept = self._settings.get("weights_digest")
         if kept is not None and kept != digest:
             raise UserError(
-                f"checkpoint={self._config.checkpoint} has other weights than those that "
+                f"checkpoint={self._config.checkpoint} has other weights, or another process, than "
                 f"output={self._config.output} was sampled with; choose another output"
             )
         self._settings["weights_digest"] = digest

@@ -17,7 +17,7 @@ from sampling.guidance import Guidance
 from sampling.inversion import Inversion
 from sampling.model import DiffusionModel
 from sampling.noise import step_noise
-from sampling.samplers import Denoise, SampleState, SamplingGrid, renoise, run
+from sampling.samplers import Denoise, SampleState, renoise, run
 from sampling.search.gradients import gradient_batch
 from sampling.search.ledger import BACKWARD_NFE, Ledger
 from sampling.search.trial import (
@@ -68,7 +68,7 @@ class TrialRunner:
         self.verifiers, self.weights, self.batch_size = verifiers, weights, batch_size
         self.shape = model.latent_shape(sampling.height, sampling.width)
         process = model.process
-        self.grid = SamplingGrid.of(process.schedule, process.timesteps(sampling.num_steps))
+        self.grid = process.grid(sampling.num_steps, sampling.sampler)
         self._empty = model.encode_prompts([sampling.negative_prompt])
         self._encoded: dict[int, Conditioning] = {}
         wanted = (verifier.preview_log_snr for verifier in verifiers)

@@ -1,0 +1,160 @@
+"""DDIM ends where diffusers' DDIM ends: at clean data, or at the schedule's first alpha_bar."""
+
+import json
+import logging
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionPipeline
+from torch.testing import assert_close
+
+from sampling.export import export
+from sampling.inversion import Inverter, invert
+from sampling.model import DiffusionModel
+from sampling.process import Process
+from sampling.reconstruction import reconstruct
+from sampling.samplers import SAMPLERS, SampleState, run
+from tests.tiny_pipeline import SD15_SCHEDULER_CONFIG, make_tiny_pipeline
+from tests.tiny_run import tiny_config
+from tests.toy_denoisers import noise_of, reader, toy_network
+from train.process import fine_tuned_process
+
+CLASSES = (
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "LCMScheduler",
+)
+OF_SAMPLERS = {
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+}
+
+
+def config(set_alpha_to_one, **entries):
+    return SD15_SCHEDULER_CONFIG | {"set_alpha_to_one": set_alpha_to_one} | entries
+
+
+@pytest.fixture(scope="module", params=[False, True])
+def checkpoint(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "sd"
+    return make_tiny_pipeline(folder, scheduler={"set_alpha_to_one": request.param})
+
+
+@pytest.mark.parametrize("value", [False, True, None])
+@pytest.mark.parametrize("name", CLASSES)
+def test_any_scheduler_class_means_what_it_means_to_ddim(name, value):
+    """Absent it is true also for PNDM, whose own default is false: from_config drops defaults."""
+    written = {k: v for k, v in config(value).items() if v is not None} | {"_class_name": name}
+    theirs = DDIMScheduler.from_config(getattr(diffusers, name).from_config(written).config)
+    ours = Process.from_diffusers(written).final_alpha_bar("ddim")
+    assert ours == pytest.approx(theirs.final_alpha_cumprod.item(), abs=1e-6)
+    assert (ours == 1) == (value is not False)
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+@pytest.mark.parametrize("sampler", SAMPLERS[1:])
+def test_other_samplers_end_at_clean_data_as_diffusers_do(sampler, set_alpha_to_one):
+    process = Process.from_diffusers(config(set_alpha_to_one))
+    theirs = getattr(diffusers, OF_SAMPLERS[sampler]).from_config(process.to_diffusers())
+    theirs.set_timesteps(5)
+    assert theirs.sigmas[-1] == 0
+    assert process.grid(5, sampler).level(5) == (1, 0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("num_steps", [1, 5, 25])
+def test_ddim_equals_diffusers(num_steps, spacing, set_alpha_to_one, eta):
+    written = config(set_alpha_to_one, timestep_spacing=spacing, prediction_type="v_prediction")
+    process, scheduler = Process.from_diffusers(written), DDIMScheduler.from_config(written)
+    scheduler.set_timesteps(num_steps)
+    fresh = [noise_of().flip(step % 4) for step in range(num_steps)]
+    theirs = noise_of()
+    for step, t in enumerate(scheduler.timesteps):
+        output = toy_network(theirs, t.item())
+        extra = {"eta": eta, "variance_noise": fresh[step]} if eta else {}
+        theirs = scheduler.step(output, t, theirs, **extra).prev_sample
+    ours = run(
+        "ddim",
+        reader(process.schedule),
+        process.grid(num_steps),
+        SampleState(noise_of()),
+        eta=eta,
+        noise=lambda step: fresh[step],
+    )
+    assert_close(ours.x, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+def test_naive_inversion_equals_diffusers(set_alpha_to_one):
+    """Of a network that predicts eps: theirs converts v at the clean end, ours at the noisy one."""
+    written = config(set_alpha_to_one)
+    process, scheduler = Process.from_diffusers(written), DDIMInverseScheduler.from_config(written)
+    scheduler.set_timesteps(10)
+    theirs = clean = 0.3 * noise_of()
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(toy_network(theirs, t.item()), t, theirs).prev_sample
+    denoise = reader(process.schedule, "epsilon")
+    ours = invert(denoise, process.grid(10), clean, Inverter("ddim").of(process)).x
+    assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_of_a_published_base_equal_diffusers(checkpoint):
+    """SD 1.5's published scheduler is PNDM with set_alpha_to_one false; DDIM is made from it."""
+    pipeline = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    options = {"guidance_scale": 3.0, "guidance_rescale": 0.7}
+    theirs = pipeline(
+        "a photo",
+        num_inference_steps=10,
+        generator=torch.Generator("cpu").manual_seed(1),
+        output_type="pt",
+        **options,
+    ).images
+    ours = DiffusionModel.load(checkpoint).sample(["a photo"], [1], num_steps=10, **options)
+    assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_saving_and_exporting_keep_it(checkpoint, tmp_path):
+    model = DiffusionModel.load(checkpoint)
+    export(checkpoint, tmp_path / "out")
+    model.save(tmp_path / "saved")
+    for folder in (tmp_path / "out", tmp_path / "saved"):
+        written = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+        assert written["set_alpha_to_one"] == model.process.set_alpha_to_one
+        assert DiffusionModel.load(folder).process.set_alpha_to_one == written["set_alpha_to_one"]
+
+
+@pytest.mark.parametrize("zero_snr", [True, False])
+def test_a_fine_tune_ends_at_clean_data_whatever_its_base_does(tmp_path, zero_snr):
+    settings = {"schedule.zero_terminal_snr": zero_snr}
+    wanted = tiny_config(tmp_path / "run", tmp_path / "base", tmp_path / "shards", **settings)
+    process = fine_tuned_process(wanted, Process.from_diffusers(config(False)))
+    assert process.set_alpha_to_one and process.to_diffusers()["set_alpha_to_one"]
+
+
+def test_reconstruction_walks_the_checkpoints_own_levels(checkpoint, monkeypatch):
+    model, seen = DiffusionModel.load(checkpoint), []
+    monkeypatch.setattr(
+        "sampling.reconstruction.invert",
+        lambda denoise, grid, *rest, **_: seen.append(grid) or invert(denoise, grid, *rest),
+    )
+    images = torch.full((1, 3, 16, 16), 0.5)
+    reconstruct(model, images, ["a photo"], num_steps=3, inverter=Inverter("ddim"))
+    assert seen[0].alpha[-1] ** 2 == pytest.approx(model.process.final_alpha_bar("ddim"))
+
+
+def test_another_last_sigma_is_named(caplog):
+    with caplog.at_level(logging.WARNING):
+        Process.from_diffusers({"final_sigmas_type": "zero"})
+        assert not caplog.records
+        Process.from_diffusers({"final_sigmas_type": "sigma_min"})
+    assert "final_sigmas_type=sigma_min" in caplog.text and "is not kept" in caplog.text
