@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from sampling.card_clients import Architecture
 from sampling.choices import Dtype, Weights
 from sampling.errors import NOT_WRITABLE, RunFailed, UserError
 from sampling.export_check import check_against_diffusers
@@ -42,7 +43,10 @@ def export(
     with moved_into_place(output) as folder:
         model.save(folder)
         run_dir = _run_dir_of(Path(checkpoint))
-        card = model_card(model.process, weights, str(checkpoint), run_dir, model.pixels)
+        architecture = Architecture.of(model.unet, model.pixels is not None)
+        card = model_card(
+            model.process, weights, str(checkpoint), run_dir, model.pixels, architecture
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         if verify:
             check_against_diffusers(model.to(device), folder)

@@ -1,39 +1,21 @@
-"""The README.md of an exported model: what it is, how to load it, which schedulers run it."""
+"""The README.md of an exported model: what it is, how to load it, what samples it right.
+
+A function of the process and the architecture: each statement appears exactly where it is true.
+"""
 
 import json
 import re
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from sampling.card_clients import UNKNOWN, Architecture, client_facts
+from sampling.card_schedulers import scheduler_facts
 from sampling.pixel_folder import PixelForm
 from sampling.process import Process
-
-HONOUR_ZERO_SNR = (
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DDPMScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "LCMScheduler",
-    "TCDScheduler",
-)
-"""diffusers schedulers that act on `rescale_betas_zero_snr` (diffusers 0.42)."""
-
-DROP_ZERO_SNR = (
-    "HeunDiscreteScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "SASolverScheduler",
-)
-"""diffusers schedulers that drop `rescale_betas_zero_snr` without a word (diffusers 0.42)."""
 
 RUN_KEYS = (
     "seed",
@@ -54,6 +36,7 @@ def model_card(
     checkpoint: str,
     run_dir: Path | None = None,
     pixels: PixelForm | None = None,
+    architecture: Architecture = UNKNOWN,
 ) -> str:
     """Returns the card as Markdown, with YAML front matter that hubs read.
 
@@ -66,10 +49,8 @@ def model_card(
     parts = [_front_matter(base, pixels), _summary(title, process, weights, base)]
     parts.append(_pixel_usage(pixels) if pixels else _usage(process))
     parts.append(_settings(process))
-    if process.schedule.is_zero_terminal_snr:
-        parts.append(_schedulers(process))
-    if pixels is None:
-        parts.append(_single_file(process))
+    parts.append(_section("Schedulers of diffusers", scheduler_facts(process)))
+    parts.append(_section("ComfyUI, A1111, Forge", client_facts(process, architecture)))
     if run_dir is not None:
         parts.append(_training(run_dir))
     return "\n".join(part for part in parts if part)
@@ -147,54 +128,37 @@ def _settings(process: Process) -> str:
 is lost:
 `pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)`.
 """
+    bullets = _bullets([_guidance_rescale(process), _spacing(process)])
+    return f"{text}\n{bullets}\n" if bullets else text
+
+
+def _guidance_rescale(process: Process) -> str:
     if not process.schedule.is_zero_terminal_snr:
-        return text
-    return (
-        text
-        + f"""
-- **guidance_rescale**: 0.7 at guidance_scale 7.5 (useful range 0.5 to 0.75). Without it high
-  guidance overexposes a zero-terminal-SNR model.
-- **timestep_spacing** is `{process.timestep_spacing}`: sampling starts at the last timestep, where
-  the SNR is zero. Spacing `leading` never visits it. The key is `timestep_spacing`; diffusers
-  ignores `timestep_scaling` silently.
-"""
-    )
-
-
-def _schedulers(process: Process) -> str:
-    honour = "\n".join(f"- {name}" for name in HONOUR_ZERO_SNR)
-    others = ", ".join(name.removesuffix("Scheduler") for name in DROP_ZERO_SNR)
-    consequence = (
-        "they run the schedule without the rescale, so its pictures are gray again"
-        if process.to_diffusers().get("trained_betas") is None
-        else "with the `trained_betas` of this model they compute NaN"
-    )
-    return f"""## Schedulers
-
-These diffusers schedulers honour `rescale_betas_zero_snr`:
-
-{honour}
-
-The others drop the flag silently ({others}); {consequence}. Do not use them with this model.
-"""
-
-
-def _single_file(process: Process) -> str:
-    keys = [
-        f"an empty tensor under the key `{key}`"
-        for key, holds in (
-            ("v_pred", process.prediction_type == "v_prediction"),
-            ("ztsnr", process.schedule.is_zero_terminal_snr),
-        )
-        if holds
-    ]
-    if not keys:
         return ""
-    return f"""## Single-file checkpoints
+    return (
+        "**guidance_rescale**: 0.7 at guidance_scale 7.5 (useful range 0.5 to 0.75). Without it "
+        "high guidance overexposes a zero-terminal-SNR model."
+    )
 
-When this folder is converted to one .safetensors file, the scheduler config is lost. ComfyUI and
-others read the model type from the state dict instead: add {" and ".join(keys)}.
-"""
+
+def _spacing(process: Process) -> str:
+    if process.unsound() or not process.schedule.is_zero_terminal_snr:
+        return ""
+    return (
+        f"**timestep_spacing** is `{process.timestep_spacing}`: sampling starts at the last "
+        "timestep, where the SNR is zero. Spacing `leading` never visits it. The key is "
+        "`timestep_spacing`; diffusers ignores `timestep_scaling` silently."
+    )
+
+
+def _section(title: str, facts: Sequence[str]) -> str:
+    bullets = _bullets(facts)
+    return f"## {title}\n\n{bullets}\n" if bullets else ""
+
+
+def _bullets(facts: Sequence[str]) -> str:
+    wrap = textwrap.TextWrapper(100, "- ", "  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap.fill(fact) for fact in facts if fact)
 
 
 def _training(run_dir: Path) -> str:
