@@ -146,6 +146,7 @@ def fid_table(config: IntervalsConfig) -> str:
 def measure(config: IntervalsConfig) -> str:
     """Measures everything; returns the page."""
     machine = describe_machine()
+    torch.set_num_threads(1)  # several that wait for each other take CPU time beside other work
     page = f"""# How often the intervals hold the truth
 
 `python -m scripts.measure_intervals`, {machine["date"]}, {machine["machine"]}. Share of 95 %
@@ -167,8 +168,7 @@ distance {SHIFT}, deviations {SCALE} times the references'.
         page += (
             f"\nd = {num_features}, n = {num_images}: {busy_s:.0f} s of CPU time "
             f"({seconds:.0f} s by the clock, beside what else the machine did) for the set, its "
-            f"references' root, and both FIDs with their intervals; {torch.get_num_threads()} "
-            "threads.\n"
+            f"references' root, and both FIDs with their intervals, on one thread.\n"
         )
     write_whole(Path(config.output), page)
     return page
