@@ -56,7 +56,7 @@ class SampleConfig:
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
     batch_size: int = 16
-    """Pictures sampled at once; does not change them."""
+    """Pictures sampled at once; changes them by rounding alone."""
     attention: Attention = "auto"
     """Attention kernel of the UNet: auto takes xformers where it runs, else sdpa (torch's own)."""
     channels_last: bool = False

@@ -174,7 +174,7 @@ class MetricsConfig:
     channels_last: bool = False
     """Hold the convolutions' weights in channels-last order."""
     batch_size: int = 16
-    """Images sampled at once; does not change them."""
+    """Images sampled at once; changes them by rounding alone."""
 
     def __post_init__(self) -> None:
         for name in ("num_images", "num_steps", "batch_size"):

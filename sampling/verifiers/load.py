@@ -58,7 +58,7 @@ class VerifierConfig:
     dtype: Dtype = "float32"
     """Number format of its weights."""
     batch_size: int = 16
-    """Images judged at once; does not change the scores."""
+    """Images judged at once; changes scores by rounding alone."""
     base: str | None = None
     """What a checkpoint stands on: the CLIP of aesthetic, the tokenizer of image_reward."""
     label: str | None = None
