@@ -34,6 +34,7 @@ from data.transform import CENTER, draw
 
 FORMAT_VERSION = 2
 KEY_BYTES = 16
+DEFAULT_FORMATS = {"encoder_dtype": "float32", "tf32": False}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Encoding:
     scaling_factor: float
     prompt_embeds_shape: tuple[int, ...] = ()
     """Known when the first shard is encoded."""
+    encoder_dtype: str = "float32"
+    """Number format of the encoders; the default is that of caches made without a record of it."""
+    tf32: bool = False
+    """Whether float32 products were computed in TensorFloat-32; likewise."""
     version: int = FORMAT_VERSION
 
     def settings(self) -> dict[str, Any]:
@@ -74,8 +79,12 @@ class Encoding:
 
     @property
     def key(self) -> str:
-        """Digest of the settings: two caches of one key hold the same latents."""
-        text = json.dumps(self.settings(), sort_keys=True)
+        """Digest of the settings: two caches of one key hold the same latents.
+
+        Number formats at their defaults are left out, so that caches without a record keep theirs.
+        """
+        settings = {k: v for k, v in self.settings().items() if DEFAULT_FORMATS.get(k) != v}
+        text = json.dumps(settings, sort_keys=True)
         return blake2b(text.encode(), digest_size=KEY_BYTES).hexdigest()
 
     def write(self, folder: Path) -> None:

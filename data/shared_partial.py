@@ -38,7 +38,7 @@ class SharedPartial:
     def __init__(self, output: Path, settings: dict[str, Any]) -> None:
         self.output, self.settings = output, settings
         self.target = output.absolute()
-        self.folder = self.target.parent / f".{self.target.name}.partial"
+        self.folder = folder_beside(output)
         self.shards, self.parts = self.folder / "shards", self.folder / "parts"
         self.claims, self.working = self.folder / "claims", self.folder / "working"
         self.has_locks = True
@@ -229,6 +229,12 @@ class SharedPartial:
         if self._presence >= 0:
             _unlock(self._presence)
             self._presence = -1
+
+
+def folder_beside(output: Path) -> Path:
+    """Returns where an output lies while it is filled."""
+    target = output.absolute()
+    return target.parent / f".{target.name}.partial"
 
 
 def _unlock(file: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sampling.choices import Attention, Dtype, Weights
+from sampling.choices import Attention, AutoDtype, Dtype, Tf32, Weights
 from sampling.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,8 +51,12 @@ class SampleConfig:
     """Width in px; the model's own if not set."""
     weights: Weights = "ema"
     """Which weights of a training checkpoint: their moving average or the last step's."""
-    dtype: Dtype = "float32"
-    """Number format of the weights; float16 and bfloat16 take half the memory."""
+    dtype: AutoDtype = "auto"
+    """Number format of the weights; float16 and bfloat16 take half the memory. auto: bfloat16 on a
+    GPU that computes in it, else float32."""
+    tf32: Tf32 = "auto"
+    """Compute float32 products and convolutions in TensorFloat-32 (10 bits of mantissa). auto: on a
+    GPU of compute capability 8.0 or newer, and nowhere else."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
     batch_size: int = 16

@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sampling.checkpoint import Weights, resolve
 from sampling.conditioning import Conditioning, encode_classes, encode_text
+from sampling.encoders import Encoders, dtype_of
 from sampling.errors import UserError
 from sampling.guidance import NO_GUIDANCE, Guidance, guided_output
 from sampling.loading import Part, empty_unet, load_tokenizer, load_unet, read_json
@@ -38,8 +39,6 @@ from sampling.samplers import (
 from sampling.saving import save_model
 
 log = logging.getLogger(__name__)
-
-VAE_SLICE_IMAGES = 8
 
 
 class DiffusionModel:
@@ -67,14 +66,13 @@ class DiffusionModel:
         self.pixels = pixels
         self._device = unet.device
         parts = {"vae": vae, "text_encoder": text_encoder}
-        self._encoders: dict[str, Any] = {k: part for k, part in parts.items() if part is not None}
+        self._encoders = Encoders(parts)
         self.vae_scale, self.scaling_factor = 1, 1.0
         if vae is not None:
             setting = vae.setting if isinstance(vae, Part) else partial(getattr, vae.config)
             self.vae_scale = 2 ** (len(setting("block_out_channels")) - 1)
             self.scaling_factor = float(setting("scaling_factor"))
-        for part in self.loaded_parts():
-            part.requires_grad_(False).eval()
+        self.unet.requires_grad_(False).eval()
 
     @classmethod
     def load(
@@ -118,12 +116,12 @@ class DiffusionModel:
     @property
     def vae(self) -> AutoencoderKL:
         """The autoencoder, loaded when it is first asked for; pixel-space models have none."""
-        return self._encoder("vae")
+        return self._encoders.get("vae", self.device)
 
     @property
     def text_encoder(self) -> CLIPTextModel:
         """The text encoder, loaded when it is first asked for."""
-        return self._encoder("text_encoder")
+        return self._encoders.get("text_encoder", self.device)
 
     @property
     def is_unconditional(self) -> bool:
@@ -132,20 +130,15 @@ class DiffusionModel:
 
     def load_encoders(self) -> None:
         """Loads now what would be loaded on first use, so that its faults show now."""
-        for name in self._encoders:
-            self._encoder(name)
+        self._encoders.load(self.device)
 
-    def _encoder(self, name: str) -> Any:
-        found = self._encoders[name]
-        if isinstance(found, Part):
-            found = found.load().requires_grad_(False).eval().to(self.device)
-            self._encoders[name] = found
-        return found
+    def set_encoder_dtype(self, dtype: torch.dtype) -> None:
+        """Holds the autoencoder and the text encoder in `dtype` from here on, loaded or not."""
+        self._encoders.set_dtype(dtype)
 
     def loaded_parts(self) -> list[Any]:
         """Returns the UNet and the encoders that are in memory."""
-        encoders = self._encoders.values()
-        return [self.unet, *(part for part in encoders if not isinstance(part, Part))]
+        return [self.unet, *self._encoders.loaded()]
 
     def save(self, folder: str | Path) -> None:
         """Writes a diffusers folder: StableDiffusionPipeline, or PixelPipeline with its code."""
@@ -195,11 +188,17 @@ class DiffusionModel:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encodes texts or class names (sampling/conditioning.py); "" stands for no condition."""
+        """Encodes texts or class names (sampling/conditioning.py); "" stands for no condition.
+
+        The embeddings are float32. The text encoder runs in the format of its own weights, also
+        under the autocast of a run in mixed precision: training and its previews embed alike.
+        """
         if self.tokenizer is None:
             assert self.pixels is not None
             return encode_classes(self.pixels.classes, prompts, self.device)
-        return encode_text(self.tokenizer, self.text_encoder, prompts, self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            condition = encode_text(self.tokenizer, self.text_encoder, prompts, self.device)
+        return condition.to(torch.float32)
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "n 3 h w"], noise: Tensor | None = None) -> Tensor:
@@ -218,8 +217,10 @@ class DiffusionModel:
 
         They describe the posterior of the latents, before the scaling factor.
         """
-        return self._by_slices(
-            lambda pixels: self.vae.encode(pixels).latent_dist.parameters, 2 * images - 1
+        return self._encoders.run_vae(
+            lambda vae, pixels: vae.encode(pixels).latent_dist.parameters,
+            2 * images - 1,
+            self.device,
         )
 
     def draw_latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -240,30 +241,10 @@ class DiffusionModel:
         """Decodes as `decode` does, and lets gradients through where they are wanted."""
         if self.pixels:
             return (latents / 2 + 0.5).clamp(0, 1)
-        images = self._by_slices(lambda x: self.vae.decode(x).sample, latents / self.scaling_factor)
+        images = self._encoders.run_vae(
+            lambda vae, x: vae.decode(x).sample, latents / self.scaling_factor, self.device
+        )
         return (images / 2 + 0.5).clamp(0, 1)
-
-    def _by_slices(self, part: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        """Runs the autoencoder on a few images at a time, in float32 where fp16 overflows.
-
-        It runs in the format of its own weights: previews of a run in mixed precision come here
-        under autocast, which would compute it in fp16 unseen.
-        """
-        results = []
-        device, dtype = self.device, _dtype_of(self.vae)
-        with torch.autocast(device.type, enabled=False):
-            for rows in batch.split(VAE_SLICE_IMAGES):
-                result = part(rows.to(device, dtype)).float()
-                if dtype == torch.float16 and _overflowed(rows, result):
-                    log.warning(
-                        "note: the autoencoder overflows in fp16 (dtype=float16); it runs in "
-                        "float32 from here on"
-                    )
-                    self.vae.float()  # for good: what overflowed once will again
-                    dtype = torch.float32
-                    result = part(rows.to(device, dtype))
-                results.append(result)
-        return torch.cat(results)
 
     def network(self, x: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
         """Evaluates the UNet on x of x0's shape; returns its raw output, of that shape.
@@ -286,7 +267,7 @@ class DiffusionModel:
         kind = self.process.prediction_type
         schedule = self.process.schedule
         alphas, sigmas = schedule.alpha.tolist(), schedule.sigma.tolist()
-        dtype = _dtype_of(self.unet)
+        dtype = dtype_of(self.unet)
         conditioning = conditioning.to(dtype)
         unconditional = None if unconditional is None else unconditional.to(dtype)
         both = None if unconditional is None else unconditional.followed_by(conditioning)
@@ -358,16 +339,3 @@ class DiffusionModel:
             if on_batch is not None:
                 on_batch(len(batch_seeds))
         return torch.cat(images) if images else torch.empty(0, 3, *shape[1:])
-
-
-def _dtype_of(part: torch.nn.Module) -> torch.dtype:
-    """Returns the format of a part's weights.
-
-    Part.dtype and part.device of diffusers look for hooks in all modules: milliseconds a call.
-    """
-    return next(part.parameters()).dtype
-
-
-def _overflowed(given: Tensor, result: Tensor) -> bool:
-    """Whether the result is not finite though what it was made of is."""
-    return not torch.isfinite(result).all() and bool(torch.isfinite(given).all())

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from sampling.errors import UserError
 from sampling.export import require_empty
 from sampling.model import DiffusionModel
 from sampling.pictures import caption_grid, to_picture
+from sampling.precision import set_tf32, settle
 from sampling.prompts import read_prompts
-from sampling.speed import check_dtype, prepare_unet
+from sampling.speed import prepare_unet
 from sampling.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -32,9 +34,11 @@ def sample_to_folder(config: SampleConfig) -> Path:
     prompts = read_prompts(config.prompts)
     seeds = list(dict.fromkeys(config.seeds))
     seeds = seeds or list(range(config.seed, config.seed + config.num_images))
-    dtype = getattr(torch, config.dtype)
     device = find_device(config.device)
-    check_dtype(device, dtype)
+    asked = {"dtype": config.dtype, "tf32": config.tf32}
+    formats = settle(f"output={output}", asked, device, partial(log.warning, "note: %s"))
+    set_tf32(formats["tf32"])
+    dtype = getattr(torch, formats["dtype"])
     model = DiffusionModel.load(config.checkpoint, device, dtype, config.weights)
     choice = prepare_unet(model.unet, config.attention, config.channels_last, config.compile)
     if choice:

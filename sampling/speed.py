@@ -14,6 +14,7 @@ import torch
 
 from sampling.choices import Attention
 from sampling.errors import UserError
+from sampling.precision import current
 
 if TYPE_CHECKING:  # importing it takes seconds
     from diffusers import UNet2DConditionModel
@@ -83,11 +84,12 @@ def xformers_problem(
     for width in head_widths(unet):
         shape = (2, PROBE_TOKENS, width)  # (batch * heads, tokens, width), as diffusers calls it
         query = torch.ones(shape, device=device, dtype=dtype, requires_grad=training)
+        off = torch.autocast(device.type, enabled=False)
         try:
-            with torch.set_grad_enabled(training), torch.autocast(device.type, enabled=False):
+            with current(device), torch.set_grad_enabled(training), off:
                 out = memory_efficient_attention(query, query, query)
-            if training:
-                out.sum().backward()
+                if training:
+                    out.sum().backward()
         except Exception as error:  # NotImplementedError, or whatever its kernel throws
             return (
                 f"xformers has no operator that runs on {device.type} in {_name(dtype)} with heads "
@@ -117,18 +119,6 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(
             "compile=true needs triton on a GPU, and it is not installed; pip install triton, or "
             "set compile=false"
-        )
-
-
-def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UserError where the device cannot compute in `dtype`."""
-    lacks_bfloat16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )
-    if dtype == torch.bfloat16 and lacks_bfloat16:
-        raise UserError(
-            f"dtype=bfloat16 needs a GPU that computes in it, and {torch.cuda.get_device_name()} "
-            "does not; use float16 or float32"
         )
 
 

@@ -123,7 +123,7 @@ def type_name(hint: Any) -> str:
         names = [type_name(arg) for arg in args if arg is not type(None)]
         return " or ".join([*names, "null"] if type(None) in args else names)
     if origin is Literal:
-        return " | ".join(str(choice) for choice in args)
+        return " | ".join(_shown(choice) for choice in args)
     if origin is list:
         return f"list of {type_name(args[0])}"
     if origin is tuple:

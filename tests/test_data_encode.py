@@ -18,6 +18,7 @@ from data.index import Index
 from data.latents import Encoding
 from data.module import CaptionedImages
 from data.pack import PackConfig, pack
+from sampling.encoders import Encoders
 from sampling.errors import RunFailed, UserError
 from sampling.fingerprint import text_encoder_digest, vae_digest
 from sampling.model import DiffusionModel
@@ -141,9 +142,9 @@ def test_cached_training_loads_no_encoder(
 ) -> None:
     monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
     loaded: list[str] = []
-    load = DiffusionModel._encoder
+    get = Encoders.get
     monkeypatch.setattr(
-        DiffusionModel, "_encoder", lambda model, name: (loaded.append(name), load(model, name))[1]
+        Encoders, "get", lambda model, name, on: (loaded.append(name), get(model, name, on))[1]
     )
     config = tiny_config(tmp_path / "off", pipeline, cache, **{"trainer.max_steps": 1})
     train.run.fit(config)

@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from sampling import model as model_module
+from sampling import encoders
 from sampling.errors import UserError
 from sampling.loading import Part
 from sampling.model import DiffusionModel
@@ -321,7 +321,7 @@ def test_unsound_process_is_refused_unless_allowed(base, entries, message):
 def test_autoencoder_in_slices_equals_the_whole(model, monkeypatch):
     images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     latents, decoded = model.encode(images), model.decode(model.encode(images))
-    monkeypatch.setattr(model_module, "VAE_SLICE_IMAGES", 2)
+    monkeypatch.setattr(encoders, "VAE_SLICE_IMAGES", 2)
     assert_close(model.encode(images), latents, rtol=0, atol=1e-5)
     assert_close(model.decode(latents), decoded, rtol=0, atol=1e-5)
 

@@ -12,11 +12,12 @@ from torch.testing import assert_close
 import train.run
 from sampling.errors import UserError
 from sampling.model import DiffusionModel
-from sampling.speed import check_dtype, head_widths, prepare_unet
+from sampling.precision import check_dtype, check_tf32, set_tf32
+from sampling.speed import head_widths, prepare_unet
 from tests.speed_stand_ins import EightBitStandIn, attention_stand_in, calls, install
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import tiny_config
-from train.device import check_device, set_tf32
+from train.device import check_device
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +121,16 @@ def test_precision_that_a_gpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) 
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GeForce GTX 1080")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce GTX 1080")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     with pytest.raises(UserError, match="bf16-mixed needs.*GTX 1080 does not; use 16-mixed"):
         check_device(config_of(**{"trainer.precision": "bf16-mixed"}), gpu)
     with pytest.raises(UserError, match="tf32=true needs compute capability 8.0.*GTX 1080"):
-        check_device(config_of(**{"trainer.tf32": True}), gpu)
+        check_tf32(gpu, "trainer.tf32")
     with pytest.raises(UserError, match="dtype=bfloat16 needs.*GTX 1080.*use float16"):
-        check_dtype(gpu, torch.bfloat16)
+        check_dtype(gpu, "bfloat16")
     check_device(config_of(**{"trainer.precision": "16-mixed"}), gpu)
-    check_dtype(gpu, torch.float16)
+    check_dtype(gpu, "float16")
 
 
 def test_more_devices_than_gpus_are_refused_before_anything_is_written(

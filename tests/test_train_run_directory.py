@@ -15,17 +15,19 @@ def read_environment(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "environment.json").read_text())
 
 
-def test_every_start_tells_its_global_batch(tmp_path: Path) -> None:
+def test_every_start_tells_its_global_batch_and_number_formats(tmp_path: Path) -> None:
     settings = {"batch_size": 8, "trainer.accumulate_grad_batches": 3, "trainer.devices": 2}
+    settings |= {"trainer.encoder_dtype": "bfloat16", "trainer.tf32": True}
     config = tiny_config(tmp_path, Path("base"), Path("shards"), **settings)
-    write_records(tmp_path, config)
+    write_records(tmp_path, config, device="cuda")
     first = read_environment(tmp_path)
     config.trainer.devices, config.trainer.num_nodes = 4, 2
-    write_records(tmp_path, config, resume_step=500)
+    write_records(tmp_path, config, resume_step=500, device="cuda")
     second = read_environment(tmp_path)
     assert second["starts"][0] == first["starts"][0]
     assert {**second, "starts": None} == {**first, "starts": None}
     common = {"images_per_step": 24, "accumulate_grad_batches": 3}
+    common |= {"device": "cuda", "encoder_dtype": "bfloat16", "tf32": True}
     for start, expected in zip(
         second["starts"],
         [

@@ -177,3 +177,17 @@ def _byte_letters() -> list[str]:
 
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def make_overflowing_pipeline(folder: Path) -> Path:
+    """Writes a pipeline in float32 whose autoencoder, both halves, leaves the range of fp16.
+
+    The norms that follow bring the values back.
+    """
+    vae = AutoencoderKL.from_pretrained(make_tiny_pipeline(folder) / "vae")
+    with torch.no_grad():
+        for conv in (vae.encoder.conv_in, vae.decoder.conv_in):
+            conv.weight.mul_(1e4)
+            conv.bias.fill_(6e4)
+    vae.save_pretrained(folder / "vae")
+    return folder

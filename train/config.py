@@ -9,7 +9,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from data.config import DataConfig
-from sampling.choices import Attention
+from sampling.choices import Attention, AutoDtype, Tf32
 from sampling.errors import UserError
 from sampling.wandb_run import WandbConfig
 from train.loss_config import LossConfig
@@ -75,9 +75,13 @@ class TrainerConfig:
     """Machines."""
     precision: Precision = "32-true"
     """Precision of the UNet's forward and backward pass; weights and loss stay in float32."""
-    tf32: bool = False
-    """Compute float32 products and convolutions in TensorFloat-32 (10 bits of mantissa); needs a
-    GPU of compute capability 8.0 or newer."""
+    encoder_dtype: AutoDtype = "auto"
+    """Number format of the frozen VAE and text encoder; latents and embeddings are float32 in every
+    case. auto: bfloat16 on a GPU that computes in it, else float32. With float16 a VAE goes on in
+    float32 once it overflows, so a resumed run need not repeat every bit."""
+    tf32: Tf32 = "auto"
+    """Compute float32 products and convolutions in TensorFloat-32 (10 bits of mantissa). auto: on a
+    GPU of compute capability 8.0 or newer, and nowhere else."""
     attention: Attention = "auto"
     """Attention kernel of the UNet: auto takes xformers where it runs, else sdpa (torch's own)."""
     channels_last: bool = False

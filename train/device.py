@@ -1,10 +1,17 @@
 """What the device that trains must be able to do, checked before a run writes anything."""
 
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 
 from sampling.errors import UserError
+from sampling.precision import computes_in_bfloat16, settle
 from train.config import Precision, TrainConfig
 from train.optimizer import eight_bit_problem
+from train.run_directory import FORMATS, kept_formats
 
 # The format that the UNet's products are computed in; weights are held in float32 in every case.
 COMPUTE_DTYPE: dict[Precision, torch.dtype] = {
@@ -12,20 +19,47 @@ COMPUTE_DTYPE: dict[Precision, torch.dtype] = {
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
-TF32_CAPABILITY = (8, 0)
 
 
 def training_device() -> torch.device:
-    """Returns the kind of device that Lightning chooses by itself."""
+    """Returns the device of this process: of GPUs the one that Lightning will give it.
+
+    The first process, which runs before Lightning starts the others, is number 0 of its machine.
+    """
     if torch.backends.mps.is_available():
         return torch.device("mps")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def local_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """Returns the number of this process on its machine, by torchrun, Lightning or SLURM."""
+    return int(environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or 0)
+
+
+def take_device(device: torch.device) -> None:
+    """Makes a GPU the process's own: nothing that is probed or loaded takes memory of another."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def settled(
+    config: TrainConfig, run_dir: Path, device: torch.device, say: Callable[[str], None]
+) -> TrainConfig:
+    """Returns the config with what `auto` takes on `device` as its tf32 and encoder_dtype.
+
+    Raises UserError where the run in `run_dir` was begun in others. One without a record of them
+    goes on as it was.
+    """
+    asked = {name: getattr(config.trainer, name) for name in FORMATS}
+    kept, is_recorded = kept_formats(run_dir)
+    formats = settle(f"run_dir={run_dir}", asked, device, say, kept, is_recorded, "trainer.")
+    return replace(config, trainer=replace(config.trainer, **formats))
 
 
 def check_device(config: TrainConfig, device: torch.device) -> None:
     """Raises UserError for more devices than there are, or what `device` lacks.
 
-    That may be a precision, tf32 or an optimizer.
+    That may be a precision or an optimizer.
     """
     check_count(config, device)
     precision = config.trainer.precision
@@ -34,26 +68,11 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
             "trainer.precision=16-mixed needs a GPU (CUDA), and none is here; use 32-true or "
             "bf16-mixed"
         )
-    if (
-        precision == "bf16-mixed"
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+    if precision == "bf16-mixed" and device.type == "cuda" and not computes_in_bfloat16(device):
         raise UserError(
             f"trainer.precision=bf16-mixed needs a GPU that computes in bfloat16, and "
-            f"{torch.cuda.get_device_name()} does not; use 16-mixed or 32-true"
+            f"{torch.cuda.get_device_name(device)} does not; use 16-mixed or 32-true"
         )
-    if config.trainer.tf32:
-        if device.type != "cuda":
-            raise UserError(
-                f"trainer.tf32=true needs a GPU (CUDA), and this run is on the {device.type}; "
-                "leave it at false"
-            )
-        if torch.cuda.get_device_capability() < TF32_CAPABILITY:
-            raise UserError(
-                "trainer.tf32=true needs compute capability 8.0 or newer, and "
-                f"{torch.cuda.get_device_name()} is older; leave it at false"
-            )
     if config.optimizer.name == "adamw_8bit":
         problem = eight_bit_problem(device)
         if problem:
@@ -75,14 +94,8 @@ def check_count(config: TrainConfig, device: torch.device) -> None:
             "halve batch_size and double trainer.accumulate_grad_batches. (Under SLURM, "
             "--gpus-per-task hides GPUs: use --gpus-per-node)"
         )
-
-
-def set_tf32(enabled: bool) -> None:
-    """Lets float32 products and convolutions on a GPU use TensorFloat-32, or forbids it.
-
-    Torch forbids it for products and allows it for convolutions until told: both are set. These
-    are the calls that sampling/export_check.py reads; torch refuses to mix them with
-    `fp32_precision`.
-    """
-    torch.set_float32_matmul_precision("high" if enabled else "highest")
-    torch.backends.cudnn.allow_tf32 = enabled
+    if device.type == "cuda" and (device.index or 0) >= present:
+        raise UserError(
+            f"this process is number {device.index} on its machine (LOCAL_RANK or SLURM_LOCALID) "
+            f"and sees {present} GPUs; start one process for each of trainer.devices={devices}"
+        )

@@ -13,6 +13,7 @@ each a shard at a time (train/encode_shards.py). Finished shards outlive whateve
 import contextlib
 import dataclasses
 import functools
+import json
 import shutil
 import sys
 import time
@@ -20,24 +21,28 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from data.bad_samples import BadSample, read_list, refusal, too_many
 from data.errors import RunFailed as DataRunFailed
 from data.errors import WriteFailed, disk_writes
 from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
-from data.latents import Encoding, read_empty
+from data.latents import DEFAULT_FORMATS, Encoding, read_empty
 from data.part import part_path, read_part
 from data.partial import refuse_used_output
 from data.progress import progress
 from data.reader import Reader
 from data.shard_file import shard_name
 from data.shard_set import index_shards, indexing_command, open_shards
-from data.shards import is_encoded
-from data.shared_partial import SharedPartial
+from data.shards import ENCODING_FILE, is_encoded
+from data.shared_partial import SharedPartial, folder_beside
 from data.workers import run_in_processes
 from sampling.errors import RunFailed, UserError
 from sampling.fingerprint import text_encoder_digest, vae_digest
 from sampling.model import DiffusionModel
+from sampling.precision import settle
 from sampling.tasks import Task, this_task
 from train.encode_config import EncodeConfig
 from train.encode_shards import EncodeRules, Share, encode_share
@@ -69,11 +74,15 @@ def encode(config: EncodeConfig) -> EncodeResult:
     output, task = Path(config.output), this_task()
     reader = open_source(config, task)
     devices = process_devices(config, task)
+    config, is_recorded = settled(config, torch.device(devices[0]))
     encoding = planned_encoding(config, reader, devices[0].split(":")[0])
     if is_encoded(output) and encoding.key == Encoding.read(output).key:
         return result_of(output, None)
     refuse_used_output(output)
-    with SharedPartial(output, encoding.settings()) as partial:
+    settings = encoding.settings()
+    if not is_recorded:  # what is kept there knows nothing of them
+        settings = {key: value for key, value in settings.items() if key not in DEFAULT_FORMATS}
+    with SharedPartial(output, settings) as partial:
         rules = EncodeRules(config, encoding, reader, partial, uuid.uuid4().hex)
         kept = sum(rules.is_finished(number) for number in range(rules.num_shards))
         try:
@@ -86,6 +95,27 @@ def encode(config: EncodeConfig) -> EncodeResult:
             if not partial.becomes_whole():
                 raise _failure(error, config, partial) from error
     return result_of(output, kept)
+
+
+def settled(config: EncodeConfig, device: torch.device) -> tuple[EncodeConfig, bool]:
+    """Returns the config with the number formats that `device` encodes in, and whether they are
+    recorded with what `output` holds already.
+
+    Raises UserError where that was begun in others; what has no record of them goes on as it was.
+    """
+    output = Path(config.output)
+    partial = folder_beside(output) / "settings.json"
+    kept: dict[str, Any] | None = None
+    for path in (partial, output / ENCODING_FILE):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+    is_recorded = kept is None or "encoder_dtype" in kept
+    formats = {name: (kept or {}).get(name, value) for name, value in DEFAULT_FORMATS.items()}
+    asked = {name: getattr(config, name) for name in DEFAULT_FORMATS}
+    taken = settle(
+        f"output={output}", asked, device, _tell, None if kept is None else formats, is_recorded
+    )
+    return dataclasses.replace(config, **taken), is_recorded
 
 
 def open_source(config: EncodeConfig, task: Task) -> Reader:
@@ -131,6 +161,8 @@ def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encod
         resolution=config.resolution,
         crop=config.crop,
         dtype=config.dtype,
+        encoder_dtype=config.encoder_dtype,
+        tf32=config.tf32 is True,
         batch_size=config.batch_size,
         samples_per_shard=config.samples_per_shard,
         max_image_pixels=config.max_image_pixels,
@@ -234,6 +266,10 @@ def _failure(error: Exception, config: EncodeConfig, partial: SharedPartial) -> 
     done = f"{num_shards} shards ({megabytes:.1f} MB) were finished and are kept"
     done = done if num_shards else "no shard was finished, nothing was kept"
     return RunFailed(f"output={config.output}: {reason}; {done}. {remedy}")
+
+
+def _tell(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _silent(count: int) -> None:

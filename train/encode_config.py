@@ -1,12 +1,13 @@
 """The configuration of `blackpoint data encode`; free of torch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from omegaconf import MISSING
 
 from data.decode import MAX_IMAGE_PIXELS
 from data.shards import check_cache_fields
-from sampling.choices import Dtype
+from sampling.choices import Dtype, Tf32
 from sampling.errors import UserError
 
 
@@ -31,7 +32,13 @@ class EncodeConfig:
     batch_size: int = 8
     """Images that a process encodes at once; more need more memory."""
     dtype: Dtype = "float16"
-    """Number format of what is stored; the encoders themselves run in float32."""
+    """Number format of what is stored."""
+    encoder_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the VAE and the text encoder while they encode. auto: bfloat16 on a GPU that
+    computes in it, else float32. In float16 an image that overflows would change later ones."""
+    tf32: Tf32 = "auto"
+    """Compute float32 products and convolutions in TensorFloat-32 (10 bits of mantissa). auto: on a
+    GPU of compute capability 8.0 or newer, and nowhere else."""
     device: str = "auto"
     """auto and cuda share the processes out among the GPUs, auto takes the CPU where there is none;
     or cpu, cuda:1, ..."""

@@ -26,6 +26,7 @@ from data.worker_signals import leave_signals_to_parent
 from data.workers import signals_held_back
 from sampling.errors import RunFailed, UserError
 from sampling.model import DiffusionModel
+from sampling.precision import set_tf32
 from train.encode_config import EncodeConfig
 from train.sample_encoder import Decoded, SampleEncoder, SourceBatches
 
@@ -120,7 +121,9 @@ def _in_order(num_shards: int, share: Share) -> list[int]:
 
 
 def _encoder(config: EncodeConfig, device: str) -> SampleEncoder:
-    model = DiffusionModel.load(config.checkpoint, device, with_unet=False)
+    set_tf32(config.tf32 is True)
+    encoder_dtype = getattr(torch, config.encoder_dtype)
+    model = DiffusionModel.load(config.checkpoint, device, encoder_dtype, with_unet=False)
     model.load_encoders()
     return SampleEncoder(model, getattr(torch, config.dtype))
 

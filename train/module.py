@@ -161,11 +161,10 @@ class FineTuner(LightningModule):
         found = {c: self._captions[c] for c in captions if c in self._captions}
         new = list(dict.fromkeys(c for c in captions if c not in found))
         size = 1 if self.device.type == "cpu" else max(len(new), 1)
-        with torch.autocast(self.device.type, enabled=False):
-            for start in range(0, len(new), size):
-                chunk = new[start : start + size]
-                rows = self.model.encode_prompts(chunk).prompt_embeds
-                found |= {c: row.clone() for c, row in zip(chunk, rows, strict=True)}
+        for start in range(0, len(new), size):
+            chunk = new[start : start + size]
+            rows = self.model.encode_prompts(chunk).prompt_embeds
+            found |= {c: row.clone() for c, row in zip(chunk, rows, strict=True)}
         for caption in captions:
             self._captions[caption] = found[caption]
             self._captions.move_to_end(caption)

@@ -19,6 +19,7 @@ from data.summary import bucket_rows, write_buckets
 from sampling.errors import FORBIDDEN, NOT_WRITABLE, Resumable, RunFailed, UserError
 from sampling.export import export
 from sampling.model import DiffusionModel
+from sampling.precision import set_tf32
 from sampling.speed import prepare_unet
 from train.checkpoints import (
     AtomicCheckpointIO,
@@ -29,7 +30,14 @@ from train.checkpoints import (
 )
 from train.cluster import cluster_environment, num_started
 from train.config import TrainConfig
-from train.device import COMPUTE_DTYPE, check_device, set_tf32, training_device
+from train.device import (
+    COMPUTE_DTYPE,
+    check_count,
+    check_device,
+    settled,
+    take_device,
+    training_device,
+)
 from train.dropout import dropout_levels
 from train.ema import Ema
 from train.encoders import ready_encoders
@@ -41,7 +49,7 @@ from train.previews import Previews
 from train.progress import Progress
 from train.run_directory import as_started, check_continues, describe_batch, write_records
 from train.run_lock import RunLock
-from train.start import keep_base, starting_model
+from train.start import hold_encoders, keep_base, starting_model
 from train.tracking import finish, sent_rows, wandb_logger
 from train.validation import ValidationLoss
 from train.watch import Watch
@@ -137,9 +145,12 @@ def train(
     taken, if it is not held yet, when the input has proved right and the run is about to write.
     """
     device = training_device()
+    check_count(config, device)
+    take_device(device)
+    config = settled(config, run_dir, device, lambda text: say(f"note: {text}"))
     check_device(config, device)
     environment = cluster_environment(config)
-    set_tf32(config.trainer.tf32)
+    set_tf32(config.trainer.tf32 is True)
     model = starting_model(config)
     model.latent_shape(config.data.resolution, config.data.resolution)
     dropout_levels(model.unet, config.dropout, config.data.resolution // model.factor)
@@ -169,9 +180,10 @@ def train(
     if note:
         say(f"note: {note}")
     with at_the_start(run_dir):
-        loggers = start_records(config, run_dir, resume_step, images, lock)
+        loggers = start_records(config, run_dir, resume_step, images, lock, device.type)
         if is_first_process():
             keep_base(model, config)
+    hold_encoders(model, config)
     say(batches_note(config))
     stop, callbacks = build_callbacks(config, run_dir, resume_step)
     trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers], environment)
@@ -203,6 +215,7 @@ def start_records(
     resume_step: int,
     images: CaptionedImages,
     lock: RunLock | None,
+    device: str,
 ) -> list[Logger]:
     """Writes what a run directory holds before the first step, and returns the run's loggers."""
     if not is_first_process():
@@ -210,7 +223,7 @@ def start_records(
     if lock is not None:
         lock.acquire()
     remove_torn(run_dir / "checkpoints")
-    write_records(run_dir, config, resume_step)
+    write_records(run_dir, config, resume_step, device)
     rows = list(bucket_rows(images.readers()))
     if rows:
         write_buckets(run_dir / "buckets.csv", rows)

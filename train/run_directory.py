@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from sampling.choices import PLAIN_FORMATS
 from sampling.dotted import flat
 from sampling.errors import UserError
 from sampling.whole_file import write_whole
@@ -37,6 +38,8 @@ FREE_KEYS = (
     "watch.",
     "wandb.",
 )
+FORMATS = ("encoder_dtype", "tf32")
+"""Keys of `trainer` whose `auto` is settled on the device (sampling/precision.py)."""
 ABSENT = "(not set)"
 # A run that is older than this key keeps the rule of its time: max(w, floor) at every timestep.
 FLOOR_KEY = "loss.floor_where"
@@ -64,6 +67,10 @@ def check_continues(run_dir: Path, config: TrainConfig) -> None:
     # A key that came after the run was started had its default then.
     old = _flat(OmegaConf.structured(TrainConfig)) | _flat(OmegaConf.load(saved))
     new = _flat(OmegaConf.structured(config))
+    for name, value in (kept_formats(run_dir)[0] or {}).items():
+        key = f"trainer.{name}"
+        old[key] = value
+        new[key] = value if new[key] == "auto" else new[key]  # of no device yet
     differing = [key for key in sorted(old.keys() | new.keys()) if not _same(key, old, new)]
     if FLOOR_KEY in differing and is_older_than(run_dir, FLOOR_KEY):
         differing.remove(FLOOR_KEY)
@@ -108,8 +115,24 @@ def is_older_than(run_dir: Path, key: str) -> bool:
     return saved.exists() and key not in _flat(OmegaConf.load(saved))
 
 
-def write_records(run_dir: Path, config: TrainConfig, resume_step: int = 0) -> None:
-    """Writes config.yaml and environment.json; a start that continues adds itself to the latter."""
+def kept_formats(run_dir: Path) -> tuple[dict[str, Any] | None, bool]:
+    """Returns the number formats that a run began in, None for a new one, and whether it recorded
+    what `auto` took."""
+    saved = run_dir / "config.yaml"
+    if not saved.exists():
+        return None, False
+    trainer = _flat(OmegaConf.load(saved))
+    kept = {name: trainer.get(f"trainer.{name}", PLAIN_FORMATS[name]) for name in FORMATS}
+    return kept, "trainer.encoder_dtype" in trainer
+
+
+def write_records(
+    run_dir: Path, config: TrainConfig, resume_step: int = 0, device: str = "cpu"
+) -> None:
+    """Writes config.yaml and environment.json; a start that continues adds itself to the latter.
+
+    The number formats of the config are settled, on a `device` of that kind.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     continues = (run_dir / "config.yaml").exists()
     path = run_dir / "environment.json"
@@ -118,7 +141,8 @@ def write_records(run_dir: Path, config: TrainConfig, resume_step: int = 0) -> N
     except (FileNotFoundError, ValueError):  # removed, or emptied by a power failure
         record = {}
     start = {"started": _now(), "host": platform.node(), "step": resume_step}
-    starts = [*record.get("starts", []), start | describe_batch(config)]
+    formats = {"device": device, **{name: getattr(config.trainer, name) for name in FORMATS}}
+    starts = [*record.get("starts", []), start | describe_batch(config) | formats]
     environment = (record or describe_environment()) | {"starts": starts}
     write_whole(path, json.dumps(environment, indent=2) + "\n")
     if not continues:

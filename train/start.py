@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from sampling.export import moved_into_place
 from sampling.model import DiffusionModel
 from sampling.process import Process
@@ -14,15 +16,24 @@ BASE = "base"
 
 
 def starting_model(config: TrainConfig) -> DiffusionModel:
-    """Loads or builds the model, with the process that it is to be trained to; writes nothing."""
+    """Loads or builds the model, with the process that it is to be trained to; writes nothing.
+
+    The encoders of a checkpoint are held in trainer.encoder_dtype, which is settled.
+    """
     if config.checkpoint is not None:
         model = DiffusionModel.load(config.checkpoint)
+        hold_encoders(model, config)
         model.process = fine_tuned_process(config, model.process)
         return model
     process = fine_tuned_process(config, Process(NoiseSchedule.scaled_linear()))
     model = build_pixel_model(config.model, config.data.resolution, process)
     model.source = str(Path(config.run_dir) / BASE)
     return model
+
+
+def hold_encoders(model: DiffusionModel, config: TrainConfig) -> None:
+    """Holds the encoders in trainer.encoder_dtype; a model made for the run is kept before that."""
+    model.set_encoder_dtype(getattr(torch, config.trainer.encoder_dtype))
 
 
 def keep_base(model: DiffusionModel, config: TrainConfig) -> None:

@@ -16,7 +16,7 @@ from sampling.fingerprint import model_digest
 from sampling.model import DiffusionModel
 from sampling.pictures import to_picture
 from sampling.prompts import Prompt
-from sampling.speed import check_dtype, prepare_unet
+from sampling.speed import prepare_unet
 from sampling.whole_file import write_whole
 
 
@@ -96,7 +96,6 @@ class Painter:
         if self._model is None:
             config = self._config
             dtype = getattr(torch, config.dtype)
-            check_dtype(self.device, dtype)
             model = DiffusionModel.load(config.checkpoint, self.device, dtype, config.weights)
             self._check_weights(model_digest(model))
             if config.timestep_spacing is not None:

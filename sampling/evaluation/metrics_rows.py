@@ -36,6 +36,9 @@ TYPES: dict[str, Any] = {
     "seed": pa.int64(),
     "file": pa.string(),
     "asked_where": pa.string(),
+    "device": pa.string(),
+    "dtype": pa.string(),
+    "tf32": pa.bool_(),
     FEATURE_COLUMN: pa.list_(pa.float32()),
     LOGIT_COLUMN: pa.list_(pa.float32()),
 }

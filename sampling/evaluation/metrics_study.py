@@ -13,12 +13,14 @@ the images that are kept, or on images sampled once more.
 
 import io
 import json
+import logging
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from sampling.choices import PLAIN_FORMATS
 from sampling.errors import UserError
 from sampling.evaluation.brightness import luminance_range
 from sampling.evaluation.metrics import FREE, MetricsConfig
@@ -56,11 +59,15 @@ from sampling.evaluation.metrics_rows import (
 from sampling.evaluation.metrics_summary import JSON_FILE, Summary, summarise, write_summary
 from sampling.evaluation.noise_invariance import noise_dependence
 from sampling.evaluation.reference_set import measure_reference
+from sampling.precision import set_tf32
 from sampling.prompts import Prompt, read_prompt_set
 from sampling.sample import find_device
+from sampling.search.folder import FORMATS, settled_formats
 from sampling.search.parts import forget_stop, share_of, tell_stop, wait_until
 from sampling.tasks import Task, this_task
 from sampling.whole_file import write_whole
+
+log = logging.getLogger(__name__)
 
 INVARIANCE, IMAGE_COLUMN = "noise_invariance.json", "luminance"
 BYTES_PER_GB = 1e9
@@ -85,7 +92,22 @@ def evaluate_to_folder(config: MetricsConfig, task: Task | None = None) -> Summa
         )
     settings = check_folder(config, output, prompts)
     device = find_device(config.device, task)
+    asked = {"dtype": config.dtype, "tf32": config.tf32}
+    refusal = None
+    try:
+        formats = settled_formats(
+            asked, output / SETTINGS, device, partial(log.warning, "note: %s")
+        )
+        settings |= formats
+        config = replace(config, dtype=formats["dtype"], tf32=formats["tf32"])
+        set_tf32(formats["tf32"])
+    except UserError as error:
+        if not (output / JSON_FILE).is_file():
+            raise
+        refusal = error  # it is finished: there may be nothing to compute
     measures = load_measures(config, prompts, device)
+    if refusal is not None and not is_complete(config, measures, jobs, prompts):
+        raise refusal
     geneval = read_geneval_file(config)
     forget_stop(output, task)
     try:
@@ -121,6 +143,16 @@ def evaluate_to_folder(config: MetricsConfig, task: Task | None = None) -> Summa
     found = replace(found, notes=(*painter.notes, *found.notes, *notes))
     write_summary(output, found)
     return found
+
+
+def is_complete(
+    config: MetricsConfig, measures: Measures, jobs: Sequence[Job], prompts: Sequence[Prompt]
+) -> bool:
+    """Whether nothing is left to be sampled or measured."""
+    rows = read_rows(Path(config.output), known_columns(Path(config.output), measures))
+    return (
+        not _missing(config, rows, jobs, measures) and kept_dependences(config, prompts) is not None
+    )
 
 
 def known_columns(output: Path, measures: Measures) -> dict[str, str]:
@@ -187,6 +219,9 @@ def batch_rows(
                 "category": job.prompt.category,
                 "seed": job.seed,
                 "file": None,
+                "device": painter.device.type,
+                "dtype": config.dtype,
+                "tf32": config.tf32,
                 **luminance,
             }
     for row, job, picture in zip(rows, batch, pixels, strict=True):
@@ -208,16 +243,10 @@ def noise_dependences(
     config: MetricsConfig, painter: Painter, prompts: Sequence[Prompt]
 ) -> list[float]:
     """Returns each of the first prompts' deviation over noises of the first prediction."""
-    number = min(config.brightness.invariance_prompts, len(prompts))
-    if number == 0:
-        return []
-    path = Path(config.output) / INVARIANCE
-    texts = [prompt.text for prompt in prompts[:number]]
-    key = column_digest([texts, config.seed, invariance_settings(config)])
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["settings"] == key:
-            return list(kept["deviations"])
+    kept = kept_dependences(config, prompts)
+    if kept is not None:
+        return kept
+    texts, key = _invariance_key(config, prompts)
     found = noise_dependence(
         painter.model,
         texts,
@@ -228,8 +257,19 @@ def noise_dependences(
         config.batch_size,
     )
     values = [round(value, 8) for value in found.tolist()]
-    write_whole(path, json.dumps({"settings": key, "deviations": values}) + "\n")
+    content = {"settings": key, "deviations": values}
+    write_whole(Path(config.output) / INVARIANCE, json.dumps(content) + "\n")
     return values
+
+
+def kept_dependences(config: MetricsConfig, prompts: Sequence[Prompt]) -> list[float] | None:
+    """Returns the deviations where they are known, or there are none."""
+    texts, key = _invariance_key(config, prompts)
+    if not texts:
+        return []
+    path = Path(config.output) / INVARIANCE
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return list(kept["deviations"]) if kept.get("settings") == key else None
 
 
 def check_folder(config: MetricsConfig, output: Path, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -251,9 +291,9 @@ def check_folder(config: MetricsConfig, output: Path, prompts: Sequence[Prompt])
         raise UserError(f"{path} is not JSON; choose another output") from None
     now = json.loads(json.dumps(settings))
     for key in sorted(now):
-        default = getattr(MetricsConfig, key, None)
+        default = PLAIN_FORMATS[key] if key in FORMATS else getattr(MetricsConfig, key, None)
         there = saved.get(key, default)
-        if there != now[key]:
+        if there != now[key] and (key not in FORMATS or now[key] != "auto"):
             what = (
                 "other prompts"
                 if key == "prompts_digest"
@@ -280,6 +320,13 @@ def peak_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / BYTES_PER_GB
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used * MAXRSS_BYTES / BYTES_PER_GB
+
+
+def _invariance_key(config: MetricsConfig, prompts: Sequence[Prompt]) -> tuple[list[str], str]:
+    """Returns whose predictions are compared, and a digest of what the deviations depend on."""
+    number = min(config.brightness.invariance_prompts, len(prompts))
+    texts = [prompt.text for prompt in prompts[:number]]
+    return texts, column_digest([texts, config.seed, invariance_settings(config)])
 
 
 def _missing(

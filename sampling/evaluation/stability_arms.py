@@ -176,7 +176,7 @@ def _maker(config: StabilityStudyConfig, place: Place) -> Callable[..., Arm]:
             name: getattr(config, name)
             for name in (
                 *("limit", "offset", "seed", "height", "width", "weights", "dtype", "device"),
-                *("attention", "channels_last", "batch_size"),
+                *("tf32", "attention", "channels_last", "batch_size"),
             )
         },
     }

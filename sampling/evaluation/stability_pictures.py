@@ -9,14 +9,17 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from sampling.evaluation.stability_arms import arms
+from sampling.evaluation.stability_arms import POOL, arms
 from sampling.evaluation.stability_rows import Found
 from sampling.model import DiffusionModel
 from sampling.pictures import to_picture
+from sampling.precision import set_tf32
 from sampling.sample import find_device
+from sampling.search.folder import SETTINGS, settled_formats
 from sampling.search.journal import read_rows
+from sampling.search.set_up import note
 from sampling.search.winners import WINNERS
-from sampling.speed import check_dtype, prepare_unet
+from sampling.speed import prepare_unet
 from sampling.whole_file import write_whole
 
 SHOWN_PROMPTS = 8
@@ -26,8 +29,11 @@ def painted(found: Found, pairs: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
     """Paints (row of the prompt, noise) pairs; yields batches (N, 3, H, W) in order."""
     config = found.config
     device = find_device(config.device)
-    dtype = getattr(torch, config.dtype)
-    check_dtype(device, dtype)
+    asked = {"dtype": config.dtype, "tf32": config.tf32}
+    pool = Path(config.output) / found.place.folder / POOL / SETTINGS
+    formats = settled_formats(asked, pool, device, note)
+    set_tf32(formats["tf32"])
+    dtype = getattr(torch, formats["dtype"])
     checkpoint = config.checkpoints[found.place.checkpoint]
     model = DiffusionModel.load(checkpoint, device, dtype, config.weights)
     prepare_unet(model.unet, config.attention, config.channels_last, False)

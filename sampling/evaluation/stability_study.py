@@ -28,11 +28,12 @@ from sampling.evaluation.stability_rows import Found, Noises, read_found
 from sampling.evaluation.stability_sets import load_reference, set_metrics
 from sampling.model import DiffusionModel
 from sampling.prompts import read_prompt_set
-from sampling.search.folder import check_folder
+from sampling.sample import find_device
+from sampling.search.folder import SETTINGS, check_folder, settled_formats
 from sampling.search.judgement import HACKING
 from sampling.search.parts import stopped
 from sampling.search.run import search_to_folder
-from sampling.search.set_up import MAX_CHECKED
+from sampling.search.set_up import MAX_CHECKED, note
 from sampling.tasks import Task
 from sampling.verifiers.image_model import load_classifier, load_features
 from sampling.verifiers.load import load_verifiers
@@ -67,6 +68,11 @@ def check_study(config: StabilityStudyConfig, searches: Sequence[Arm]) -> None:
     prompts = read_prompt_set(config.prompts, config.limit, config.offset)
     for arm in searches:
         check_folder(arm.config, Path(arm.config.output), prompts)
+    outputs = [Path(arm.config.output) for arm in searches]
+    if not all((output / HACKING).is_file() for output in outputs):
+        asked, device = {"dtype": config.dtype, "tf32": config.tf32}, find_device(config.device)
+        for output in outputs:  # what is left is not run in other formats than what is done
+            settled_formats(asked, output / SETTINGS, device, note)
     if config.sets.reference is not None:
         reference_pictures(config.sets.reference, "sets.reference")
     for one, load in (

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from sampling.choices import Attention, Dtype, Weights
+from sampling.choices import Attention, AutoDtype, Tf32, Weights
 from sampling.errors import UserError
 from sampling.search.algorithm_configs import (
     FkSteeringConfig,
@@ -91,8 +91,12 @@ class SearchConfig:
     """Noise optimisation."""
     weights: Weights = "ema"
     """Which weights of a training checkpoint: their moving average or the last step's."""
-    dtype: Dtype = "float32"
-    """Number format of the model's weights."""
+    dtype: AutoDtype = "auto"
+    """Number format of the model's weights. auto: bfloat16 on a GPU that computes in it, else
+    float32."""
+    tf32: Tf32 = "auto"
+    """Compute float32 products and convolutions in TensorFloat-32 (10 bits of mantissa). auto: on a
+    GPU of compute capability 8.0 or newer, and nowhere else."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
     attention: Attention = "auto"

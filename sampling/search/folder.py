@@ -2,15 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sampling.choices import PLAIN_FORMATS
 from sampling.errors import UserError
+from sampling.precision import settle
 from sampling.prompts import Prompt
 from sampling.search.config import SearchConfig
 from sampling.search.journal import ROWS, read_rows
@@ -29,6 +32,8 @@ FREE = (
     "diversity",
     "wandb",
 )  # keys that change scores by rounding alone, or not at all
+FORMATS = ("dtype", "tf32")
+"""Keys whose `auto` is settled on the device (sampling/precision.py)."""
 
 
 def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) -> dict[str, Any]:
@@ -48,6 +53,9 @@ def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) 
             "changed since; choose another output, or put back what it was"
         )
     saved[DIGEST] = now[DIGEST]
+    kept, _ = kept_formats(path)
+    saved |= kept or {}
+    now |= {name: saved[name] for name in FORMATS if now[name] == "auto"}  # of no device yet
     differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
     if differing:
         key = differing[0]
@@ -56,6 +64,35 @@ def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) 
             f"{now.get(key)} now); choose another output, or continue it with its own"
         )
     return settings
+
+
+def settled_formats(
+    asked: Mapping[str, Any], settings: Path, device: torch.device, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Returns the formats of a search or evaluation; raises UserError where it began in others.
+
+    `asked` are dtype and tf32 of its config, `settings` the file that keeps its settings.
+    """
+    kept, is_recorded = kept_formats(settings)
+    return settle(f"output={settings.parent}", asked, device, say, kept, is_recorded)
+
+
+def kept_formats(settings: Path) -> tuple[dict[str, Any] | None, bool]:
+    """Returns the formats in a file of settings, None without it, and whether it recorded them."""
+    if not settings.is_file():
+        return None, False
+    saved = json.loads(settings.read_text(encoding="utf-8"))
+    return {name: saved.get(name, PLAIN_FORMATS[name]) for name in FORMATS}, "tf32" in saved
+
+
+def formats_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the device and the formats of candidates, lists where they differ."""
+    found: dict[str, list[Any]] = {name: [] for name in ("device", *FORMATS)}
+    for row in rows:
+        for name, values in found.items():
+            if name in row and row[name] not in values:
+                values.append(row[name])
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -86,11 +123,12 @@ def digest_of(prompts: Iterable[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def keep_ledger(folder: Path, spent: Ledger, beside: Ledger) -> None:
-    """Writes ledger.json: what the search spent and, under `beside`, what counts in no budget."""
+def keep_ledger(folder: Path, spent: Ledger, beside: Ledger, formats: Mapping[str, Any]) -> None:
+    """Writes ledger.json: what the search spent, under `beside` what counts in no budget, and the
+    device and number formats that computed it."""
     content = spent.to_row() | {"beside": beside.to_row()}
     rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in content.items()}
-    write_whole(folder / LEDGER, json.dumps(rounded, indent=1) + "\n")
+    write_whole(folder / LEDGER, json.dumps(rounded | {"formats": formats}, indent=1) + "\n")
 
 
 def spent_in(*folders: Path) -> Ledger:

@@ -3,7 +3,7 @@
 candidates.jsonl   a row for every candidate, as it is scored
 winners.jsonl      a row for every prompt: the winner, its plain image, what verifiers say, NFE
 images/            the winners, contact sheets from first to best, what no seed re-makes
-ledger.json        what was spent: UNet rows, decodes, verifier calls, seconds
+ledger.json        what was spent: UNet rows, decodes, verifier calls, seconds; number formats
 hacking.json       what changed from the plain images to the winners
 search.json        the settings; another search is refused in the same folder
 """
@@ -12,13 +12,14 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from sampling.errors import UserError
 from sampling.evaluation.plain import recorded
 from sampling.prompts import Prompt, read_prompt_set
+from sampling.sample import find_device
 from sampling.search.batch_size import find_batch_size
 from sampling.search.calibration import (
     FOLDER as CALIBRATION,
@@ -30,7 +31,16 @@ from sampling.search.calibration import (
     read_kendall,
 )
 from sampling.search.config import WHOLE, SearchConfig
-from sampling.search.folder import SETTINGS, check_folder, keep_ledger, spent_in, spent_on
+from sampling.search.folder import (
+    SETTINGS,
+    check_folder,
+    formats_of,
+    keep_ledger,
+    kept_formats,
+    settled_formats,
+    spent_in,
+    spent_on,
+)
 from sampling.search.halving import pruning_levels, scores_of, spent
 from sampling.search.journal import ROWS, STATES, FolderInUse, Journal, join_rows, read_rows
 from sampling.search.judgement import HACKING, alarms, extractor, judge
@@ -51,6 +61,7 @@ from sampling.search.set_up import (
     is_reproducible,
     load,
     make_problem,
+    note,
     rank_values,
 )
 from sampling.search.tables import send_tables
@@ -120,6 +131,13 @@ def search_prompts(
 ) -> list[str]:
     """Searches the prompts of this process; returns what there is to say."""
     output = Path(config.output)
+    device = find_device(config.device, task)
+    kept, is_recorded = kept_formats(output / SETTINGS)
+    asked = {"dtype": config.dtype, "tf32": config.tf32}
+    formats = settled_formats(asked, output / SETTINGS, device, note)
+    config = replace(config, dtype=formats["dtype"], tf32=formats["tf32"])
+    settings = settings | formats
+    about_device = {"device": device.type, **formats}
     own = own_folder(output, task)
     texts = {index: prompt.text for index, prompt in prompts.items()}
     loaded = load(config, texts, task)
@@ -127,7 +145,11 @@ def search_prompts(
     problem = make_problem(config, runner, mine[0])  # before anything is written or measured
     check_budget(problem, least_nfe(config, problem))
     extractor(config.diversity.checkpoint, config.diversity.module)
-    write_whole(output / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    unrecorded = (
+        ("tf32",) if kept is not None and not is_recorded else ()
+    )  # as all processes saw it
+    record = {key: value for key, value in settings.items() if key not in unrecorded}
+    write_whole(output / SETTINGS, json.dumps(record, indent=1) + "\n")
     if not config.batch_size:
         runner.batch_size = find_batch_size(runner, mine[0])
     kendall, lines = None, []
@@ -187,14 +209,18 @@ def search_prompts(
         def tell(turn: list[PromptSearch]) -> None:
             progress.tell(turn)
             if progress.is_due():
-                keep_ledger(own, journal.spent, beside)
+                keep_ledger(own, journal.spent, beside, about_device)
 
         try:
             drive(
                 runner,
                 journal,
                 (open_search(make_problem(config, runner, index), make) for index in mine),
-                about=lambda index: {"algorithm": config.algorithm, "prompt": texts[index]},
+                about=lambda index: {
+                    "algorithm": config.algorithm,
+                    "prompt": texts[index],
+                    **about_device,
+                },
                 on_image=winners.keep,
                 on_turn=tell,
                 on_done=finish,
@@ -260,7 +286,7 @@ def join(config: SearchConfig, output: Path) -> list[str]:
     candidates = join_rows(output, ROWS, lambda row: (row["prompt_index"], row["candidate"]))
     rows = join_rows(output, WINNERS, lambda row: row["prompt_index"])
     beside = spent_in(output / CALIBRATION, output / BASELINES)
-    keep_ledger(output, spent_on(candidates), beside)
+    keep_ledger(output, spent_on(candidates), beside, formats_of(candidates))
     found = alarms(rows, config.diversity, output)
     send_tables(config.wandb, output, rows, found)
     remove_parts(output)

@@ -12,6 +12,7 @@ import torch
 from sampling.errors import UserError
 from sampling.guidance import Guidance
 from sampling.model import DiffusionModel
+from sampling.precision import set_tf32
 from sampling.sample import find_device
 from sampling.search.config import SearchConfig
 from sampling.search.fk_steering import fk_steering
@@ -23,7 +24,7 @@ from sampling.search.runner import SearchSampling, TrialRunner
 from sampling.search.search import MakeSearch
 from sampling.search.trial import Problem, Ranking, by_score
 from sampling.search.zero_order import zero_order
-from sampling.speed import check_dtype, prepare_unet
+from sampling.speed import prepare_unet
 from sampling.tasks import Task
 from sampling.verifiers.ensemble import combined
 from sampling.verifiers.load import load_verifiers
@@ -48,10 +49,12 @@ class Loaded:
 
 
 def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded:
-    """Loads the model and all verifiers; raises UserError for a prompt that one cannot judge."""
+    """Loads the model and all verifiers; raises UserError for a prompt that one cannot judge.
+
+    The config's number formats are settled: none is auto.
+    """
     device = find_device(config.device, task)
-    dtype = getattr(torch, config.dtype)
-    check_dtype(device, dtype)
+    set_tf32(config.tf32 is True)
     named = {**config.verifiers, **config.held_out}
     loaded = load_verifiers(
         {name: dataclasses.replace(each, name=name) for name, each in named.items()}, device
@@ -62,11 +65,12 @@ def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded
             for text in itertools.islice(prompts.values(), MAX_CHECKED):
                 check(text)
     verifiers = {name: loaded[name] for name in config.verifiers}
+    dtype = getattr(torch, config.dtype)
     model = DiffusionModel.load(config.checkpoint, device, dtype, config.weights)
     model.process.check_sound()
     choice = prepare_unet(model.unet, config.attention, config.channels_last, config.compile)
     if choice:
-        _note(choice)
+        note(choice)
     sampling = SearchSampling(
         config.num_steps,
         Guidance(config.guidance_scale, config.guidance_rescale),
@@ -88,7 +92,7 @@ def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded
 
 
 @functools.cache
-def _note(text: str) -> None:
+def note(text: str) -> None:
     """Says something once, however many searches follow each other."""
     log.warning("note: %s", text)
 

@@ -172,10 +172,10 @@ def load_verifier(config: VerifierConfig, device: "torch.device") -> "Verifier":
     """Loads what the config names; raises UserError naming the file that is missing."""
     import torch
 
-    from sampling.speed import check_dtype
+    from sampling.precision import check_dtype
 
     dtype = getattr(torch, config.dtype)
-    check_dtype(device, dtype)
+    check_dtype(device, config.dtype)
     name, batch_size, checkpoint = config.column, config.batch_size, config.checkpoint or ""
     match config.kind:
         case "clip_score":
