@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-import sampling.model
+import sampling.encoders
 from sampling.guidance import Guidance
 from sampling.inversion import Inverter, bdia_invert, bdia_sample, invert
 from sampling.model import DiffusionModel
@@ -64,9 +64,13 @@ def mode(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     for name in ("alpha", "sigma"):
         value = getattr(NoiseSchedule, name)
         monkeypatch.setattr(NoiseSchedule, name, property(on_host(value.fget)))
-    for owner, name in ((Process, "check_sound"), (Process, "timesteps")):
+    for owner, name in (
+        (Process, "check_sound"),
+        (Process, "timesteps"),
+        (Process, "final_alpha_bar"),
+    ):
         monkeypatch.setattr(owner, name, on_host(getattr(owner, name)))
-    monkeypatch.setattr(sampling.model, "_overflowed", lambda given, result: False)
+    monkeypatch.setattr(sampling.encoders, "_overflowed", lambda given, result: False)
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
