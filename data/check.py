@@ -24,6 +24,7 @@ from data.errors import RunFailed, UserError, WriteFailed, disk_writes
 from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from data.progress import progress
 from data.scan import FACT, scan_shards
+from data.scratch import scratch_folder
 from data.shard_set import ShardSet, open_shards
 from data.shards import ENCODING_FILE, check_cache_fields, is_encoded
 from data.workers import usable_cores
@@ -155,15 +156,13 @@ def _write(output: Path, report: CheckReport) -> None:
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """Yields a new folder beside the shards, or among the system's if that can't be written."""
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=".check-", dir=folder))
-    except OSError:
-        with disk_writes():
-            scratch = Path(tempfile.mkdtemp(prefix="blackpoint-check-"))
-    try:
+    with ExitStack() as stack:
+        try:
+            scratch = stack.enter_context(scratch_folder(folder))
+        except OSError:
+            with disk_writes():
+                scratch = stack.enter_context(scratch_folder(Path(tempfile.gettempdir())))
         yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _index_state(found: Index, shards: ShardSet, latents: bool) -> IndexState:
@@ -247,12 +246,12 @@ def _publish(
 def _keep(scratch: Path, shards: ShardSet, state: IndexState, reason: str | None) -> None:
     """Copies the index of shards whose folder can't be written to where training looks next."""
     place = shards.kept / INDEX_FOLDER
-    partial = place.with_name(f".{INDEX_FOLDER}.partial-{os.getpid()}")
     try:
-        shutil.copytree(scratch / INDEX_FOLDER, partial)
-        partial.rename(place)
+        shards.kept.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(shards.kept) as partial:
+            shutil.copytree(scratch / INDEX_FOLDER, partial / INDEX_FOLDER)
+            (partial / INDEX_FOLDER).rename(place)
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
         if not has_index(shards.kept):
             state.notes.append(f"not written: {shards.folder} can't be written to ({reason})")
             return

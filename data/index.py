@@ -15,7 +15,6 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -33,6 +32,7 @@ from data.progress import progress
 from data.record import RECORD, ShardRecords, Span
 from data.remote_shards import RemoteShards
 from data.scan import scan_shards
+from data.scratch import scratch_folder
 from data.shards import folder_shards
 
 INDEX_FOLDER = "index"
@@ -48,13 +48,14 @@ class NotWritable(UserError):
 class IndexWriter:
     """Writes an index folder sample by sample; the index appears, whole, when it is closed.
 
-    As a context manager: what an exception leaves behind is removed.
+    As a context manager. It grows in a folder inside `working`, by default the shards' own; what an
+    exception leaves behind is removed.
     """
 
-    def __init__(self, shard_folder: Path) -> None:
+    def __init__(self, shard_folder: Path, working: Path | None = None) -> None:
         self.folder = shard_folder / INDEX_FOLDER
-        writer = f"{os.uname().nodename}-{os.getpid()}"  # of several machines, maybe
-        self.partial = shard_folder / f".{INDEX_FOLDER}.partial-{writer}"
+        self.partial: Path
+        self._working = working or shard_folder
         self.num_samples = 0
         self._num_in_shard: Counter[int] = Counter()
         self._key_offset = 0
@@ -62,11 +63,13 @@ class IndexWriter:
         self._keys: BinaryIO
 
     def __enter__(self) -> "IndexWriter":
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir()
-        self._records = (self.partial / "records.npy").open("wb")
-        self._keys = (self.partial / "keys.bin").open("wb")
-        self._write_header()
+        with contextlib.ExitStack() as stack:
+            self.partial = stack.enter_context(scratch_folder(self._working)) / INDEX_FOLDER
+            self.partial.mkdir()
+            self._records = (self.partial / "records.npy").open("wb")
+            self._keys = (self.partial / "keys.bin").open("wb")
+            self._write_header()
+            self._scratch = stack.pop_all()
         return self
 
     def add(self, shard: int, key: str, image: Span, caption: Span, picture: Image.Image) -> None:
@@ -120,8 +123,7 @@ class IndexWriter:
             self.partial.rename(self.folder)
         except OSError:
             if not (self.folder / "shards.json").exists():
-                raise
-            shutil.rmtree(self.partial)  # Another process wrote the same index first.
+                raise  # Otherwise another process wrote the same index first.
 
     def __exit__(
         self,
@@ -129,11 +131,10 @@ class IndexWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            for file in (self._records, self._keys):
-                with contextlib.suppress(OSError):  # on a full disk, closing fails again
-                    file.close()
-            shutil.rmtree(self.partial, ignore_errors=True)
+        for file in (self._records, self._keys):
+            with contextlib.suppress(OSError):  # on a full disk, closing fails again
+                file.close()
+        self._scratch.close()
 
     def _write_header(self) -> None:
         # numpy pads the header so that a longer first axis still fits into its bytes.

@@ -87,10 +87,12 @@ class Encoding:
         text = json.dumps(settings, sort_keys=True)
         return blake2b(text.encode(), digest_size=KEY_BYTES).hexdigest()
 
-    def write(self, folder: Path) -> None:
-        """Writes encoding.json."""
+    def write(self, folder: Path, working: Path) -> None:
+        """Writes encoding.json in `working` and moves it into place."""
         text = json.dumps(dataclasses.asdict(self) | {"key": self.key}, indent=1)
-        (folder / ENCODING_FILE).write_text(text + "\n", encoding="utf-8")
+        path = working / ENCODING_FILE
+        path.write_text(text + "\n", encoding="utf-8")
+        path.replace(folder / ENCODING_FILE)
 
     @classmethod
     def read(cls, folder: Path) -> "Encoding":

@@ -211,7 +211,7 @@ def _write_shards(
 
 def _write_index(rules: ShardRules, num_shards: int, result: PackResult) -> None:
     """Numbers the shards that hold samples without gaps and writes their index."""
-    with disk_writes(), IndexWriter(rules.shards) as index:
+    with disk_writes(), IndexWriter(rules.shards, rules.working) as index:
         paths: list[Path] = []
         for number in range(num_shards):
             part, records = read_part(part_path(rules.parts, number))

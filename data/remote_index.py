@@ -1,13 +1,13 @@
 """What lies beside remote shards, brought here: their index and, of latents, how they were made."""
 
-import os
-import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from data.errors import RunFailed, Unreachable, UserError, WriteFailed, disk_writes
 from data.index import INDEX_FOLDER, Index, has_index
 from data.remote import Refused, fetch, read_bytes, shown
+from data.scratch import scratch_folder
 from data.shard_cache import locked
 from data.shards import EMPTY_FILE, ENCODING_FILE
 
@@ -49,10 +49,10 @@ def _bring(folder: str, query: str, kept: Path) -> None:
         _write(kept / ENCODING_FILE, encoding)
     if description is None or _holds(kept / INDEX_FOLDER / "shards.json", description):
         return
-    new = kept / f".new-{os.getpid()}"
-    try:
+    with ExitStack() as stack:
         with disk_writes():
-            (new / INDEX_FOLDER).mkdir(parents=True)
+            new = stack.enter_context(scratch_folder(kept))
+            (new / INDEX_FOLDER).mkdir()
         for name in INDEX_FILES:
             _fetch(f"{folder}/{INDEX_FOLDER}/{name}{query}", new / INDEX_FOLDER / name)
         _write(new / INDEX_FOLDER / "shards.json", description)
@@ -61,8 +61,6 @@ def _bring(folder: str, query: str, kept: Path) -> None:
             if (kept / INDEX_FOLDER).exists():
                 (kept / INDEX_FOLDER).rename(new / "old")
             (new / INDEX_FOLDER).rename(kept / INDEX_FOLDER)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _optional(source: str, tries: int | None) -> bytes | None:

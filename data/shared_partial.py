@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from data.part import Part, finished_part, part_path
 from data.partial import different_settings
 
 OTHERS_FINISH_S = 5.0
+NUM_TRIES = 3
 
 
 class SharedPartial:
@@ -46,8 +48,7 @@ class SharedPartial:
 
     def __enter__(self) -> "SharedPartial":
         try:
-            with self.alone():
-                self._join()
+            self._enter()
         except (OSError, WriteFailed) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"output={self.output}: can't be written: {reason}.") from None
@@ -94,7 +95,10 @@ class SharedPartial:
 
     def num_finished(self) -> int:
         """Counts the shards that have a part file."""
-        return len(list(self.parts.glob("*.part")))
+        try:
+            return sum(name.endswith(".part") for name in os.listdir(self.parts))
+        except FileNotFoundError:  # none yet, or removed by who was last to leave
+            return 0
 
     def finished(self, number: int, digest: str) -> Part | None:
         """Returns the part of a shard that is finished and of this digest; else None."""
@@ -106,7 +110,11 @@ class SharedPartial:
 
     def megabytes(self) -> float:
         """Returns the size of the finished shards in 10^6 bytes."""
-        return sum(path.stat().st_size for path in self.shards.glob("*.tar")) / 1e6
+        num_bytes = 0
+        with contextlib.suppress(FileNotFoundError):  # another process has named the output
+            for path in self.shards.glob("*.tar"):
+                num_bytes += path.stat().st_size
+        return num_bytes / 1e6
 
     @contextlib.contextmanager
     def claim(self, number: int, who: str) -> Iterator[bool]:
@@ -152,22 +160,34 @@ class SharedPartial:
                         os.fsync(file.fileno())
             self.shards.rename(self.target)
 
+    def _enter(self) -> None:
+        # Without locks, the process that made the output may remove the folder meanwhile.
+        for _ in range(NUM_TRIES):
+            with self.alone():
+                try:
+                    return self._join()
+                except FileNotFoundError:
+                    if self.has_locks:
+                        raise
+        raise UserError(f"output={self.output}: {self.folder} is removed again and again.")
+
     def _join(self) -> None:
         self._presence = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o666)
         is_first = False
         try:
             is_first = self._lock(self._presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_first = is_first and (self.has_locks or not self.parts.exists())
-            if not is_first or self.num_finished():
-                self._check_settings(is_first)
-            else:
+            is_first = is_first and self.has_locks
+            if is_first and not self.num_finished():
                 for folder in (self.shards, self.parts, self.claims):
                     shutil.rmtree(folder, ignore_errors=True)
+            elif self.has_locks or (self.folder / "settings.json").exists():
+                self._check_settings(is_first)
             if is_first:
                 shutil.rmtree(self.working, ignore_errors=True)
+            if is_first or not self.has_locks:
                 for folder in (self.shards, self.parts, self.claims, self.working):
                     folder.mkdir(exist_ok=True)
-                fresh = self.folder / "settings.json.new"
+                fresh = self.working / f"settings.json.{uuid.uuid4().hex}"
                 fresh.write_text(json.dumps(self.settings, indent=1) + "\n")
                 fresh.replace(self.folder / "settings.json")
             self._lock(self._presence, fcntl.LOCK_SH)
@@ -180,6 +200,8 @@ class SharedPartial:
     def _check_settings(self, is_first: bool) -> None:
         other = different_settings(self.folder, self.settings)
         here = f"{self.folder} holds {self.num_finished()} finished shards"
+        if other and not self.has_locks:
+            os.stat(self.folder / "settings.json")  # gone: removed meanwhile, see _enter
         if other and is_first:
             raise UserError(
                 f"output={self.output}: {here} of a run with {', '.join(other)}. Continue it with "

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.numpy import save
 from data.check import CheckConfig, check
 from data.check_report import CheckReport
 from data.errors import RunFailed, UserError
-from data.index import Index, build_index
+from data.index import Index, IndexWriter, build_index
 from data.reader import Reader
 from data.shards import ENCODING_FILE
 from data.tar_samples import split_name
@@ -28,6 +29,7 @@ from tests.damaged_data import (
     write_tar,
 )
 from tests.data_images import encoded
+from tests.interleaved import killed_at, other_process_at
 
 
 def checked(folder: Path, **options: object) -> CheckReport:
@@ -262,6 +264,21 @@ def test_a_full_disk_ends_the_check_in_one_line_and_leaves_nothing(
         with pytest.raises(RunFailed, match="the disk is full; the index was not written"):
             build_index(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+@pytest.mark.parametrize("next_process", ["check", "index"])
+@pytest.mark.parametrize("killed", ["check", "index"])
+def test_what_a_killed_process_left_is_removed_by_the_next(
+    tmp_path: Path, killed: str, next_process: str
+) -> None:
+    write_tar(tmp_path / "a.tar", good_samples(0, 4))
+    verbs: dict[str, Callable[[Path], Any]] = {"check": checked, "index": build_index}
+    with killed_at(IndexWriter, "close"):
+        verbs[killed](tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    with other_process_at(IndexWriter, "close", lambda: verbs[killed](tmp_path)):
+        verbs[next_process](tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "index"]
 
 
 def test_user_mistakes_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

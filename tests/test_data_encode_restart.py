@@ -20,10 +20,13 @@ import torch
 import train.encode
 import train.encode_shards
 from data.errors import UserError as DataUserError
+from data.index import IndexWriter
+from data.latents import Encoding
 from data.shard_file import ShardFile
 from data.shared_partial import SharedPartial
 from sampling.errors import RunFailed, UserError
 from sampling.tasks import Task, this_task
+from tests.interleaved import killed_at, other_process_at
 from tests.tiny_pipeline import make_tiny_pipeline
 from train.encode import EncodeConfig, EncodeResult, encode
 from train.encode_tasks import process_devices
@@ -144,17 +147,66 @@ def test_a_task_that_dies_is_stood_in_for(
     assert nothing_beside(tmp_path / "out")
 
 
-def test_without_locks_the_bytes_are_the_same(
-    pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path, as_tasks, monkeypatch, capsys
-) -> None:
-    def no_locks(*_: object) -> None:
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every file system one that knows no locks."""
+
+    def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", refuse)
+
+
+def test_without_locks_the_bytes_are_the_same(
+    pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path, as_tasks, no_locks, capsys
+) -> None:
     results = as_tasks(lambda: encoded(shards, pipeline, tmp_path / "out"))
     assert [found.num_samples for found in results] == [12, 12]
     assert "can't be locked (No locks available)" in capsys.readouterr().err
     assert tree(tmp_path / "out") == tree(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (train.encode, "refuse_used_output"),
+        (SharedPartial, "_join"),
+        (SharedPartial, "_check_settings"),
+        (json, "dumps"),  # the settings, when the folders are there
+        (train.encode_shards, "write_part"),
+        (train.encode, "read_part"),
+        (IndexWriter, "append"),
+        (IndexWriter, "close"),
+        (train.encode, "read_empty"),
+        (Encoding, "write"),
+        (os, "fsync"),
+        (SharedPartial, "__exit__"),
+    ],
+)
+def test_without_locks_another_task_may_finish_at_any_point(
+    pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path, no_locks, owner: Any, name: str
+) -> None:
+    def encode_all() -> EncodeResult:
+        return encoded(shards, pipeline, tmp_path / "out")
+
+    if name == "_check_settings":
+        with killed_at(SharedPartial, "claim"):
+            encode_all()
+    with other_process_at(owner, name, encode_all):
+        assert encode_all().num_samples == 12
+    assert tree(tmp_path / "out") == tree(unbroken)
+    assert nothing_beside(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["append", "close"])
+def test_a_task_that_is_killed_at_the_index_leaves_no_trace(
+    pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path, no_locks, name: str
+) -> None:
+    with killed_at(IndexWriter, name):
+        encoded(shards, pipeline, tmp_path / "out")
+    assert encoded(shards, pipeline, tmp_path / "out").num_kept_shards == 4
+    assert tree(tmp_path / "out") == tree(unbroken)
+    assert nothing_beside(tmp_path / "out")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])

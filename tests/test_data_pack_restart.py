@@ -19,7 +19,7 @@ from data.bad_samples import BadSample
 from data.captions import CaptionedFile
 from data.errors import RunFailed, UserError
 from data.fingerprints import Fingerprints
-from data.index import Index
+from data.index import Index, IndexWriter
 from data.pack import PackConfig, PackResult, pack
 from data.pack_shard import ShardFile
 from data.partial import Partial
@@ -27,6 +27,7 @@ from data.shard_file import member_bytes
 from data.shard_list import read_list, shard_lists
 from data.workers import run_in_processes
 from tests.data_images import encoded, picture, write_damaged, write_folder
+from tests.interleaved import killed_at
 from tests.worker_jobs import die_at_three, double, fail_at_three
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,6 +196,18 @@ def test_without_locks_it_says_so(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("fcntl.flock", no_locks)
     assert packed(write_folder(tmp_path / "in", 5), tmp_path / "out").num_samples == 5
     assert "can't be locked (No locks available)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["append", "close"])
+def test_a_pack_that_is_killed_at_the_index_leaves_no_trace(tmp_path: Path, name: str) -> None:
+    source = write_folder(tmp_path / "in", 5)
+    packed(source, tmp_path / "unbroken")
+    with killed_at(IndexWriter, name):
+        packed(source, tmp_path / "out")
+    assert not list((tmp_path / ".out.partial" / "shards").glob("*index*"))
+    assert packed(source, tmp_path / "out").num_kept_shards == 2
+    assert tree(tmp_path / "out") == tree(tmp_path / "unbroken")
+    assert not (tmp_path / ".out.partial").exists()
 
 
 @pytest.mark.parametrize(("num_written", "kept"), [(2, 0), (9, 2)])

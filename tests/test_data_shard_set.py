@@ -81,8 +81,7 @@ def local(packed: Path, tmp_path: Path) -> list[tuple[Any, ...]]:
 
 
 def partial_files(folder: Path) -> list[Path]:
-    names = ("*.partial*", ".new-*", ".check-*")
-    return [path for name in names for path in folder.rglob(name)]
+    return list(folder.rglob("*.partial*"))
 
 
 def size_of(packed: Path) -> float:
@@ -284,7 +283,7 @@ def write_latents(folder: Path, num_samples: int) -> None:
         scaling_factor=1.0,
         prompt_embeds_shape=(4, 5),
     )
-    encoding.write(folder)
+    encoding.write(folder, folder)
     write_empty(folder, torch.ones(4, 5), folder)
 
 

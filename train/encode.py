@@ -27,6 +27,7 @@ import torch
 
 from data.bad_samples import BadSample, read_list, refusal, too_many
 from data.errors import RunFailed as DataRunFailed
+from data.errors import UserError as DataUserError
 from data.errors import WriteFailed, disk_writes
 from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from data.latents import DEFAULT_FORMATS, Encoding, read_empty
@@ -34,6 +35,7 @@ from data.part import part_path, read_part
 from data.partial import refuse_used_output
 from data.progress import progress
 from data.reader import Reader
+from data.scratch import scratch_folder
 from data.shard_file import shard_name
 from data.shard_set import index_shards, indexing_command, open_shards
 from data.shards import ENCODING_FILE, is_encoded
@@ -76,9 +78,14 @@ def encode(config: EncodeConfig) -> EncodeResult:
     devices = process_devices(config, task)
     config, is_recorded = settled(config, torch.device(devices[0]))
     encoding = planned_encoding(config, reader, devices[0].split(":")[0])
-    if is_encoded(output) and encoding.key == Encoding.read(output).key:
+    if _is_made(output, encoding):
         return result_of(output, None)
-    refuse_used_output(output)
+    try:
+        refuse_used_output(output)
+    except DataUserError:
+        if _is_made(output, encoding):  # by another task, since the look before
+            return result_of(output, None)
+        raise
     settings = encoding.settings()
     if not is_recorded:  # what is kept there knows nothing of them
         settings = {key: value for key, value in settings.items() if key not in DEFAULT_FORMATS}
@@ -91,9 +98,13 @@ def encode(config: EncodeConfig) -> EncodeResult:
             with partial.alone():
                 if not partial.is_whole:
                     _finish(rules)
-        except (WriteFailed, DataRunFailed) as error:
-            if not partial.becomes_whole():
+        except (WriteFailed, DataRunFailed, DataUserError, OSError) as error:
+            if partial.becomes_whole():  # another process was first, and moved what was in use here
+                pass
+            elif isinstance(error, WriteFailed | DataRunFailed):
                 raise _failure(error, config, partial) from error
+            else:
+                raise
     return result_of(output, kept)
 
 
@@ -172,6 +183,10 @@ def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encod
     )
 
 
+def _is_made(output: Path, encoding: Encoding) -> bool:
+    return is_encoded(output) and encoding.key == Encoding.read(output).key
+
+
 def result_of(output: Path, num_kept_shards: int | None) -> EncodeResult:
     """Reads what a finished output holds; None: all of it was there before."""
     index = Index(output)
@@ -243,16 +258,19 @@ def _finish(rules: EncodeRules) -> None:
             f"source={config.source}", bad, num_samples, config.max_bad_share, "max_bad_share"
         )
     with disk_writes():
-        if partial.has_locks:  # what a process that was killed here has left
-            for folder in (*partial.shards.glob(".*"), partial.shards / INDEX_FOLDER):
-                shutil.rmtree(folder, ignore_errors=True)
-        with IndexWriter(partial.shards) as index:
+        if partial.has_locks:  # of a process that was killed here
+            shutil.rmtree(partial.shards / INDEX_FOLDER, ignore_errors=True)
+        for folder in partial.shards.glob(".*"):  # of the time when an index grew there
+            shutil.rmtree(folder, ignore_errors=True)
+        with IndexWriter(partial.shards, partial.working) as index:
             for number, (_, records) in enumerate(parts):
                 index.append(number, records)
             paths = [partial.shards / shard_name(number) for number in range(rules.num_shards)]
             index.close(paths, bad)
         shape = tuple(read_empty(partial.shards).shape)
-        dataclasses.replace(rules.encoding, prompt_embeds_shape=shape).write(partial.shards)
+        encoding = dataclasses.replace(rules.encoding, prompt_embeds_shape=shape)
+        with scratch_folder(partial.working) as working:
+            encoding.write(partial.shards, working)
     partial.finish()
 
 
