@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tests.waiting import PATIENCE_S
+
 Fault = Callable[["Handler", bytes], bool]
 """Answers a GET of what is left to send in its own way; False: as if there were no fault."""
 
@@ -137,7 +139,7 @@ def stalls_after(num_bytes: int, released: threading.Event) -> Fault:
         handler.head(handler.status, len(part), **handler.extra)
         handler.wfile.write(part[:num_bytes])
         handler.wfile.flush()
-        released.wait(60)
+        released.wait(PATIENCE_S)
         handler.close_connection = True
         return True
 

@@ -5,7 +5,9 @@ changed; everything lies in one short folder (unix sockets allow about 100 chara
 with `stop`. Each emulated node advertises more CPUs and GPUs than the machine has.
 """
 
+import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -31,7 +33,7 @@ SlurmctldPort={port}
 SlurmdPort={node_port}
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={root}/munge.socket,cred_expire=5
+AuthInfo=socket={root}/munge.socket,cred_expire=10
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool-%n
 SlurmctldPidFile={root}/slurmctld.pid
@@ -55,14 +57,14 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
-KillWait=15
+KillWait=60
 MinJobAge=3600
 SlurmdTimeout=60
 MessageTimeout=20
 InactiveLimit=0
 {nodes}
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
-PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=abrupt Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=20 PreemptMode=OFF
 """
@@ -134,7 +136,7 @@ class Cluster:
             states = self.run("sinfo", "-h", "-N", "-p", "debug", "-o", "%T", check=False)
             return states.split() == ["idle"] * NUM_NODES
 
-        wait_until(idle, 60, lambda: (root / "slurmctld.log").read_text()[-2000:])
+        wait_until(idle, 300, lambda: (root / "slurmctld.log").read_text()[-2000:])
 
     def stop(self) -> None:
         """Ends every job and every daemon, and removes the folder."""
@@ -149,7 +151,7 @@ class Cluster:
     def run(self, *command: str, check: bool = True, cwd: Path | None = None) -> str:
         """Runs a client command and returns what it printed."""
         answer = subprocess.run(
-            command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=60
+            command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=300
         )
         assert not check or answer.returncode == 0, f"{command}: {answer.stderr}"
         return answer.stdout
@@ -181,7 +183,7 @@ class Cluster:
         return sorted(set(self.run("squeue", "-h", "-o", "%A", check=False).split()))
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float, describe: Callable) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float, describe: Callable) -> None:
     """Polls; fails with a description after the time."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
@@ -190,13 +192,14 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, describe: Callab
 
 
 def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    """Finds ports below those that the system gives to whoever asks, so that they stay free."""
+    ports: list[int] = []
+    while len(ports) < count:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            port = random.randrange(10_000, 30_000)
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+    return sorted(set(ports)) if len(set(ports)) == count else _free_ports(count)
 
 
 def _end(pid_file: Path) -> None:

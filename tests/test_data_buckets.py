@@ -197,9 +197,9 @@ def test_the_start_at_a_million_costs_what_the_start_costs() -> None:
         best = float("inf")
         for _ in range(20):
             whole = order_of_many(counts)
-            begun = time.perf_counter()
+            begun = time.thread_time()  # of this thread alone, however busy the machine is
             whole.place(position)
-            best = min(best, time.perf_counter() - begun)
+            best = min(best, time.thread_time() - begun)
         return best
 
     def order_of_many(counts: list[int]) -> BucketOrder:

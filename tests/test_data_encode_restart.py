@@ -1,6 +1,7 @@
 """Laws of `data encode` over processes and time: the same bytes however it was run or stopped."""
 
 import errno
+import functools
 import json
 import os
 import random
@@ -27,7 +28,10 @@ from data.shared_partial import SharedPartial
 from sampling.errors import RunFailed, UserError
 from sampling.tasks import Task, this_task
 from tests.interleaved import killed_at, other_process_at
+from tests.interrupted_verb import interrupted
 from tests.tiny_pipeline import make_tiny_pipeline
+from tests.waiting import names_in, wait_for
+from tests.warm_verb import WarmVerb
 from train.encode import EncodeConfig, EncodeResult, encode
 from train.encode_tasks import process_devices
 
@@ -48,10 +52,9 @@ def encoded(shards: Path, pipeline: Path, output: Path, **options: Any) -> Encod
     return encode(EncodeConfig(str(shards), str(pipeline), str(output), **(OPTIONS | options)))
 
 
-def command(shards: Path, pipeline: Path, output: Path, **options: Any) -> list[str]:
+def arguments(shards: Path, pipeline: Path, output: Path, **options: Any) -> list[str]:
     settings = {"source": shards, "checkpoint": pipeline, "output": output} | OPTIONS | options
-    verb = [sys.executable, "-m", "scripts.cli", "data", "encode"]
-    return [*verb, *(f"{name}={value}" for name, value in settings.items())]
+    return ["data", "encode", *(f"{name}={value}" for name, value in settings.items())]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -375,11 +378,32 @@ def test_an_encoding_that_was_changed_is_refused(unbroken: Path, tmp_path: Path)
 def test_several_processes_write_the_same_bytes(
     pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path
 ) -> None:
-    run = command(shards, pipeline, tmp_path / "out", num_processes=3, num_workers=1)
+    given = arguments(shards, pipeline, tmp_path / "out", num_processes=2, num_workers=1)
+    run = [sys.executable, "-m", "scripts.cli", *given]
     found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0 and "encoded 12 samples in 4 shards" in found.stdout, found.stderr
     assert tree(tmp_path / "out") == tree(unbroken)
     assert nothing_beside(tmp_path / "out")
+
+
+def at_first_sample(marker: Path, parts: Path | None) -> None:
+    """Holds this task up in its first shard until the other is at work too.
+
+    With `parts` it is the one that is preempted, when the other has finished a shard.
+    """
+    write = ShardFile.write
+
+    def hold_up(self: ShardFile, *arguments: Any) -> Any:
+        ShardFile.write = write  # type: ignore[method-assign]
+        if parts is None:
+            wait_for(marker.exists)
+        else:
+            marker.touch()
+            wait_for(lambda: names_in(parts))
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return write(self, *arguments)
+
+    ShardFile.write = hold_up  # type: ignore[method-assign]
 
 
 @pytest.mark.slow
@@ -387,59 +411,43 @@ def test_tasks_of_slurm_meet_and_a_preempted_one_can_be_resumed(
     pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     """As srun starts them; one is preempted in its first shard, the other ends the work."""
-    run = command(shards, pipeline, tmp_path / "out")
     names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    output, parts = tmp_path / "made" / "out", tmp_path / "made" / ".out.partial" / "parts"
     tasks = [
-        subprocess.Popen(
-            run,
-            cwd=ROOT,
-            env=os.environ | dict(zip(names, (str(rank), "2", str(rank)), strict=True)),
-            stderr=subprocess.PIPE,
+        WarmVerb(
+            *arguments(shards, pipeline, output),
+            environment=dict(zip(names, (str(rank), "2", str(rank)), strict=True)),
+            before=functools.partial(at_first_sample, tmp_path / "marker", parts if rank else None),
         )
         for rank in range(2)
     ]
-    while not (tmp_path / ".out.partial" / "lock").exists():
-        assert tasks[1].poll() is None
-        time.sleep(0.01)
-    tasks[1].send_signal(signal.SIGUSR1)
-    errors = [task.communicate()[1].decode() for task in tasks]
+    errors = [task.communicate()[1] for task in tasks]
     assert tasks[0].returncode == 0, errors[0]
     assert tasks[1].returncode == 75 and "the same command continues" in errors[1], errors[1]
-    assert tree(tmp_path / "out") == tree(unbroken)
-    assert nothing_beside(tmp_path / "out")
+    assert tree(output) == tree(unbroken)
+    assert nothing_beside(output)
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     pipeline: Path, shards: Path, tmp_path: Path
 ) -> None:
-    """Each way of ending it in turn, some shards on, until it has come to its end."""
+    """Each way of ending it in turn, at some change of the folder, until it has come to its end."""
     options = {"samples_per_shard": 1, "batch_size": 1, "num_workers": 1}
     encoded(shards, pipeline, tmp_path / "unbroken", **options)
-    output, parts = tmp_path / "made" / "out", tmp_path / "made" / ".out.partial" / "parts"
-    rng, statuses = random.Random(0), list[int]()
-    for how in [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1] * 4:
-        options["num_processes"] = 1 if how == signal.SIGINT else 2
-        run = command(shards, pipeline, output, **options)
-        process = subprocess.Popen(run, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
-        wanted = len(list(parts.glob("*"))) + rng.randrange(1, 4)
-        while process.poll() is None:
-            if len(list(parts.glob("*"))) >= wanted:
-                time.sleep(rng.random() * 0.02)
-                if how == signal.SIGKILL:
-                    process.kill()
-                else:
-                    os.killpg(process.pid, how)
-                break
-            time.sleep(0.002)
-        stderr = process.communicate()[1].decode()
-        assert "Traceback" not in stderr, stderr
-        statuses.append(process.returncode)
-        if output.exists():  # whole, also where the kill came before the cleanup
-            break
+    output, partial = tmp_path / "made" / "out", tmp_path / "made" / ".out.partial"
+    output.parent.mkdir()
+    rng = random.Random(0)
+    for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        options["num_processes"] = 2 if how in (signal.SIGKILL, signal.SIGTERM) else 1
+        found = interrupted(
+            how, rng.randrange(10, 30), partial, arguments(shards, pipeline, output, **options)
+        )
+        assert "Traceback" not in found.stderr, found.stderr
         # -how: it came when the handlers were not there yet, or no longer.
         status = {signal.SIGINT: 130, signal.SIGKILL: -9}.get(how, 75)
-        assert process.returncode in (status, -how), stderr
-    assert len(statuses) > 2, statuses
+        assert found.returncode in (status, -how), found.stderr
+        assert not output.exists()
+    encoded(shards, pipeline, output, **options)
     assert tree(output) == tree(tmp_path / "unbroken")
-    assert process.returncode or nothing_beside(output)
+    assert nothing_beside(output)

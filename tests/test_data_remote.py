@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tests.shard_server import (
     serving,
     stalls_after,
 )
+from tests.waiting import PATIENCE_S, wait_for
 
 SIZE = 3_000_000
 
@@ -104,7 +104,7 @@ def test_a_file_that_changes_meanwhile_is_not_mixed(server: ShardServer, tmp_pat
 def test_a_stall_is_a_dropped_connection(
     server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.remote, "STALL_S", 0.3)
+    monkeypatch.setattr(data.remote, "STALL_S", 2.0)
     released = threading.Event()
     server.faults = [stalls_after(1_000_000, released)]
     fetch(f"{server.url}/0.tar", tmp_path / "a", SIZE)
@@ -213,7 +213,7 @@ def test_processes_share_a_cache(server: ShardServer, tmp_path: Path) -> None:
     ]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=PATIENCE_S) for _ in processes]
     for process in processes:
         process.join()
     assert [wrong for wrong, _ in found] == [0] * 4
@@ -237,7 +237,7 @@ def test_a_large_enough_cache_fetches_each_shard_once(server: ShardServer, tmp_p
     ]
     for process in processes:
         process.start()
-    assert [results.get(timeout=60) for _ in processes] == [[True] * 6] * 3
+    assert [results.get(timeout=PATIENCE_S) for _ in processes] == [[True] * 6] * 3
     for process in processes:
         process.join()
     assert set(server.num_gets.values()) == {1}
@@ -254,10 +254,10 @@ def test_a_kill_during_a_download_does_no_damage(server: ShardServer, tmp_path: 
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(cache.folder), f"{server.url}/0.tar"]
     )
-    deadline = time.monotonic() + 60
-    while not sum(path.stat().st_size for path in cache.folder.rglob("*.partial")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    wait_for(
+        lambda: sum(path.stat().st_size for path in cache.folder.rglob("*.partial")),
+        lambda: process.poll() is None,
+    )
     assert not list(cache.folder.rglob("*.tar"))
     with pytest.raises(BlockingIOError), locked(next(cache.folder.glob("*/lock")), wait=False):
         pass

@@ -16,6 +16,7 @@ from data.pack import PackConfig, pack
 from data.reader import Reader
 from data.record import RECORD
 from tests.data_images import write_folder
+from tests.waiting import PATIENCE_S
 
 NUM_SHARDS = 100
 BATCH = 8
@@ -89,7 +90,7 @@ def in_a_process(job: Callable[..., Any], *arguments: Any) -> Any:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(job(*arguments)))
     process.start()
-    assert receiver.poll(120), "the process hangs or has died"
+    assert receiver.poll(PATIENCE_S), "the process hangs or has died"
     result = receiver.recv()
     process.join()
     return result
@@ -125,9 +126,9 @@ def first_batch(folder: Path, position: int) -> tuple[float, int]:
 
     os.pread = counted  # type: ignore[assignment]
     try:
-        begin = time.perf_counter()
+        begin = time.thread_time()  # what else the machine does costs other threads
         batch = open_reader(folder).batch(range(position, position + BATCH))
-        seconds = time.perf_counter() - begin
+        seconds = time.thread_time() - begin
     finally:
         os.pread = pread
     assert not batch["replaced"]
@@ -143,7 +144,7 @@ def test_the_first_batch_costs_the_same_everywhere(data_sets: dict[int, Path]) -
             seconds, reads = first_batch(data_sets[case[0]], case[1])
             best[case] = min(best[case], seconds)
             num_reads.add(reads)
-        # What else the machine does only adds: the minima come together, if they do, in the end.
+        # Caches that others fill only add: the minima come together, if they do, in the end.
         if attempt >= 5 and max(best.values()) <= 1.2 * best[10**4, 0]:
             break
     else:

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 ORPHAN = """
 import os, sys, time
 from data import worker_signals
@@ -17,7 +19,7 @@ if os.fork():
 while os.getppid() == parent:
     time.sleep(0.01)
 init(0)
-time.sleep(600)
+time.sleep(3600)
 """
 
 
@@ -25,6 +27,6 @@ time.sleep(600)
 def test_a_worker_whose_parent_died_before_it_began_ends() -> None:
     """It holds the parent's output open: whoever reads that would wait for ever."""
     run = subprocess.run(
-        [sys.executable, "-c", ORPHAN], capture_output=True, timeout=120, check=False
+        [sys.executable, "-c", ORPHAN], capture_output=True, timeout=PATIENCE_S, check=False
     )
     assert run.returncode == 0 and not run.stderr

@@ -1,9 +1,6 @@
 """`blackpoint evaluate`: rows, metrics, several processes, what is added later, refusals."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from tests.evaluations import (
     write_prompts,
     write_reference,
 )
+from tests.warm_verb import WarmVerb
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -158,20 +156,18 @@ def test_three_processes_have_the_numbers_of_one(
 ) -> None:
     given = arguments(pipeline, prompts, tmp_path / "three", *with_sets(reference))
     one = evaluate(arguments(pipeline, prompts, tmp_path / "one", *with_sets(reference)))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "scripts.cli", "evaluate", *given],
-            cwd=ROOT,
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        WarmVerb(
+            "evaluate",
+            *given,
+            environment=dict(zip(names, (str(rank), "3", str(rank)), strict=True)),
         )
         for rank in range(3)
     ]
     for process in running:
-        text = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, text
+        _, error = process.communicate()
+        assert process.returncode == 0, error
     three = read_summary(tmp_path / "three")
     assert three is not None and not (tmp_path / "three" / "parts").exists()
     assert numbers(three) == numbers(read_summary(tmp_path / "one") or one)

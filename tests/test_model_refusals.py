@@ -187,6 +187,7 @@ def test_wrong_scheduler_config_is_refused(entries, message):
 @pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_said_and_not_a_traceback(tmp_path):
     code = (
+        "import time\ntime.sleep = lambda seconds: None  # between the tries\n"
         "from sampling.model import DiffusionModel\n"
         "from sampling.errors import UserError\n"
         "try:\n    DiffusionModel.load('someone/something')\n"

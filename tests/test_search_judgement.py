@@ -59,7 +59,7 @@ def test_a_hacked_verifier_sets_off_the_alarm(
     model = DiffusionModel.load(pipeline)
     for row in winners(tmp_path / "out"):
         plain = row["baseline"]
-        assert row["held_out"]["bright"] == pytest.approx(-1 - row["scores"]["dark"], abs=1e-6)
+        assert row["held_out"]["bright"] == pytest.approx(-1 - row["scores"]["dark"], abs=1e-5)
         again = model.sample(row["prompt"], [plain["seed"]], num_steps=4, guidance_scale=1.0)[0]
         assert plain["scores"]["dark"] == pytest.approx(-luminance(again), abs=1e-4)
         assert plain["held_out"]["bright"] == pytest.approx(luminance(again) - 1, abs=1e-4)
@@ -181,19 +181,19 @@ def test_winners_and_changes_are_tables_at_wandb(
 
 
 @pytest.mark.slow
-def test_a_file_of_a_million_prompts_is_searched_from_its_first(
+def test_a_file_of_many_prompts_is_searched_from_its_first(
     pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts are encoded as their turn comes, so that memory and time do not go into all."""
     path = tmp_path / "many.txt"
-    path.write_text("".join(f"photo number {n}\n\n" for n in range(1_000_000)))
+    path.write_text("".join(f"photo number {n}\n\n" for n in range(200_000)))
     encoded = 0
     original = DiffusionModel.encode_prompts
 
     def counting(self: DiffusionModel, prompts: list[str]) -> Any:
         nonlocal encoded
         encoded += len(prompts)
-        if encoded > 200:
+        if encoded > 60:
             raise KeyboardInterrupt
         return original(self, prompts)
 

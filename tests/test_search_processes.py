@@ -1,11 +1,9 @@
 """`blackpoint search` in several processes, and killed: the same winners, nothing paid twice."""
 
+import contextlib
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,8 +19,9 @@ from sampling.search.parts import forget_stop, share_of, stopped, tell_stop, wai
 from sampling.search.run import search_to_folder
 from sampling.tasks import Task
 from sampling.verifiers.load import VerifierConfig
+from tests.waiting import names_in, wait_for
+from tests.warm_verb import WarmVerb
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red photo of snow", "a blue night", "a white wall", "a gray sea", "a black cat"]
 
 
@@ -43,19 +42,12 @@ def arguments(pipeline: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
-def start(given: list[str], **environment: str) -> subprocess.Popen[str]:
+def start(given: list[str], **environment: str) -> WarmVerb:
     """Starts the command as a user or a launcher would."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "scripts.cli", "search", *given],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return WarmVerb("search", *given, environment=environment)
 
 
-def start_all(given: list[str], count: int) -> list[subprocess.Popen[str]]:
+def start_all(given: list[str], count: int) -> list[WarmVerb]:
     return [
         start(given, RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
         for rank in range(count)
@@ -98,7 +90,7 @@ def test_three_processes_find_what_one_finds(
     one = start(arguments(pipeline, tmp_path / "one", *given))
     several = start_all(arguments(pipeline, tmp_path / "several", *given), 3)
     for process in (one, *several):
-        _, error = process.communicate(timeout=300)
+        _, error = process.communicate()
         assert process.returncode == 0, error
     assert_same_search(tmp_path / "several", tmp_path / "one")
 
@@ -110,42 +102,42 @@ def test_a_search_that_is_killed_ten_times_ends_as_if_it_had_not_been(
     """The last starts have another number of processes."""
     given = ["algorithm=paths", "paths.num_expansions=2", "budget_nfe=120", "batch_size=2"]
     whole, killed = (arguments(pipeline, tmp_path / name, *given) for name in ("whole", "killed"))
-    _, error = (process := start(whole)).communicate(timeout=300)
+    _, error = (process := start(whole)).communicate()
     assert process.returncode == 0, error
     rng, folder = random.Random(0), tmp_path / "killed"
     for _ in range(10):
         before = size(folder)
         processes = start_all(killed, 2)
-        until = time.monotonic() + 120
         while size(folder) == before and any(p.poll() is None for p in processes):
-            assert time.monotonic() < until
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
         for process in processes:
             process.kill()
             process.communicate()
     for process in start_all(killed, 1):
-        _, error = process.communicate(timeout=300)
+        _, error = process.communicate()
         assert process.returncode == 0, error
     assert_same_search(folder, tmp_path / "whole")
 
 
 def size(folder: Path) -> int:
-    """Returns the bytes of all rows so far."""
-    paths = [*folder.glob("candidates.jsonl"), *folder.glob("*/*/candidates.jsonl")]
-    return sum(path.stat().st_size for path in paths)
+    """Returns the bytes of all rows so far; processes move their files meanwhile."""
+    parts = folder / "parts"
+    num_bytes = 0
+    for path in (folder, *(parts / name for name in names_in(parts))):
+        with contextlib.suppress(FileNotFoundError):
+            num_bytes += (path / "candidates.jsonl").stat().st_size
+    return num_bytes
 
 
 @pytest.mark.slow
 def test_a_schedulers_signal_stops_a_search_that_can_go_on(pipeline: Path, tmp_path: Path) -> None:
     given = arguments(pipeline, tmp_path / "out", "budget_nfe=4000", "batch_size=1")
     process = start(given)
-    until = time.monotonic() + 120
-    while not (tmp_path / "out" / "candidates.jsonl").is_file():
-        assert time.monotonic() < until and process.poll() is None
-        time.sleep(0.05)
+    rows_file = tmp_path / "out" / "candidates.jsonl"
+    wait_for(rows_file.is_file, lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate()
     assert process.returncode == 75, error
     assert "stopped by SIGTERM; the same command continues" in error
 

@@ -26,6 +26,7 @@ from scripts.frozen import CODE, ROOT
 from scripts.requeue import STOPPED, newest_step, read_starts
 from tests.slurm_cluster import MARKS, Cluster, wait_until
 from tests.tiny_run import make_tiny_shards, tiny_config
+from tests.waiting import names_in
 from train.encode import encode
 from train.encode_config import EncodeConfig
 from train.metrics_file import read_metrics
@@ -36,7 +37,7 @@ NUM_ENCODED = 300
 TWO_TASKS = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
 ONE_TASK = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1")
-TIMEOUT_S = 240
+TIMEOUT_S = 1200
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def make_checkout(folder: Path, pipeline: Path, shards: Path) -> Path:
 
 
 def submit(cluster: Cluster, checkout: Path, *options: str, arguments: Sequence[str] = ()) -> str:
-    options = ("--time=10", "--cpus-per-task=1", *options)
+    options = ("--time=30", "--cpus-per-task=1", *options)
     return cluster.submit(*options, "slurm/train.sbatch", "tiny.yaml", *arguments, cwd=checkout)
 
 
@@ -214,7 +215,7 @@ def test_an_encoding_on_two_nodes_that_a_signal_stops_once_has_the_bytes_of_one_
     options |= {"resolution": 16, "batch_size": 1, "samples_per_shard": 1, "num_workers": 0}
     arguments = [f"{name}={value}" for name, value in options.items()]
     job = cluster.submit(
-        "--time=10",
+        "--time=30",
         "--cpus-per-task=1",
         *TWO_NODES,
         "slurm/encode.sbatch",
@@ -223,7 +224,7 @@ def test_an_encoding_on_two_nodes_that_a_signal_stops_once_has_the_bytes_of_one_
         cwd=checkout,
     )
     parts = checkout / ".latents.partial" / "parts"
-    wait_until(lambda: any(parts.glob("*.part")), TIMEOUT_S, lambda: logs_of(checkout))
+    wait_until(lambda: names_in(parts), TIMEOUT_S, lambda: logs_of(checkout))
     cluster.run("scancel", "--signal=USR1", job)
     log = assert_done(cluster, job, checkout, restarts=1)
     assert "stopped by SIGUSR1; the same command continues" in log and "requeued" in log
@@ -242,7 +243,7 @@ def test_a_search_on_two_nodes_that_a_signal_stops_once_finds_what_one_process_f
     options |= {"verifiers.dark.kind": "luminance", "verifiers.dark.target": "0"}
     arguments = [f"{name}={value}" for name, value in options.items()]
     job = cluster.submit(
-        "--time=10",
+        "--time=30",
         "--cpus-per-task=1",
         *TWO_NODES,
         "slurm/search.sbatch",
@@ -251,11 +252,12 @@ def test_a_search_on_two_nodes_that_a_signal_stops_once_finds_what_one_process_f
         cwd=checkout,
     )
     parts = checkout / "found" / "parts"
-    wait_until(
-        lambda: len([f for f in parts.glob("*/candidates.jsonl") if f.stat().st_size]) == 2,
-        TIMEOUT_S,
-        lambda: logs_of(checkout),
-    )
+
+    def are_searching() -> bool:
+        files = [parts / name / "candidates.jsonl" for name in names_in(parts)]
+        return sum(file.is_file() and file.stat().st_size > 0 for file in files) == 2
+
+    wait_until(are_searching, TIMEOUT_S, lambda: logs_of(checkout))
     cluster.run("scancel", "--signal=USR1", job)
     log = assert_done(cluster, job, checkout, restarts=1)
     assert "stopped by SIGUSR1; the same command continues" in log and "requeued" in log
@@ -272,7 +274,7 @@ def test_a_search_on_two_nodes_that_a_signal_stops_once_finds_what_one_process_f
 def test_an_export_job_writes_what_the_run_exported(cluster: Cluster, unbroken: Path) -> None:
     checkout = unbroken.parents[1]
     arguments = [f"checkpoint=runs/{unbroken.name}", "output=exported"]
-    options = ("--time=10", "--cpus-per-task=1", *ONE_TASK)
+    options = ("--time=30", "--cpus-per-task=1", *ONE_TASK)
     job = cluster.submit(*options, "slurm/export.sbatch", *arguments, cwd=checkout)
     assert "verified against diffusers" in assert_done(cluster, job, checkout, restarts=0)
     found, expected = tree(checkout / "exported"), tree(unbroken / "export")

@@ -5,8 +5,8 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from scripts import sweep_runner
 from scripts.cli import main
 from scripts.sweep_runner import LOCK, read_cell
 from tests.tiny_sweep import EVALUATE, cells, sweep
+from tests.waiting import wait_for
 from train.run_lock import RunLock
 
 MODEL = {**EVALUATE, "checkpoint": "model"}
-SLEEPS = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+SLEEPS = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(3600)"
 
 
 @pytest.fixture
@@ -36,6 +37,11 @@ def verbs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, ...]]]:
     monkeypatch.setattr(sweep_runner, "verb_command", command)
     monkeypatch.setattr(sweep_runner, "POLL_S", 0.05)
     yield found
+
+
+def clock(**changes: Any) -> types.SimpleNamespace:
+    """Returns the module `time` with some of it changed."""
+    return types.SimpleNamespace(**{**vars(time), **changes})
 
 
 def is_held(folder: Path) -> bool:
@@ -63,19 +69,12 @@ def test_a_verb_keeps_its_lock_when_its_sweep_is_killed_alone(
     monkeypatch.setattr(sweep_runner, "verb_command", lambda *_: command)
     start = multiprocessing.get_context("fork").Process(target=main, args=(["sweep", str(path)],))
     start.start()
-    for _ in range(600):
-        if pid.is_file() and pid.read_text():
-            break
-        time.sleep(0.1)
+    wait_for(lambda: pid.is_file() and pid.read_text(), start.is_alive)
     start.kill()
     start.join()
     assert is_held(folder)
     os.kill(int(pid.read_text()), signal.SIGKILL)
-    for _ in range(100):
-        if not is_held(folder):
-            break
-        time.sleep(0.1)
-    assert not is_held(folder)
+    wait_for(lambda: not is_held(folder))
 
 
 def test_a_cell_that_is_being_run_elsewhere_is_left_alone(
@@ -98,15 +97,13 @@ def test_a_cell_that_is_being_run_elsewhere_is_left_alone(
 
 
 def test_a_cell_that_is_let_go_meanwhile_is_run(
-    tmp_path: Path, verbs: list[Any], capsys: Any
+    tmp_path: Path, verbs: list[Any], capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [cell] = cells(tmp_path, evaluate=MODEL)
     lock = RunLock(cell.folder, LOCK)
     lock.acquire()
-    timer = threading.Timer(0.2, lock.release)
-    timer.start()
+    monkeypatch.setattr(sweep_runner, "time", clock(sleep=lambda _: lock.release()))
     assert main(["sweep", str(sweep(tmp_path, evaluate=MODEL))]) == 0
-    timer.join()
     out = capsys.readouterr().out
     assert len(verbs) == 1 and read_cell(cell.folder)["state"] == "done"
     assert "1 done" in out and "elsewhere" not in out
@@ -138,14 +135,16 @@ def test_seconds_of_a_cell_are_those_of_its_own_verbs(
     training = found[0].training
     assert training is not None and training == found[1].training
     index = training.folder / "export" / "model_index.json"
-    code = "import pathlib, sys, time; time.sleep(1.5); path = pathlib.Path(sys.argv[1]); "
+    code = "import pathlib, sys; path = pathlib.Path(sys.argv[1]); "
     code += "path.parent.mkdir(parents=True); path.touch()"
     train = [sys.executable, "-c", code, str(index)]
     monkeypatch.setattr(
         sweep_runner, "verb_command", lambda verb, _: train if verb == "train" else ["true"]
     )
+    trained = clock(monotonic=lambda: 1000.0 if index.exists() else 0.0)
+    monkeypatch.setattr(sweep_runner, "time", trained)
     assert main(["sweep", str(sweep(tmp_path, **settings))]) == 0
-    assert all(read_cell(cell.folder)["seconds"] < 1.0 for cell in found)
+    assert all(read_cell(cell.folder)["seconds"] == 0.0 for cell in found)
 
 
 def test_cells_share_what_is_measured_of_the_references(tmp_path: Path) -> None:

@@ -2,14 +2,15 @@
 
 import errno
 import fcntl
+import functools
 import json
 import os
-import random
 import signal
 import subprocess
-import sys
-import time
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from omegaconf import OmegaConf
 import train.run
 from sampling.checkpoint import last_checkpoint
 from sampling.errors import RunFailed, UserError
+from tests.interrupted_verb import interrupt_at_change
 from tests.tiny_run import Killed, assert_same_run, kill, stop_in_step, tiny_config
+from tests.warm_verb import WarmVerb
 from train.checkpoints import AtomicCheckpointIO, checkpoint_steps, damage, read_best
 from train.config import TrainConfig
 
@@ -262,14 +265,19 @@ def test_a_file_system_without_locks_is_used_and_said(
     assert "can't be locked (No locks available)" in capsys.readouterr().err
 
 
+def without_export_but(function: Callable[..., None], *arguments: Any) -> None:
+    """Prepares a process of its own: exports have their own tests there too."""
+    train.run.export = lambda source, output, weights: output.mkdir()  # type: ignore[assignment]
+    function(*arguments)
+
+
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(
+def test_killed_at_any_change_of_its_folder_it_ends_with_the_same_bits(
     pipeline: Path, shards: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL, also while a checkpoint is written: syncing one is made to take a while."""
-    rng = random.Random(0)
+    """SIGKILL, before each of the changes that a start and a checkpoint make, and between."""
     settings = {
-        "trainer.max_steps": 80,
+        "trainer.max_steps": 20,
         "trainer.checkpoint_every_steps": 2,
         "trainer.validate_every_steps": 4,
         "data.validation_shards": str(shards),
@@ -279,40 +287,22 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(
     config = tiny_config(tmp_path / "run", pipeline, shards, **settings)
     yaml = tmp_path / "run.yaml"
     yaml.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    slow_disk = (
-        "import os, sys, time, train.run, train.checkpoints\n"
-        "sync = os.fsync\n"
-        "def fsync(file):\n"
-        "    time.sleep(.05)\n"
-        "    sync(file)\n"
-        "os.fsync = fsync\n"
-        "train.run.export = lambda source, output, weights: output.mkdir()\n"
-        "from scripts.cli import main\n"
-        "sys.exit(main(['train', sys.argv[1]]))\n"
-    )
-    kills, torn = 0, 0
-    folder = tmp_path / "run/checkpoints"
-    while kills < 20:
-        process = subprocess.Popen(
-            [sys.executable, "-c", slow_disk, str(yaml)], cwd=ROOT, stderr=subprocess.PIPE
-        )
-        wanted = max(checkpoint_steps(folder), default=0) + 2 * rng.randrange(2)
-        moment_s = rng.random() * 0.4
-        while process.poll() is None and max(checkpoint_steps(folder), default=0) < wanted:
-            time.sleep(0.005)
-        if wanted == max(checkpoint_steps(folder), default=0) and rng.random() < 0.3:
-            moment_s = 6 * rng.random()  # at any moment of the start, too
-        time.sleep(moment_s)
-        process.send_signal(signal.SIGKILL)
-        stderr = process.communicate()[1].decode()
-        assert process.returncode == -signal.SIGKILL, stderr
-        torn += bool(list(folder.glob(".*.tmp")))
-        kills += 1
-    last = subprocess.run([sys.executable, "-c", slow_disk, str(yaml)], cwd=ROOT)
-    assert last.returncode == 0
+    folder, num_kills, torn = tmp_path / "run", 0, 0
+    for count in range(1, 80, 2):
+        with tempfile.NamedTemporaryFile() as counter:
+            kill_at = (signal.SIGKILL, count, counter.name, str(folder))
+            before = functools.partial(without_export_but, interrupt_at_change, *kill_at)
+            process = WarmVerb("train", str(yaml), before=before)
+            _, error = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error
+        num_kills += 1
+        torn += bool(list(folder.glob("checkpoints/.*.tmp")))
+    assert process.returncode == 0 and num_kills > 10
     assert torn, "no kill came within the writing of a checkpoint"
-    assert_same_run(tmp_path / "run", tmp_path / "unbroken", step=80)
-    assert not list(folder.glob(".*.tmp"))
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken", step=20)
+    assert not list(folder.glob("checkpoints/.*.tmp"))
 
 
 def test_an_older_torch_error_names_the_systems_reason(tmp_path: Path, monkeypatch) -> None:

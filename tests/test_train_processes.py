@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.testing import assert_close
 import train.run
 from tests.test_data_buckets import write_images
 from tests.tiny_run import tiny_config
+from tests.waiting import PATIENCE_S, wait_for
 from train.checkpoints import checkpoint_steps
 from train.metrics_file import read_metrics
 
@@ -45,7 +45,7 @@ def test_two_processes_have_the_losses_of_one(
     metrics = {}
     for devices in (1, 2):
         run_dir = tmp_path / f"run{devices}"
-        assert start(run_dir, pipeline, shards, devices, 6, **values).wait(300) == 0
+        assert start(run_dir, pipeline, shards, devices, 6, **values).wait(PATIENCE_S) == 0
         metrics[devices] = read_metrics(run_dir / "metrics.csv")
     for name in ("train/loss", "train/gradient_norm"):
         one, two = metrics[1][name], metrics[2][name]
@@ -77,7 +77,7 @@ def test_a_run_of_two_processes_goes_on_in_one(
     stopped = subprocess.run(
         [sys.executable, str(script), "train", str(tmp_path / "run.yaml"), "trainer.devices=2"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=300,
+        timeout=PATIENCE_S,
     )
     assert stopped.returncode == 75
     assert max(checkpoint_steps(tmp_path / "run/checkpoints")) == 4
@@ -95,11 +95,8 @@ def test_a_signal_to_one_process_stops_both_saved(
 ) -> None:
     run_dir = tmp_path / "run"
     process = start(run_dir, pipeline, shards, devices=2, max_steps=100_000)
-    deadline_s = time.monotonic() + 300
-    while len(checkpoint_steps(run_dir / "checkpoints")) < 1:
-        assert process.poll() is None and time.monotonic() < deadline_s
-        time.sleep(0.2)
+    wait_for(lambda: checkpoint_steps(run_dir / "checkpoints"), lambda: process.poll() is None)
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(300) == 75
+    assert process.wait(PATIENCE_S) == 75
     last = max(checkpoint_steps(run_dir / "checkpoints"))
     assert max(step for step, _ in read_metrics(run_dir / "metrics.csv")["train/loss"]) == last

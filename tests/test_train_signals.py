@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from data.module import CaptionedImages
 from sampling.errors import Resumable, UserError
 from scripts.cli import main
 from tests.tiny_run import tiny_config
+from tests.waiting import PATIENCE_S
 from train import signals
 from train.checkpoints import checkpoint_steps
 from train.cluster import cluster_environment, num_started
@@ -32,30 +32,36 @@ from train.interruption import lost_process
 from train.metrics import CsvMetrics, log_metrics
 from train.metrics_file import read_metrics
 
+ROOT = Path(__file__).resolve().parents[1]
 TASK = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "blackpoint"}
 
 
-def catches(pid: int, number: int) -> bool:
-    status = Path(f"/proc/{pid}/status").read_text()
-    mask = next(line for line in status.splitlines() if line.startswith("SigCgt"))
-    return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
+STOPPED_IN_IMPORT = """
+import os, runpy, sys
+
+class Signal:
+    number = int(sys.argv.pop(1))
+    def find_spec(self, name, *_):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), self.number)
+
+sys.meta_path.insert(0, Signal())
+runpy.run_module("scripts.cli", run_name="__main__", alter_sys=True)
+"""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_signal_during_the_imports_is_resumable_and_leaves_nothing(
     tmp_path: Path, number: int
 ) -> None:
     config = tiny_config(tmp_path / "run", tmp_path / "base", tmp_path / "shards")
     OmegaConf.save(OmegaConf.structured(config), tmp_path / "tiny.yaml")
-    command = [sys.executable, "-m", "scripts.cli", "train", str(tmp_path / "tiny.yaml")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not catches(process.pid, number):
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 75
+    arguments = [str(int(number)), "train", str(tmp_path / "tiny.yaml")]
+    command = [sys.executable, "-c", STOPPED_IN_IMPORT, *arguments]
+    process = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    error = process.stderr
+    assert process.returncode == 75, error
     assert f"{signal.Signals(number).name}: stopping here; the same command continues" in error
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
@@ -85,7 +91,7 @@ def test_loader_workers_outlive_the_signals_that_slurm_sends_to_every_process(
     assert worker.is_alive()
     with contextlib.suppress(RuntimeError):  # torch watches its workers, and may be first to say so
         worker.terminate()  # as the loader does, and Python at its end
-        worker.join(10)
+        worker.join(PATIENCE_S)
     assert not worker.is_alive()
 
 

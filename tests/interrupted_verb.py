@@ -1,0 +1,84 @@
+"""`blackpoint ARGUMENTS`, to which a signal comes at its n-th change of a folder.
+
+    INTERRUPTED="SIGNAL N COUNTER FOLDER" python tests/interrupted_verb.py ARGUMENTS
+
+A test that looks on and sends the signal itself comes too late on a busy machine. Changes are new
+folders, renames and removals below FOLDER, and files there that are opened to be written; those of
+worker processes count too, for what is spawned runs this file again. SIGKILL goes to the first
+process alone, as from the system; others to all, as from a terminal or a scheduler.
+"""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+
+
+def interrupted(
+    number: int, count: int, folder: Path, arguments: Sequence[str]
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command and interrupts it at its `count`-th change below `folder`."""
+    with tempfile.NamedTemporaryFile() as counter:
+        return subprocess.run(
+            [sys.executable, __file__, *arguments],
+            cwd=ROOT,
+            env=os.environ | {"INTERRUPTED": f"{int(number)} {count} {counter.name} {folder}"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            check=False,
+        )
+
+
+def interrupt_at_change(number: int, count: int, counter: str, folder: str) -> None:
+    """Sends the signal to the processes of this one's group, just before the change is made.
+
+    The file `counter` gets a byte for each change.
+    """
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        is_change = event in CHANGES
+        if event == "open" and isinstance(arguments[2], int):
+            is_change = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if is_change and str(arguments[0]).startswith(folder) and _added(counter) == count:
+            _send(number)
+
+    sys.addaudithook(hook)
+
+
+def _added(path: str) -> int:
+    """Adds one to what all processes count, and returns it."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.write(file, b".")
+        return os.fstat(file).st_size
+    finally:
+        os.close(file)
+
+
+def _send(number: int) -> None:
+    if number == signal.SIGKILL:
+        os.kill(os.getpgrp(), number)
+    else:
+        os.killpg(os.getpgrp(), number)
+
+
+if "INTERRUPTED" in os.environ:  # here, and in every process that is spawned
+    _number, _count, *_paths = os.environ["INTERRUPTED"].split(" ", 3)
+    interrupt_at_change(int(_number), int(_count), *_paths)
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from scripts.cli import entry
+
+    entry()
