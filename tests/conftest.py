@@ -17,10 +17,16 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 CORE = ("schedule", "prediction", "noise", "guidance", "samplers", "conditioning", "model")
 install_import_hook([f"sampling.{name}" for name in CORE], "beartype.beartype")
+
+
+# The same examples everywhere, and none too slow: a busy machine must not fail a law.
+settings.register_profile("anywhere", settings.get_profile("ci"), deadline=None)
+settings.load_profile("anywhere")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -81,7 +81,7 @@ def test_the_inception_score_is_torchmetrics_own() -> None:
     expected = float(metric.compute()[0])
     config = SetsConfig(inception_score_splits=1)
     [found] = logit_metrics(ThreeColors()(pictures), range(50), config, seed=3)
-    assert found.estimate.value == pytest.approx(expected, rel=1e-6)
+    assert found.estimate.value == pytest.approx(expected, rel=1e-5)  # theirs is in float32
     assert found.estimate.low < expected < found.estimate.high
 
 
@@ -248,7 +248,7 @@ def test_inception_is_the_network_of_torchmetrics(inception: Path) -> None:
     metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(inception))
     rows = model.rows(pixels)
     assert [tuple(each.shape) for each in rows] == [(2, 2048), (2, 1008)]
-    assert_close(rows[0], metric.inception(pixels), rtol=1e-5, atol=1e-6)
+    assert_close(rows[0], metric.inception(pixels), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_wrong_with_inception_is_said(tmp_path: Path, inception: Path) -> None:

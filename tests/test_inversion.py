@@ -34,7 +34,8 @@ def round_trip(inverter, num_steps, denoise=None, x=None):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+# Fifty steps round values up to 4 by 2.4e-7 at most, three times each.
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 4e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("num_steps", [2, 10, 50])
 def test_bdia_is_undone_exactly(schedule, dtype, limit, num_steps):
     denoise, grid = reader(schedule), grid_of(num_steps, schedule)

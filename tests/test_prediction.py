@@ -41,8 +41,9 @@ def test_v_round_trips_at_every_timestep(schedule):
     alpha, sigma = coefficients(schedule)
     x_t = add_noise(x0, eps, alpha, sigma)
     v = training_target("v_prediction", x0, eps, alpha, sigma)
-    assert_close(to_x0("v_prediction", v, x_t, alpha, sigma), x0, rtol=0, atol=2e-6)
-    assert_close(to_eps("v_prediction", v, x_t, alpha, sigma), eps, rtol=0, atol=2e-6)
+    # Of values up to 8: each of a dozen roundings is 2.4e-7 at most.
+    assert_close(to_x0("v_prediction", v, x_t, alpha, sigma), x0, rtol=0, atol=5e-6)
+    assert_close(to_eps("v_prediction", v, x_t, alpha, sigma), eps, rtol=0, atol=5e-6)
 
 
 def test_x0_and_eps_round_trip_where_they_are_defined():

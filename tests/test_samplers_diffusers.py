@@ -58,15 +58,15 @@ def test_euler_trajectory_equals_diffusers(num_steps, zero_snr):
     """With diffusers' stand-in for alpha_bar = 0. Unrescaled, diffusers starts at sigma_T noise.
 
     diffusers keeps x / alpha, so the stand-in starts at 2^12 noise, |noise| < 4: float32 rounds it
-    to 2^-24 2^12 4 = 1e-3 once a step of the first few, and half of the values to far less.
+    to 2^-24 2^12 4 = 1e-3 once a step of the first three, and half of the values to far less.
     """
     scheduler = EulerDiscreteScheduler(**config(zero_snr))
     schedule = ZERO_SNR.with_terminal_alpha_bar(STAND_IN) if zero_snr else SD
     theirs = diffusers_levels(scheduler, num_steps, noise_of())
     start = noise_of() * schedule.sigma[-1].item()
     ours = levels("euler", schedule, schedule.trailing_timesteps(num_steps), start)
-    assert_close(ours, theirs, rtol=0, atol=1e-3 if zero_snr else 3e-5)
-    assert (ours - theirs).abs().median() < 2e-5
+    assert_close(ours, theirs, rtol=0, atol=3e-3 if zero_snr else 3e-5)
+    assert (ours - theirs).abs().median() < 3e-5
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 10, 25, 50])

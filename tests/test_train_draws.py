@@ -117,7 +117,8 @@ def test_offset_noise_shifts_each_channel_of_each_sample_as_a_whole() -> None:
     plain = draw(0, numbers, numbers, (4, 3, 3), 1000)
     offset = draw(0, numbers, numbers, (4, 3, 3), 1000, loss=LossConfig(offset_noise=0.5))
     shift = offset.eps - plain.eps
-    assert_close(shift, shift[:, :, :1, :1].expand_as(shift), rtol=0, atol=1e-6)
+    # Below 8 a sum is rounded by 2.4e-7 at most, and two of them are compared.
+    assert_close(shift, shift[:, :, :1, :1].expand_as(shift), rtol=0, atol=2e-6)
     assert abs(shift[:, :, 0, 0].std() - 0.5) < 5 * 0.5 / (2 * 2000) ** 0.5
 
 

@@ -38,7 +38,7 @@ def test_every_scale_equals_a_direct_computation() -> None:
     output, target = images(0), images(1)
     found = scale_errors(output, target, FACTORS)
     for row, expected in zip(found, in_numpy(output, target), strict=True):
-        assert_close(row.double(), torch.from_numpy(expected), rtol=1e-6, atol=0)
+        assert_close(row.double(), torch.from_numpy(expected), rtol=1e-5, atol=0)
     assert torch.equal(found[0], squared_error(output, target))
 
 
@@ -51,12 +51,12 @@ def test_the_gradient_equals_finite_differences() -> None:
 
     x = output.clone().requires_grad_()
     total(x).backward()
-    step = 1e-2  # of a quadratic, central differences are exact
+    step = 1.0  # of a quadratic, central differences are exact; a short step divides rounding
     for place in [(0, 0, 0, 0), (1, 2, 3, 1), (2, 3, 2, 2)]:
         moved = torch.zeros_like(output)
         moved[place] = step
         slope = (total(output + moved) - total(output - moved)) / (2 * step)
-        assert_close(x.grad[place], slope, rtol=2e-3, atol=1e-5)
+        assert_close(x.grad[place], slope, rtol=1e-3, atol=1e-5)
 
 
 def test_a_scale_weighs_one_over_its_resolution_or_as_much_as_any() -> None:

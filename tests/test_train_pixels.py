@@ -91,7 +91,7 @@ def test_the_loss_is_measured_on_pixels_whatever_the_codec(shards: Path, tmp_pat
         assert draws.posterior_noise is None, "pixels are x0: no noise is drawn for a posterior"
         assert draws.eps.shape == (2, 3, 16, 16)
         found.append(tuner.losses(batch, draws))
-    assert_close(found[0], found[1], rtol=1e-6, atol=0)
+    assert_close(found[0], found[1], rtol=1e-5, atol=0)
 
 
 def test_masks_are_functions_of_the_sample_and_drop_the_share_that_is_asked_for() -> None:

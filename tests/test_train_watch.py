@@ -254,7 +254,7 @@ def test_luminance_of_previews_against_their_prompts() -> None:
             "preview/border_luminance_a_red_one_on_a_white_background": 1,
             "preview/luminance_error": 0.25,
         },
-        abs=1e-6,
+        abs=1e-5,
     )
     assert captions[0] == "a solid black background: image luminance 0.500, wanted 0"
     assert captions[1] == "a red one: image luminance 0.000"

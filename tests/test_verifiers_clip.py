@@ -76,7 +76,8 @@ def test_images_of_other_sizes_are_judged_as_their_processor_shows_them(clip: Pa
     images = (smooth * 255).round() / 255
     answer, _ = called_directly(clip, images, PROMPTS)
     scores = loaded("pick_score", clip).score(images, PROMPTS)
-    assert_close(scores, answer.logits_per_image.diagonal(), atol=0.05, rtol=0)
+    # The processor rounds a resized image to gray levels, by other kernels on other CPUs.
+    assert_close(scores, answer.logits_per_image.diagonal(), atol=0.15, rtol=0)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

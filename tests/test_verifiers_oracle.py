@@ -110,10 +110,10 @@ def test_inception_score_prefers_a_class_that_is_not_there_yet(tmp_path: Path) -
     config = VerifierConfig(kind="oracle", metric="is", checkpoint=str(folder))
     oracle: Any = load_verifier(config, CPU)
     images = eight_bit_images(3, 32, 32)
-    assert_close(oracle.score(images, [""] * 3), torch.zeros(3).double(), atol=1e-6, rtol=0)
+    assert_close(oracle.score(images, [""] * 3), torch.zeros(3).double(), atol=1e-5, rtol=0)
     oracle.keep(images[0])
     again, other, _ = oracle.score(images, [""] * 3)
-    assert other > again and again == pytest.approx(0, abs=1e-6)
+    assert other > again and again == pytest.approx(0, abs=1e-5)
     oracle.keep(images[1])
     assert oracle.value() == pytest.approx(1 + float(other) / 2)
 

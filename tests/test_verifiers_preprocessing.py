@@ -80,7 +80,7 @@ def test_longest_edge_and_black_border_are_those_of_hpsv2() -> None:
         resized = tv.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
         top, left = (28 - height) // 2, (28 - width) // 2
         expected = tv.pad(resized, [left, top, 28 - width - left, 28 - height - top])
-        assert_close(ours(image[None])[0], expected, atol=1e-6, rtol=0)
+        assert_close(ours(image[None])[0], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(32, 43), (32, 45), (47, 32)])

@@ -224,4 +224,4 @@ def test_verifiers_of_one_round_trip_share_it_and_score_as_alone(tmp_path: Path)
         alone = runner_of(verifier, Toy())
         alone_found = search(alone, tmp_path / verifier.name, ALGORITHMS["random"], 3 * 48)
         for mine, own in zip(found.finals, alone_found[0].finals, strict=False):
-            assert mine.scores[verifier.name] == pytest.approx(own.scores[verifier.name], abs=1e-6)
+            assert mine.scores[verifier.name] == pytest.approx(own.scores[verifier.name], abs=1e-4)
