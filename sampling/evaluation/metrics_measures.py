@@ -6,9 +6,10 @@ missing is left out and named; the rest runs.
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
 
 import torch
 
@@ -17,17 +18,20 @@ from sampling.evaluation.brightness import luminance_error, luminance_range
 from sampling.evaluation.luminance import border_luminance, image_luminance
 from sampling.evaluation.metrics import MetricsConfig
 from sampling.evaluation.metrics_rows import Row, column_digest
+from sampling.evaluation.noise_invariance import noise_dependence
 from sampling.evaluation.set_models import (
     Pixels,
     SetModel,
     load_set_model,
     networks,
 )
+from sampling.model import DiffusionModel
 from sampling.prompts import Prompt
 from sampling.verifiers.load import load_verifiers
 from sampling.verifiers.verifier import Verifier, checked_scores
+from sampling.whole_file import write_whole
 
-DECIMALS = 6
+DECIMALS, INVARIANCE = 6, "noise_invariance.json"
 MAX_CHECKED = 10_000
 
 
@@ -131,6 +135,40 @@ def load_measures(
     return found
 
 
-def invariance_settings(config: MetricsConfig) -> dict[str, Any]:
-    """Returns what the noise-invariance depends on beside the checkpoint and the prompts."""
-    return {**asdict(config.brightness), "height": config.height, "width": config.width}
+def noise_dependences(
+    config: MetricsConfig, model: DiffusionModel, prompts: Sequence[Prompt]
+) -> list[float]:
+    """Returns, and keeps, each of the first prompts' deviation over noises of the first
+    prediction."""
+    texts, key = _invariance_key(config, prompts)
+    found = noise_dependence(
+        model,
+        texts,
+        config.brightness.invariance_noises,
+        config.seed,
+        config.height,
+        config.width,
+        config.batch_size,
+    )
+    values = [round(value, 8) for value in found.tolist()]
+    content = {"settings": key, "deviations": values}
+    write_whole(Path(config.output) / INVARIANCE, json.dumps(content) + "\n")
+    return values
+
+
+def kept_dependences(config: MetricsConfig, prompts: Sequence[Prompt]) -> list[float] | None:
+    """Returns the deviations where they are known, or there are none."""
+    texts, key = _invariance_key(config, prompts)
+    if not texts:
+        return []
+    path = Path(config.output) / INVARIANCE
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return list(kept["deviations"]) if kept.get("settings") == key else None
+
+
+def _invariance_key(config: MetricsConfig, prompts: Sequence[Prompt]) -> tuple[list[str], str]:
+    """Returns whose predictions are compared, and a digest of what the deviations depend on."""
+    number = min(config.brightness.invariance_prompts, len(prompts))
+    texts = [prompt.text for prompt in prompts[:number]]
+    settings = {**asdict(config.brightness), "height": config.height, "width": config.width}
+    return texts, column_digest([texts, config.seed, settings])

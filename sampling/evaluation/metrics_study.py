@@ -37,9 +37,10 @@ from sampling.evaluation.metrics import FREE, MetricsConfig
 from sampling.evaluation.metrics_measures import (
     DECIMALS,
     Measures,
-    invariance_settings,
+    kept_dependences,
     load_measures,
     luminance_rows,
+    noise_dependences,
 )
 from sampling.evaluation.metrics_painter import Job, Painter, jobs_of
 from sampling.evaluation.metrics_rows import (
@@ -57,7 +58,6 @@ from sampling.evaluation.metrics_rows import (
     write_rows,
 )
 from sampling.evaluation.metrics_summary import JSON_FILE, Summary, summarise, write_summary
-from sampling.evaluation.noise_invariance import noise_dependence
 from sampling.evaluation.reference_set import measure_reference
 from sampling.precision import set_tf32
 from sampling.prompts import Prompt, read_prompt_set
@@ -69,7 +69,7 @@ from sampling.whole_file import write_whole
 
 log = logging.getLogger(__name__)
 
-INVARIANCE, IMAGE_COLUMN = "noise_invariance.json", "luminance"
+IMAGE_COLUMN = "luminance"
 BYTES_PER_GB = 1e9
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
@@ -118,7 +118,9 @@ def evaluate_to_folder(config: MetricsConfig, task: Task | None = None) -> Summa
         write_missing(config, measures, painter, jobs, task)
         if task.rank > 0:
             return None
-        dependence = noise_dependences(config, painter, prompts)
+        dependence = kept_dependences(config, prompts)
+        if dependence is None:
+            dependence = noise_dependences(config, painter.model, prompts)
         if task.count > 1:
             keys = {job.key for job in jobs}
             wait_until(lambda: finished_keys(output, measures.columns) >= keys, output, since)
@@ -239,39 +241,6 @@ def batch_rows(
     return rows
 
 
-def noise_dependences(
-    config: MetricsConfig, painter: Painter, prompts: Sequence[Prompt]
-) -> list[float]:
-    """Returns each of the first prompts' deviation over noises of the first prediction."""
-    kept = kept_dependences(config, prompts)
-    if kept is not None:
-        return kept
-    texts, key = _invariance_key(config, prompts)
-    found = noise_dependence(
-        painter.model,
-        texts,
-        config.brightness.invariance_noises,
-        config.seed,
-        config.height,
-        config.width,
-        config.batch_size,
-    )
-    values = [round(value, 8) for value in found.tolist()]
-    content = {"settings": key, "deviations": values}
-    write_whole(Path(config.output) / INVARIANCE, json.dumps(content) + "\n")
-    return values
-
-
-def kept_dependences(config: MetricsConfig, prompts: Sequence[Prompt]) -> list[float] | None:
-    """Returns the deviations where they are known, or there are none."""
-    texts, key = _invariance_key(config, prompts)
-    if not texts:
-        return []
-    path = Path(config.output) / INVARIANCE
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return list(kept["deviations"]) if kept.get("settings") == key else None
-
-
 def check_folder(config: MetricsConfig, output: Path, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Returns the settings of the images; raises UserError where `output` holds something else."""
     settings = {key: value for key, value in asdict(config).items() if key not in FREE}
@@ -320,13 +289,6 @@ def peak_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / BYTES_PER_GB
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used * MAXRSS_BYTES / BYTES_PER_GB
-
-
-def _invariance_key(config: MetricsConfig, prompts: Sequence[Prompt]) -> tuple[list[str], str]:
-    """Returns whose predictions are compared, and a digest of what the deviations depend on."""
-    number = min(config.brightness.invariance_prompts, len(prompts))
-    texts = [prompt.text for prompt in prompts[:number]]
-    return texts, column_digest([texts, config.seed, invariance_settings(config)])
 
 
 def _missing(
