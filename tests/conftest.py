@@ -5,6 +5,7 @@ Shapes and types that the mathematical core annotates are checked at every call.
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,17 +34,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random pipeline folder."""
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tiny random pipeline folder, which no test changes."""
     from tests.tiny_pipeline import make_tiny_pipeline  # after the hook above, and only if needed
 
-    return make_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+    yield from unchanged(make_tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of twelve tiny captioned images."""
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Shards of twelve tiny captioned images, which no test changes."""
     from tests.tiny_run import make_tiny_shards
 
-    return make_tiny_shards(tmp_path_factory.mktemp("images"))
+    yield from unchanged(make_tiny_shards(tmp_path_factory.mktemp("images")))
+
+
+def unchanged(folder: Path) -> Iterator[Path]:
+    def files() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+    before = files()
+    yield folder
+    assert files() == before

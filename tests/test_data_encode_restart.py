@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import itertools
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from sampling.tasks import Task, this_task
 from tests.interleaved import killed_at, other_process_at
 from tests.interrupted_verb import interrupted
 from tests.tiny_pipeline import make_tiny_pipeline
-from tests.waiting import names_in, wait_for
+from tests.waiting import PATIENCE_S, names_in, wait_for
 from tests.warm_verb import WarmVerb
 from train.encode import EncodeConfig, EncodeResult, encode
 from train.encode_tasks import process_devices
@@ -71,12 +71,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
     """Makes the disk (or whatever raises) fail at the n-th sample that is written, once."""
 
     def install(num_samples: int, error: BaseException) -> None:
-        write, num_written = ShardFile.write, 0
+        write, numbers = ShardFile.write, itertools.count()
 
         def failing(self: ShardFile, *arguments):
-            nonlocal num_written
-            num_written += 1
-            if num_written == num_samples + 1:
+            if next(numbers) == num_samples:
                 raise error
             return write(self, *arguments)
 
@@ -120,12 +118,14 @@ def test_two_tasks_share_the_work_and_write_the_same_bytes(
     pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path, as_tasks, monkeypatch
 ) -> None:
     makers: dict[int, str] = {}
-    make = train.encode_shards._make
+    make, both_work = train.encode_shards._make, threading.Barrier(2, timeout=PATIENCE_S)
 
     def noted(rules: Any, number: int, *arguments: Any) -> None:
         assert number not in makers
+        is_first = threading.current_thread().name not in makers.values()
         makers[number] = threading.current_thread().name
-        time.sleep(0.05)
+        if is_first:
+            both_work.wait()
         make(rules, number, *arguments)
 
     monkeypatch.setattr(train.encode_shards, "_make", noted)

@@ -27,6 +27,7 @@ from sampling.evaluation.results_tables import (
 )
 from sampling.evaluation.statistics import Estimate
 from scripts.cli import main
+from tests.waiting import PATIENCE_S
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NUM_PROMPTS = 30
@@ -222,7 +223,7 @@ def test_a_browser_sorts_filters_and_enlarges_without_errors(tmp_path: Path) -> 
         [str(CHROMIUM), *options.split(), page.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert "CONSOLE" not in done.stderr, done.stderr

@@ -12,7 +12,7 @@ from tests.test_slurm import logs_of, make_checkout
 from tests.test_sweep import training
 
 pytestmark = MARKS
-TIMEOUT_S = 900
+TIMEOUT_S = 3600
 
 
 def test_killed_cells_are_continued_and_finished_ones_left_alone(
@@ -36,7 +36,7 @@ def test_killed_cells_are_continued_and_finished_ones_left_alone(
     cluster = Cluster()
     try:
         cluster.start()
-        settings = ["config=sweep.yaml", "num_kills=3", "at_once=4", "timeout_s=600"]
+        settings = ["config=sweep.yaml", "num_kills=3", "at_once=4", "timeout_s=3000"]
         done = subprocess.run(
             [sys.executable, "-m", "scripts.sweep_study", *settings],
             cwd=checkout,

@@ -24,14 +24,14 @@ pytestmark = pytest.mark.slow
 
 
 def start(
-    run_dir: Path, pipeline: Path, shards: Path, devices: int, max_steps: int, **values: Any
+    run_dir: Path, pipeline: Path, shards: Path, max_steps: int, **values: Any
 ) -> subprocess.Popen:
-    values |= {"trainer.max_steps": max_steps}
+    """Starts a training of two processes."""
+    values |= {"trainer.max_steps": max_steps, "trainer.devices": 2}
     config = tiny_config(run_dir, pipeline, shards, **values)
     yaml = run_dir.with_suffix(".yaml")
     yaml.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    command = [sys.executable, "-m", "scripts.cli", "train", str(yaml)]
-    return subprocess.Popen([*command, f"trainer.devices={devices}"])
+    return subprocess.Popen([sys.executable, "-m", "scripts.cli", "train", str(yaml)])
 
 
 @pytest.mark.parametrize("with_buckets", [False, True])
@@ -42,13 +42,12 @@ def test_two_processes_have_the_losses_of_one(
     if with_buckets:
         shards = write_images(tmp_path / "rectangles", 20)
         values = {"data.buckets.enabled": True, "data.buckets.step_px": 8}
-    metrics = {}
-    for devices in (1, 2):
-        run_dir = tmp_path / f"run{devices}"
-        assert start(run_dir, pipeline, shards, devices, 6, **values).wait(PATIENCE_S) == 0
-        metrics[devices] = read_metrics(run_dir / "metrics.csv")
+    together = start(tmp_path / "run2", pipeline, shards, 6, **values)
+    assert train.run.fit(tiny_config(tmp_path / "run1", pipeline, shards, **values)) == 0
+    assert together.wait(PATIENCE_S) == 0
+    metrics = [read_metrics(tmp_path / name / "metrics.csv") for name in ("run1", "run2")]
     for name in ("train/loss", "train/gradient_norm"):
-        one, two = metrics[1][name], metrics[2][name]
+        one, two = metrics[0][name], metrics[1][name]
         assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, 7))
         assert_close([value for _, value in two], [v for _, v in one], rtol=1e-4, atol=1e-6)
 
@@ -94,7 +93,7 @@ def test_a_signal_to_one_process_stops_both_saved(
     pipeline: Path, shards: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    process = start(run_dir, pipeline, shards, devices=2, max_steps=100_000)
+    process = start(run_dir, pipeline, shards, max_steps=100_000)
     wait_for(lambda: checkpoint_steps(run_dir / "checkpoints"), lambda: process.poll() is None)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 75

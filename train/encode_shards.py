@@ -18,7 +18,7 @@ from data.errors import RunFailed as DataRunFailed
 from data.errors import UserError as DataUserError
 from data.errors import WriteFailed, disk_writes
 from data.latents import EMPTY_FILE, Encoding, write_empty
-from data.part import Part, part_path, write_part
+from data.part import Part, write_part
 from data.reader import Reader
 from data.shard_file import shard_name
 from data.shared_partial import SharedPartial
@@ -159,8 +159,9 @@ def _make(
         watched = _watched(loaded, rules, bad, own_bad, advance)
         records, num_bytes = encoder.write_shard(path, watched)
         part = Part(number, rules.encoding.key, num_bytes, len(records), len(samples), own_bad)
+        # A part file that is there is of the same bytes. It stays until it is replaced: without
+        # locks, another process may be reading it.
         with disk_writes():
-            part_path(partial.parts, number).unlink(missing_ok=True)  # of a damaged shard
             path.replace(partial.shards / shard_name(number))
             write_part(part, records, partial.parts, working)
     finally:
