@@ -18,11 +18,12 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 
-from data.bad_samples import BadSample, refusal, too_many
+from data.bad_samples import NUM_LISTED, BadSample, refusal, too_many
 from data.batches import TrainingBatches, ValidationBatches, slice_size
 from data.buckets import Size, bucket_table, square
 from data.config import DataConfig
 from data.errors import UserError
+from data.files.notes import first
 from data.index import INDEX_FOLDER, Index, has_index
 from data.latents import Encoding, LatentReader
 from data.mixed_reader import MixedReader, check_alike
@@ -142,8 +143,9 @@ class CaptionedImages(LightningDataModule):
         for index, sample in replaced:
             if training and index not in self.bad_samples:
                 self.bad_samples[index] = sample
-                warnings.warn(f"sample {sample.key} replaced: {sample.reason}", stacklevel=2)
-            elif not training:
+                if first("samples replaced", NUM_LISTED):
+                    warnings.warn(f"sample {sample.key} replaced: {sample.reason}", stacklevel=2)
+            elif not training and first("validation samples replaced", NUM_LISTED):
                 warnings.warn(f"validation: {sample.key} replaced: {sample.reason}", stacklevel=2)
         num_bad, limit = len(self.bad_samples), self.config.max_bad_share
         num_samples = len(self._training) if self._training is not None else 0

@@ -16,6 +16,7 @@ from types import ModuleType
 
 from data.errors import RunFailed as DataRunFailed
 from data.errors import UserError as DataUserError
+from data.files.notes import tell_counts
 from sampling.errors import NOT_WRITABLE, Resumable, RunFailed, UserError
 from train import signals
 
@@ -105,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception:
         return _not_foreseen()
+    finally:
+        tell_counts()
 
 
 def _not_foreseen() -> int:
