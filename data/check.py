@@ -21,6 +21,7 @@ from data.bad_samples import BadSample, too_many, write_list
 from data.check_report import CheckReport, IndexState, summarize
 from data.decode import MAX_IMAGE_PIXELS
 from data.errors import RunFailed, UserError, WriteFailed, disk_writes
+from data.files.paths import OutputText, PathText
 from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from data.progress import progress
 from data.scan import FACT, scan_shards
@@ -37,10 +38,10 @@ BAD_FILE = "bad_samples.jsonl"
 class CheckConfig:
     """The shards to read, and where the report goes."""
 
-    shards: str = MISSING
+    shards: PathText = MISSING
     """Shards, ours or made elsewhere: a folder, a pattern such as shards/{00000..00009}.tar, or the
     same as a URL (https://, s3://, gs://)."""
-    output: str | None = None
+    output: OutputText | None = None
     """Folder for report.json and bad_samples.jsonl; null: the report is only printed."""
     resolution: int | None = None
     """Counts images whose shorter side is below this many pixels, which training would enlarge."""
@@ -50,7 +51,7 @@ class CheckConfig:
     """An index is written for shards without one if at most this share is bad, 0 to 1."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Images with more pixels are refused as decompression bombs."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
     $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint."""
     cache_gigabytes: float = 50.0

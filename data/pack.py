@@ -23,6 +23,7 @@ from data.bad_samples import BadSample, refusal, too_many
 from data.captions import CaptionForm, CaptionSource, captioned_files, count_files, find_captions
 from data.decode import MAX_IMAGE_PIXELS
 from data.errors import RunFailed, UserError, WriteFailed, disk_writes
+from data.files.paths import OutputText, PathText
 from data.index import IndexWriter
 from data.pack_shard import ShardRules, is_hopeless, pack_shard
 from data.part import Part, finished_part, part_path, read_part
@@ -37,9 +38,9 @@ from data.workers import run_in_processes, usable_cores
 class PackConfig:
     """An image folder with captions, and the shards that it becomes."""
 
-    source: str = MISSING
+    source: PathText = MISSING
     """Folder of images (jpg, png, webp, bmp, gif, tiff), searched recursively."""
-    output: str = MISSING
+    output: OutputText = MISSING
     """Folder for the shards and the index; must be absent or empty. A run that was stopped is
     continued by the same command."""
     captions: CaptionForm = "auto"

@@ -162,12 +162,13 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(describe(chosen_config_class(module, rest), verb, verb_purpose), end="")
         return 0
-    from scripts.config import load, to_yaml
+    from scripts.config import check_outputs, load, to_yaml
 
     config: object = load(chosen_config_class(module, rest), rest)
     if flags:
         print(to_yaml(config), end="")
         return 0
+    check_outputs(config)
     return int(module.run(config) or 0)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from data.files.yaml_text import read_yaml, read_yaml_file, to_yaml
 from sampling.choices import PLAIN_FORMATS
 from sampling.dotted import flat
 from sampling.errors import UserError
@@ -65,8 +66,9 @@ def check_continues(run_dir: Path, config: TrainConfig) -> None:
             )
         return
     # A key that came after the run was started had its default then.
-    old = _flat(OmegaConf.structured(TrainConfig)) | _flat(OmegaConf.load(saved))
-    new = _flat(OmegaConf.structured(config))
+    defaults: Any = OmegaConf.to_container(OmegaConf.structured(TrainConfig))
+    old = flat(defaults) | flat(read_yaml_file(saved))
+    new = flat(read_yaml(to_yaml(config)))
     for name, value in (kept_formats(run_dir)[0] or {}).items():
         key = f"trainer.{name}"
         old[key] = value
@@ -112,7 +114,7 @@ def as_started(run_dir: Path, config: TrainConfig) -> tuple[TrainConfig, list[st
 def is_older_than(run_dir: Path, key: str) -> bool:
     """Tells whether `run_dir` holds a run whose config was written before `key` existed."""
     saved = run_dir / "config.yaml"
-    return saved.exists() and key not in _flat(OmegaConf.load(saved))
+    return saved.exists() and key not in flat(read_yaml_file(saved))
 
 
 def kept_formats(run_dir: Path) -> tuple[dict[str, Any] | None, bool]:
@@ -121,7 +123,7 @@ def kept_formats(run_dir: Path) -> tuple[dict[str, Any] | None, bool]:
     saved = run_dir / "config.yaml"
     if not saved.exists():
         return None, False
-    trainer = _flat(OmegaConf.load(saved))
+    trainer = flat(read_yaml_file(saved))
     kept = {name: trainer.get(f"trainer.{name}", PLAIN_FORMATS[name]) for name in FORMATS}
     return kept, "trainer.encoder_dtype" in trainer
 
@@ -147,7 +149,7 @@ def write_records(
     write_whole(path, json.dumps(environment, indent=2) + "\n")
     if not continues:
         # The config comes last: it is what makes the directory a run.
-        write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_whole(run_dir / "config.yaml", to_yaml(config))
 
 
 def describe_batch(config: TrainConfig) -> dict[str, int]:
@@ -207,11 +209,6 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()
-
-
-def _flat(node: Any) -> dict[str, Any]:
-    plain: Any = OmegaConf.to_container(node)
-    return flat(plain)
 
 
 def _same(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
