@@ -22,6 +22,7 @@ import train.encode
 import train.encode_shards
 from data.errors import UserError as DataUserError
 from data.index import IndexWriter
+from data.index_contents import STAMPS_FILE
 from data.latents import Encoding
 from data.shard_file import ShardFile
 from data.shared_partial import SharedPartial
@@ -58,7 +59,7 @@ def arguments(shards: Path, pipeline: Path, output: Path, **options: Any) -> lis
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != STAMPS_FILE)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
