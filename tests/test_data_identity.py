@@ -23,6 +23,7 @@ from data.pack import PackConfig, pack
 from data.reader import Reader
 from data.shard_digest import shard_content, text_content
 from data.shards import find_shards
+from scripts.measure_identity import IdentityCostConfig, markdown, measure
 from tests.damaged_data import OddSample, good_samples, write_tar
 from tests.data_images import write_folder
 
@@ -238,6 +239,15 @@ def test_every_bit_counts_and_those_of_images_not_as_text(
     in_image = bool(((starts <= position) & (position < starts + rows["image_size"])).any())
     assert after.whole != before.whole and text.text == after.text
     assert (after.text == before.text) is in_image
+
+
+def test_the_cost_of_identity_is_measured_by_a_command(tmp_path: Path) -> None:
+    config = IdentityCostConfig(3, 1e-3, 1, image_side_px=16, repeats=1, folder=str(tmp_path))
+    found = measure(config)
+    assert all(seconds > 0 for seconds in found["start"].values())
+    assert all(row["memory"] > 0 for row in found["gigabyte"]["seconds"].values())
+    assert "compare headers and captions" in markdown(found)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unchanged_start_reads_no_shard(tmp_path: Path, text_reads: list[str]) -> None:
