@@ -34,6 +34,7 @@ WRITES_CODE = ("sampling/model_card.py",)
 """Modules whose texts are Python for others."""
 FACTS = {
     "data/remote.py": {"bytes"},  # a header of HTTP
+    "sampling/card_schedulers.py": {"eta"},  # an argument of diffusers' DDIMScheduler
     "sampling/process.py": {"prediction_type", "timestep_spacing"},  # scheduler_config.json
     "scripts/cli.py": {"key"},
     "scripts/config.py": {"key"},
@@ -44,9 +45,7 @@ FACTS = {
 """What looks like a key and is none of a verb's."""
 NOT_PRINTED = {
     ("sampling/process.py", "allow_unsound"): ("search", "export", "data encode"),
-    ("sampling/model.py", "dtype"): ("train",),
     ("sampling/pictures.py", "dtype"): ("train",),
-    ("sampling/speed.py", "dtype"): ("train",),
     ("sampling/speed.py", "attention"): ("data encode",),
     ("sampling/speed.py", "compile"): ("evaluate", "data encode"),
     ("sampling/samplers.py", "sampler"): ("train", "export", "data encode"),
