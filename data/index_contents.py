@@ -9,11 +9,11 @@ An index written before there were digests has neither; data/verify.py adds them
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from data.files.whole_file import write_whole
 from data.shard_digest import new_digest
 
 INDEX_FOLDER = "index"
@@ -86,10 +86,7 @@ def stamped(stamp: str, whole: str) -> str:
 def _write(folders: Iterable[Path], name: str, text: str) -> Path | None:
     for folder in folders:
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = folder / f".{name}.{os.uname().nodename}-{os.getpid()}"
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(folder / name)
+            write_whole(folder / name, text)
             return folder
     return None
 

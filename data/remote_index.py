@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from data.errors import RunFailed, Unreachable, UserError, WriteFailed, disk_writes
+from data.files.whole_file import write_whole
 from data.index import INDEX_FOLDER, Index, has_index
 from data.index_contents import DIGESTS_FILE
 from data.remote import Refused, facts, fetch, read_bytes, shown
@@ -110,9 +111,7 @@ def _fetch(source: str, path: Path) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     with disk_writes():
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_whole(path, content)
 
 
 def _holds(path: Path, content: bytes) -> bool:
