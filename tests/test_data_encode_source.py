@@ -1,5 +1,6 @@
 """Laws of `data encode` and its source: latents are of the images that are there, or it says so."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from PIL import Image, ImageOps
 from data.errors import UserError as DataUserError
 from data.index import INDEX_FOLDER, Index, build_index
 from data.index_contents import DIGESTS_FILE, STAMPS_FILE
-from data.latents import Encoding
+from data.latents import DEFAULT_FORMATS, Encoding
 from data.module import CaptionedImages
 from data.shard_file import ShardFile
 from sampling.errors import RunFailed, UserError
@@ -21,8 +22,8 @@ from sampling.tasks import Task
 from tests.damaged_data import OddSample, write_tar
 from tests.data_images import encoded as image_bytes
 from tests.data_images import picture
+from tests.tiny_encode import encoded, stop_after
 from tests.tiny_run import tiny_config
-from train.encode import EncodeConfig, EncodeResult, encode
 
 
 def write_source(folder: Path, noun: str = "cat", mirrored: bool = False) -> Path:
@@ -36,12 +37,6 @@ def write_source(folder: Path, noun: str = "cat", mirrored: bool = False) -> Pat
     write_tar(folder / "a.tar", samples)
     os.utime(folder / "a.tar", (1e9, 1e9))
     return folder
-
-
-def encoded(source: Path, pipeline: Path, output: Path, **options: Any) -> EncodeResult:
-    settings: dict[str, Any] = {"resolution": 16, "batch_size": 2, "samples_per_shard": 3}
-    settings |= {"num_workers": 0, "num_processes": 1, "device": "cpu"}
-    return encode(EncodeConfig(str(source), str(pipeline), str(output), **(settings | options)))
 
 
 def reindex(folder: Path) -> None:
@@ -77,7 +72,7 @@ def test_shards_that_are_kept_of_another_source_are_not_continued(
     pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Path]
 ) -> None:
     source, output = write_source(tmp_path / "source"), tmp_path / "out"
-    stop_after(monkeypatch, 4)
+    stop_after(monkeypatch, 4, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(RunFailed):
         encoded(source, pipeline, output)
     monkeypatch.undo()
@@ -154,16 +149,19 @@ def test_latents_from_before_digests_are_adopted_once(
     assert "known by its content" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("has_formats", "has_locks"), [(True, True), (False, True), (True, False)])
 def test_shards_kept_from_before_digests_are_continued(
     pipeline: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    has_formats: bool,
+    has_locks: bool,
 ) -> None:
     source, output = write_source(tmp_path / "source"), tmp_path / "out"
     encoded(source, pipeline, tmp_path / "unbroken")
     monkeypatch.setattr(Index, "content_digest", Index.places_digest)
-    stop_after(monkeypatch, 4)
+    stop_after(monkeypatch, 4, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(RunFailed):
         encoded(source, pipeline, output)
     monkeypatch.undo()
@@ -171,6 +169,12 @@ def test_shards_kept_from_before_digests_are_continued(
     header, _, rest = part.read_bytes().partition(b"\n")
     old = {name: value for name, value in json.loads(header).items() if name != "content"}
     part.write_bytes(json.dumps(old).encode() + b"\n" + rest)
+    if not has_formats:  # nor were number formats recorded then
+        settings = tmp_path / ".out.partial" / "settings.json"
+        kept = json.loads(settings.read_text())
+        settings.write_text(json.dumps({k: v for k, v in kept.items() if k not in DEFAULT_FORMATS}))
+    if not has_locks:
+        monkeypatch.setattr("fcntl.flock", refuse_lock)
     result = encoded(source, pipeline, output)
     assert "made before their source was known by its content" in capfd.readouterr().err
     assert result.num_kept_shards == 1 and result.num_samples == 6
@@ -178,15 +182,5 @@ def test_shards_kept_from_before_digests_are_continued(
     assert Encoding.read(output) == Encoding.read(tmp_path / "unbroken")
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, num_samples: int) -> None:
-    """Makes the disk full at the sample after so many."""
-    write, num_written = ShardFile.write, 0
-
-    def failing(self: ShardFile, *arguments: Any) -> Any:
-        nonlocal num_written
-        num_written += 1
-        if num_written > num_samples:
-            raise OSError(28, "No space left on device")
-        return write(self, *arguments)
-
-    monkeypatch.setattr(ShardFile, "write", failing)
+def refuse_lock(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
