@@ -10,8 +10,6 @@ Folders are walked recursively and in one order; names that begin with a dot are
 but the names of one directory, and for the last three forms 8 bytes an image, is held in memory.
 """
 
-import csv
-import json
 import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -20,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from data.bad_samples import BadSample
+from data.caption_tables import TABLE_FORMS, table_columns, table_rows
 from data.decode import IMAGE_SUFFIXES, BadImage, decode_caption
 from data.errors import UserError
 from data.fingerprints import Fingerprints
@@ -27,7 +26,6 @@ from data.source_file import MAX_CAPTION_BYTES, read_source_file
 
 CaptionForm = Literal["auto", "sidecar", "jsonl", "csv", "parquet"]
 
-_TABLE_FORMS = ("jsonl", "csv", "parquet")
 _NOT_CAPTIONS = ("readme", "license", "licence", "requirements")
 _EITHER_CASE = tuple(case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper()))
 _TWIN_ENDINGS = tuple(f".{suffix}" for suffix in _EITHER_CASE)
@@ -212,9 +210,8 @@ def _images_beside(names: Sequence[str], name: str) -> bool:
 
 
 def _from_table(source: CaptionSource, table: Path) -> Iterator[CaptionedFile | BadSample]:
-    rows = {"jsonl": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}[source.form]
     seen = Fingerprints()
-    for place, row in rows(table, source):
+    for place, row in table_rows(table, (source.file_column, source.caption_column)):
         if isinstance(row, BadSample):
             yield row
             continue
@@ -254,54 +251,13 @@ def _named_file(source: CaptionSource, name: str, caption: Any) -> CaptionedFile
         return BadSample(shown, str(reason))
 
 
-Rows = Iterator[tuple[str, dict[str, Any] | BadSample]]
-
-
-def _json_rows(table: Path, source: CaptionSource) -> Rows:
-    with table.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            place = f"{table.name}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield place, BadSample(place, f"not JSON: {error}")
-                continue
-            yield place, row if isinstance(row, dict) else BadSample(place, "no JSON object")
-
-
-def _csv_rows(table: Path, source: CaptionSource) -> Rows:
-    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
-                yield f"{table.name}:{reader.line_num}", row
-        except csv.Error as error:
-            raise UserError(f"{table}:{reader.line_num}: damaged CSV: {error}.") from None
-
-
-def _parquet_rows(table: Path, source: CaptionSource) -> Rows:
-    from pyarrow import ArrowException, parquet
-
-    columns = [source.file_column, source.caption_column]
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(table).iter_batches(batch_size=4096, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{table.name}:{number}", row
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{table}: damaged Parquet after row {number}: {error}.") from None
-
-
 def _tables(folder: Path, file_column: str, caption_column: str) -> list[Path]:
     """Returns the tables at the top of `folder`; one called metadata must have the columns."""
     tables = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or _suffix(path.name) not in _TABLE_FORMS:
+        if path.name.startswith(".") or _suffix(path.name) not in TABLE_FORMS:
             continue
-        columns = _columns(path)
+        columns = table_columns(path)
         if file_column in columns and caption_column in columns:
             tables.append(path)
         elif path.stem == "metadata":
@@ -313,35 +269,10 @@ def _tables(folder: Path, file_column: str, caption_column: str) -> list[Path]:
     return tables
 
 
-def _columns(table: Path) -> list[str]:
-    """Returns the column names of a table; those of the first rows where rows may differ."""
-    if _suffix(table.name) == "parquet":
-        from pyarrow import ArrowException, parquet
-
-        try:
-            return list(parquet.read_schema(table).names)
-        except (ArrowException, OSError) as error:
-            raise UserError(f"{table}: cannot be read as Parquet: {error}.") from None
-    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        if _suffix(table.name) == "csv":
-            try:
-                return next(csv.reader(file), [])
-            except csv.Error as error:
-                raise UserError(f"{table}: cannot be read as CSV: {error}.") from None
-        columns: dict[str, None] = {}
-        for _, line in zip(range(100), file, strict=False):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            columns.update(dict.fromkeys(row if isinstance(row, dict) else ()))
-        return list(columns)
-
-
 def _nested_table(folder: Path) -> Path | None:
     for directory, names in walk(folder):
         for name in names:
-            if directory and name.startswith("metadata.") and _suffix(name) in _TABLE_FORMS:
+            if directory and name.startswith("metadata.") and _suffix(name) in TABLE_FORMS:
                 return folder / directory / name
     return None
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,17 @@ from data.bad_samples import BadSample, too_many, write_list
 from data.check_report import CheckReport, IndexState, summarize
 from data.decode import MAX_IMAGE_PIXELS
 from data.errors import RunFailed, UserError, WriteFailed, disk_writes
+from data.files.paths import OutputText, PathText
 from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
+from data.index_contents import ShardDigests, add_stamps, read_stamps, write_digests
 from data.progress import progress
+from data.remote_address import shown
 from data.scan import FACT, scan_shards
 from data.scratch import scratch_folder
+from data.shard_digest import ShardContent, samples_digest
 from data.shard_set import ShardSet, open_shards
 from data.shards import ENCODING_FILE, check_cache_fields, is_encoded
+from data.verify import changed_on_server
 from data.workers import usable_cores
 
 REPORT_FILE = "report.json"
@@ -37,10 +42,10 @@ BAD_FILE = "bad_samples.jsonl"
 class CheckConfig:
     """The shards to read, and where the report goes."""
 
-    shards: str = MISSING
+    shards: PathText = MISSING
     """Shards, ours or made elsewhere: a folder, a pattern such as shards/{00000..00009}.tar, or the
     same as a URL (https://, s3://, gs://)."""
-    output: str | None = None
+    output: OutputText | None = None
     """Folder for report.json and bad_samples.jsonl; null: the report is only printed."""
     resolution: int | None = None
     """Counts images whose shorter side is below this many pixels, which training would enlarge."""
@@ -50,12 +55,15 @@ class CheckConfig:
     """An index is written for shards without one if at most this share is bad, 0 to 1."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Images with more pixels are refused as decompression bombs."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
     $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint."""
     cache_gigabytes: float = 50.0
     """Shards from URLs are kept up to this size, in 10^9 bytes; they are read in order, so little
     more than the largest will do."""
+    full: bool = False
+    """Reads shards from URLs where they are, also those that are in the cache. All that is read is
+    compared with the index byte for byte in any case."""
     allow_shell_urls: bool = False
     """Lets pipe:COMMAND stand for a shard: the shell runs it, and its output is the shard."""
 
@@ -74,8 +82,8 @@ class CheckConfig:
 def check(config: CheckConfig) -> CheckReport:
     """Reads the shards, whatever is wrong with them, and returns the report.
 
-    Writes it into `config.output`, and the index of shards that have none into their folder, or
-    the cache's.
+    Writes it into `config.output`, the index of shards that have none into their folder, or the
+    cache's, and the digests that an index lacks beside it.
     Raises UserError where there are no shards to read or the output can't be written.
     """
     chosen = open_shards(config.shards, "shards", config, in_order=True)
@@ -90,23 +98,18 @@ def check(config: CheckConfig) -> CheckReport:
                 with disk_writes():
                     writer = stack.enter_context(IndexWriter(scratch))
                 advance = stack.enter_context(progress("checking", len(shards)))
-                scans = scan_shards(
-                    shards,
-                    config.max_image_pixels,
-                    num_processes,
-                    latents,
-                    advance,
-                    chosen.remote,
-                )
-                sizes: list[int] = []
+                remote = chosen.remote and replace(chosen.remote, anew=config.full)
+                limits = (config.max_image_pixels, num_processes, latents)
+                scans = scan_shards(shards, *limits, advance, remote)
+                contents: list[ShardContent] = []
                 for number, scan in enumerate(scans):
                     with disk_writes(), (scratch / "facts").open("ab") as facts_file:
                         facts_file.write(scan.facts.tobytes())
                         writer.append(number, scan.records)
                     bad += scan.bad
-                    sizes.append(scan.num_bytes)
+                    contents.append(scan.content)
                 with disk_writes():
-                    writer.close(shards, bad, sizes)
+                    writer.close(shards, bad, contents)
             found = Index(scratch)
             facts = np.fromfile(scratch / "facts", FACT)
             state = _index_state(found, chosen, latents)
@@ -176,7 +179,7 @@ def _index_state(found: Index, shards: ShardSet, latents: bool) -> IndexState:
     if latents:
         remedy = "Encode the images again with `blackpoint data encode`."
     try:
-        index = Index(folder)
+        index = Index(folder, shards.kept)
         records = index.records
         if len(records) != index.num_samples:
             raise ValueError(f"{len(records)} records for {index.num_samples} samples")
@@ -194,16 +197,55 @@ def _index_state(found: Index, shards: ShardSet, latents: bool) -> IndexState:
             now = _offsets(found, name)
             num_damaged += len(np.setdiff1d(before, now))
             num_new += len(np.setdiff1d(now, before))
+            notes += _differences(index, found, name, len(before) == len(now))
+    if shards.remote is not None:
+        changed, _ = changed_on_server(index, shards.remote)
+        notes += [f"{shown(source)}: {error}" for source, error in changed.items()]
     if shards.is_whole:
         absent = sorted(set(index.shard_names) - {path.name for path in shards.paths})
         notes += [f"{name} is in it but not in the folder" for name in absent]
     if num_new:
         notes.append(f"{num_new} usable samples are not in it")
+    if num_damaged:
+        damage = f"{num_damaged} of its samples can't be used; training replaces them"
+        return IndexState("stale" if notes else "valid", str(place), [*notes, damage, remedy])
     if notes:
         return IndexState("stale", str(place), [*notes, remedy])
-    if num_damaged:
-        notes = [f"{num_damaged} of its samples can't be used; training replaces them", remedy]
-    return IndexState("valid", str(place), notes)
+    return IndexState("valid", str(place), _completed(index, found))
+
+
+def _differences(index: Index, found: Index, name: str, same_number: bool) -> list[str]:
+    """Says how a shard of the right size differs from the one that was indexed."""
+    now = found.digests.get(name)
+    if now is None:
+        return []  # unreadable, and named among what is bad
+    then = index.digests.get(name)
+    if then is None:  # indexed before there were digests: its samples are all there is to compare
+        then = ShardDigests(now.whole, now.text, samples_digest(index.rows(name)))
+    if then.whole != now.whole:
+        what = "images have" if then.text == now.text else "headers, captions or images have"
+        return [f"{name}: its {what} changed since it was indexed"]
+    if then.samples != now.samples and same_number:
+        return [f"{name}: its captions or images are not where they were when it was indexed"]
+    return []
+
+
+def _completed(index: Index, found: Index) -> list[str]:
+    """Adds digests that an index lacks, and how its shards look now; returns notes of those."""
+    absent = {name: row for name, row in found.digests.items() if name not in index.digests}
+    known = read_stamps(index.places)
+    seen = {name: stamps.pop() for name, stamps in read_stamps(found.places).items()}
+    fresh = {name: stamp for name, stamp in seen.items() if stamp not in known.get(name, ())}
+    place = index.places[0]
+    notes = []
+    if absent:
+        written = write_digests(index.places, place, index.digests | absent)
+        notes = [f"had no digests of {len(absent)} shards; they are in {written}"]
+        if written is None:
+            notes = [f"has no digests of {len(absent)} shards, and they can't be written to it"]
+    if fresh:
+        add_stamps(index.places, fresh)
+    return notes
 
 
 def _offsets(index: Index, shard: str) -> np.ndarray:

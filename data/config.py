@@ -9,6 +9,7 @@ from omegaconf import MISSING
 from data.buckets import BucketsConfig, bucket_table
 from data.decode import MAX_IMAGE_PIXELS
 from data.errors import UserError
+from data.files.paths import PathText
 from data.mixture import MixtureEntry
 from data.shards import check_cache_fields
 
@@ -17,13 +18,13 @@ from data.shards import check_cache_fields
 class DataConfig:
     """Shards and what becomes of their images."""
 
-    shards: str | None = field(default=MISSING, metadata={"unless": "mixture"})
+    shards: PathText | None = field(default=MISSING, metadata={"unless": "mixture"})
     """Training shards, of images or of latents from `blackpoint data encode`: a folder, a pattern
     such as shards/shard-{000000..000009}.tar, or the same as a URL (https://, s3://, gs://). null
     where data.mixture is given."""
     mixture: dict[str, MixtureEntry] = field(default_factory=dict)
     """Instead of data.shards: several data sets by name, mixed by weight."""
-    validation_shards: str | None = None
+    validation_shards: PathText | None = None
     """Validation shards, named in the same way; null: no validation."""
     validation_images: int = 256
     """Validation reads this many images, always the first ones."""
@@ -48,7 +49,7 @@ class DataConfig:
     """Share of samples that may prove unusable before the run stops, 0 to 1."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Images with more pixels are refused as decompression bombs."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
     $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint. Best on a local disk."""
     cache_gigabytes: float = 50.0

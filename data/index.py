@@ -6,148 +6,64 @@ Beside the shards lies `index/`:
 - keys.bin      the keys, UTF-8, one after the other
 - shards.json   the names and sizes of the shards, and how many samples each holds
 - bad_samples.jsonl  the samples left out, with the reason
+- digests.json, stamps.json  what the shards hold: data/index_contents.py
 
 Records have a fixed size, so opening 10^7 samples costs what 10^4 cost: whole columns are mapped,
 and training reads single records in place (pages of a map would count as its resident memory).
 """
 
-import contextlib
 import errno
+import functools
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
-from hashlib import blake2b
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 
-from data.bad_samples import BadSample, refusal, too_many, write_list
-from data.decode import MAX_IMAGE_PIXELS, luminance
+from data.bad_samples import BadSample, refusal, too_many
+from data.decode import MAX_IMAGE_PIXELS
 from data.errors import RunFailed, UserError
+from data.index_contents import (
+    INDEX_FOLDER,
+    ShardDigests,
+    add_stamps,
+    read_digests,
+    read_stamps,
+    stamped,
+)
+from data.index_writer import FORMAT_VERSION, IndexWriter
 from data.progress import progress
-from data.record import RECORD, ShardRecords, Span
+from data.record import RECORD
 from data.remote_shards import RemoteShards
 from data.scan import scan_shards
-from data.scratch import scratch_folder
-from data.shards import folder_shards
+from data.shard_digest import ShardContent, file_stamp, new_digest, text_content
+from data.shards import folder_shards, is_encoded
+from data.workers import usable_cores
 
-INDEX_FOLDER = "index"
-FORMAT_VERSION = 1
-DIGEST_BYTES = 16
 ROWS_AT_ONCE = 1 << 16
+NUM_NAMED = 5
+SHOWN_BYTES = 10**10
 
 
 class NotWritable(UserError):
     """The folder that an index would be written to can't be written."""
 
 
-class IndexWriter:
-    """Writes an index folder sample by sample; the index appears, whole, when it is closed.
+class Index:
+    """An index on disk. Its files are opened on first use, in each process for itself.
 
-    As a context manager. It grows in a folder inside `working`, by default the shards' own; what an
-    exception leaves behind is removed.
+    `kept` is where digests and stamps are kept if the index can't be written to.
     """
 
-    def __init__(self, shard_folder: Path, working: Path | None = None) -> None:
-        self.folder = shard_folder / INDEX_FOLDER
-        self.partial: Path
-        self._working = working or shard_folder
-        self.num_samples = 0
-        self._num_in_shard: Counter[int] = Counter()
-        self._key_offset = 0
-        self._records: BinaryIO
-        self._keys: BinaryIO
-
-    def __enter__(self) -> "IndexWriter":
-        with contextlib.ExitStack() as stack:
-            self.partial = stack.enter_context(scratch_folder(self._working)) / INDEX_FOLDER
-            self.partial.mkdir()
-            self._records = (self.partial / "records.npy").open("wb")
-            self._keys = (self.partial / "keys.bin").open("wb")
-            self._write_header()
-            self._scratch = stack.pop_all()
-        return self
-
-    def add(self, shard: int, key: str, image: Span, caption: Span, picture: Image.Image) -> None:
-        """Appends a sample whose upright RGB image is `picture`."""
-        records = ShardRecords()
-        records.add(key, image, caption, *picture.size, luminance(picture))
-        self.append(shard, records)
-
-    def append(self, shard: int, records: ShardRecords) -> None:
-        """Appends the samples of a shard, or some of them, that were collected elsewhere."""
-        rows, keys = records.records, records.keys
-        rows["shard"] = shard
-        rows["key_offset"] += np.uint64(self._key_offset)
-        self._records.write(rows.tobytes())
-        self._keys.write(keys)
-        self._key_offset += len(keys)
-        self.num_samples += len(rows)
-        self._num_in_shard[shard] += len(rows)
-
-    def close(
-        self,
-        shards: Sequence[Path],
-        bad: Sequence[BadSample],
-        shard_bytes: Sequence[int] | None = None,
-    ) -> None:
-        """Writes what belongs to the whole and renames the index into place.
-
-        `shard_bytes` are the sizes of shards that are no files here.
-        """
-        sizes = shard_bytes or [path.stat().st_size for path in shards]
-        self._records.seek(0)
-        self._write_header()
-        self._records.close()
-        self._keys.close()
-        description = {
-            "version": FORMAT_VERSION,
-            "num_samples": self.num_samples,
-            "num_bad_samples": len(bad),
-            "shards": [
-                {
-                    "name": path.name,
-                    "bytes": sizes[number],
-                    "num_samples": self._num_in_shard[number],
-                }
-                for number, path in enumerate(shards)
-            ],
-        }
-        (self.partial / "shards.json").write_text(json.dumps(description, indent=1) + "\n")
-        write_list(self.partial / "bad_samples.jsonl", bad)
-        try:
-            self.partial.rename(self.folder)
-        except OSError:
-            if not (self.folder / "shards.json").exists():
-                raise  # Otherwise another process wrote the same index first.
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for file in (self._records, self._keys):
-            with contextlib.suppress(OSError):  # on a full disk, closing fails again
-                file.close()
-        self._scratch.close()
-
-    def _write_header(self) -> None:
-        # numpy pads the header so that a longer first axis still fits into its bytes.
-        header: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(RECORD)}
-        header |= {"fortran_order": False, "shape": (self.num_samples,)}
-        np.lib.format.write_array_header_1_0(self._records, header)
-
-
-class Index:
-    """An index on disk. Its files are opened on first use, in each process for itself."""
-
-    def __init__(self, shard_folder: Path) -> None:
+    def __init__(self, shard_folder: Path, kept: Path | None = None) -> None:
         self.shard_folder = shard_folder
+        self.places = [shard_folder / INDEX_FOLDER]
+        if kept not in (None, shard_folder):
+            self.places.append(kept)
         description = _description(shard_folder)
         self.num_samples: int = description["num_samples"]
         self.num_bad_samples: int = description["num_bad_samples"]
@@ -168,7 +84,14 @@ class Index:
         return self.num_samples
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": None}
+        state = self.__dict__ | {"_files": None}
+        state.pop("digests", None)  # read again by who needs them
+        return state
+
+    @functools.cached_property
+    def digests(self) -> dict[str, ShardDigests]:
+        """What each shard held when it was indexed; without those of an index from before."""
+        return read_digests(self.places, self.shard_folder / INDEX_FOLDER)
 
     @property
     def records(self) -> np.ndarray:
@@ -211,9 +134,27 @@ class Index:
             self._files = (records, keys)
         return self._files
 
-    def digest(self, shards: Sequence[Path]) -> str:
-        """Returns what tells these shards from others: names, sizes, places of their samples."""
-        whole = blake2b(digest_size=DIGEST_BYTES)
+    def rows(self, shard: str) -> np.ndarray:
+        """Returns a copy of the records of one shard."""
+        samples = self.shard_samples[shard]
+        return self.read(samples.start, samples.stop)
+
+    def content_digest(self, shards: Sequence[Path]) -> str:
+        """Returns what tells the content of these shards from any other, wherever they are.
+
+        Of an index without digests it is `places_digest`.
+        """
+        names = sorted(path.name for path in shards)
+        if not all(name in self.digests for name in names):
+            return self.places_digest(shards)
+        whole = new_digest()
+        for name in names:
+            whole.update(f"{self.digests[name].whole}/{self.digests[name].samples}/".encode())
+        return whole.hexdigest()
+
+    def places_digest(self, shards: Sequence[Path]) -> str:
+        """Returns the digest of names, sizes and places of samples: all but the content."""
+        whole = new_digest()
         records = self.records
         for name in sorted(path.name for path in shards):
             samples = self.shard_samples[name]
@@ -224,16 +165,65 @@ class Index:
                 whole.update(rows.tobytes())
         return whole.hexdigest()
 
-    def check_shards(self, shards: Sequence[Path]) -> None:
-        """Raises UserError if a shard is not the one that was indexed."""
+    def changed_shards(self, shards: Sequence[Path]) -> dict[str, str]:
+        """Returns, by name, how shards differ from those that were indexed.
+
+        Size and time of change decide. Where the time differs, all but the images is compared, and
+        the time of what is the same is noted.
+        """
+        changed, touched = dict[str, str](), list[Path]()
+        stamps = read_stamps(self.places)
         for path in shards:
-            size = self.shard_bytes.get(path.name)
-            if size is None or size != path.stat().st_size:
-                how = "is not in" if size is None else "has changed since"
-                raise UserError(
-                    f"{path} {how} the index {self.shard_folder / INDEX_FOLDER}. "
-                    "Remove that folder; the next run builds it anew."
-                )
+            status, name = os.stat(path), path.name
+            size = self.shard_bytes.get(name)
+            if size is None:
+                changed[name] = "is not in"
+            elif size != status.st_size:
+                changed[name] = "has changed since"
+            elif name in self.digests:
+                stamp = stamped(file_stamp(status), self.digests[name].whole)
+                if stamp not in stamps.get(name, ()):
+                    touched.append(path)
+        if not touched:
+            return changed
+        fresh = dict[str, str]()
+        is_long = sum(self.shard_bytes[path.name] for path in touched) > SHOWN_BYTES
+        shown = progress("comparing", len(touched)) if is_long else nullcontext(lambda: None)
+        self._open()  # once, for all threads
+        with ThreadPoolExecutor(usable_cores()) as pool, shown as advance:
+            for path, found in zip(touched, pool.map(self._text_content, touched), strict=True):
+                advance()
+                digests = self.digests[path.name]
+                if found.text != digests.text:
+                    changed[path.name] = "has changed since"
+                elif found.stamp:
+                    fresh[path.name] = stamped(found.stamp, digests.whole)
+        if fresh:
+            add_stamps(self.places, fresh)
+        return changed
+
+    def check_shards(self, shards: Sequence[Path]) -> None:
+        """Raises UserError if a shard is not the one that was indexed: `changed_shards`."""
+        changed = self.changed_shards(shards)
+        if changed:
+            raise self.unlike_the_shards(changed, shards[0].parent)
+
+    def unlike_the_shards(self, changed: dict[str, str], folder: Path | None = None) -> UserError:
+        """Returns the error for shards of `folder` that are others than those indexed."""
+        first, *others = sorted(changed)
+        named = ", ".join(others[: NUM_NAMED - 1])
+        more = len(others) - len(others[: NUM_NAMED - 1])
+        also = f" (and so {named}{f' and {more} more' if more else ''})" if others else ""
+        remedy = "Remove that folder; the next run builds it anew."
+        if is_encoded(self.shard_folder):
+            remedy = "Encode the images again with `blackpoint data encode`."
+        where = (folder or self.shard_folder) / first
+        return UserError(
+            f"{where} {changed[first]} the index {self.shard_folder / INDEX_FOLDER}{also}. {remedy}"
+        )
+
+    def _text_content(self, shard: Path) -> ShardContent:
+        return text_content(shard, self.rows(shard.name))
 
 
 def has_index(shard_folder: Path) -> bool:
@@ -257,21 +247,21 @@ def build_index(
     """
     shards = folder_shards(folder) if shards is None else shards
     bad: list[BadSample] = []
-    shard_bytes: list[int] = []
+    contents: list[ShardContent] = []
     try:
         with IndexWriter(folder) as writer, progress("indexing", len(shards)) as advance:
             for number, scan in enumerate(
                 scan_shards(shards, max_image_pixels, num_processes, False, advance, remote)
             ):
                 writer.append(number, scan.records)
-                shard_bytes.append(scan.num_bytes)
+                contents.append(scan.content)
                 bad += scan.bad
             num_samples = writer.num_samples + len(bad)
             if not num_samples:
                 raise UserError(f"{folder}: {len(shards)} shards hold no samples.")
             if too_many(len(bad), num_samples, max_bad_share) or not writer.num_samples:
                 raise refusal(str(folder), bad, num_samples, max_bad_share, "max_bad_share")
-            writer.close(shards, bad, shard_bytes)
+            writer.close(shards, bad, contents)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise NotWritable(

@@ -44,7 +44,8 @@ class Encoding:
     source: str
     checkpoint: str
     source_digest: str
-    """Of the shards of images: names, sizes, and where each sample is in them."""
+    """Of all bytes of the shards of images, and of which samples they are. In an output from before
+    there were digests, and of an index on a server that has none: of names, sizes and places."""
     vae: str
     """Digest of the autoencoder's weights; equal latents need equal weights."""
     text_encoder: str

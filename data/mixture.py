@@ -19,6 +19,8 @@ from fractions import Fraction
 import numpy as np
 from omegaconf import MISSING
 
+from data.files.paths import PathText
+
 MAX_CYCLE = 1 << 16
 """Largest M; weights whose whole numbers sum to more are rounded to multiples of 1 / MAX_CYCLE."""
 
@@ -27,7 +29,7 @@ MAX_CYCLE = 1 << 16
 class MixtureEntry:
     """One data set of a mixture."""
 
-    shards: str = MISSING
+    shards: PathText = MISSING
     """Its shards, a folder or a pattern, as data.shards."""
     weight: float = 1.0
     """Its share of the samples is this over the sum of all weights; 0 leaves it out."""

@@ -18,11 +18,13 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 
-from data.bad_samples import BadSample, refusal, too_many
+from data.bad_samples import NUM_LISTED, BadSample, refusal, too_many
 from data.batches import TrainingBatches, ValidationBatches, slice_size
 from data.buckets import Size, bucket_table, square
 from data.config import DataConfig
 from data.errors import UserError
+from data.files.notes import first
+from data.identity import identity
 from data.index import INDEX_FOLDER, Index, has_index
 from data.latents import Encoding, LatentReader
 from data.mixed_reader import MixedReader, check_alike
@@ -32,6 +34,7 @@ from data.shard_set import ShardSet, index_shards, indexing_command, open_shards
 from data.shards import is_encoded
 from data.sorted_samples import sorted_samples
 from data.summary import bucket_lines, bucket_rows, mixture_lines
+from data.verify import verify
 from data.worker_signals import leave_signals_to_parent
 
 VALIDATION = "data.validation_shards"
@@ -63,12 +66,15 @@ class CaptionedImages(LightningDataModule):
         self.start_sample = start_sample
         self.bad_samples: dict[int, BadSample] = {}
         """Training samples that proved unusable, by index: read but replaced."""
-        self._said: set[str] = set()
+        self._is_prepared = False
         self._training: Reader | MixedReader | None = None
         self._validation: Reader | None = None
 
     def prepare_data(self) -> None:
-        """Indexes shards made elsewhere and sorts samples by bucket; one process a machine does."""
+        """Indexes shards made elsewhere, compares others with their index and sorts samples by
+        bucket; one process a machine does. Raises UserError for shards that have changed."""
+        if self._is_prepared:  # by the run, before Lightning asks for it
+            return
         for pattern, field in self._patterns():
             shards = self._shards(pattern, field)
             if not has_index(shards.folder):
@@ -77,12 +83,11 @@ class CaptionedImages(LightningDataModule):
                 folder, bad = index_shards(shards, limit, pixels)
                 rank_zero_info(f"Left out {len(bad)} samples: {folder}/index/bad_samples.jsonl")
                 shards = open_shards(pattern, field, self.config)
-            for note in shards.notes:
-                if note not in self._said:
-                    print(f"note: {note}", file=sys.stderr, flush=True)
-                self._said.add(note)
+            for note in [*shards.notes, *verify(shards)]:
+                print(f"note: {note}", file=sys.stderr, flush=True)
             if self.config.buckets.enabled or self.config.max_upscale is not None:
                 self._reader(pattern, field)  # sorts the samples into a file
+        self._is_prepared = True
 
     def require_index(self, num_processes: int) -> None:
         """Raises UserError for shards without an index, which one of several processes would make.
@@ -142,8 +147,9 @@ class CaptionedImages(LightningDataModule):
         for index, sample in replaced:
             if training and index not in self.bad_samples:
                 self.bad_samples[index] = sample
-                warnings.warn(f"sample {sample.key} replaced: {sample.reason}", stacklevel=2)
-            elif not training:
+                if first("samples replaced", NUM_LISTED):
+                    warnings.warn(f"sample {sample.key} replaced: {sample.reason}", stacklevel=2)
+            elif not training and first("validation samples replaced", NUM_LISTED):
                 warnings.warn(f"validation: {sample.key} replaced: {sample.reason}", stacklevel=2)
         num_bad, limit = len(self.bad_samples), self.config.max_bad_share
         num_samples = len(self._training) if self._training is not None else 0
@@ -170,6 +176,10 @@ class CaptionedImages(LightningDataModule):
         readers += [self._validation] if self._validation else []
         names = [f"{field}={pattern}" for pattern, field in self._patterns()]
         return dict(zip(names, readers, strict=True))
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what tells the data from any other, by field: data/identity.py."""
+        return {name.partition("=")[0]: identity(reader) for name, reader in self.readers().items()}
 
     def summary(self) -> list[str]:
         """Returns lines for the user: shares of a mixture, images of each bucket."""
@@ -227,7 +237,7 @@ class CaptionedImages(LightningDataModule):
         shards, config = open_shards(pattern, field, self.config), self.config
         kind = LatentReader if is_encoded(shards.folder) else Reader
         reader = kind(
-            Index(shards.folder),
+            Index(shards.folder, shards.kept),
             shards.paths,
             self.seed,
             config.resolution,

@@ -23,11 +23,13 @@ from data.bad_samples import BadSample, refusal, too_many
 from data.captions import CaptionForm, CaptionSource, captioned_files, count_files, find_captions
 from data.decode import MAX_IMAGE_PIXELS
 from data.errors import RunFailed, UserError, WriteFailed, disk_writes
+from data.files.paths import OutputText, PathText
 from data.index import IndexWriter
 from data.pack_shard import ShardRules, is_hopeless, pack_shard
-from data.part import Part, finished_part, part_path, read_part
+from data.part import Part, finished_part, part_path, read_part, shard_content_of
 from data.partial import Partial, refuse_used_output
 from data.progress import progress
+from data.shard_digest import ShardContent
 from data.shard_file import shard_name
 from data.shard_list import ShardList, shard_lists
 from data.workers import run_in_processes, usable_cores
@@ -37,9 +39,9 @@ from data.workers import run_in_processes, usable_cores
 class PackConfig:
     """An image folder with captions, and the shards that it becomes."""
 
-    source: str = MISSING
+    source: PathText = MISSING
     """Folder of images (jpg, png, webp, bmp, gif, tiff), searched recursively."""
-    output: str = MISSING
+    output: OutputText = MISSING
     """Folder for the shards and the index; must be absent or empty. A run that was stopped is
     continued by the same command."""
     captions: CaptionForm = "auto"
@@ -212,7 +214,7 @@ def _write_shards(
 def _write_index(rules: ShardRules, num_shards: int, result: PackResult) -> None:
     """Numbers the shards that hold samples without gaps and writes their index."""
     with disk_writes(), IndexWriter(rules.shards, rules.working) as index:
-        paths: list[Path] = []
+        paths, contents = list[Path](), list[ShardContent]()
         for number in range(num_shards):
             part, records = read_part(part_path(rules.parts, number))
             path = rules.shards / shard_name(number)
@@ -220,6 +222,7 @@ def _write_index(rules: ShardRules, num_shards: int, result: PackResult) -> None
                 path.unlink(missing_ok=True)
                 continue
             index.append(len(paths), records)
+            contents.append(shard_content_of(part, path, records))
             paths.append(rules.shards / shard_name(len(paths)))
             if path != paths[-1]:
                 # Stopped from here on, the shards after the gap are written anew.
@@ -228,7 +231,7 @@ def _write_index(rules: ShardRules, num_shards: int, result: PackResult) -> None
             result.num_bytes += part.num_bytes
         for path in set(rules.shards.glob("*.tar")) - set(paths):
             path.unlink()  # of a source that held more when the run began
-        index.close(paths, result.bad)
+        index.close(paths, result.bad, contents)
         result.num_samples, result.num_shards = index.num_samples, len(paths)
 
 

@@ -54,11 +54,12 @@ def pack_shard(rules: ShardRules, listed: ShardList, advance: Callable[[int], No
                 break
         advance(num_entries % REPORT_EVERY)
         with disk_writes():
-            shard.close()
+            content = shard.close()
     finally:
         shard.abandon()
     num_bytes = shard.num_bytes if len(records) else 0
-    part = Part(listed.number, listed.digest, num_bytes, len(records), num_entries, bad, is_whole)
+    counts = num_bytes, len(records), num_entries
+    part = Part(listed.number, listed.digest, *counts, bad, content, is_whole)
     if is_whole:
         with disk_writes():
             if len(records):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data.bad_samples import BadSample
 from data.record import RECORD, ShardRecords
+from data.shard_digest import ShardContent, file_digest, file_stamp, settled, shard_content
 from data.shard_file import shard_name
 
 
@@ -24,6 +25,8 @@ class Part:
     num_samples: int
     num_entries: int
     bad: list[BadSample]
+    content: ShardContent = ShardContent()
+    """Of the tar; without digests in a part from before there were any."""
     is_whole: bool = True
     """False where so much was bad that the rest was not read."""
 
@@ -37,10 +40,10 @@ def finished_part(parts: Path, shards: Path, number: int, digest: str) -> Part |
     """Returns the part of a shard that is finished and of this very digest; else None."""
     try:
         part, _ = read_part(part_path(parts, number))
-        size = (shards / shard_name(number)).stat().st_size if part.num_bytes else 0
+        is_same = not part.num_bytes or _holds(shards / shard_name(number), part)
     except (OSError, ValueError, TypeError):
         return None
-    return part if part.digest == digest and size == part.num_bytes else None
+    return part if part.digest == digest and is_same else None
 
 
 def read_part(path: Path) -> tuple[Part, ShardRecords]:
@@ -48,6 +51,7 @@ def read_part(path: Path) -> tuple[Part, ShardRecords]:
     with path.open("rb") as file:
         values = json.loads(file.readline())
         values["bad"] = [BadSample(*sample) for sample in values["bad"]]
+        values["content"] = ShardContent(*values.get("content", ()))
         num_key_bytes = values.pop("num_key_bytes")
         part = Part(**values)
         records = file.read(part.num_samples * RECORD.itemsize)
@@ -55,6 +59,21 @@ def read_part(path: Path) -> tuple[Part, ShardRecords]:
     if len(records) != part.num_samples * RECORD.itemsize or len(keys) != num_key_bytes:
         raise ValueError(f"{path}: is cut short")
     return part, ShardRecords(records, keys)
+
+
+def shard_content_of(part: Part, shard: Path, records: ShardRecords) -> ShardContent:
+    """Returns what a finished shard holds, read again where the part does not say."""
+    if not part.content.whole:
+        return shard_content(shard, records.records)
+    return part.content._replace(stamp=settled(part.content.stamp))
+
+
+def _holds(shard: Path, part: Part) -> bool:
+    """Tells whether a tar is the one that was written: by its bytes where its time has changed."""
+    status = shard.stat()
+    if status.st_size != part.num_bytes or not part.content.whole:
+        return status.st_size == part.num_bytes
+    return part.content.stamp == file_stamp(status) or part.content.whole == file_digest(shard)
 
 
 def write_part(part: Part, records: ShardRecords, parts: Path, working: Path) -> None:

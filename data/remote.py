@@ -12,12 +12,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from data.errors import Unreachable, UserError, disk_writes
+from data.remote_address import (
+    COMMAND,
+    http_version,
+    is_http,
+    open_file_system,
+    request,
+    shown,
+    stored_version,
+    total_bytes,
+)
+from data.shard_digest import new_digest
 
 ResultT = TypeVar("ResultT")
 
@@ -26,15 +37,12 @@ PAUSES_S = (0.5, 1, 2, 4, 8, 16, 30)
 """Before each new try; the count starts again when a download has gone on."""
 STALL_S = 60
 """A server that sends nothing for so long has dropped the connection."""
-COMMAND = "pipe:"
 PASSING_STATUS = (0, 408, 425, 429)  # and all from 500
 NETWORK_PACKAGES = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "http", "requests", "urllib3")
-# What pip has to install for a protocol that fsspec knows and has no package for.
-EXTRAS = {"s3": "blackpoint[remote]", "gs": "blackpoint[remote]", "gcs": "blackpoint[remote]"}
 
 
 class Changed(Exception):
-    """A file has not the size that it had when it was indexed."""
+    """A file has not the size or the bytes that it had when it was indexed."""
 
 
 class Refused(UserError):
@@ -47,53 +55,92 @@ class TooLarge(Exception):
 
 @dataclass(frozen=True)
 class Facts:
-    """Size of a remote file, None where the server does not say, and whether it serves ranges."""
+    """Size of a remote file, None where the server does not say, and whether it serves ranges.
+
+    `version` is ETag or Last-Modified; "" where the server gives neither.
+    """
 
     num_bytes: int | None
     ranges: bool
+    version: str = ""
 
 
-def shown(source: str) -> str:
-    """Returns a URL without what may be secret, its query and password; a command as it is."""
-    if source.startswith(COMMAND):
-        return source
-    return re.sub(r"//[^/@]*@", "//", source.partition("?")[0])
+class Fetched(NamedTuple):
+    """What came, its digest and the server's version of it."""
+
+    num_bytes: int
+    whole: str
+    version: str = ""
 
 
 def fetch(
-    source: str, path: Path, num_bytes: int | None = None, max_bytes: int | None = None
-) -> int:
-    """Writes a URL, or a command's output, into the file `path`; returns its size.
+    source: str,
+    path: Path | None,
+    num_bytes: int | None = None,
+    max_bytes: int | None = None,
+    whole: str = "",
+) -> Fetched:
+    """Writes a URL, or a command's output, into the file `path`; None: it is read and not kept.
 
-    Raises FileNotFoundError, Changed where it has not `num_bytes`, TooLarge above `max_bytes`,
-    UserError, Unreachable after the last try, and WriteFailed where `path` can't be written.
+    Raises FileNotFoundError, Changed where it has not `num_bytes` or the digest `whole`, TooLarge
+    above `max_bytes`, UserError, Unreachable after the last try, and WriteFailed where `path` can't
+    be written.
     """
     with disk_writes():
-        file = path.open("wb")
-    with file:
+        file = path.open("wb") if path else None
+    with file or nullcontext():
+        sink = _Sink(file)
         if source.startswith(COMMAND):
-            found = _run(source, file)
+            version = _run(source, sink)
         else:
-            found = _download(source, file, num_bytes, max_bytes)
-        if num_bytes is not None and found != num_bytes:
-            raise Changed(f"{num_bytes} bytes when it was indexed, {found} now")
-        if max_bytes is not None and found > max_bytes:
-            raise TooLarge(found)
-        with disk_writes():
-            file.flush()
-            os.fsync(file.fileno())
+            version = _download(source, sink, num_bytes, max_bytes)
+        found = Fetched(sink.num_bytes, sink.digest.hexdigest(), version)
+        if num_bytes is not None and found.num_bytes != num_bytes:
+            raise Changed(f"{num_bytes} bytes when it was indexed, {found.num_bytes} now")
+        if max_bytes is not None and found.num_bytes > max_bytes:
+            raise TooLarge(found.num_bytes)
+        if whole and found.whole != whole:
+            raise Changed("other bytes than when it was indexed")
+        if file:
+            with disk_writes():
+                file.flush()
+                os.fsync(file.fileno())
     return found
+
+
+class _Sink:
+    """Takes what comes, digests it and writes it into a file, if there is one."""
+
+    def __init__(self, file: BinaryIO | None) -> None:
+        self._file, self.num_bytes, self.digest = file, 0, new_digest()
+
+    def go_on_from(self, offset: int) -> None:
+        """Makes ready for what follows what came so far, or for a new beginning."""
+        if offset != self.num_bytes:
+            assert offset == 0, "a download goes on where it stopped, or begins anew"
+            self.num_bytes, self.digest = 0, new_digest()
+        if self._file:
+            with disk_writes():
+                self._file.seek(offset)
+                self._file.truncate()
+
+    def write(self, chunk: bytes) -> None:
+        if self._file:
+            with disk_writes():
+                self._file.write(chunk)
+        self.num_bytes += len(chunk)
+        self.digest.update(chunk)
 
 
 def read_bytes(source: str, tries: int | None = None) -> bytes:
     """Returns a small file; raises what `fetch` raises."""
-    file_system, path = _open_file_system(source)
+    file_system, path = open_file_system(source, STALL_S)
     return _until_it_works(source, lambda: file_system.cat_file(path), tries)
 
 
 def read_range(source: str, offset: int, size: int) -> bytes:
     """Returns `size` bytes of a URL from `offset`; raises what `fetch` raises."""
-    file_system, path = _open_file_system(source)
+    file_system, path = open_file_system(source, STALL_S)
 
     def read() -> bytes:
         found = file_system.cat_file(path, start=offset, end=offset + size)
@@ -104,23 +151,24 @@ def read_range(source: str, offset: int, size: int) -> bytes:
     return _until_it_works(source, read)
 
 
-def facts(source: str) -> Facts:
-    """Asks for the first byte of a URL, and for its size."""
-    file_system, path = _open_file_system(source)
+def facts(source: str, tries: int | None = None) -> Facts:
+    """Asks for the first byte of a URL, and for its size and version."""
+    file_system, path = open_file_system(source, STALL_S)
 
     def ask() -> Facts:
-        if not _is_http(file_system):
-            return Facts(file_system.size(path), True)
-        with closing(_request(file_system, path, "bytes=0-0")) as stream:
-            total = _total_bytes(stream.r)
-            return Facts(total, stream.r.status == 206)
+        if not is_http(file_system):
+            info = file_system.info(path)
+            return Facts(info.get("size"), True, stored_version(info))
+        with closing(request(file_system, path, "bytes=0-0")) as stream:
+            answer = stream.r
+            return Facts(total_bytes(answer), answer.status == 206, http_version(answer))
 
-    return _until_it_works(source, ask)
+    return _until_it_works(source, ask, tries)
 
 
 def list_names(folder: str) -> list[str]:
     """Returns the names of the files of a folder's URL, sorted; empty where it can't be listed."""
-    file_system, path = _open_file_system(folder)
+    file_system, path = open_file_system(folder, STALL_S)
 
     def names() -> list[str]:
         try:
@@ -131,36 +179,35 @@ def list_names(folder: str) -> list[str]:
     return _until_it_works(folder, names)
 
 
-def _download(source: str, file: BinaryIO, num_bytes: int | None, max_bytes: int | None) -> int:
-    file_system, path = _open_file_system(source)
+def _download(source: str, sink: _Sink, num_bytes: int | None, max_bytes: int | None) -> str:
+    """Fetches a URL into `sink` and returns its version."""
+    file_system, path = open_file_system(source, STALL_S)
     patience = _Patience(source)
-    done, version, total = 0, "", num_bytes
+    done, resumes, version, total = 0, "", "", num_bytes
     while True:
         begun = done
         try:
-            with _stream(file_system, path, done, version) as stream:
+            with _stream(file_system, path, done, resumes) as stream:
                 if num_bytes is not None and stream.total not in (None, num_bytes):
                     raise Changed(f"{num_bytes} bytes when it was indexed, {stream.total} now")
                 if max_bytes is not None and (stream.total or 0) > max_bytes:
                     raise TooLarge(stream.total)
-                if stream.start and stream.total != total:
+                before = (done, total, version)
+                if stream.start and (stream.start, stream.total, stream.version) != before:
                     begun = done = 0
                     raise ConnectionError("it changed while it was fetched")
                 begun = done = stream.start
-                version = stream.version
+                resumes, version = stream.resumes, stream.version
                 total = num_bytes if stream.total is None else stream.total
-                with disk_writes():
-                    file.seek(done)
-                    file.truncate()
+                sink.go_on_from(done)
                 while chunk := stream.read(CHUNK_BYTES):
-                    with disk_writes():
-                        file.write(chunk)
+                    sink.write(chunk)
                     done += len(chunk)
                     if max_bytes is not None and done > max_bytes:
                         raise TooLarge(done)
             if total is not None and done < total:
                 raise ConnectionError(f"it ended after {done} of {total} bytes")
-            return done
+            return version
         except Exception as error:
             # Going on by a range gets to the end at last; beginning anew each time may not.
             patience.failed(error, progress=0 < begun < done)
@@ -168,24 +215,25 @@ def _download(source: str, file: BinaryIO, num_bytes: int | None, max_bytes: int
 
 @dataclass
 class _Stream:
-    """A file from byte `start`; `version` is what proves a later range to be of the same file."""
+    """A file from byte `start`; `resumes` is what proves a later range to be of the same file."""
 
     start: int
     total: int | None
+    resumes: str
     version: str
     read: Callable[[int], bytes]
 
 
 @contextmanager
-def _stream(file_system: Any, path: str, start: int, version: str) -> Iterator[_Stream]:
-    if not _is_http(file_system):
-        total = file_system.size(path)
+def _stream(file_system: Any, path: str, start: int, resumes: str) -> Iterator[_Stream]:
+    if not is_http(file_system):
+        info = file_system.info(path)
         with file_system.open(path, "rb", cache_type="none") as file:
             file.seek(start)
-            yield _Stream(start, total, "", file.read)
+            yield _Stream(start, info.get("size"), "", stored_version(info), file.read)
         return
     wanted = f"bytes={start}-" if start else ""
-    with closing(_request(file_system, path, wanted, version)) as stream:
+    with closing(request(file_system, path, wanted, resumes)) as stream:
         answer = stream.r
         found = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
         begin = int(found[1]) if answer.status == 206 and found else 0
@@ -193,47 +241,25 @@ def _stream(file_system: Any, path: str, start: int, version: str) -> Iterator[_
         if strong.startswith("W/"):
             strong = ""
         tag = strong or answer.headers.get("Last-Modified", "")
-        yield _Stream(begin, _total_bytes(answer), tag, stream.read)
+        yield _Stream(begin, total_bytes(answer), tag, http_version(answer), stream.read)
 
 
-def _request(file_system: Any, path: str, wanted: str = "", version: str = "") -> Any:
-    """Returns fsspec's stream of a GET, whose answer is `.r`; raises for an error status."""
-    headers = {"Accept-Encoding": "identity"}
-    if wanted:
-        headers["Range"] = wanted
-    if version and wanted:
-        headers["If-Range"] = version  # A file that changed meanwhile comes whole.
-    # The size is a dummy: without one, fsspec would ask for it first.
-    return file_system.open(path, "rb", block_size=0, size=1, headers=headers)
-
-
-def _total_bytes(answer: Any) -> int | None:
-    whole = re.match(r"bytes [\d-]+/(\d+)", answer.headers.get("Content-Range", ""))
-    if answer.status == 206:
-        return int(whole[1]) if whole else None
-    length = answer.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() else None
-
-
-def _run(source: str, file: BinaryIO) -> int:
-    """Runs a command and writes what it prints; a command that fails is run again."""
+def _run(source: str, sink: _Sink) -> str:
+    """Writes what a command prints; one that fails is run again. Returns "", its version."""
     command = source.removeprefix(COMMAND)
     patience = _Patience(source)
     while True:
-        with disk_writes():
-            file.seek(0)
-            file.truncate()
+        sink.go_on_from(0)
         with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
             assert process.stdout
             try:
                 while chunk := process.stdout.read(CHUNK_BYTES):
-                    with disk_writes():
-                        file.write(chunk)
+                    sink.write(chunk)
             except BaseException:
                 process.kill()
                 raise
-        if process.returncode == 0 and file.tell():
-            return file.tell()
+        if process.returncode == 0 and sink.num_bytes:
+            return ""
         if process.returncode in (126, 127):
             raise UserError(f"{source}: the shell can't run it; what it says is above.")
         why = f"exit status {process.returncode}" if process.returncode else "it printed nothing"
@@ -298,37 +324,3 @@ def _reason(error: Exception) -> str:
         return f"HTTP status {status}"
     text = str(error).partition("\n")[0].partition(": <")[0]
     return text if text and "://" not in text else f"{type(error).__name__}"
-
-
-def _is_http(file_system: Any) -> bool:
-    return "http" in _protocols(file_system)
-
-
-def _protocols(file_system: Any) -> tuple[str, ...]:
-    protocol = file_system.protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
-
-
-def _open_file_system(source: str) -> tuple[Any, str]:
-    """Returns fsspec's file system, one a process, and the path in it; raises UserError."""
-    from fsspec.core import url_to_fs  # It takes a tenth of a second: not for local shards.
-
-    protocol = re.match(r"[a-z0-9+.-]*", source)
-    name = protocol[0] if protocol else ""
-    options: dict[str, Any] = {}
-    try:
-        if name in ("http", "https"):
-            from aiohttp import ClientTimeout
-
-            # aiohttp's own limit of five minutes is for a whole file, however large.
-            limit = ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S)
-            options = {"client_kwargs": {"timeout": limit, "trust_env": True}}
-        return url_to_fs(source, **options)
-    except ImportError as error:
-        package = EXTRAS.get(name)
-        remedy = f"pip install '{package}'" if package else str(error).partition("\n")[0]
-        raise UserError(
-            f"{shown(source)}: reading {name}:// needs a package that is not installed: {remedy}"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{shown(source)}: no such kind of URL ({error}).") from None

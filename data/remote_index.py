@@ -1,16 +1,21 @@
 """What lies beside remote shards, brought here: their index and, of latents, how they were made."""
 
+import contextlib
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 from data.errors import RunFailed, Unreachable, UserError, WriteFailed, disk_writes
+from data.files.whole_file import write_whole
 from data.index import INDEX_FOLDER, Index, has_index
-from data.remote import Refused, fetch, read_bytes, shown
+from data.index_contents import DIGESTS_FILE
+from data.remote import Refused, facts, fetch, read_bytes, shown
+from data.remote_shards import server_stamp
 from data.scratch import scratch_folder
 from data.shard_cache import locked
 from data.shards import EMPTY_FILE, ENCODING_FILE
 
+RECORDS_STAMP = "records.stamp"
 INDEX_FILES = ("records.npy", "keys.bin")
 TRIES_WITH_A_COPY = 3
 
@@ -47,7 +52,13 @@ def _bring(folder: str, query: str, kept: Path) -> None:
     elif not _holds(kept / ENCODING_FILE, encoding):
         _fetch(f"{folder}/{EMPTY_FILE}{query}", kept / EMPTY_FILE)
         _write(kept / ENCODING_FILE, encoding)
-    if description is None or _holds(kept / INDEX_FOLDER / "shards.json", description):
+    digests = description and _optional(f"{folder}/{INDEX_FOLDER}/{DIGESTS_FILE}{query}", tries)
+    stamp = ""
+    if description and not digests:  # Sizes alone don't tell one index from another.
+        with contextlib.suppress(FileNotFoundError):  # said below, where it is fetched
+            found = facts(f"{folder}/{INDEX_FOLDER}/records.npy{query}", tries)
+            stamp = server_stamp(found.num_bytes, found.version)
+    if description is None or _is_kept(kept / INDEX_FOLDER, description, digests, stamp):
         return
     with ExitStack() as stack:
         with disk_writes():
@@ -55,12 +66,24 @@ def _bring(folder: str, query: str, kept: Path) -> None:
             (new / INDEX_FOLDER).mkdir()
         for name in INDEX_FILES:
             _fetch(f"{folder}/{INDEX_FOLDER}/{name}{query}", new / INDEX_FOLDER / name)
+        if digests:
+            _write(new / INDEX_FOLDER / DIGESTS_FILE, digests)
+        _write(new / INDEX_FOLDER / RECORDS_STAMP, stamp.encode())
         _write(new / INDEX_FOLDER / "shards.json", description)
         _check(new, f"{folder}/{INDEX_FOLDER}")
         with disk_writes():
             if (kept / INDEX_FOLDER).exists():
                 (kept / INDEX_FOLDER).rename(new / "old")
             (new / INDEX_FOLDER).rename(kept / INDEX_FOLDER)
+
+
+def _is_kept(kept: Path, description: bytes, digests: bytes | None, stamp: str) -> bool:
+    """Tells whether the index that is here is the one on the server."""
+    if not _holds(kept / "shards.json", description):
+        return False
+    if digests:
+        return _holds(kept / DIGESTS_FILE, digests)
+    return bool(stamp) and _holds(kept / RECORDS_STAMP, stamp.encode())
 
 
 def _optional(source: str, tries: int | None) -> bytes | None:
@@ -88,9 +111,7 @@ def _fetch(source: str, path: Path) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     with disk_writes():
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_whole(path, content)
 
 
 def _holds(path: Path, content: bytes) -> bool:

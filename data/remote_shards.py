@@ -10,7 +10,7 @@ it is; what reads in order, as `data encode` does, is well served by whole shard
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.errors import UserError
@@ -18,6 +18,7 @@ from data.record import Span
 from data.remote import Changed, read_range, shown
 from data.shard_cache import ShardCache
 
+NUM_NAMED = 4
 MAX_GAP_BYTES = 1 << 16
 """Members of a sample are read by one request if no more than this lies between them."""
 
@@ -33,6 +34,10 @@ class RemoteShards:
     """Size of each when it was indexed; empty while there is no index."""
     index_folder: Path
     by_range: bool = False
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of all bytes of each; without those of an index from before there were digests."""
+    anew: bool = False
+    """Whether shards are fetched even if they are in the cache."""
 
     def read(self, name: str, spans: Sequence[Span]) -> list[bytes]:
         """Returns the bytes of spans of one shard; a span beyond its end comes short.
@@ -40,13 +45,14 @@ class RemoteShards:
         Raises UserError if the shard is absent or not the one that was indexed, and RunFailed.
         """
         source, num_bytes = self.sources[name], self.shard_bytes[name]
+        whole = self.digests.get(name, "")
         try:
             if self.by_range:
-                descriptor = self.cache.find(source, name, num_bytes)
+                descriptor = self.cache.find(source, name, num_bytes, whole)
                 if descriptor is None:
                     return _read_ranges(source, spans)
             else:
-                descriptor = self.cache.open(source, name, num_bytes)
+                descriptor = self.cache.open(source, name, num_bytes, whole)
         except (FileNotFoundError, Changed) as error:
             raise self.unlike_the_index(source, error) from None
         try:
@@ -57,10 +63,11 @@ class RemoteShards:
     @contextmanager
     def held(self, name: str) -> Iterator[Path]:
         """Is the context in which a shard is a local file, fetched first if need be."""
-        source = self.sources[name]
+        source, num_bytes = self.sources[name], self.shard_bytes.get(name)
         with ExitStack() as stack:
             try:
-                held = self.cache.held(source, name, self.shard_bytes.get(name))
+                whole = self.digests.get(name, "")
+                held = self.cache.held(source, name, num_bytes, whole, self.anew)
                 path = stack.enter_context(held)
             except (FileNotFoundError, Changed) as error:
                 raise self.unlike_the_index(source, error) from None
@@ -69,17 +76,33 @@ class RemoteShards:
     def only(self, name: str) -> "RemoteShards":
         """Returns one shard of these, which is small to send to a process."""
         sizes = {name: self.shard_bytes[name]} if name in self.shard_bytes else {}
-        return replace(self, sources={name: self.sources[name]}, shard_bytes=sizes)
+        digests = {name: self.digests[name]} if name in self.digests else {}
+        source = {name: self.sources[name]}
+        return replace(self, sources=source, shard_bytes=sizes, digests=digests)
 
-    def unlike_the_index(self, source: str, error: Exception) -> UserError:
-        """Returns the error for a shard that is not there or has changed."""
+    def stamp(self, name: str) -> str:
+        """Returns size and server's version of a shard that is held; "" where it gives none."""
+        copy = self.cache.copy(self.sources[name])
+        return server_stamp(copy.num_bytes, copy.version) if copy else ""
+
+    def unlike_the_index(
+        self, source: str, error: Exception, others: Sequence[str] = ()
+    ) -> UserError:
+        """Returns the error for a shard, and others, that are not there or have changed."""
         if isinstance(error, FileNotFoundError) and not self.shard_bytes:
             return UserError(f"{shown(source)} does not exist. Name the shards that are there.")
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"has changed: {error}"
+        if others:
+            what += f" ({len(others)} more differ: {', '.join(map(shown, others[:NUM_NAMED]))})"
         return UserError(
             f"{shown(source)} {what}. Put the shard back, or have the shards indexed anew: remove "
             f"the index beside them, if there is one, and {self.index_folder}."
         )
+
+
+def server_stamp(num_bytes: int | None, version: str) -> str:
+    """Returns the stamp of a shard on a server; "" where that tells no versions apart."""
+    return f"{num_bytes}/{version}" if version else ""
 
 
 def _read_ranges(source: str, spans: Sequence[Span]) -> list[bytes]:

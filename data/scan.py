@@ -8,7 +8,7 @@ Keys that return in another shard are kept: many writers number anew in each.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -29,6 +29,7 @@ from data.decode import (
 )
 from data.record import JSON, TEXT, ShardRecords, Span
 from data.remote_shards import RemoteShards
+from data.shard_digest import ReadAlong, ShardContent
 from data.tar_samples import TarSample, tar_samples
 from data.workers import Advance, run_in_processes
 
@@ -53,8 +54,8 @@ class ShardScan:
     records: ShardRecords
     facts: np.ndarray
     bad: list[BadSample]
-    num_bytes: int = 0
-    """Size of the shard."""
+    content: ShardContent = ShardContent()
+    """Of a shard that could be read to its end."""
 
 
 def scan_shard(shard: Path, max_image_pixels: int, latents: bool = False) -> ShardScan:
@@ -65,22 +66,26 @@ def scan_shard(shard: Path, max_image_pixels: int, latents: bool = False) -> Sha
     records, bad = ShardRecords(), list[BadSample]()
     rows: list[tuple[int, ...]] = []
     kept: set[str] = set()
-    file: BinaryIO | None = None
-    try:
+    content = ShardContent()
+    with ExitStack() as stack:
+        file: BinaryIO | None = None
+        with suppress(OSError):  # what can't be opened is named among what is bad
+            file = stack.enter_context(shard.open("rb"))
+            along = ReadAlong(file.fileno())
         for sample in tar_samples(shard, bad):
-            file = file or shard.open("rb")
+            assert file is not None, "its samples were read from it"
             try:
-                row = _add(records, sample, file, max_image_pixels, latents, kept)
+                row, image = _add(records, sample, file, max_image_pixels, latents, kept)
             except BadImage as reason:
                 shown = sample.key.encode("utf-8", "backslashreplace").decode()
                 bad.append(BadSample(f"{shard.name}:{shown}", str(reason)))
                 continue
             rows.append(row)
             kept.add(sample.key)
-    finally:
-        if file:
-            file.close()
-    return ShardScan(records, np.array(rows, FACT), bad)
+            along.image(image.offset, image.size)
+        if file is not None:
+            content = along.content()
+    return ShardScan(records, np.array(rows, FACT), bad, content)
 
 
 def scan_shards(
@@ -116,8 +121,8 @@ def _scan_job(job: _ScanJob, advance: Advance) -> tuple[int, ShardScan]:
     number, shard, remote, max_image_pixels, latents = job
     with remote.held(shard.name) if remote else nullcontext(shard) as path:
         scan = scan_shard(path, max_image_pixels, latents)
-        if path.exists():  # else it is named among what is bad
-            scan.num_bytes = path.stat().st_size
+        if remote:
+            scan.content = scan.content._replace(stamp=remote.stamp(shard.name))
     advance(1)
     return number, scan
 
@@ -138,8 +143,8 @@ def _add(
     max_image_pixels: int,
     latents: bool,
     kept: set[str],
-) -> tuple[int, ...]:
-    """Adds a usable sample and returns its FACT; raises BadImage."""
+) -> tuple[tuple[int, ...], Span]:
+    """Adds a usable sample and returns its FACT and where its image is; raises BadImage."""
     if sample.fault:
         raise BadImage(sample.fault)
     suffixes = ("safetensors",) if latents else IMAGE_SUFFIXES
@@ -165,7 +170,7 @@ def _add(
     records.add(sample.key, image, span, *measures, form)
     hashes = (_hash(image_bytes), gradient, _hash(caption.encode()))
     key_hash = _hash(sample.key.encode("utf-8", "backslashreplace"))
-    return (*hashes, key_hash, len(caption), len(caption.split()))
+    return (*hashes, key_hash, len(caption), len(caption.split())), image
 
 
 def _check_latents(content_bytes: bytes) -> None:

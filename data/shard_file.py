@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 from data.record import Span
+from data.shard_digest import ContentDigest, ShardContent, file_stamp
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_NAME = 100  # bytes of a name that a plain header holds
@@ -21,15 +22,16 @@ class ShardFile:
     def __init__(self, path: Path) -> None:
         self.offset = 0
         self._file = path.open("wb")
+        self._digest = ContentDigest()
 
     def write(self, key: str, members: dict[str, bytes]) -> dict[str, Span]:
-        """Appends one sample and returns the places of its members."""
-        spans = {}
+        """Appends one sample, its image or latents first; returns the places of its members."""
+        spans = dict[str, Span]()
         for extension, content in members.items():
             header = _header(f"{key}.{extension}", len(content))
-            self._file.write(header)
-            self._file.write(content)
-            self._file.write(bytes(-len(content) % _BLOCK))
+            self._write(header)
+            self._write(content, is_image=not spans)
+            self._write(bytes(-len(content) % _BLOCK))
             spans[extension] = Span(self.offset + len(header), len(content))
             self.offset += len(header) + _padded(len(content))
         return spans
@@ -40,12 +42,18 @@ class ShardFile:
         end = self.offset + 2 * _BLOCK
         return end + -end % tarfile.RECORDSIZE
 
-    def close(self) -> None:
-        """Ends the tar and sees it to the disk."""
-        self._file.write(bytes(self.num_bytes - self.offset))
+    def close(self) -> ShardContent:
+        """Ends the tar, sees it to the disk and returns what it holds."""
+        self._write(bytes(self.num_bytes - self.offset))
         self._file.flush()
         os.fsync(self._file.fileno())
+        stamp = file_stamp(os.fstat(self._file.fileno()))
         self._file.close()
+        return self._digest.content(stamp)
+
+    def _write(self, content: bytes, is_image: bool = False) -> None:
+        self._file.write(content)
+        self._digest.update(content, is_image)
 
     def abandon(self) -> None:
         """Closes the file as it is, whatever can still be written."""

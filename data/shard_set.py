@@ -85,7 +85,9 @@ def open_shards(pattern: str, field: str, config: CacheFields, in_order: bool = 
             f"{where}: has no index, and what reads the shards to make one needs room "
             f"for the largest of them: set {cache.setting} above 0."
         )
-    remote = RemoteShards(sources, cache, shard_bytes, folder / INDEX_FOLDER, by_range)
+    digests = Index(folder).digests if shard_bytes else {}
+    known = {name: digests[name].whole for name in sources if name in digests}
+    remote = RemoteShards(sources, cache, shard_bytes, folder / INDEX_FOLDER, by_range, known)
     return ShardSet(folder, [folder / name for name in sources], folder, remote, is_whole, notes)
 
 

@@ -3,7 +3,6 @@
 import glob
 import math
 import os
-import re
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +10,7 @@ from braceexpand import braceexpand
 
 from data.decode import IMAGE_SUFFIXES
 from data.errors import UserError
+from data.files.paths import is_remote as is_remote
 
 ENCODING_FILE = "encoding.json"
 EMPTY_FILE = "empty.safetensors"
@@ -76,11 +76,6 @@ def find_shards(pattern: str, field: str = "data.shards") -> list[Path]:
             f"{folders[1]}). One data set is one folder: put or link the shards into one."
         )
     return shards
-
-
-def is_remote(pattern: str) -> bool:
-    """Tells a URL, or a command, from a local path."""
-    return re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*(://|::)", pattern) is not None
 
 
 def expand_braces(pattern: str, field: str) -> list[str]:

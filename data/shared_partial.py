@@ -34,11 +34,14 @@ NUM_TRIES = 3
 class SharedPartial:
     """An output that is under way, as a context manager.
 
-    Raises UserError if other settings are at work in the folder, or have finished shards in it.
+    Raises UserError if other settings are at work in the folder, or have finished shards in it;
+    what `earlier` settings, which mean the same, have finished is taken over.
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any]) -> None:
-        self.output, self.settings = output, settings
+    def __init__(
+        self, output: Path, settings: dict[str, Any], earlier: dict[str, Any] | None = None
+    ) -> None:
+        self.output, self.settings, self.earlier = output, settings, earlier
         self.target = output.absolute()
         self.folder = folder_beside(output)
         self.shards, self.parts = self.folder / "shards", self.folder / "parts"
@@ -198,10 +201,17 @@ class SharedPartial:
             raise
 
     def _check_settings(self, is_first: bool) -> None:
-        other = different_settings(self.folder, self.settings)
         here = f"{self.folder} holds {self.num_finished()} finished shards"
+        is_earlier = self.earlier and not different_settings(self.folder, self.earlier)
+        other = different_settings(self.folder, self.settings)
         if other and not self.has_locks:
             os.stat(self.folder / "settings.json")  # gone: removed meanwhile, see _enter
+        if other and is_earlier and (is_first or not self.has_locks):
+            print(
+                f"note: {here}, made before their source was known by its content: they are kept",
+                file=sys.stderr,
+            )
+            other = []
         if other and is_first:
             raise UserError(
                 f"output={self.output}: {here} of a run with {', '.join(other)}. Continue it with "

@@ -1,6 +1,12 @@
 """The words that configs choose between; no import of torch, so that a verb's help is instant."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from data.files.paths import Holds
+from sampling.errors import UserError
+
+MAX_SEED = 2**64 - 1
+"""torch.Generator takes no larger one."""
 
 PredictionType = Literal["v_prediction", "epsilon", "sample"]  # named as in diffusers
 Spacing = Literal["trailing", "leading", "linspace"]
@@ -12,3 +18,12 @@ PLAIN_FORMATS: dict[str, Any] = {"dtype": "float32", "encoder_dtype": "float32",
 """What `auto` takes where a GPU offers nothing else, and what results without a record of number
 formats were computed in."""
 Weights = Literal["ema", "raw"]  # the average of a training checkpoint, or its last step
+Prompts = Annotated[Any, Holds.PROMPTS]
+"""A text, a list of texts, or the file or folder that holds them."""
+
+
+def check_seed(name: str, seed: int, count: int = 1, largest: int = MAX_SEED) -> None:
+    """Raises UserError unless seed, ..., seed + count - 1 are from 0 to `largest`."""
+    if seed < 0 or seed + count - 1 > largest:
+        last = f" with {count} in a row" if count > 1 else ""
+        raise UserError(f"{name}={seed}{last}: a seed must be from 0 to {largest}")

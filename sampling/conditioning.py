@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from data.files.notes import first
 from sampling.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def joined(parts: Sequence[Conditioning]) -> Conditioning:
 def encode_text(
     tokenizer: Any, text_encoder: Any, prompts: Sequence[str], device: torch.device
 ) -> Conditioning:
-    """Encodes each distinct prompt once; over-long ones are cut, with a warning."""
+    """Encodes each distinct prompt once; over-long ones are cut, with a warning for the first."""
     distinct = list(dict.fromkeys(prompts))
     limit = tokenizer.model_max_length
     states = []
@@ -69,9 +70,9 @@ def encode_text(
         tokens = tokenizer(
             texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         )
-        lengths = map(len, tokenizer(texts).input_ids)
+        lengths = map(len, tokenizer(texts, verbose=False).input_ids)
         for text, length in zip(texts, lengths, strict=True):
-            if length > limit:
+            if length > limit and first("texts cut to what the text encoder reads"):
                 log.warning("cut to %d of %d tokens: %.60r", limit, length, text)
         uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(device) if uses_mask else None

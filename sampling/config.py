@@ -4,11 +4,12 @@ No import of torch at the top, so that their help is instant.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
-from sampling.choices import Attention, AutoDtype, Dtype, Tf32, Weights
+from data.files.paths import OutputText, PathText
+from sampling.choices import Attention, AutoDtype, Dtype, Prompts, Tf32, Weights, check_seed
 from sampling.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 class SampleConfig:
     """From prompts to pictures."""
 
-    checkpoint: str = MISSING
+    checkpoint: PathText = MISSING
     """What to sample: a folder, hub id, run directory or .ckpt."""
-    prompts: Any = MISSING
-    """A prompt, a list of them, or a file: .txt (one a line), .jsonl, .csv, .tsv or .parquet."""
-    output: str = MISSING
+    prompts: Prompts = MISSING
+    """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one a line), .jsonl, .csv,
+    .tsv or .parquet."""
+    output: OutputText = MISSING
     """Folder to write; must be empty or not exist."""
     seed: int = 0
     """First seed; the pictures of each prompt use seed, seed + 1, ... (ignored if seeds is set)."""
@@ -45,6 +47,8 @@ class SampleConfig:
     """Timesteps [low, high], both included, at which guidance is on; all if not set."""
     negative_prompt: str = ""
     """What guidance steers away from."""
+    allow_unsound: bool = False
+    """Sample a checkpoint whose process cannot work, for a comparison."""
     height: int | None = None
     """Height in px; the model's own if not set."""
     width: int | None = None
@@ -72,8 +76,9 @@ class SampleConfig:
         for name in ("num_images", "batch_size", "num_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.seed < 0 or min(self.seeds, default=0) < 0:
-            raise UserError("seed and seeds must be 0 or more")
+        check_seed("seed", self.seed, 1 if self.seeds else self.num_images)
+        for seed in self.seeds:
+            check_seed("seeds", seed)
         from sampling.samplers import check_sampler  # torch: for a config, not for its help
 
         check_sampler(self.sampler, self.eta)
@@ -96,9 +101,9 @@ class SampleConfig:
 class ExportConfig:
     """From a trained checkpoint to a diffusers folder."""
 
-    checkpoint: str = MISSING
+    checkpoint: PathText = MISSING
     """What to export: a run directory, a Lightning .ckpt, a diffusers folder or a hub id."""
-    output: str = MISSING
+    output: OutputText = MISSING
     """Folder to write; must be empty or not exist."""
     weights: Weights = "ema"
     """Which weights of a training checkpoint: their moving average or the last step's."""

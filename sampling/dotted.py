@@ -15,3 +15,23 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             found.pop(path, None)
             found[path] = value
     return found
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the sections that `flat` made dotted keys of."""
+    tree: dict[str, Any] = {}
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        section = tree
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return tree
+
+
+def value_at(tree: Mapping[str, Any], key: str) -> Any:
+    """Returns what is at a dotted key, None where nothing is."""
+    value: Any = tree
+    for word in key.split("."):
+        value = value.get(word) if isinstance(value, Mapping) else None
+    return value

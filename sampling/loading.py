@@ -21,6 +21,8 @@ from transformers import CLIPTokenizer
 from sampling.checkpoint import Resolved, variant_of
 from sampling.errors import UserError
 
+CLIP_POSITIONS = 77
+"""Of a CLIP text encoder whose config does not say it."""
 CLIP_TOKENIZER_FILES = ("tokenizer.json", "merges.txt")
 
 
@@ -108,12 +110,19 @@ def require_tokenizer(folder: Path, files: Sequence[str] = CLIP_TOKENIZER_FILES)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Loads folder/tokenizer."""
+    """Loads folder/tokenizer; its longest text is one that folder/text_encoder has positions for.
+
+    A tokenizer without model_max_length says 1e30, which is no length to fill up to.
+    """
     require_tokenizer(folder / "tokenizer")
     try:
-        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'tokenizer'} cannot be loaded: {error}") from error
+    path = folder / "text_encoder" / "config.json"
+    positions = read_json(path).get("max_position_embeddings", CLIP_POSITIONS)
+    tokenizer.model_max_length = int(min(tokenizer.model_max_length, positions))
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:

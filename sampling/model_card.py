@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from data.files.yaml_text import read_yaml_file
 from sampling.card_clients import UNKNOWN, Architecture, client_facts
 from sampling.card_schedulers import scheduler_facts
+from sampling.dotted import value_at
 from sampling.pixel_folder import PixelForm
 from sampling.process import Process
 
@@ -44,7 +44,7 @@ def model_card(
     """
     base = checkpoint
     if run_dir is not None:
-        base = OmegaConf.select(OmegaConf.load(run_dir / "config.yaml"), "checkpoint") or base
+        base = read_yaml_file(run_dir / "config.yaml").get("checkpoint") or base
     title = "A pixel-space model" if pixels else "Stable Diffusion"
     parts = [_front_matter(base, pixels), _summary(title, process, weights, base)]
     parts.append(_pixel_usage(pixels) if pixels else _usage(process))
@@ -163,9 +163,9 @@ def _bullets(facts: Sequence[str]) -> str:
 
 def _training(run_dir: Path) -> str:
     rows: dict[str, Any] = {}
-    config = OmegaConf.load(run_dir / "config.yaml")
+    config = read_yaml_file(run_dir / "config.yaml")
     for key in RUN_KEYS:
-        value = OmegaConf.select(config, key)
+        value = value_at(config, key)
         if value is not None and value != {}:
             rows[key] = value
     if (run_dir / "environment.json").is_file():

@@ -10,7 +10,6 @@ Names of fields are compared without case. Whatever else a row holds becomes its
 of a Parquet file that hold no text, number or truth value (images) are never read.
 """
 
-import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from sys import intern
 from typing import Any
 
+from data.files.tables import BadTable, Rows, csv_rows, tsv_rows
 from sampling.errors import UserError
 
 TEXT_FIELDS = ("prompt", "prompts", "caption", "text")
@@ -48,9 +48,9 @@ def prompt_file_rows(path: Path, is_category: bool = False) -> Iterator[PromptRo
         case ".jsonl":
             return _json_rows(path)
         case ".tsv":
-            return _table_rows(path, _tsv_fields(path))
+            return _table_rows(path, tsv_rows(line for _, line in _lines(path)))
         case ".csv":
-            return _table_rows(path, _csv_fields(path))
+            return _table_rows(path, csv_rows(line for _, line in _lines(path)))
         case ".parquet":
             return _parquet_rows(path)
     raise UserError(
@@ -94,47 +94,17 @@ def _json_rows(path: Path) -> Iterator[PromptRow | None]:
         yield _row(row, *chosen[names], path, number)
 
 
-def _table_rows(path: Path, fields: Iterator[tuple[int, list[str]]]) -> Iterator[PromptRow | None]:
-    _, header = next(fields, (1, []))
-    header = [name.strip() for name in header]
-    chosen = _chosen_fields(_place(path, 1), header)
-    num_fields = len(header)
-    for number, values in fields:
-        if len(values) == num_fields:
-            yield _row(dict(zip(header, values, strict=True)), *chosen, path, number)
-        elif "".join(values).strip():
-            remedy = (
-                "quote a prompt that holds a comma"
-                if path.suffix.lower() == ".csv"
-                else ("a prompt must hold no tab")
-            )
-            raise UserError(
-                f"{_place(path, number)} has {len(values)} fields where the header has "
-                f"{num_fields}; write as many, and {remedy}"
-            )
-        else:
-            yield None
-
-
-def _csv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    while True:
-        number = reader.line_num + 1
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(
-                f"{_place(path, number)}: damaged CSV ({error}); close each quoted field "
-                "and double the quotes inside it"
-            ) from None
-        yield number, values
-
-
-def _tsv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    for number, line in _lines(path):
-        yield number, line.rstrip("\r\n").split("\t")
+def _table_rows(path: Path, rows: Rows) -> Iterator[PromptRow | None]:
+    try:
+        _, header = next(rows, (1, []))
+        chosen = _chosen_fields(_place(path, 1), header)
+        for number, values in rows:
+            if values:
+                yield _row(dict(zip(header, values, strict=True)), *chosen, path, number)
+            else:
+                yield None
+    except BadTable as error:
+        raise UserError(f"{_place(path, error.line)}{error}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[PromptRow | None]:

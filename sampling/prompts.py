@@ -4,6 +4,7 @@ A prompt's index is its place among all prompts of its source, whatever part of 
 draws that are derived from it do not change with `limit` and `offset`.
 """
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.files.paths import BadPath, expanded
 from sampling.errors import UserError
 from sampling.prompt_files import (
     NO_METADATA,
@@ -47,8 +49,9 @@ def read_prompt_set(prompts: object, limit: int | None = None, offset: int = 0) 
     """Returns the prompts that a string, a list of strings, a file or a folder holds.
 
     At least one, at most `limit`, without the first `offset`; see `sampling.prompt_files` for the
-    formats. A string is a file if it ends like one, a folder if it holds a slash and is there. File
-    names may hold `*`. Empty lines are left out, and a warning says how many. Raises UserError.
+    formats. A string is a file if it ends like one, or holds a slash and either is there or begins
+    or ends as a path does; in a list every string is a prompt. File names may hold `*`. Empty lines
+    are left out, and a warning says how many. Raises UserError.
     """
     return list(iterate_prompts(prompts, limit, offset))
 
@@ -83,20 +86,36 @@ def _given_texts(prompts: object) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
         raise UserError(
             f"prompts={prompts!r} must be a prompt, a list of prompts, {FORMATS}; "
-            "quote a prompt that reads as a number or holds a colon"
+            'quote a prompt that reads as a number or holds a colon: ["1", "a: b"]'
         )
     if not found:
         raise UserError("prompts is empty; give at least one prompt")
     return found
 
 
+def prompts_path(text: str) -> str:
+    """Returns the text; where it names a file or folder by ~ or a variable, that is expanded.
+
+    Raises BadPath.
+    """
+    if not text.startswith(("~", "$")) or not ("/" in text or text.lower().endswith(SUFFIXES)):
+        return text
+    try:
+        path = expanded(text)
+    except BadPath:
+        if _is_path(text):
+            raise
+        return text
+    return path if _is_path(path) else text
+
+
 def _is_path(prompts: object) -> bool:
     if not isinstance(prompts, str):
         return isinstance(prompts, Path)
-    if prompts.lower().endswith(SUFFIXES) or os.path.isfile(prompts):
+    if prompts.lower().endswith(SUFFIXES):
         return True
     looks_so = prompts.startswith(("/", "./", "../")) or prompts.endswith("/")
-    return "/" in prompts and (looks_so or os.path.isdir(prompts))
+    return "/" in prompts and (looks_so or os.path.isfile(prompts) or os.path.isdir(prompts))
 
 
 def _rows_of_files(path: Path) -> Iterator[PromptRow]:
@@ -125,7 +144,10 @@ def _files(path: Path) -> tuple[list[Path], bool]:
         found = sorted(path.parent.glob(path.name))
         remedy = "give a pattern that fits files"
     else:
-        raise UserError(f"prompts={path}: no such file; give a prompt, a list, {FORMATS}")
+        raise UserError(
+            f"prompts={path}: no such file; give a prompt, a list, {FORMATS}. A prompt that looks "
+            f"like a path is one in a list: prompts={json.dumps([str(path)])}"
+        )
     if not found:
         raise UserError(f"prompts={path} holds no prompt file; {remedy}")
     for file in found:

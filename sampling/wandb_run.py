@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from sampling.errors import UserError
 from sampling.whole_file import write_whole
+
+NOT_IN_PROJECT, MAX_PROJECT_CHARACTERS = "/\\#?%:", 128
+"""What wandb refuses in the name of a project, when the run starts."""
 
 
 @dataclass
@@ -23,6 +27,20 @@ class WandbConfig:
     """Project that the run appears in."""
     name: str | None = None
     """Name of the run there; the folder's name if not set."""
+
+    def __post_init__(self) -> None:
+        if not self.enabled:
+            return
+        if not self.project or len(self.project) > MAX_PROJECT_CHARACTERS:
+            raise UserError(
+                f"wandb.project={self.project:.60}: has {len(self.project)} characters, and wandb "
+                f"takes 1 to {MAX_PROJECT_CHARACTERS}; choose another name"
+            )
+        if wrong := sorted(set(self.project) & set(NOT_IN_PROJECT)):
+            raise UserError(
+                f"wandb.project={self.project}: holds {' '.join(wrong)}, which wandb does not take "
+                f"(none of {' '.join(NOT_IN_PROJECT)}); choose another name"
+            )
 
 
 def start_run(wandb_config: WandbConfig, folder: Path, config: Mapping[str, Any]) -> Any:

@@ -1,12 +1,3 @@
-"""Files that are whole or as they were before, whatever stops the process that writes them."""
+"""Files that are whole or as they were before: data/files/whole_file.py, by its name here."""
 
-import os
-from pathlib import Path
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes beside `path` and renames; text as UTF-8. Makes the folder where it is absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(unfinished, path)
+from data.files.whole_file import write_whole as write_whole

@@ -16,6 +16,7 @@ from types import ModuleType
 
 from data.errors import RunFailed as DataRunFailed
 from data.errors import UserError as DataUserError
+from data.files.notes import tell_counts
 from sampling.errors import NOT_WRITABLE, Resumable, RunFailed, UserError
 from train import signals
 
@@ -105,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception:
         return _not_foreseen()
+    finally:
+        tell_counts()
 
 
 def _not_foreseen() -> int:
@@ -159,12 +162,13 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(describe(chosen_config_class(module, rest), verb, verb_purpose), end="")
         return 0
-    from scripts.config import load, to_yaml
+    from scripts.config import check_outputs, load, to_yaml
 
     config: object = load(chosen_config_class(module, rest), rest)
     if flags:
         print(to_yaml(config), end="")
         return 0
+    check_outputs(config)
     return int(module.run(config) or 0)
 
 

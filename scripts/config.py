@@ -2,22 +2,30 @@
 
 A verb's config is a dataclass beside the code that it configures; the docstring under a field is
 its meaning. `load` reads `[CONFIG.yaml] [key=value ...]` through OmegaConf, which checks the types,
-and turns every mistake into a `UserError` that names field, value, rule and remedy.
+and turns every mistake into a `UserError` that names field, value, rule and remedy. How values are
+written is in config_values.py.
 """
 
 import re
+import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
+from data.files.paths import BadPath, Holds, expanded, obstacle
+from data.files.yaml_text import read_yaml_file
+from data.files.yaml_text import to_yaml as to_yaml
 from sampling.errors import UserError
 from scripts.config_fields import (
     Field,
     fields_of,
+    hint_at,
+    holds,
     is_mapping,
     is_text,
     item_hint,
@@ -25,8 +33,11 @@ from scripts.config_fields import (
     nested_class,
     type_name,
 )
+from scripts.config_values import Texts, parse
 
 ConfigT = TypeVar("ConfigT")
+REFERENCE = re.compile(r"\$\{([\w.]+)")
+COMMAND_LINE = "the command line"
 KEY_VALUE = re.compile(r"^(?P<key>[A-Za-z_][\w.\[\]-]*)=(?P<text>.*)$", re.DOTALL)
 
 
@@ -36,15 +47,16 @@ def load(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     The file comes first and must exist; a later key=value wins over an earlier one and over the
     file. Raises `UserError` for whatever the user can put right.
     """
-    config = OmegaConf.structured(config_class)
+    config, texts = OmegaConf.structured(config_class), Texts()
     rest = list(argv)
     if rest and not KEY_VALUE.match(rest[0]) and not rest[0].startswith("-"):
         path = rest.pop(0)
-        _assign(config, config_class, read_yaml(path), "", path)
+        _assign(config, texts, config_class, read_yaml(path), "", path)
     for argument in rest:
-        key, value = _parse(config_class, argument)
-        _assign(config, config_class, {key: value}, "", "the command line")
-    return _finish(config, config_class)
+        key, text = _split(argument)
+        value = parse(hint_at(config_class, key), key, text)
+        _assign(config, texts, config_class, {key: value}, "", COMMAND_LINE)
+    return _finish(config, texts, config_class)
 
 
 def load_values(config_class: type[ConfigT], values: dict[str, Any], origin: str) -> ConfigT:
@@ -52,40 +64,46 @@ def load_values(config_class: type[ConfigT], values: dict[str, Any], origin: str
 
     Raises UserError as `load` does.
     """
-    config = OmegaConf.structured(config_class)
+    config, texts = OmegaConf.structured(config_class), Texts()
     for key, value in values.items():
-        _assign(config, config_class, {key: value}, "", origin)
-    return _finish(config, config_class)
+        _assign(config, texts, config_class, {key: value}, "", origin)
+    return _finish(config, texts, config_class)
 
 
-def to_yaml(config: object) -> str:
-    """Writes a config dataclass as YAML that `load` reads back as the same config."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+def check_outputs(config: object) -> None:
+    """Raises UserError where nothing can be made at a path that the verb is to write."""
+    for path, field in fields_of(type(config)).items():
+        value = attrgetter(path)(config) if holds(field.hint, Holds.OUTPUT) else None
+        if value is not None and (reason := obstacle(Path(value))):
+            raise UserError(f"{path}={value} can't be written: {reason}; name another place")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a YAML mapping as plain containers; an empty file is an empty mapping."""
+    try:
+        path = expanded(str(path))
+    except BadPath as error:
+        raise UserError(f"{path}: {error}") from None
     if not Path(path).is_file():
         raise UserError(
             f"{path}: there is no such file. Expected `[CONFIG.yaml] [key=value ...]`; a relative"
             f" path starts from the current directory, {Path.cwd()}"
         )
     try:
-        content = OmegaConf.load(path)
+        content = read_yaml_file(Path(path))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path}: not a YAML config: {str(error).splitlines()[0]}") from None
-    plain = OmegaConf.to_container(content, resolve=False)
-    if not isinstance(plain, dict):
-        raise UserError(f"{path}: must hold `key: value` lines, one a field")
-    return {str(key): value for key, value in plain.items()}
+    if not isinstance(content, dict | None):
+        raise UserError(f"{path}: not a YAML config: it must hold `key: value` lines, one a field")
+    return {str(key): value for key, value in (content or {}).items()}
 
 
-def _parse(config_class: type, argument: str) -> tuple[str, Any]:
-    """Splits key=value and reads the value as YAML, or as it stands where the field is text."""
+def _split(argument: str) -> tuple[str, str]:
+    """Splits key=value; raises UserError for what is none."""
     match = KEY_VALUE.match(argument)
     if match is None:
         hint = (
@@ -94,24 +112,16 @@ def _parse(config_class: type, argument: str) -> tuple[str, Any]:
         if argument.endswith((".yaml", ".yml")):
             hint = "one YAML file is read, and it comes before every key=value"
         raise UserError(f"`{argument}`: {hint}; expected `[CONFIG.yaml] [key=value ...]`")
-    key, text = match["key"], match["text"]
-    field = fields_of(config_class).get(key)
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
-    if field is not None and is_text(field.hint) and not quoted:
-        # Text is never read as YAML: run_dir=1e5 is a name, and a prompt may hold a colon.
-        return key, None if text == "null" and field.optional else text
-    try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-    except (yaml.YAMLError, OmegaConfBaseException):
-        raise UserError(
-            f"{key}={text}: the value is not valid YAML; quote it for the shell"
-        ) from None
-    assert isinstance(value, dict)
-    return key, value["value"]
+    return match["key"], match["text"]
 
 
 def _assign(
-    config: DictConfig, config_class: type, values: dict[str, Any], prefix: str, origin: str
+    config: DictConfig,
+    texts: Texts,
+    config_class: type,
+    values: dict[str, Any],
+    prefix: str,
+    origin: str,
 ) -> None:
     """Sets each value at its dotted path, going down into nested dataclasses."""
     known = fields_of(config_class)
@@ -124,15 +134,32 @@ def _assign(
             _check_items(config_class, field.hint, value, path, origin)
             if nested_class(field.hint) is not None and isinstance(value, dict):
                 _open_sections(config, known, path)
-                _assign(config, config_class, value, f"{path}.", origin)
+                _assign(config, texts, config_class, value, f"{path}.", origin)
                 continue
         _open_sections(config, known, path.rpartition(".")[0])
+        # ??? in a file stands for a key that is still to be given.
+        open_still = value == MISSING and origin != COMMAND_LINE
+        if open_still and (field is None or field.default == MISSING):
+            guarded = value
+        else:
+            hint = hint_at(config_class, path)
+            guarded = texts.guarded(hint, value, f"{path} = {value!r:.80} (from {origin})")
+            if isinstance(value, str) and is_text(hint) and not holds(hint, Holds.PATH):
+                _say_what_stays(known, path, value)
         try:
-            OmegaConf.update(config, path, value)
+            OmegaConf.update(config, path, guarded)
         except (OmegaConfBaseException, ValueError, IndexError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(_wrong_type(known, path, value, origin, error)) from None
+
+
+def _say_what_stays(known: dict[str, Field], path: str, text: str) -> None:
+    for name in REFERENCE.findall(text):
+        if name in known or name.startswith("oc."):
+            print(
+                f"note: {path} holds ${{{name}}}, which stays as it is in a text", file=sys.stderr
+            )
 
 
 def _open_sections(config: DictConfig, known: dict[str, Field], path: str) -> None:
@@ -193,7 +220,7 @@ def _wrong_type(
     return f"{path} = {shown} (from {origin}) is {given}; expected {type_name(field.hint)}{meaning}"
 
 
-def _finish(config: DictConfig, config_class: type[ConfigT]) -> ConfigT:
+def _finish(config: DictConfig, texts: Texts, config_class: type[ConfigT]) -> ConfigT:
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
@@ -214,6 +241,7 @@ def _finish(config: DictConfig, config_class: type[ConfigT]) -> ConfigT:
         raise UserError(
             "required and not set; give them as key=value or in the YAML file:\n" + "\n".join(lines)
         )
-    instance = OmegaConf.to_object(config)
+    checked = OmegaConf.to_container(config, structured_config_mode=SCMode.DICT)
+    instance = texts.instance(config_class, checked)
     assert isinstance(instance, config_class)
     return instance

@@ -6,15 +6,18 @@ The meaning is the docstring under the field, so that the help text and the code
 import dataclasses
 import difflib
 import functools
+import re
 import textwrap
 import types
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from omegaconf import MISSING
+
+from data.files.paths import Holds
 
 HELP_WIDTH = 100
 
@@ -31,10 +34,6 @@ class Field:
     """A key beside it that makes a required one unneeded, where that is given."""
 
     @property
-    def optional(self) -> bool:
-        return type(None) in get_args(self.hint)
-
-    @property
     def is_container(self) -> bool:
         return get_origin(_bare(self.hint)) in (list, dict, tuple)
 
@@ -46,7 +45,7 @@ def fields_of(config_class: type, prefix: str = "") -> dict[str, Field]:
 
 @functools.cache
 def _walk(config_class: type, prefix: str) -> tuple[Field, ...]:
-    hints = get_type_hints(config_class)
+    hints = get_type_hints(config_class, include_extras=True)
     meanings = _meanings(config_class)
     found: list[Field] = []
     for field in dataclasses.fields(config_class):
@@ -83,11 +82,46 @@ def purpose(config_class: type) -> str:
 
 
 def _bare(hint: Any) -> Any:
-    """Strips Optional."""
+    """Strips Optional and marks."""
     if get_origin(hint) in (Union, types.UnionType):
         rest = [arg for arg in get_args(hint) if arg is not type(None)]
         if len(rest) == 1:
-            return rest[0]
+            return _bare(rest[0])
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def is_optional(hint: Any) -> bool:
+    """Whether null is a value of the field."""
+    return type(None) in get_args(hint)
+
+
+def holds(hint: Any, what: Holds) -> bool:
+    """Whether a text field stands for that; a Path is a path."""
+    if get_origin(hint) is Annotated:
+        return what in get_args(hint)[1:]
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(holds(arg, what) for arg in get_args(hint))
+    return what is Holds.PATH and isinstance(hint, type) and issubclass(hint, Path)
+
+
+def hint_at(config_class: type, path: str) -> Any:
+    """Returns the type of a dotted key, entries of lists and mappings included; None for none.
+
+    A config class whose mappings hold keys of other verbs says their types by `entry_hint`.
+    """
+    known = fields_of(config_class)
+    if path in known:
+        return known[path].hint
+    if hasattr(config_class, "entry_hint"):
+        return config_class.entry_hint(path)
+    hint: Any = config_class
+    for word in re.findall(r"[^.\[\]]+", path):
+        section = nested_class(hint)
+        if section is not None:
+            field = fields_of(section).get(word)
+            hint = field.hint if field else None
+        else:
+            hint = str if holds(hint, Holds.PROMPTS) else item_hint(hint)
     return hint
 
 
@@ -111,14 +145,35 @@ def is_text(hint: Any) -> bool:
     return isinstance(bare, type) and issubclass(bare, (str, Path, Enum))
 
 
+def is_sequence(hint: Any) -> bool:
+    """Whether a field holds a list or a tuple."""
+    return get_origin(_bare(hint)) in (list, tuple)
+
+
+def is_tuple(hint: Any) -> bool:
+    """Whether a field holds a tuple."""
+    return get_origin(_bare(hint)) is tuple
+
+
+def is_number(hint: Any) -> bool:
+    """Whether a field holds a number or a truth value, or either of them or a word."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return all(arg is type(None) or is_number(arg) or arg is str for arg in get_args(hint))
+    return hint in (int, float, bool)
+
+
 def is_mapping(hint: Any) -> bool:
     """Whether a field holds named entries."""
     return get_origin(_bare(hint)) is dict
 
 
 def type_name(hint: Any) -> str:
-    """Names a type as a user would: `int`, `list of str`, `a | b`, `float or null`."""
+    """Names a type as a user would: `int`, `list of str`, `a | b`, `path or null`."""
     origin, args = get_origin(hint), get_args(hint)
+    if holds(hint, Holds.PATH) and not is_optional(hint):
+        return "path"
+    if origin is Annotated:
+        return "text, list of texts or file"
     if origin in (Union, types.UnionType):
         names = [type_name(arg) for arg in args if arg is not type(None)]
         return " or ".join([*names, "null"] if type(None) in args else names)
@@ -132,8 +187,6 @@ def type_name(hint: Any) -> str:
         return f"mapping of {type_name(args[0])} to {type_name(args[1])}"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return " | ".join(hint.__members__)
-    if isinstance(hint, type) and issubclass(hint, Path):
-        return "path"
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return f"section of {', '.join(field.name for field in dataclasses.fields(hint))}"
     return getattr(hint, "__name__", str(hint))
@@ -162,8 +215,15 @@ def describe(config_class: type, verb: str, verb_purpose: str) -> str:
         *textwrap.wrap(verb_purpose, HELP_WIDTH),
         "",
         *textwrap.wrap(
-            "Defaults, then the YAML file, then key=value: the later wins. Relative paths start"
-            " from the current directory. --print-config prints the resolved config and exits.",
+            "Defaults, then the YAML file, then key=value: the later wins. --print-config prints"
+            " the resolved config and exits.",
+            HELP_WIDTH,
+        ),
+        *textwrap.wrap(
+            "A text (str) is taken as it stands after the first =, without quotes; key=null unsets"
+            ' one that may be null. A list is written as JSON: key=[1, 2], key=["a cat", "a'
+            ' dog"]; a section or mapping as YAML: key={name: value}. Relative paths start from'
+            " the current directory, and ~, $NAME and ${NAME} in paths are expanded.",
             HELP_WIDTH,
         ),
         "",
@@ -172,7 +232,7 @@ def describe(config_class: type, verb: str, verb_purpose: str) -> str:
         section, item = nested_class(field.hint), nested_class(item_hint(field.hint))
         if section is not None:
             meaning = field.meaning or purpose(section)
-            off = " (null: off)" if field.optional else ""
+            off = " (null: off)" if is_optional(field.hint) else ""
             lines += ["", *textwrap.wrap(f"{field.path}: {meaning}{off}", HELP_WIDTH)]
             continue
         lines += _describe_field(field)

@@ -196,7 +196,7 @@ def search(config: DemoConfig) -> None:
     labels = f"[{','.join(DIGIT_NAMES)}]"
     settings = [
         f"checkpoint={config.run_dir}",
-        f"prompts=[{','.join(SEARCHED)}]",
+        f"prompts={json.dumps(SEARCHED)}",
         f"output={output}",
         f"num_steps={SEARCH_STEPS}",
         f"budget_nfe={SEARCH_STEPS * config.search_candidates}",

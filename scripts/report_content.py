@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from data.files.yaml_text import read_yaml_file
 from sampling.errors import UserError
 from sampling.evaluation.black_point_summary import summary
 from sampling.evaluation.report import Control, ReportContent, write_report
@@ -93,7 +92,7 @@ def resolved_config(path: Path) -> dict[str, Any]:
     """Reads config.yaml as plain containers; {} where there is none."""
     if not path.is_file():
         return {}
-    plain = OmegaConf.to_container(OmegaConf.load(path))
+    plain = read_yaml_file(path)
     return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from data.files.paths import OutputText, PathText
+from sampling.choices import check_seed
 from sampling.errors import UserError
 
 
@@ -9,19 +11,19 @@ from sampling.errors import UserError
 class DemoConfig:
     """The demonstration on the embedded base; its fine-tune is configs/tiny_zero_snr.yaml."""
 
-    run_dir: str = "runs/demo"
+    run_dir: OutputText = "runs/demo"
     """Directory of everything the demo makes."""
-    config: str = "configs/tiny_zero_snr.yaml"
+    config: PathText = "configs/tiny_zero_snr.yaml"
     """The fine-tune."""
-    control_config: str = "configs/tiny_control.yaml"
+    control_config: PathText = "configs/tiny_control.yaml"
     """The control: the same fine-tune with the old schedule and prediction type."""
     control: bool = False
     """Also run the control, into run_dir/control (about as long again)."""
-    checkpoint: str = "assets/tiny_sd"
+    checkpoint: PathText = "assets/tiny_sd"
     """The embedded base."""
-    digit_reader: str = "assets/digit_reader"
+    digit_reader: PathText = "assets/digit_reader"
     """Folder of the digit classifier."""
-    held_out_reader: str = "assets/digit_perceptron"
+    held_out_reader: PathText = "assets/digit_perceptron"
     """Folder of another classifier, which judges what the first is searched with."""
     seed: int = 0
     """Seed of the sampled images."""
@@ -43,6 +45,7 @@ class DemoConfig:
     """Optimizer steps; those of the fine-tune's config if not set."""
 
     def __post_init__(self) -> None:
+        check_seed("seed", self.seed, self.num_images)
         if self.num_images < 2:
             raise UserError(f"num_images={self.num_images} must be at least 2")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from data.files.paths import OutputText, PathText
 from sampling.wandb_run import WandbConfig
 
 RESULTS = ("sweep.json", "images.parquet", "winners.jsonl")
@@ -15,14 +16,14 @@ RESULTS = ("sweep.json", "images.parquet", "winners.jsonl")
 class ReportConfig:
     """The page about one run directory, or one folder of results."""
 
-    run_dir: str = MISSING
+    run_dir: PathText = MISSING
     """Run directory with metrics.csv, previews/ or black_point/; or the folder of an evaluation, a
     search or a sweep."""
-    output: str | None = None
+    output: OutputText | None = None
     """The page; run_dir/report.html if not set."""
-    evaluation: str | None = None
+    evaluation: PathText | None = None
     """Folder of a black-point study; run_dir/black_point if not set."""
-    committed_rows: str = "docs/black_point/rows.csv.gz"
+    committed_rows: PathText = "docs/black_point/rows.csv.gz"
     """Rows that show the control where the study has none; skipped where the file is absent."""
     wandb: WandbConfig = field(default_factory=lambda: WandbConfig(enabled=False))
     """The page and its tables at Weights & Biases, for evaluations, searches and sweeps."""

@@ -21,17 +21,14 @@ from sampling.dotted import flat
 from sampling.errors import UserError
 from sampling.evaluation import results
 from sampling.evaluation.metrics import FREE as FREE_OF_EVALUATION
-from sampling.evaluation.metrics import OF_MEASURES, MetricsConfig
-from sampling.search.config import SearchConfig
+from sampling.evaluation.metrics import OF_MEASURES
 from sampling.search.folder import FREE as FREE_OF_SEARCH
 from scripts.config import load_values, read_yaml
 from scripts.config_fields import fields_of, item_hint, nearest, nested_class
 from scripts.content_digest import content_digests
-from scripts.sweep_config import BASE, SECTIONS, Settings, SweepConfig
-from train.config import TrainConfig
+from scripts.sweep_config import BASE, CLASSES, SECTIONS, Settings, SweepConfig
 from train.run_directory import FREE_KEYS
 
-CLASSES: dict[str, type] = {"train": TrainConfig, "evaluate": MetricsConfig, "search": SearchConfig}
 OWN_KEYS = {"train": "run_dir", "evaluate": "output", "search": "output"}
 """Keys that the sweep sets itself."""
 _OF_WHERE = tuple(key for key in FREE_OF_EVALUATION if key not in OF_MEASURES)

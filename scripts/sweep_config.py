@@ -5,10 +5,15 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from data.files.paths import OutputText, PathText
 from sampling.dotted import flat
 from sampling.errors import UserError
+from sampling.evaluation.metrics import MetricsConfig
+from sampling.search.config import SearchConfig
+from train.config import TrainConfig
 
-SECTIONS = ("train", "evaluate", "search")
+CLASSES: dict[str, type] = {"train": TrainConfig, "evaluate": MetricsConfig, "search": SearchConfig}
+SECTIONS = tuple(CLASSES)
 BASE = "config"
 """Key of a section that names a YAML file of its verb, under the section's other keys."""
 
@@ -19,7 +24,7 @@ Settings = dict[str, Any]
 class SweepConfig:
     """A grid of settings, each cell of which is trained, evaluated or searched."""
 
-    run_dir: str = MISSING
+    run_dir: OutputText = MISSING
     """Folder of the sweep: trainings/, cells/, sweep.json; the same command there goes on."""
     train: dict[str, Any] = field(default_factory=dict)
     """Keys of `blackpoint train` that all cells share; cells with the same ones share a training.
@@ -43,6 +48,22 @@ class SweepConfig:
     num_processes: int = 1
     """Cells that are run at once here; they share the processor cores. In a SLURM array each
     element takes its own cells."""
+
+    @classmethod
+    def entry_hint(cls, path: str) -> Any:
+        """Returns the type of an entry such as evaluate.prompts, arms.NAME.train.seed or
+        grid.evaluate.num_steps (a list of what that key holds); None for no key of a verb."""
+        from scripts.config_fields import hint_at
+
+        first, _, rest = path.partition(".")
+        if first in ("arms", "grid"):
+            section, _, key = (rest.partition(".")[2] if first == "arms" else rest).partition(".")
+        else:
+            section, key = first, rest
+        if section not in SECTIONS:
+            return None
+        hint = PathText if key == BASE else hint_at(CLASSES[section], key)
+        return list[hint] if first == "grid" else hint  # type: ignore[valid-type]
 
     def __post_init__(self) -> None:
         if self.num_processes < 1:

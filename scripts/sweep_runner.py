@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
+from data.files.yaml_text import to_yaml
+from sampling.dotted import nested
 from sampling.errors import Resumable, UserError
 from sampling.evaluation.metrics_rows import REFERENCES
 from sampling.evaluation.results import CELL, FOLDERS, SWEEP, VERSION
@@ -177,11 +177,8 @@ class Runner:
         It holds the lock too.
         """
         path = log.with_name(f"{folder.name if verb == 'train' else verb}.yaml")
-        nested = OmegaConf.create({})
-        run_dir = Path(self._config.run_dir)
-        for key, value in with_own_keys(verb, settings, folder, run_dir).items():
-            OmegaConf.update(nested, key, value, force_add=True)
-        write_whole(path, OmegaConf.to_yaml(nested))
+        keys = with_own_keys(verb, settings, folder, Path(self._config.run_dir))
+        write_whole(path, to_yaml(nested(keys)))
         environment = {
             k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)
         } | self._threads()

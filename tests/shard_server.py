@@ -29,6 +29,10 @@ class ShardServer(ThreadingHTTPServer):
         self.is_down = False
         self.num_gets: Counter[str] = Counter()
         self.ranges: list[str] = []
+        """Of samples; who asks for a size and version alone is counted by `num_asked`."""
+        self.num_asked: Counter[str] = Counter()
+        self.versions = True
+        """Whether answers say when a file was last changed."""
         self.active: Counter[str] = Counter()
         self.most_at_once: Counter[str] = Counter()
         self.lock = threading.Lock()
@@ -52,6 +56,11 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         if server.is_down:
             self.close_connection = True
+            return
+        if self.headers.get("Range") == "bytes=0-0":
+            with server.lock:
+                server.num_asked[name] += 1
+            self._answer(server.folder / name, None)
             return
         with server.lock:
             server.num_gets[name] += 1
@@ -78,7 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and self.server.serves_ranges:
             with self.server.lock:
-                self.server.ranges.append(self.headers["Range"])
+                if self.headers["Range"] != "bytes=0-0":
+                    self.server.ranges.append(self.headers["Range"])
             first, last = int(wanted[1]), int(wanted[2] or len(content) - 1)
             part = content[first : last + 1]
             self.status = 206
@@ -95,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         if length is not None:
             self.send_header("Content-Length", str(length))
-        if hasattr(self, "modified"):
+        if hasattr(self, "modified") and self.server.versions:
             self.send_header("Last-Modified", self.modified)
         if kind:
             self.send_header("Content-Type", kind)

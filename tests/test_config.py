@@ -137,7 +137,14 @@ def test_every_kind_of_field_from_the_command_line() -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e5", "1e5"), ("010", "010"), ("a: b", "a: b"), ("", ""), ("'q: r'", "q: r"), ("#1", "#1")],
+    [
+        ("1e5", "1e5"),
+        ("010", "010"),
+        ("a: b", "a: b"),
+        ("", ""),
+        ("'q: r'", "'q: r'"),
+        ("#1", "#1"),
+    ],
 )
 def test_text_on_the_command_line_is_taken_as_it_stands(text: str, value: str) -> None:
     assert build(f"negative_prompt={text}").negative_prompt == value
@@ -244,8 +251,8 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         (["seed=1", "run_dir"], "`run_dir`: `=` is missing"),
         (["--seed=3"], "without dashes"),
         (["seed=1", "b.yaml"], "comes before every key=value"),
-        (["seed=[1,"], "seed=[1,: the value is not valid YAML"),
-        (["run_dir=${nowhere}"], "does not resolve"),
+        (["optimizer.betas=[1,"], "optimizer.betas=[1,: the value is not valid YAML"),
+        (["run_dir=a", "shift=${nowhere}"], "does not resolve"),
         (["run_dir=a", "optimizer.warmup_steps=-1"], "must be 0 or more"),
     ],
 )

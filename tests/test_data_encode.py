@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import train.run
 from data.errors import UserError as DataUserError
 from data.index import Index
+from data.index_contents import DIGESTS_FILE, STAMPS_FILE
 from data.latents import Encoding
 from data.module import CaptionedImages
 from data.pack import PackConfig, pack
@@ -246,6 +247,9 @@ def test_bad_samples_are_left_out_and_named(pipeline: Path, tmp_path: Path) -> N
         start, size = int(record["image_offset"]), int(record["image_size"])
         content[start : start + size] = bytes(size)
     path.write_bytes(content)
+    with pytest.raises(DataUserError, match="has changed since the index"):
+        encode(config_for(tmp_path / "shards", pipeline, tmp_path / "out"))
+    (tmp_path / "shards" / "index" / DIGESTS_FILE).unlink()  # from before there were any
     options = {"samples_per_shard": 4, "max_bad_share": 0.6}
     result = encode(config_for(tmp_path / "shards", pipeline, tmp_path / "out", **options))
     assert [sample.key for sample in result.bad] == [index.key(row) for row in (0, 4, 5, 6, 7)]
@@ -270,8 +274,8 @@ def test_workers_and_batches_do_not_change_the_cache(
 ) -> None:
     options = {"num_workers": 2, "dtype": "float32", "samples_per_shard": 5}
     encode(config_for(shards, pipeline, tmp_path / "out", **options))
-    files = sorted(path.relative_to(cache) for path in cache.rglob("*") if path.is_file())
-    assert len(files) == 3 + 4 + 2
+    files = {path.relative_to(cache) for path in cache.rglob("*.*")} - {Path("index", STAMPS_FILE)}
+    assert len(files) == 3 + 5 + 2
     for name in files:
         assert (tmp_path / "out" / name).read_bytes() == (cache / name).read_bytes(), name
 

@@ -19,6 +19,7 @@ from data.captions import CaptionedFile
 from data.errors import RunFailed, UserError
 from data.fingerprints import Fingerprints
 from data.index import Index, IndexWriter
+from data.index_contents import STAMPS_FILE
 from data.pack import PackConfig, PackResult, pack
 from data.pack_shard import ShardFile
 from data.partial import Partial
@@ -39,7 +40,7 @@ def packed(source: Path, output: Path, **options: object) -> PackResult:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != STAMPS_FILE)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -12,7 +12,8 @@ from sampling.errors import UserError
 from sampling.precision import current, settle
 from scripts.cli import main
 from scripts.config import load, to_yaml
-from scripts.sweep_cells import CLASSES, _differing
+from scripts.sweep_cells import _differing
+from scripts.sweep_config import CLASSES
 from tests.devices import NEW, OLD, fake_gpus
 from tests.tiny_run import tiny_config
 from train.config import TrainConfig

@@ -32,7 +32,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def search(pipeline: Path, output: Path) -> list[str]:
-    given = ["search", f"checkpoint={pipeline}", "prompts=[snow, a blue night]", "budget_nfe=8"]
+    given = ["search", f"checkpoint={pipeline}", 'prompts=["snow", "a blue night"]', "budget_nfe=8"]
     given += [f"output={output}", "num_steps=2", "guidance_scale=1"]
     return [*given, "verifiers.dark.kind=luminance", "verifiers.dark.target=0"]
 
@@ -228,7 +228,10 @@ def test_a_cell_that_would_go_on_in_other_formats_fails_with_the_reason(
     settings = {"evaluate": {**EVALUATE, "checkpoint": str(pipeline)}}
     [cell] = cells(tmp_path, **settings)
     folder = cell.folder / "evaluation"
-    own = [f"{key}={json.dumps(value)}" for key, value in cell.sections["evaluate"].items()]
+    own = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in cell.sections["evaluate"].items()
+    ]
     with monkeypatch.context() as patch:
         auto_takes_bfloat16(patch)
         assert main(["evaluate", *own, f"output={folder}"]) == 0

@@ -36,7 +36,7 @@ def zero_snr_checkpoint(tmp_path_factory):
 
 def test_pictures_rows_and_grid_are_written(zero_snr_checkpoint, tmp_path, capsys):
     output = tmp_path / "deep" / "out"
-    prompts = "[a red one on a black background,a blue two]"
+    prompts = '["a red one on a black background", "a blue two"]'
     arguments = [f"checkpoint={zero_snr_checkpoint}", f"prompts={prompts}", f"output={output}"]
     status = main(["sample", *arguments, "seed=3", "num_images=2", "num_steps=2", "batch_size=3"])
     assert status == 0, capsys.readouterr().err
@@ -83,7 +83,7 @@ def test_eta_interval_and_speed_options_reach_the_sampler(zero_snr_checkpoint, t
 
 def test_auto_says_once_what_attention_it_took(zero_snr_checkpoint, tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", None)
-    arguments = [f"checkpoint={zero_snr_checkpoint}", "prompts=[a one,a two]", "num_steps=1"]
+    arguments = [f"checkpoint={zero_snr_checkpoint}", 'prompts=["a one", "a two"]', "num_steps=1"]
     assert main(["sample", *arguments, f"output={tmp_path / 'out'}", "batch_size=1"]) == 0
     assert caplog.text.count("attention=auto took sdpa") == 1
 
@@ -118,7 +118,11 @@ def test_prompts_come_from_a_text_file_and_seeds_from_a_list(checkpoint, tmp_pat
         (["width=-2"], r"width.*-2"),
         (["num_images=0"], "num_images=0"),
         (["batch_size=0"], "batch_size=0"),
-        (["seed=-1"], "seed"),
+        (["seed=-1"], r"seed=-1: a seed must be from 0 to 18446744073709551615"),
+        ([f"seed={2**64}"], r"seed=18446744073709551616: a seed must be from 0"),
+        ([f"seed={2**64 - 1}", "num_images=2"], r"seed=\d+ with 2 in a row: a seed must"),
+        (["seeds=[3, -1]"], r"seeds=-1: a seed must be from 0"),
+        ([f"seeds=[{2**64}]"], r"seeds=18446744073709551616: a seed must be from 0"),
         (["guidance_scal=3"], r"guidance_scal.*guidance_scale"),
         (["num_steps=many"], r"num_steps.*many.*int"),
         (["prompts=[]"], "prompts is empty"),
@@ -163,8 +167,11 @@ def test_leading_spacing_on_a_zero_snr_checkpoint_is_refused(tmp_path, capsys):
     )
     arguments = [f"checkpoint={folder}", "prompts=a one", f"output={tmp_path / 'out'}"]
     assert main(["sample", *arguments]) == 2
-    assert "trailing" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "trailing" in error and "allow_unsound=true" in error
     assert not (tmp_path / "out").exists()
+    assert main(["sample", *arguments, "allow_unsound=true", "num_steps=1"]) == 0
+    assert (tmp_path / "out/images/0_0.png").exists()
 
 
 def test_taken_output_is_refused_and_kept(checkpoint, tmp_path, capsys):

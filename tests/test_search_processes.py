@@ -28,7 +28,7 @@ PROMPTS = ["a red photo of snow", "a blue night", "a white wall", "a gray sea", 
 def arguments(pipeline: Path, output: Path, *more: str) -> list[str]:
     return [
         f"checkpoint={pipeline}",
-        f"prompts=[{','.join(PROMPTS)}]",
+        f"prompts={json.dumps(PROMPTS)}",
         f"output={output}",
         "budget_nfe=40",
         "num_steps=4",

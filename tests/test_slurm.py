@@ -25,6 +25,7 @@ from scripts.config import load
 from scripts.frozen import CODE, ROOT
 from scripts.requeue import STOPPED, newest_step, read_starts
 from tests.slurm_cluster import MARKS, Cluster, wait_until
+from tests.tiny_encode import tree
 from tests.tiny_run import make_tiny_shards, tiny_config
 from tests.waiting import names_in
 from train.encode import encode
@@ -239,7 +240,7 @@ def test_a_search_on_two_nodes_that_a_signal_stops_once_finds_what_one_process_f
 ) -> None:
     prompts = ["a red photo", "a blue night", "a white wall", "a gray sea", "a black cat", "snow"]
     options = {"checkpoint": "base", "device": "cpu", "guidance_scale": "1", "num_steps": "4"}
-    options |= {"budget_nfe": "400", "batch_size": "1", "prompts": f"[{','.join(prompts)}]"}
+    options |= {"budget_nfe": "400", "batch_size": "1", "prompts": json.dumps(prompts)}
     options |= {"verifiers.dark.kind": "luminance", "verifiers.dark.target": "0"}
     arguments = [f"{name}={value}" for name, value in options.items()]
     job = cluster.submit(
@@ -281,11 +282,6 @@ def test_an_export_job_writes_what_the_run_exported(cluster: Cluster, unbroken: 
     assert found.keys() == expected.keys()
     names = ("README.md", "/config.json")  # which name where the weights came from
     assert all(found[name] == expected[name] for name in found if not name.endswith(names))
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def pid_of_task(job: str, rank: int) -> int:

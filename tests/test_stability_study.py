@@ -204,7 +204,7 @@ def test_the_kernel_distance_is_torchmetrics() -> None:
 
 SETTINGS = [
     "study=stability",
-    "prompts=[a red photo of snow, a blue night, a photo of the night]",
+    'prompts=["a red photo of snow", "a blue night", "a photo of the night"]',
     "quality.dark.kind=luminance",
     "quality.dark.target=0",
     "quality.border.kind=luminance",

@@ -1,14 +1,19 @@
 """Laws of what a run directory records of the run's starts."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from sampling.errors import UserError
+from scripts.config import load
 from tests.tiny_run import tiny_config
+from train.config import PreviewConfig, TrainConfig
 from train.run import batches_note
-from train.run_directory import write_records
+from train.run_directory import check_continues, write_records
 
 
 def read_environment(run_dir: Path) -> dict[str, Any]:
@@ -64,3 +69,22 @@ def test_the_global_batch_is_said(tmp_path: Path) -> None:
         "global batch: 24 images a step = 2 processes x 4 images x 3 accumulated; "
         "learning rate 0.001"
     )
+
+
+def test_a_config_that_omegaconf_wrote_is_the_same_config(tmp_path: Path) -> None:
+    """Runs begun before texts were written by data.files.yaml_text go on."""
+    config = tiny_config(tmp_path, Path("sd"), Path("shards"), **{"preview.prompts": ["no", "1e5"]})
+    old = OmegaConf.to_yaml(OmegaConf.structured(config))
+    (tmp_path / "config.yaml").write_text(old)
+    check_continues(tmp_path, config)
+    with pytest.raises(UserError, match="seed: 0 there, 7 now"):
+        check_continues(tmp_path, dataclasses.replace(config, seed=7))
+
+
+def test_prompts_of_any_characters_are_kept_and_continued(tmp_path: Path) -> None:
+    prompts = ["a ${ cat", "${b}", "???", "#3", "null"]
+    config = tiny_config(tmp_path, Path("sd"), Path("shards"))
+    config = dataclasses.replace(config, preview=PreviewConfig(prompts=prompts))
+    write_records(tmp_path, config)
+    check_continues(tmp_path, config)
+    assert load(TrainConfig, [str(tmp_path / "config.yaml")]) == config

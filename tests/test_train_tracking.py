@@ -1,5 +1,6 @@
 """Laws of what wandb gets of a run: every row once, in one run, whether it answers or not."""
 
+import re
 import struct
 import time
 from collections import Counter
@@ -12,7 +13,8 @@ import wandb
 
 import train.run
 import train.run_directory
-from sampling.wandb_run import run_id
+from sampling.wandb_run import WandbConfig, run_id
+from scripts.cli import main
 from tests.tiny_run import Killed, kill, stop_in_step, tiny_config
 from train.metrics_file import drop_rows_after
 from train.tracking import finish, sent_rows, wandb_logger
@@ -160,3 +162,29 @@ def test_without_a_network_the_run_goes_on_offline_under_its_id(
     run_id = (tmp_path / "wandb/run_id").read_text()
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}"))) == 1
     assert wandb_rows(tmp_path) == [(1, "train/loss")]
+
+
+@pytest.mark.parametrize("verb", ["train", "search", "report"])
+@pytest.mark.parametrize(
+    ("project", "reason"),
+    [
+        ("team/zero-snr", "holds /, which wandb does not take"),
+        ("a?b%c", "holds % \\?, which wandb"),
+        ("x" * 129, "has 129 characters, and wandb takes 1 to 128"),
+        ("", "has 0 characters"),
+    ],
+)
+def test_projects_that_wandb_refuses_are_refused_first(
+    verb: str, project: str, reason: str, tmp_path: Path, capsys
+) -> None:
+    given = {
+        "train": ["checkpoint=c", "data.shards=s", f"run_dir={tmp_path}"],
+        "search": ["checkpoint=c", "prompts=a", "budget_nfe=9", "verifiers.a.kind=luminance",
+                   f"output={tmp_path / 'out'}"],
+        "report": [f"run_dir={tmp_path}"],
+    }[verb]  # fmt: skip
+    assert main([verb, *given, "wandb.enabled=true", f"wandb.project={project}"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"wandb.project=.*{reason}.*choose another name", error), error
+    assert list(tmp_path.iterdir()) == []
+    WandbConfig(enabled=False, project=project)  # nothing is sent: nothing to refuse

@@ -9,7 +9,8 @@ from typing import Literal
 from omegaconf import MISSING
 
 from data.config import DataConfig
-from sampling.choices import Attention, AutoDtype, Tf32
+from data.files.paths import OutputText, PathText
+from sampling.choices import Attention, AutoDtype, Tf32, check_seed
 from sampling.errors import UserError
 from sampling.wandb_run import WandbConfig
 from train.loss_config import LossConfig
@@ -173,9 +174,9 @@ class TrainConfig:
     Or the training of a pixel-space model, from random weights.
     """
 
-    run_dir: str = MISSING
+    run_dir: OutputText = MISSING
     """Directory of the run; the same command there continues an interrupted run."""
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     """What to start from: a diffusers folder, hub id, run directory or .ckpt. Not set: from random
     weights, with the pixel-space architecture of `model`."""
     seed: int = 0
@@ -211,7 +212,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_range("batch_size", self.batch_size, at_least=1)
-        check_range("seed", self.seed, at_least=0)
+        check_seed("seed", self.seed)
         world_size = self.trainer.devices * self.trainer.num_nodes
         if self.batch_size % world_size:
             raise UserError(

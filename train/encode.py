@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,17 @@ from data.errors import UserError as DataUserError
 from data.errors import WriteFailed, disk_writes
 from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from data.latents import DEFAULT_FORMATS, Encoding, read_empty
-from data.part import part_path, read_part
+from data.part import part_path, read_part, shard_content_of
 from data.partial import refuse_used_output
 from data.progress import progress
 from data.reader import Reader
 from data.scratch import scratch_folder
+from data.shard_digest import file_stamp
 from data.shard_file import shard_name
 from data.shard_set import index_shards, indexing_command, open_shards
 from data.shards import ENCODING_FILE, is_encoded
 from data.shared_partial import SharedPartial, folder_beside
+from data.verify import compare_bytes, verify
 from data.workers import run_in_processes
 from sampling.errors import RunFailed, UserError
 from sampling.fingerprint import text_encoder_digest, vae_digest
@@ -78,25 +80,33 @@ def encode(config: EncodeConfig) -> EncodeResult:
     devices = process_devices(config, task)
     config, is_recorded = settled(config, torch.device(devices[0]))
     encoding = planned_encoding(config, reader, devices[0].split(":")[0])
-    if _is_made(output, encoding):
+    places = reader.index.places_digest(reader.shards)
+    earlier = dataclasses.replace(encoding, source_digest=places)
+    stamps = compared_source(reader) if task.count == 1 else {}
+    if not is_encoded(output):
+        try:
+            refuse_used_output(output)
+        except DataUserError:
+            if not is_encoded(output):  # by another task, since the look before
+                raise
+    if is_encoded(output):
+        if task.count > 1 and task.rank == 0:
+            compared_source(reader)
+        check_output(output, encoding, earlier)
         return result_of(output, None)
-    try:
-        refuse_used_output(output)
-    except DataUserError:
-        if _is_made(output, encoding):  # by another task, since the look before
-            return result_of(output, None)
-        raise
-    settings = encoding.settings()
+    settings, earlier_settings = encoding.settings(), earlier.settings()
     if not is_recorded:  # what is kept there knows nothing of them
-        settings = {key: value for key, value in settings.items() if key not in DEFAULT_FORMATS}
-    with SharedPartial(output, settings) as partial:
-        rules = EncodeRules(config, encoding, reader, partial, uuid.uuid4().hex)
+        for name in DEFAULT_FORMATS:
+            del settings[name], earlier_settings[name]
+    with SharedPartial(output, settings, earlier_settings) as partial:
+        rules = EncodeRules(config, encoding, reader, partial, earlier.key, uuid.uuid4().hex)
         kept = sum(rules.is_finished(number) for number in range(rules.num_shards))
         try:
             if kept < rules.num_shards or not rules.is_finished(rules.num_shards):
                 _encode_shards(rules, task, devices, rules.num_shards - kept)
             with partial.alone():
                 if not partial.is_whole:
+                    compared_source(reader, stamps)
                     _finish(rules)
         except (WriteFailed, DataRunFailed, DataUserError, OSError) as error:
             if partial.becomes_whole():  # another process was first, and moved what was in use here
@@ -142,8 +152,10 @@ def open_source(config: EncodeConfig, task: Task) -> Reader:
             )
         index_shards(shards, config.max_bad_share, config.max_image_pixels)
         shards = open_shards(config.source, "source", config, in_order=True)
+    for note in verify(shards):
+        _tell(note)
     return Reader(
-        Index(shards.folder),
+        Index(shards.folder, shards.kept),
         shards.paths,
         seed=0,
         resolution=config.resolution,
@@ -151,6 +163,44 @@ def open_source(config: EncodeConfig, task: Task) -> Reader:
         max_image_pixels=config.max_image_pixels,
         remote=shards.remote,
     )
+
+
+def compared_source(reader: Reader, stamps: Mapping[Path, str] | None = None) -> dict[Path, str]:
+    """Compares all bytes of local shards with their index, but for those that still have `stamps`.
+
+    Returns their stamps; raises UserError for shards that have changed. Those on a server are known
+    by their version, and compared as they are fetched.
+    """
+    if reader.remote is not None:
+        return {}
+    now = {path: file_stamp(path.stat()) for path in reader.shards}
+    compare_bytes(reader.index, [path for path in now if now[path] != (stamps or {}).get(path)])
+    return now
+
+
+def check_output(output: Path, encoding: Encoding, earlier: Encoding) -> None:
+    """Raises UserError unless a finished output is what `encoding` makes.
+
+    One that was made of the same source before its content was known is taken over, with a note.
+    """
+    found = Encoding.read(output)
+    if found.key == encoding.key:
+        return
+    if found.key != earlier.key:
+        then, now = found.settings(), encoding.settings()
+        names = [
+            f"{name}={then[name]} (now {now[name]})" for name in now if then[name] != now[name]
+        ]
+        raise UserError(
+            f"output={output}: is not empty: it holds latents that were made with "
+            f"{', '.join(names)}. Name another output, or remove that folder to encode anew."
+        )
+    _tell(
+        f"{output} was made before its source was known by its content; it is taken to be of the "
+        "source as it is now"
+    )
+    with contextlib.suppress(OSError), scratch_folder(output) as working:
+        dataclasses.replace(found, source_digest=encoding.source_digest).write(output, working)
 
 
 def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encoding:
@@ -166,7 +216,7 @@ def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encod
     return Encoding(
         source=config.source,
         checkpoint=config.checkpoint,
-        source_digest=reader.index.digest(reader.shards),
+        source_digest=reader.index.content_digest(reader.shards),
         vae=vae_digest(model.folder),
         text_encoder=text_encoder_digest(model.folder),
         resolution=config.resolution,
@@ -181,10 +231,6 @@ def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encod
         moments_shape=(2 * channels, height, width),
         scaling_factor=model.scaling_factor,
     )
-
-
-def _is_made(output: Path, encoding: Encoding) -> bool:
-    return is_encoded(output) and encoding.key == Encoding.read(output).key
 
 
 def result_of(output: Path, num_kept_shards: int | None) -> EncodeResult:
@@ -262,11 +308,15 @@ def _finish(rules: EncodeRules) -> None:
             shutil.rmtree(partial.shards / INDEX_FOLDER, ignore_errors=True)
         for folder in partial.shards.glob(".*"):  # of the time when an index grew there
             shutil.rmtree(folder, ignore_errors=True)
+        paths = [partial.shards / shard_name(number) for number in range(rules.num_shards)]
+        contents = [
+            shard_content_of(part, path, records)
+            for path, (part, records) in zip(paths, parts, strict=True)
+        ]
         with IndexWriter(partial.shards, partial.working) as index:
             for number, (_, records) in enumerate(parts):
                 index.append(number, records)
-            paths = [partial.shards / shard_name(number) for number in range(rules.num_shards)]
-            index.close(paths, bad)
+            index.close(paths, bad, contents)
         shape = tuple(read_empty(partial.shards).shape)
         encoding = dataclasses.replace(rules.encoding, prompt_embeds_shape=shape)
         with scratch_folder(partial.working) as working:

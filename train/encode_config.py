@@ -6,6 +6,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from data.decode import MAX_IMAGE_PIXELS
+from data.files.paths import OutputText, PathText
 from data.shards import check_cache_fields
 from sampling.choices import Dtype, Tf32
 from sampling.errors import UserError
@@ -15,13 +16,13 @@ from sampling.errors import UserError
 class EncodeConfig:
     """Shards of images, the checkpoint that encodes them, and the shards of latents."""
 
-    source: str = MISSING
+    source: PathText = MISSING
     """Shards of images: a folder, a pattern such as shards/shard-{000000..000009}.tar, or the same
     as a URL (https://, s3://, gs://)."""
-    checkpoint: str = MISSING
+    checkpoint: PathText = MISSING
     """Whose VAE and text encoder encode: a folder, hub id, run directory or .ckpt. Training from
     the result must start from a checkpoint with the same two."""
-    output: str = MISSING
+    output: OutputText = MISSING
     """Folder for the shards of latents and their index; must be absent or empty. A run that was
     stopped is continued, and a run that is under way is joined, by the same command."""
     resolution: int = 512
@@ -53,7 +54,7 @@ class EncodeConfig:
     """Share of samples that may be left out before the run stops, 0 to 1."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Images with more pixels are refused as decompression bombs."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
     $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint."""
     cache_gigabytes: float = 50.0

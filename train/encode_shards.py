@@ -43,6 +43,8 @@ class EncodeRules:
     encoding: Encoding
     reader: Reader
     partial: SharedPartial
+    earlier_key: str
+    """Of the same encoding, its source known by sizes and places alone, as before digests."""
     command: str
     """Tells this command's processes from others at work on the same output."""
 
@@ -59,7 +61,8 @@ class EncodeRules:
         """Tells whether a shard, or after the last one the empty caption, is there and whole."""
         if number == self.num_shards:
             return (self.partial.shards / EMPTY_FILE).exists()
-        return self.partial.finished(number, self.encoding.key) is not None
+        keys = (self.encoding.key, self.earlier_key)
+        return any(self.partial.finished(number, key) for key in keys)
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,9 @@ def _make(
         with signals_held_back():  # the loader's processes start here
             loaded = iter(batches)
         watched = _watched(loaded, rules, bad, own_bad, advance)
-        records, num_bytes = encoder.write_shard(path, watched)
-        part = Part(number, rules.encoding.key, num_bytes, len(records), len(samples), own_bad)
+        records, content = encoder.write_shard(path, watched)
+        counts = content.num_bytes, len(records), len(samples)
+        part = Part(number, rules.encoding.key, *counts, own_bad, content)
         # A part file that is there is of the same bytes. It stays until it is replaced: without
         # locks, another process may be reading it.
         with disk_writes():

@@ -9,6 +9,8 @@ for the U-ViT form (`transformer_blocks`).
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data.files.paths import PathText
+from sampling.choices import check_seed
 from sampling.errors import UserError
 from train.ranges import check_range
 
@@ -38,7 +40,7 @@ class ModelConfig:
     """What the model is told: nothing, the class that each caption names, or the caption."""
     classes: list[str] = field(default_factory=list)
     """Class names, in the order of their labels; with condition=class every caption is one."""
-    text_encoder: str | None = None
+    text_encoder: PathText | None = None
     """Folder or hub id of the pipeline whose CLIP text encoder and tokenizer condition=text uses;
     frozen, and saved with the model."""
     seed: int = 0
@@ -60,7 +62,7 @@ class ModelConfig:
                 "model.transformer_blocks at least 0"
             )
         check_range("model.head_channels", self.head_channels, at_least=1)
-        check_range("model.seed", self.seed, at_least=0)
+        check_seed("model.seed", self.seed)
         for width, depth in zip(self.channels, self.transformer_blocks, strict=True):
             if depth and width % self.head_channels:
                 raise UserError(

@@ -47,7 +47,14 @@ from train.metrics import CsvMetrics, is_first_process
 from train.module import FineTuner
 from train.previews import Previews
 from train.progress import Progress
-from train.run_directory import as_started, check_continues, describe_batch, write_records
+from train.run_directory import (
+    as_started,
+    check_continues,
+    describe_batch,
+    names_other_data,
+    write_records,
+)
+from train.run_identity import check_same_data, write_identity
 from train.run_lock import RunLock
 from train.start import hold_encoders, keep_base, starting_model
 from train.tracking import finish, sent_rows, wandb_logger
@@ -75,6 +82,11 @@ def fit(config: TrainConfig) -> int:
     with at_the_start(run_dir):
         check_continues(run_dir, config)
         if is_finished(run_dir):
+            if is_first_process() and names_other_data(run_dir, config):
+                images = CaptionedImages(config.data, config.seed, config.batch_size)
+                images.prepare_data()
+                images.setup("fit")
+                check_same_data(run_dir, images.identity())
             return 0
         config, notes = as_started(run_dir, config)
         for note in notes:
@@ -170,6 +182,9 @@ def train(
     if is_first_process():
         images.prepare_data()
         images.setup("fit")
+        note = check_same_data(run_dir, images.identity())
+        if note:
+            say(f"note: {note}")
         check_sizes(model, images, config.loss.pool_factors)
         for line in images.summary():
             say(line)
@@ -223,6 +238,7 @@ def start_records(
     if lock is not None:
         lock.acquire()
     remove_torn(run_dir / "checkpoints")
+    write_identity(run_dir, data=images.identity())
     write_records(run_dir, config, resume_step, device)
     rows = list(bucket_rows(images.readers()))
     if rows:

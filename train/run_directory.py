@@ -1,14 +1,16 @@
 """The run directory: what it holds, and whether a command may continue what is there.
 
-config.yaml (resolved), environment.json, checkpoints/, metrics.csv, previews/, wandb/ and, once the
-run is finished, export/.
+config.yaml (resolved), environment.json, identity.json, checkpoints/, metrics.csv, previews/,
+wandb/ and, once the run is finished, export/.
 """
 
 import dataclasses
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -17,11 +19,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from data.files.paths import is_remote
+from data.files.yaml_text import read_yaml, read_yaml_file, to_yaml
 from sampling.choices import PLAIN_FORMATS
 from sampling.dotted import flat
 from sampling.errors import UserError
 from sampling.whole_file import write_whole
 from train.config import TrainConfig
+from train.run_identity import read_identity
 
 PACKAGES = ("blackpoint", "torch", "lightning", "diffusers", "transformers", "webdataset", "wandb")
 # Keys that change where and how a run is computed or watched, and not what it computes.
@@ -43,6 +48,12 @@ FORMATS = ("encoder_dtype", "tf32")
 ABSENT = "(not set)"
 # A run that is older than this key keeps the rule of its time: max(w, floor) at every timestep.
 FLOOR_KEY = "loss.floor_where"
+# Paths of data: what lies there is compared instead, where the run has recorded it.
+DATA_KEYS = re.compile(r"data\.(shards|validation_shards|mixture\..*\.shards)")
+UNKNOWN_DATA = (
+    "; this run did not record what its data hold: continue it once with the data where they were, "
+    "and it knows them anywhere"
+)
 # Beside a frozen copy of the code, which may lie in a repository that has moved on.
 GIT_RECORD = "git.json"
 # What a run writes; other files, such as shards, may lie in its directory from the start.
@@ -64,23 +75,28 @@ def check_continues(run_dir: Path, config: TrainConfig) -> None:
                 "is overwritten: choose another run_dir"
             )
         return
-    # A key that came after the run was started had its default then.
-    old = _flat(OmegaConf.structured(TrainConfig)) | _flat(OmegaConf.load(saved))
-    new = _flat(OmegaConf.structured(config))
-    for name, value in (kept_formats(run_dir)[0] or {}).items():
-        key = f"trainer.{name}"
-        old[key] = value
-        new[key] = value if new[key] == "auto" else new[key]  # of no device yet
+    old, new = _saved_and_new(run_dir, config)
     differing = [key for key in sorted(old.keys() | new.keys()) if not _same(key, old, new)]
     if FLOOR_KEY in differing and is_older_than(run_dir, FLOOR_KEY):
         differing.remove(FLOOR_KEY)
+    if "data" in read_identity(run_dir):
+        differing = [key for key in differing if not _names_data(key)]
     if differing:
         rows = [f"  {k}: {old.get(k, ABSENT)} there, {new.get(k, ABSENT)} now" for k in differing]
         raise UserError(
             f"run_dir={run_dir} holds a run of another config:\n"
             + "\n".join(rows)
             + "\nchoose another run_dir, or continue that run with its own values"
+            + ("" if not any(map(_names_data, differing)) else UNKNOWN_DATA)
         )
+
+
+def names_other_data(run_dir: Path, config: TrainConfig) -> bool:
+    """Tells whether a run's data are now named otherwise than when it began."""
+    if not (run_dir / "config.yaml").exists():
+        return False
+    old, new = _saved_and_new(run_dir, config)
+    return any(_names_data(key) and not _same(key, old, new) for key in old.keys() | new.keys())
 
 
 def as_started(run_dir: Path, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
@@ -112,7 +128,7 @@ def as_started(run_dir: Path, config: TrainConfig) -> tuple[TrainConfig, list[st
 def is_older_than(run_dir: Path, key: str) -> bool:
     """Tells whether `run_dir` holds a run whose config was written before `key` existed."""
     saved = run_dir / "config.yaml"
-    return saved.exists() and key not in _flat(OmegaConf.load(saved))
+    return saved.exists() and key not in flat(read_yaml_file(saved))
 
 
 def kept_formats(run_dir: Path) -> tuple[dict[str, Any] | None, bool]:
@@ -121,7 +137,7 @@ def kept_formats(run_dir: Path) -> tuple[dict[str, Any] | None, bool]:
     saved = run_dir / "config.yaml"
     if not saved.exists():
         return None, False
-    trainer = _flat(OmegaConf.load(saved))
+    trainer = flat(read_yaml_file(saved))
     kept = {name: trainer.get(f"trainer.{name}", PLAIN_FORMATS[name]) for name in FORMATS}
     return kept, "trainer.encoder_dtype" in trainer
 
@@ -147,7 +163,7 @@ def write_records(
     write_whole(path, json.dumps(environment, indent=2) + "\n")
     if not continues:
         # The config comes last: it is what makes the directory a run.
-        write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_whole(run_dir / "config.yaml", to_yaml(config))
 
 
 def describe_batch(config: TrainConfig) -> dict[str, int]:
@@ -209,12 +225,33 @@ def _git(*arguments: str) -> str | None:
     return answer.stdout.strip()
 
 
-def _flat(node: Any) -> dict[str, Any]:
-    plain: Any = OmegaConf.to_container(node)
-    return flat(plain)
+def _saved_and_new(run_dir: Path, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    # A key that came after the run was started had its default then.
+    defaults: Any = OmegaConf.to_container(OmegaConf.structured(TrainConfig))
+    old = flat(defaults) | flat(read_yaml_file(run_dir / "config.yaml"))
+    new = flat(read_yaml(to_yaml(config)))
+    for name, value in (kept_formats(run_dir)[0] or {}).items():
+        key = f"trainer.{name}"
+        old[key] = value
+        new[key] = value if new[key] == "auto" else new[key]  # of no device yet
+    return old, new
+
+
+def _names_data(key: str) -> bool:
+    return DATA_KEYS.fullmatch(key) is not None
+
+
+def _same_place(one: Any, other: Any) -> bool:
+    return (
+        isinstance(one, str)
+        and isinstance(other, str)
+        and not (is_remote(one) or is_remote(other))
+        and os.path.realpath(one) == os.path.realpath(other)
+    )
 
 
 def _same(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
     if any(key == free or (free[-1] == "." and key.startswith(free)) for free in FREE_KEYS):
         return True
-    return old.get(key, ABSENT) == new.get(key, ABSENT)
+    then, now = old.get(key, ABSENT), new.get(key, ABSENT)
+    return then == now or (_names_data(key) and _same_place(then, now))

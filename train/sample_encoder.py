@@ -19,6 +19,7 @@ from data.errors import disk_writes
 from data.latents import to_bytes
 from data.reader import Reader
 from data.record import ShardRecords
+from data.shard_digest import ShardContent
 from data.shard_file import ShardFile
 from sampling.errors import UserError
 from sampling.model import DiffusionModel
@@ -40,8 +41,10 @@ class SampleEncoder:
     def __init__(self, model: DiffusionModel, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
 
-    def write_shard(self, path: Path, batches: Iterable[Decoded]) -> tuple[ShardRecords, int]:
-        """Writes one shard and returns its records and size in bytes.
+    def write_shard(
+        self, path: Path, batches: Iterable[Decoded]
+    ) -> tuple[ShardRecords, ShardContent]:
+        """Writes one shard and returns its records and what it holds.
 
         What has no finite latent becomes bad. Raises WriteFailed.
         """
@@ -52,10 +55,10 @@ class SampleEncoder:
             for batch in batches:
                 self._write_batch(batch, records, shard)
             with disk_writes():
-                shard.close()
+                content = shard.close()
         finally:
             shard.abandon()
-        return records, shard.num_bytes
+        return records, content
 
     def embed(self, captions: list[str]) -> Tensor:
         """Returns prompt embeddings (N, L, D) as they are stored, on the CPU."""

@@ -21,6 +21,8 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+from data.files.paths import OutputText, PathText
+from sampling.choices import check_seed
 from sampling.errors import UserError
 from sampling.evaluation.rows import DATA
 
@@ -31,14 +33,14 @@ class BlackPointConfig:
 
     study: Literal["black_point"] = "black_point"
     """Which study: metrics, black_point or stability; `study=NAME --help` lists another's keys."""
-    checkpoints: dict[str, str] = MISSING
+    checkpoints: dict[str, PathText] = MISSING
     """Name -> checkpoint (a folder, hub id, run directory or .ckpt); the first is the one compared
     with."""
     brief: list[str] = field(default_factory=list)
     """Names of checkpoints of which only the open cell is sampled."""
-    output: str = "runs/black_point"
+    output: OutputText = "runs/black_point"
     """Folder for rows.csv.gz, summary.md, summary.json and sample images."""
-    digit_reader: str = "assets/digit_reader"
+    digit_reader: PathText = "assets/digit_reader"
     """Folder of the digit classifier."""
     num_images: int = 500
     """Images in the open cell of (a)."""
@@ -97,6 +99,7 @@ class BlackPointConfig:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_seed("seed", self.seed, max(self.num_images, self.border_images, self.read_images))
         if self.num_images < 2:
             raise UserError("num_images=1 has no standard deviation; give at least 2")
 

@@ -5,16 +5,19 @@ images.parquet; what is measured on the whole set follows from those rows.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from omegaconf import MISSING
 
-from sampling.choices import Attention, AutoDtype, Spacing, Tf32, Weights
+from data.files.paths import OutputText, PathText
+from sampling.choices import Attention, AutoDtype, Prompts, Spacing, Tf32, Weights, check_seed
 from sampling.errors import UserError
 from sampling.verifiers.load import ImageModelConfig, VerifierConfig
 
 OF_RUNS = ("stability", "self_supervised", "oracle")
 """Kinds of verifiers that do not judge one picture by itself."""
+MAX_STORED_SEED = 2**63 - 1
+"""images.parquet keeps seeds as 64-bit integers."""
 OF_MEASURES = ("verifiers", "sets", "brightness", "geneval")
 OF_WHERE = ("output", "reference_cache", "keep_images", "batch_size", "device", "attention")
 FREE = (*OF_MEASURES, *OF_WHERE, "channels_last")
@@ -31,10 +34,10 @@ COLUMNS = (
 class SetsConfig:
     """Metrics of the whole set of images: FID, KID, precision, recall, Inception Score."""
 
-    reference: str | None = None
+    reference: PathText | None = None
     """FID, KID, precision and recall: folder of real pictures. Their luminance is what open
     prompts' images are compared with. Of another size than ours, they are resized and cut."""
-    inception: str | None = None
+    inception: PathText | None = None
     """The Inception network of the published metrics: weights-inception-2015-12-05-6726825d.pth
     of torch-fidelity, or a hub id that holds it. It gives features and classes."""
     features: ImageModelConfig = field(default_factory=ImageModelConfig)
@@ -114,12 +117,12 @@ class MetricsConfig:
     study: Literal["metrics"] = "metrics"
     """What is evaluated: metrics; `study=black_point --help` and `study=stability --help` list the
     keys of the two studies."""
-    checkpoint: str = MISSING
+    checkpoint: PathText = MISSING
     """What to sample: a folder, hub id, run directory or .ckpt."""
-    prompts: Any = MISSING
-    """A prompt, a list of them, or a file: .txt (one a line), .jsonl, .csv, .tsv or .parquet.
-    configs/prompts/brightness.jsonl is the brightness suite."""
-    output: str = MISSING
+    prompts: Prompts = MISSING
+    """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one a line), .jsonl, .csv,
+    .tsv or .parquet. configs/prompts/brightness.jsonl is the brightness suite."""
+    output: OutputText = MISSING
     """Folder to write; the same command there continues an evaluation that was stopped."""
     num_images: int = 1
     """Images of each prompt."""
@@ -136,10 +139,10 @@ class MetricsConfig:
     """FID, KID, IS, precision, recall."""
     brightness: BrightnessConfig = field(default_factory=BrightnessConfig)
     """The brightness suite."""
-    reference_cache: str | None = None
+    reference_cache: PathText | None = None
     """Folder that keeps what was measured of references, for evaluations that share it; inside
     `output` if not set."""
-    geneval: str | None = None
+    geneval: PathText | None = None
     """results.jsonl of GenEval's detector, whose scores are shown beside."""
     keep_images: int | None = 64
     """How many images to keep as PNG, the first ones; null: all, as GenEval's detector needs."""
@@ -184,8 +187,7 @@ class MetricsConfig:
         for name in ("num_images", "num_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must be 0 or more")
+        check_seed("seed", self.seed, largest=MAX_STORED_SEED)
         if self.keep_images is not None and self.keep_images < 0:
             raise UserError(f"keep_images={self.keep_images} must be 0 or more, or null for all")
         for name, each in self.verifiers.items():

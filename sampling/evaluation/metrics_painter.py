@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from sampling.choices import check_seed
 from sampling.errors import UserError
-from sampling.evaluation.metrics import MetricsConfig
+from sampling.evaluation.metrics import MAX_STORED_SEED, MetricsConfig
 from sampling.evaluation.metrics_rows import SETTINGS, Key
 from sampling.evaluation.set_models import Pixels, to_pixels
 from sampling.fingerprint import model_digest
@@ -39,7 +40,12 @@ class Job:
 
 
 def jobs_of(config: MetricsConfig, prompts: Sequence[Prompt]) -> list[Job]:
-    """Lists every image; its seed does not depend on which part of the prompts is taken."""
+    """Lists every image; its seed does not depend on which part of the prompts is taken.
+
+    Raises UserError where a seed would be too large to be kept.
+    """
+    last = max((prompt.index for prompt in prompts), default=0)
+    check_seed("seed", config.seed, (last + 1) * config.num_images, MAX_STORED_SEED)
     return [
         Job(
             place * config.num_images + image,

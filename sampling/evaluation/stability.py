@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from sampling.choices import Attention, AutoDtype, Tf32, Weights
+from data.files.paths import OutputText, PathText
+from sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
 from sampling.errors import UserError
 from sampling.search.algorithm_configs import NoiseOptimisationConfig
 from sampling.verifiers.load import ImageModelConfig, VerifierConfig
@@ -27,7 +28,7 @@ class SetMetricsConfig:
 
     features: ImageModelConfig = field(default_factory=ImageModelConfig)
     """FID and KID: features of images; with `reference`."""
-    reference: str | None = None
+    reference: PathText | None = None
     """FID and KID: folder of real pictures."""
     classifier: ImageModelConfig = field(default_factory=ImageModelConfig)
     """IS: logits of images."""
@@ -41,17 +42,18 @@ class StabilityStudyConfig:
 
     study: Literal["stability"] = "stability"
     """Which study: metrics, black_point or stability."""
-    checkpoints: dict[str, str] = MISSING
+    checkpoints: dict[str, PathText] = MISSING
     """Name -> checkpoint: a folder, hub id, run directory or .ckpt."""
-    prompts: Any = MISSING
-    """A prompt, a list of prompts, or a file of them (.txt, .jsonl, .csv, .tsv, .parquet)."""
+    prompts: Prompts = MISSING
+    """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one a line), .jsonl, .csv,
+    .tsv or .parquet."""
     quality: dict[str, VerifierConfig] = field(default_factory=dict)
     """What judges the images; the first is what the rival searches with, the others hold out."""
     stability: dict[str, VerifierConfig] = field(default_factory=dict)
     """Stability scores, all kind=stability; the first is the one that selects and that is
     optimised. Empty: naive DDIM at either end, cosine, residual and contraction of 3 fixed-point
     iterations, and partial round trips of a quarter and half of the steps."""
-    output: str = "runs/stability"
+    output: OutputText = "runs/stability"
     """Folder to write; the same command there continues a study that was stopped."""
     num_noises: int = 100
     """K, noises of each prompt."""
@@ -115,6 +117,7 @@ class StabilityStudyConfig:
             )
         if isinstance(self.checkpoints, dict) and not self.checkpoints:
             raise UserError("checkpoints is empty: name one, such as checkpoints.mine=FOLDER")
+        check_seed("seed", self.seed)
         self._check_quality()
         for name, each in self.stability.items():
             if each.kind != "stability":

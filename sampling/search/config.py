@@ -1,11 +1,12 @@
 """The configuration of `blackpoint search`; free of torch, so that its help is instant."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from omegaconf import MISSING
 
-from sampling.choices import Attention, AutoDtype, Tf32, Weights
+from data.files.paths import OutputText, PathText
+from sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
 from sampling.errors import UserError
 from sampling.search.algorithm_configs import (
     FkSteeringConfig,
@@ -28,7 +29,7 @@ STOCHASTIC = "sampler=euler_ancestral, or sampler=ddim with eta above 0"
 class DiversityConfig:
     """Features whose mean distance between winners, beside the plain images, tells diversity."""
 
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     """A transformers folder or hub id, such as facebook/dinov2-base; pixels of thumbnails if
     neither this nor module is set."""
     module: str | None = None
@@ -39,11 +40,12 @@ class DiversityConfig:
 class SearchConfig:
     """From prompts to the best picture that a budget of network evaluations finds for each."""
 
-    checkpoint: str = MISSING
+    checkpoint: PathText = MISSING
     """What to sample: a folder, hub id, run directory or .ckpt."""
-    prompts: Any = MISSING
-    """A prompt, a list of prompts, or a file of them (.txt, .jsonl, .csv, .tsv, .parquet)."""
-    output: str = MISSING
+    prompts: Prompts = MISSING
+    """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one a line), .jsonl, .csv,
+    .tsv or .parquet."""
+    output: OutputText = MISSING
     """Folder to write; the same command there continues a search that was stopped."""
     budget_nfe: int = MISSING
     """Most UNet evaluations a prompt, both branches of guidance counted; the winner's included."""
@@ -119,8 +121,9 @@ class SearchConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.batch_size < 0:
             raise UserError(f"batch_size={self.batch_size} must be at least 1, or 0 to find it")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must be 0 or more")
+        check_seed("seed", self.seed)
+        if self.random.first_seed is not None:
+            check_seed("random.first_seed", self.random.first_seed, self.budget_nfe)
         if not self.verifiers:
             raise UserError(
                 "verifiers is empty: name what to search for, such as verifiers.black.kind="

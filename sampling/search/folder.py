@@ -22,6 +22,7 @@ from sampling.search.parts import files_of
 from sampling.whole_file import write_whole
 
 SETTINGS, LEDGER, DIGEST = "search.json", "ledger.json", "prompts_digest"
+_DOLLAR = "\ue000{"
 FREE = (
     "output",
     "batch_size",
@@ -100,7 +101,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Raises UserError where it holds what this version does not know.
     """
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    # OmegaConf fills in the defaults, and would take ${ inside a text for its own.
+    saved = json.loads(path.read_text(encoding="utf-8").replace("${", _DOLLAR))
     digest = saved.pop(DIGEST, None)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), saved)
@@ -111,6 +113,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         ) from None
     whole = OmegaConf.to_container(merged)
     assert isinstance(whole, dict)
+    whole = json.loads(json.dumps(whole, ensure_ascii=False).replace(_DOLLAR, "${"))
     kept = {str(key): value for key, value in whole.items() if key not in FREE}
     return kept if digest is None else kept | {DIGEST: digest}
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from data.files.notes import first
 from sampling.loading import require_tokenizer
 from sampling.verifiers.batching import in_batches
 from sampling.verifiers.preprocessing import load_preprocessing
@@ -122,5 +123,5 @@ class CosineVerifier:
 
 def warn_if_cut(text: str, num_tokens: int, max_tokens: int) -> None:
     """Says that a verifier does not read the end of a prompt."""
-    if num_tokens > max_tokens:
+    if num_tokens > max_tokens and first("prompts of which a verifier reads the start alone"):
         log.warning("a verifier reads %d of %d tokens of %.60r", max_tokens, num_tokens, text)

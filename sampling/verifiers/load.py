@@ -6,6 +6,7 @@ No import of torch at the top, so that the help of a verb that has verifiers is 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from data.files.paths import PathText
 from sampling.choices import Dtype
 from sampling.errors import UserError
 
@@ -47,7 +48,7 @@ class VerifierConfig:
     kind: Kind = "clip_score"
     """clip_score, pick_score, aesthetic, hpsv2, image_reward, classifier, self_supervised, oracle,
     luminance, stability or custom."""
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     """Its weights: a transformers folder, a hub id, or the file of a head."""
     module: str | None = None
     """Import path package.module:name of a custom verifier, or of the classifier or features."""
@@ -59,7 +60,7 @@ class VerifierConfig:
     """Number format of its weights."""
     batch_size: int = 16
     """Images judged at once; changes scores by rounding alone."""
-    base: str | None = None
+    base: PathText | None = None
     """What a checkpoint stands on: the CLIP of aesthetic, the tokenizer of image_reward."""
     label: str | None = None
     """classifier: name or number of the wanted class; found in each prompt if not set."""
@@ -89,7 +90,7 @@ class VerifierConfig:
     """stability: guidance of the inversion; 1 is off, and halves its NFE."""
     partial_steps: int | None = None
     """stability: invert from after so many sampling steps; from where the run stands if not set."""
-    reference: str | None = None
+    reference: PathText | None = None
     """oracle: folder of pictures, or .safetensors with mean and covariance of their features."""
 
     def __post_init__(self) -> None:
@@ -141,7 +142,7 @@ class VerifierConfig:
 class ImageModelConfig:
     """A network of images for the metrics of sets."""
 
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     """A transformers folder or hub id."""
     module: str | None = None
     """Import path package.module:name of a module of images in [0, 1]."""

@@ -1,0 +1,105 @@
+"""Paths as users write them: ~ and environment variables, and whether something can be made there.
+
+A config field whose type is `PathText` or `OutputText` holds a path, and is expanded where configs
+are read. What may stand in place of a path - a hub id, a URL, a pipe: command - is not touched.
+"""
+
+import os
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+_REMOTE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*(://|::)")
+_COMMAND = re.compile(r"(pipe|exec|cmd|popen|sh|bash|shell):|[|!]", re.IGNORECASE)
+_VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
+
+
+class Holds(Enum):
+    """What a text field of a config stands for, as a mark in its type."""
+
+    PATH = "path"
+    OUTPUT = "output"
+    PROMPTS = "prompts"
+
+
+PathText = Annotated[str, Holds.PATH]
+"""A path, or a hub id, URL or command in place of one."""
+OutputText = Annotated[str, Holds.PATH, Holds.OUTPUT]
+"""A path that the verb makes."""
+
+
+class BadPath(ValueError):
+    """A path that means nothing here; the message is the reason and the remedy."""
+
+
+def is_remote(text: str) -> bool:
+    """Tells a URL, or a command, from a local path."""
+    return _REMOTE.match(text) is not None
+
+
+def is_verbatim(text: str) -> bool:
+    """Tells what stands in place of a path, and is no one's to expand."""
+    return is_remote(text) or _COMMAND.match(text) is not None
+
+
+def expanded(path: str) -> str:
+    """Returns `path` with a leading ~ or ~user, $NAME and ${NAME} replaced, as a shell would.
+
+    URLs and commands stay as they are, and so does ${...} that is no variable of the environment.
+    Raises BadPath for a user who is not known, and for a $NAME that is not set where no such path
+    exists as it is written.
+    """
+    if is_verbatim(path):
+        return path
+    result = path if _exists(Path(path)) else _VARIABLE.sub(_value, path)
+    if not path.startswith("~"):
+        return result
+    home = os.path.expanduser(result)
+    if home == result:
+        user = path.split("/", 1)[0]
+        raise BadPath(f"no home folder of {user} is known here; write the whole path")
+    return home
+
+
+def _value(match: re.Match[str]) -> str:
+    name = match[1] or match[2]
+    if name in os.environ:
+        return os.environ[name]
+    if match[1]:
+        return match[0]
+    raise BadPath(f"the environment variable {name} is not set; set it, or write the whole path")
+
+
+def obstacle(path: Path) -> str | None:
+    """Returns why no file or folder can be made at `path`, or None. Makes nothing itself.
+
+    Says nothing of what is there already: whether that may be used is for the verb to say.
+    """
+    if "\0" in str(path):
+        return "a name must not hold the character NUL"
+    whole = Path(os.path.abspath(path))
+    there = whole
+    while not (is_there := _exists(there)) and there != there.parent:
+        there = there.parent
+    if there == whole or not is_there:
+        return None
+    if not there.is_dir():
+        return f"{there} is a file, and nothing can lie below it"
+    for name in whole.relative_to(there).parts:
+        longest = os.pathconf(there, "PC_NAME_MAX")
+        if len(os.fsencode(name)) > longest:
+            return f"a name of {len(os.fsencode(name))} bytes, where {longest} is the most"
+    if len(os.fsencode(whole)) > os.pathconf(there, "PC_PATH_MAX"):
+        return f"a path of {len(os.fsencode(whole))} bytes is longer than the system takes"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"there is no right to write in {there}"
+    return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except (OSError, ValueError):  # a name too long, a file on the way: what is above it decides
+        return False
+    return True

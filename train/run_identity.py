@@ -1,0 +1,57 @@
+"""What a run was made of, known by content: run_dir/identity.json, a section for each kind.
+
+    data    what each data set holds, by the config's field: data/identity.py
+
+It is written at the first start. A run from before there was such a record is given it at its next
+start, which is said.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data.identity import differences, is_certain
+from sampling.errors import UserError
+from sampling.whole_file import write_whole
+
+FILE = "identity.json"
+
+
+def read_identity(run_dir: Path) -> dict[str, Any]:
+    """Returns the sections that are recorded; {} for a run from before there was a record."""
+    try:
+        found = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def check_same_data(run_dir: Path, data: Mapping[str, Any]) -> str:
+    """Returns a note for the user, or ""; raises UserError where a run began with other data."""
+    before = read_identity(run_dir).get("data")
+    if not (run_dir / "config.yaml").exists():
+        return ""
+    if before is None:
+        return (
+            f"{run_dir} did not record what its data hold; they are taken to be those that are "
+            "there now, and recorded"
+        )
+    found = differences(before, data)
+    if found:
+        rows = "\n".join(f"  {row}" for row in found)
+        raise UserError(
+            f"run_dir={run_dir} holds a run of other data:\n{rows}\nput back the data that it "
+            "began with, wherever they lie, or choose another run_dir"
+        )
+    if is_certain(data) and not is_certain(before):
+        return f"{run_dir} knew its data by sizes and places alone; now by their content"
+    return ""
+
+
+def write_identity(run_dir: Path, **sections: Mapping[str, Any]) -> None:
+    """Records sections, and leaves others as they are."""
+    before = read_identity(run_dir)
+    if before | sections != before:
+        text = json.dumps(before | sections, separators=(",", ":"))
+        write_whole(run_dir / FILE, text + "\n")
