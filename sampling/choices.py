@@ -1,5 +1,6 @@
 """The words that configs choose between; no import of torch, so that a verb's help is instant."""
 
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from data.files.paths import Holds
@@ -20,6 +21,17 @@ formats were computed in."""
 Weights = Literal["ema", "raw"]  # the average of a training checkpoint, or its last step
 Prompts = Annotated[Any, Holds.PROMPTS]
 """A text, a list of texts, or the file or folder that holds them."""
+
+
+def recorded_formats(
+    saved: Mapping[str, Any], names: Collection[str], prefix: str = ""
+) -> tuple[dict[str, Any], bool]:
+    """Returns the number formats `names` of saved settings, and whether all are recorded there.
+
+    The keys of `saved` are `prefix` and name. What is not recorded was in PLAIN_FORMATS.
+    """
+    formats = {name: saved.get(f"{prefix}{name}", PLAIN_FORMATS[name]) for name in names}
+    return formats, all(f"{prefix}{name}" in saved for name in names)
 
 
 def check_seed(name: str, seed: int, count: int = 1, largest: int = MAX_SEED) -> None:

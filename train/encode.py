@@ -43,6 +43,7 @@ from data.shards import ENCODING_FILE, is_encoded
 from data.shared_partial import SharedPartial, folder_beside
 from data.verify import compare_bytes, verify
 from data.workers import run_in_processes
+from sampling.choices import recorded_formats
 from sampling.errors import RunFailed, UserError
 from sampling.fingerprint import text_encoder_digest, vae_digest
 from sampling.model import DiffusionModel
@@ -127,15 +128,13 @@ def settled(config: EncodeConfig, device: torch.device) -> tuple[EncodeConfig, b
     output = Path(config.output)
     partial = folder_beside(output) / "settings.json"
     kept: dict[str, Any] | None = None
+    is_recorded = True
     for path in (partial, output / ENCODING_FILE):
         with contextlib.suppress(FileNotFoundError, ValueError):
-            kept = json.loads(path.read_text(encoding="utf-8"))
-    is_recorded = kept is None or "encoder_dtype" in kept
-    formats = {name: (kept or {}).get(name, value) for name, value in DEFAULT_FORMATS.items()}
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            kept, is_recorded = recorded_formats(saved, DEFAULT_FORMATS)
     asked = {name: getattr(config, name) for name in DEFAULT_FORMATS}
-    taken = settle(
-        f"output={output}", asked, device, _tell, None if kept is None else formats, is_recorded
-    )
+    taken = settle(f"output={output}", asked, device, _tell, kept, is_recorded)
     return dataclasses.replace(config, **taken), is_recorded
 
 

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from data.files.paths import is_remote
 from data.files.yaml_text import read_yaml, read_yaml_file, to_yaml
-from sampling.choices import PLAIN_FORMATS
+from sampling.choices import recorded_formats
 from sampling.dotted import flat
 from sampling.errors import UserError
 from sampling.whole_file import write_whole
@@ -137,9 +137,7 @@ def kept_formats(run_dir: Path) -> tuple[dict[str, Any] | None, bool]:
     saved = run_dir / "config.yaml"
     if not saved.exists():
         return None, False
-    trainer = flat(read_yaml_file(saved))
-    kept = {name: trainer.get(f"trainer.{name}", PLAIN_FORMATS[name]) for name in FORMATS}
-    return kept, "trainer.encoder_dtype" in trainer
+    return recorded_formats(flat(read_yaml_file(saved)), FORMATS, "trainer.")
 
 
 def write_records(

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sampling.choices import PLAIN_FORMATS
+from sampling.choices import recorded_formats
 from sampling.errors import UserError
 from sampling.precision import settle
 from sampling.prompts import Prompt
@@ -82,8 +82,7 @@ def kept_formats(settings: Path) -> tuple[dict[str, Any] | None, bool]:
     """Returns the formats in a file of settings, None without it, and whether it recorded them."""
     if not settings.is_file():
         return None, False
-    saved = json.loads(settings.read_text(encoding="utf-8"))
-    return {name: saved.get(name, PLAIN_FORMATS[name]) for name in FORMATS}, "tf32" in saved
+    return recorded_formats(json.loads(settings.read_text(encoding="utf-8")), FORMATS)
 
 
 def formats_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
