@@ -21,9 +21,6 @@ RIGHT_AT_ZERO_SNR = (
 )
 """diffusers schedulers that act on `rescale_betas_zero_snr` and are for any model."""
 
-HONOUR_ZERO_SNR = (*RIGHT_AT_ZERO_SNR, "DDIMParallelScheduler", "LCMScheduler", "TCDScheduler")
-"""diffusers schedulers that act on `rescale_betas_zero_snr`."""
-
 DROP_ZERO_SNR = (
     "HeunDiscreteScheduler",
     "DEISMultistepScheduler",

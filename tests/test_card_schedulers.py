@@ -13,13 +13,15 @@ import torch
 from torch.testing import assert_close
 
 from sampling import card_schedulers as card
-from sampling.card_schedulers import DROP_ZERO_SNR, HONOUR_ZERO_SNR, RIGHT_AT_ZERO_SNR
+from sampling.card_schedulers import DROP_ZERO_SNR, RIGHT_AT_ZERO_SNR
 from sampling.prediction import to_eps
 from sampling.process import Process
 from sampling.samplers import Prediction, SampleState, run
 from tests.toy_denoisers import SD, ZERO_SNR
 
 SIDE = 16
+# What the card calls right, a twin of DDIM, and the two that it names as for distilled models.
+HONOUR_ZERO_SNR = (*RIGHT_AT_ZERO_SNR, "DDIMParallelScheduler", "LCMScheduler", "TCDScheduler")
 PROCESSES = {
     "published": Process(SD, "epsilon", "leading", set_alpha_to_one=False),
     "v": Process(SD, "v_prediction", "leading"),
