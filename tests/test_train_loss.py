@@ -13,14 +13,12 @@ from sampling.errors import UserError
 from sampling.model import DiffusionModel
 from sampling.prediction import add_noise, training_target, v_to_x0
 from sampling.schedule import NoiseSchedule
-from tests.tiny_pipeline import make_tiny_pipeline
-from tests.tiny_run import make_tiny_shards, tiny_config
+from tests.tiny_run import make_tiny_shards, tiny_config, tiny_tuner
 from train.draws import draw
 from train.loss import squared_error
 from train.loss_config import LossConfig
 from train.metrics_file import read_metrics
 from train.module import FineTuner
-from train.process import fine_tuned_process
 from train.snr_bins import snr_bins
 
 SHAPE = (4, 8, 8)
@@ -89,18 +87,6 @@ def test_options_out_of_range_are_refused(field: str, value: float, rule: str) -
         LossConfig(**{field: value})
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-def tuner(pipeline: Path, **overrides: Any) -> FineTuner:
-    config = tiny_config(Path("run"), pipeline, Path("shards"), **overrides)
-    model = DiffusionModel.load(pipeline)
-    model.process = fine_tuned_process(config, model.process)
-    return FineTuner(model, config)
-
-
 def batch_of(numbers: list[int]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (len(numbers), 3, 16, 16), generator=generator)
@@ -134,7 +120,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_two_steps_with_each_option_are_finite_and_move_the_weights(
     pipeline: Path, overrides: dict[str, Any]
 ) -> None:
-    module = tuner(pipeline, **overrides)
+    module = tiny_tuner(pipeline, **overrides)
     configured: Any = module.configure_optimizers()
     optimizer = configured["optimizer"]
     before = module.unet.conv_in.weight.clone()
@@ -150,15 +136,15 @@ def test_two_steps_with_each_option_are_finite_and_move_the_weights(
 
 
 def test_by_default_the_objective_is_the_mean_squared_error_bit_for_bit(pipeline: Path) -> None:
-    module = tuner(pipeline)
+    module = tiny_tuner(pipeline)
     outputs = module.training_step(batch_of([0, 1, 2]), 0)
     assert torch.equal(outputs["loss"], outputs["losses"].mean())
     assert [name for name, _ in module.named_children()] == ["unet"]
 
 
 def test_the_logged_losses_have_neither_weight_nor_uncertainty(pipeline: Path) -> None:
-    plain = tuner(pipeline).training_step(batch_of([0, 1, 2]), 0)
-    other = tuner(pipeline, **{"loss.weighting": "min_snr", "loss.uncertainty": True})
+    plain = tiny_tuner(pipeline).training_step(batch_of([0, 1, 2]), 0)
+    other = tiny_tuner(pipeline, **{"loss.weighting": "min_snr", "loss.uncertainty": True})
     outputs = other.training_step(batch_of([0, 1, 2]), 0)
     assert_close(outputs["losses"], plain["losses"], rtol=0, atol=0)
     assert not torch.equal(outputs["objective"], plain["objective"])
@@ -169,7 +155,7 @@ def test_the_last_timestep_is_trained_under_every_weight(
     pipeline: Path, overrides: dict[str, Any]
 ) -> None:
     """The gradient of the objective at t = T - 1 is w(T-1) > 0 times that of the plain loss."""
-    module = tuner(pipeline, **overrides)
+    module = tiny_tuner(pipeline, **overrides)
     losses = torch.tensor([0.7, 0.9], requires_grad=True)
     objective = module.objective(losses, torch.tensor([999, 999]))
     (gradient,) = torch.autograd.grad(objective.sum(), losses)
@@ -179,7 +165,7 @@ def test_the_last_timestep_is_trained_under_every_weight(
 
 def test_an_ideal_answer_at_the_last_timestep_survives_input_perturbation(pipeline: Path) -> None:
     """The target there is -x0 whatever the noise, so answering -x0 costs nothing."""
-    module = tuner(pipeline, **{"loss.input_perturbation": 0.5})
+    module = tiny_tuner(pipeline, **{"loss.input_perturbation": 0.5})
     loss = module.config.loss
     draws = draw(0, [0], [0], SHAPE, 1000, loss=loss)
     x0 = torch.randn(1, *SHAPE)
@@ -191,7 +177,7 @@ def test_an_ideal_answer_at_the_last_timestep_survives_input_perturbation(pipeli
 
 
 def test_uncertainty_is_trained_by_the_same_optimizer_without_weight_decay(pipeline: Path) -> None:
-    module = tuner(pipeline, **{"loss.uncertainty": True})
+    module = tiny_tuner(pipeline, **{"loss.uncertainty": True})
     optimizer: Any = module.configure_optimizers()["optimizer"]  # type: ignore[index,call-overload]
     unet, uncertainty = optimizer.param_groups
     assert len(unet["params"]) == len(list(module.unet.parameters()))

@@ -11,15 +11,12 @@ import torch
 from torch.testing import assert_close
 
 import train.run
-from sampling.model import DiffusionModel
 from sampling.prediction import to_eps, to_x0
 from sampling.schedule import NoiseSchedule
-from tests.tiny_pipeline import make_tiny_pipeline
-from tests.tiny_run import make_tiny_shards, tiny_config
+from tests.tiny_run import make_tiny_shards, tiny_config, tiny_tuner
 from train.draws import draw_validation
 from train.metrics_file import read_metrics
 from train.module import FineTuner
-from train.process import fine_tuned_process
 from train.snr_bins import snr_bins
 from train.validation import ValidationLoss
 
@@ -28,18 +25,6 @@ NOT_ZERO_SNR: dict[str, Any] = {
     "schedule.zero_terminal_snr": False,
     "schedule.timestep_spacing": "leading",
 }
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-def tuner(pipeline: Path, **overrides: Any) -> FineTuner:
-    config = tiny_config(Path("run"), pipeline, Path("shards"), **overrides)
-    model = DiffusionModel.load(pipeline)
-    model.process = fine_tuned_process(config, model.process)
-    return FineTuner(model, config)
 
 
 def batches(count: int = 6, size: int = 10) -> list[dict[str, Any]]:
@@ -94,9 +79,9 @@ def test_one_prediction_has_one_validation_loss_whatever_it_is_told_in(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, output: str, process: dict[str, Any]
 ) -> None:
     """To 1e-3: float32 rounds an error that is alpha or sigma, at least .029, times that of v."""
-    of_v = measured(with_common_v(tuner(pipeline, **process), monkeypatch))
+    of_v = measured(with_common_v(tiny_tuner(pipeline, **process), monkeypatch))
     told: dict[str, Any] = process | {"loss.prediction_type": output}
-    of_other = measured(with_common_v(tuner(pipeline, **told), monkeypatch))
+    of_other = measured(with_common_v(tiny_tuner(pipeline, **told), monkeypatch))
     own = of_other.pop(f"validation/{output}_loss")
     assert of_other.keys() == of_v.keys() and "validation/loss_terminal" in of_v
     assert of_other == pytest.approx(of_v, rel=1e-3)
@@ -107,8 +92,8 @@ def test_an_eps_model_at_zero_snr_has_no_v_loss_at_the_last_timestep(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At alpha = 0 no eps determines v. To 1e-2: at T - 2 alpha is 4.4e-4."""
-    of_v = measured(with_common_v(tuner(pipeline), monkeypatch))
-    found = measured(with_common_v(tuner(pipeline, **UNSOUND), monkeypatch))
+    of_v = measured(with_common_v(tiny_tuner(pipeline), monkeypatch))
+    found = measured(with_common_v(tiny_tuner(pipeline, **UNSOUND), monkeypatch))
     assert "validation/loss_terminal" not in found
     ranges = {name: x for name, x in of_v.items() if "_log_snr_" in name}
     assert {name: found[name] for name in ranges} == pytest.approx(ranges, rel=1e-2)
@@ -120,7 +105,7 @@ def test_an_eps_model_at_zero_snr_has_no_v_loss_at_the_last_timestep(
 
 
 def test_the_validation_loss_of_v_is_the_mean_of_each_range_to_the_bit(pipeline: Path) -> None:
-    module = tuner(pipeline)
+    module = tiny_tuner(pipeline)
     metrics = measured(module)
     bins = snr_bins(module.model.process.schedule)
     ranges = list(bins.values())

@@ -11,9 +11,11 @@ from PIL import Image
 from torch.testing import assert_close
 
 from data.pack import PackConfig, pack
+from sampling.model import DiffusionModel
 from train.config import TrainConfig
 from train.metrics_file import read_metrics
 from train.module import FineTuner
+from train.process import fine_tuned_process
 
 
 def make_tiny_shards(folder: Path, num_images: int = 12) -> Path:
@@ -30,6 +32,14 @@ def make_tiny_shards(folder: Path, num_images: int = 12) -> Path:
         (source / f"{number:03d}.txt").write_text(text)
     pack(PackConfig(source=str(source), output=str(folder / "shards")))
     return folder / "shards"
+
+
+def tiny_tuner(pipeline: Path, **overrides: Any) -> FineTuner:
+    """Returns the module of a tiny run, with the process that it trains to; reads no shards."""
+    config = tiny_config(Path("run"), pipeline, Path("shards"), **overrides)
+    model = DiffusionModel.load(pipeline)
+    model.process = fine_tuned_process(config, model.process)
+    return FineTuner(model, config)
 
 
 def tiny_config(
