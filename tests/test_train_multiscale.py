@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 import train.run
 from sampling.errors import UserError
-from tests.test_train_loss import batch_of, tuner
-from tests.tiny_run import tiny_config
+from tests.test_train_loss import batch_of
+from tests.tiny_run import tiny_config, tiny_tuner
 from train.loss import scale_errors, scale_weights, squared_error
 from train.loss_config import LossConfig
 from train.metrics_file import read_metrics
@@ -84,8 +84,8 @@ def test_training_minimises_the_weighted_sum_and_logs_each_scale(
 
 def test_one_scale_is_the_plain_loss_bit_for_bit(pipeline: Path) -> None:
     batch = batch_of([0, 1, 2])
-    plain = tuner(pipeline).training_step(batch, 0)
-    both = tuner(pipeline, **{"loss.pool_factors": [1, 2]}).training_step(batch, 0)
+    plain = tiny_tuner(pipeline).training_step(batch, 0)
+    both = tiny_tuner(pipeline, **{"loss.pool_factors": [1, 2]}).training_step(batch, 0)
     assert torch.equal(plain["loss"], plain["losses"].mean())
     assert torch.equal(plain["losses"], both["losses"])
     assert not torch.equal(plain["loss"], both["loss"])
