@@ -12,6 +12,10 @@ class UserError(ValueError):
     """The user's input is wrong (exit status 2); it names field, value, rule and remedy."""
 
 
+class NotExportable(UserError):
+    """No diffusers folder can hold the model and be sampled as it is sampled here."""
+
+
 class RunFailed(RuntimeError):
     """The work failed in a way that we foresaw (exit status 1), such as a non-finite loss."""
 

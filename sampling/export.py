@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from sampling.card_clients import Architecture
 from sampling.choices import Dtype, Weights
-from sampling.errors import NOT_WRITABLE, RunFailed, UserError
+from sampling.errors import NOT_WRITABLE, NotExportable, RunFailed, UserError
 from sampling.export_check import check_against_diffusers
 from sampling.model import DiffusionModel
 from sampling.model_card import model_card
@@ -32,14 +32,16 @@ def export(
 ) -> Path:
     """Writes `checkpoint` as a diffusers folder and returns the folder.
 
-    Raises UserError where `output` is taken or `checkpoint` cannot be loaded, and RunFailed where
-    stock diffusers does not sample the folder as we do or the disk is full; `output` then does not
-    exist.
+    Raises UserError where `output` is taken or `checkpoint` cannot be loaded, NotExportable where
+    its process can't pass `verify`, and RunFailed where stock diffusers does not sample the folder
+    as we do or the disk is full; `output` then does not exist.
     """
     output = Path(output)
     require_empty(output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = DiffusionModel.load(checkpoint, dtype=getattr(torch, dtype), weights=weights)
+    if verify and (reason := model.process.not_exported()):
+        raise NotExportable(f"checkpoint={checkpoint}: {reason}")
     with moved_into_place(output) as folder:
         model.save(folder)
         run_dir = _run_dir_of(Path(checkpoint))

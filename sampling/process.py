@@ -57,6 +57,15 @@ class Process:
         if reason and not allow_unsound:
             raise UserError(f"{reason}. allow_unsound=true runs it all the same, for a comparison")
 
+    def not_exported(self) -> str | None:
+        """Says why no export passes its comparison with diffusers; None where one does."""
+        if self.schedule.is_zero_terminal_snr and self.prediction_type == "epsilon":
+            return (
+                "epsilon-prediction with zero terminal SNR is not exported: x0 is a division by 0 "
+                "at the last timestep, in diffusers too, and the comparison with it would fail"
+            )
+        return None
+
     def check_exportable(self) -> None:
         """Raises UserError where diffusers, which multiplies betas in float32, finds other noise.
 

@@ -14,6 +14,7 @@ def config_class() -> type[ExportConfig]:
 
 def run(config: ExportConfig) -> int:
     """Exports and returns the exit status."""
+    from sampling.errors import NotExportable
     from sampling.export import export
 
     # Killed by a scheduler, we leave through the finally blocks that remove what is half-written.
@@ -22,6 +23,8 @@ def run(config: ExportConfig) -> int:
         folder = export(
             config.checkpoint, config.output, config.weights, config.verify, config.dtype
         )
+    except NotExportable as error:
+        raise NotExportable(f"{error}; verify=false writes the folder unchecked") from None
     finally:
         signal.signal(signal.SIGTERM, before)
     verified = "verified against diffusers" if config.verify else "not verified"

@@ -1,7 +1,8 @@
-"""How the processes of a run find each other: SLURM's tasks, or what Lightning starts by itself."""
+"""How the processes of a run find each other: torchrun, SLURM's tasks, or what Lightning starts."""
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
@@ -12,6 +13,47 @@ from lightning.fabric.plugins.environments import (
 
 from sampling.errors import UserError
 from train.config import TrainConfig
+
+LIGHTNING = ("LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What Lightning gives the processes that it starts."""
+
+
+def as_launched(config: TrainConfig) -> TrainConfig:
+    """Returns the config with the processes that torchrun started as its devices and nodes.
+
+    Raises UserError where the config asks for others, and for a rank in the environment that no
+    launcher of a whole run has set: such a process would wait for others, or write nothing.
+    """
+    environment = os.environ
+    if not TorchElasticEnvironment.detect():
+        _refuse_stray_rank(environment)
+        return config
+    world_size, devices = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
+    num_nodes, rest = divmod(world_size, devices)
+    asked = (config.trainer.devices, config.trainer.num_nodes)
+    if rest or asked not in ((1, 1), (devices, num_nodes)):
+        raise UserError(
+            f"trainer.devices={asked[0]} on trainer.num_nodes={asked[1]}, but torchrun started "
+            f"{world_size} processes, {devices} of them on this machine; give torchrun --nnodes="
+            f"{asked[1]} --nproc-per-node={asked[0]}, or leave both keys out, and they are "
+            "torchrun's"
+        )
+    return replace(config, trainer=replace(config.trainer, devices=devices, num_nodes=num_nodes))
+
+
+def _refuse_stray_rank(environment: Mapping[str, str]) -> None:
+    launched = {"RANK": "", "LOCAL_RANK": ""}
+    if "SLURM_STEP_ID" in environment:
+        launched = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
+    elif all(name in environment for name in LIGHTNING):
+        launched["LOCAL_RANK"] = "LOCAL_RANK"
+    for name, source in launched.items():
+        if name in environment and environment[name] != environment.get(source):
+            raise UserError(
+                f"{name}={environment[name]} is set in the environment, but neither torchrun nor "
+                f"srun started this process: it would take itself for one of several; `unset {name}"
+                "`, or start the run with torchrun or srun"
+            )
 
 
 def cluster_environment(config: TrainConfig) -> ClusterEnvironment | None:

@@ -71,7 +71,7 @@ class TrainerConfig:
     max_steps: int = 10_000
     """Optimizer steps of the whole run."""
     devices: int = 1
-    """Processes on each node, one a GPU (or CPU)."""
+    """Processes on each node, one a GPU (or CPU). Left at 1, torchrun says both."""
     num_nodes: int = 1
     """Machines."""
     precision: Precision = "32-true"

@@ -3,32 +3,27 @@
 import contextlib
 import errno
 import gc
-import logging
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lightning.fabric.plugins.environments import ClusterEnvironment
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from data.module import CaptionedImages
 from data.summary import bucket_rows, write_buckets
-from sampling.errors import FORBIDDEN, NOT_WRITABLE, Resumable, RunFailed, UserError
+from sampling.errors import FORBIDDEN, NOT_WRITABLE, NotExportable, Resumable, RunFailed, UserError
 from sampling.export import export
 from sampling.model import DiffusionModel
 from sampling.precision import set_tf32
 from sampling.speed import prepare_unet
 from train.checkpoints import (
-    AtomicCheckpointIO,
-    SaveCheckpoints,
     checkpoint_steps,
     newest_whole,
     remove_torn,
 )
-from train.cluster import cluster_environment, num_started
+from train.cluster import as_launched, cluster_environment, num_started
 from train.config import TrainConfig
 from train.device import (
     COMPUTE_DTYPE,
@@ -39,14 +34,11 @@ from train.device import (
     training_device,
 )
 from train.dropout import dropout_levels
-from train.ema import Ema
 from train.encoders import ready_encoders
-from train.interruption import StopOnSignal, lost_process
+from train.interruption import lost_process
 from train.loss import check_scales
 from train.metrics import CsvMetrics, is_first_process
 from train.module import FineTuner
-from train.previews import Previews
-from train.progress import Progress
 from train.run_directory import (
     as_started,
     check_continues,
@@ -58,18 +50,7 @@ from train.run_identity import check_same_data, write_identity
 from train.run_lock import RunLock
 from train.start import hold_encoders, keep_base, starting_model
 from train.tracking import finish, sent_rows, wandb_logger
-from train.validation import ValidationLoss
-from train.watch import Watch
-from train.weights_watch import WeightsWatch
-
-# What Lightning warns of and what is meant here.
-LIGHTNING_NOTES = (
-    ".*does not have many workers.*",
-    ".*have no `validation_step`.*",
-    ".*You have overridden `transfer_batch_to_device`.*",
-    ".*`isinstance\\(treespec, LeafSpec\\)`.*",
-    ".*The `srun` command is available on your system but is not used.*",
-)
+from train.trainer import build_callbacks, build_trainer
 
 
 def fit(config: TrainConfig) -> int:
@@ -78,6 +59,7 @@ def fit(config: TrainConfig) -> int:
     Raises UserError for wrong input, before anything is written; RunFailed where the loss is not
     finite or the disk takes no more; Resumable where a signal stopped the run after saving it.
     """
+    config = as_launched(config)
     run_dir = Path(config.run_dir)
     with at_the_start(run_dir):
         check_continues(run_dir, config)
@@ -107,8 +89,11 @@ def fit(config: TrainConfig) -> int:
         if is_first_process():
             newest = checkpoint_steps(run_dir / "checkpoints")[config.trainer.max_steps]
             say(f"exporting to {run_dir / 'export'} and checking it against diffusers")
-            export(newest, run_dir / "export", weights="ema" if config.ema.enabled else "raw")
-            say(f"done: {run_dir / 'export'}")
+            try:
+                export(newest, run_dir / "export", weights="ema" if config.ema.enabled else "raw")
+                say(f"done: {run_dir / 'export'}")
+            except NotExportable as error:
+                say(f"done, without an export: {error}")
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
@@ -164,6 +149,8 @@ def train(
     environment = cluster_environment(config)
     set_tf32(config.trainer.tf32 is True)
     model = starting_model(config)
+    if reason := model.process.not_exported():
+        say(f"note: {reason}; sample the checkpoints of {run_dir} with allow_unsound=true")
     model.latent_shape(config.data.resolution, config.data.resolution)
     dropout_levels(model.unet, config.dropout, config.data.resolution // model.factor)
     choice = prepare_unet(
@@ -274,71 +261,6 @@ def check_sizes(
                 f"{height} px, but {error}; set step_px to that"
             ) from None
         check_scales(pool_factors, *sides)
-
-
-def build_callbacks(
-    config: TrainConfig, run_dir: Path, resume_step: int
-) -> tuple[StopOnSignal, list[Callback]]:
-    """Builds the callbacks in the order that they must run in after a step.
-
-    The average is updated first; then the step is checked and logged, and shown; measurements
-    follow; the checkpoint comes last, so that whatever a saved step has to log is logged before.
-    """
-    ema = Ema(config.ema.decay) if config.ema.enabled else None
-    watch = Watch(config.trainer.log_every_steps, config.batch_size)
-    stop = StopOnSignal(watch)
-    callbacks: list[Callback] = [ema] if ema else []
-    callbacks += [watch, Progress(watch)]
-    if config.watch.weights_every_steps:
-        callbacks.append(WeightsWatch(config.watch.weights_every_steps, watch, ema))
-    validation = None
-    if config.trainer.validate_every_steps and config.data.validation_shards:
-        validation = ValidationLoss(config.trainer.validate_every_steps, watch, ema)
-        callbacks.append(validation)
-    if config.preview.every_steps and config.preview.prompts:
-        callbacks.append(Previews(run_dir / "previews", config.preview, watch, ema))
-    save = SaveCheckpoints(
-        run_dir / "checkpoints",
-        config.trainer.checkpoint_every_steps,
-        config.trainer.keep_checkpoints,
-        watch,
-        validation if config.trainer.keep_best else None,
-        resume_step,
-    )
-    return stop, [*callbacks, stop, save]
-
-
-def build_trainer(
-    config: TrainConfig,
-    run_dir: Path,
-    loggers: list[Logger],
-    callbacks: list[Callback],
-    environment: ClusterEnvironment | None = None,
-) -> Trainer:
-    """Builds a Lightning Trainer that adds as little as it can to a bare loop."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in LIGHTNING_NOTES:
-        warnings.filterwarnings("ignore", message=message)
-    return Trainer(
-        default_root_dir=run_dir,
-        max_steps=config.trainer.max_steps,
-        max_epochs=-1,
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.num_nodes,
-        precision=config.trainer.precision,
-        accumulate_grad_batches=config.trainer.accumulate_grad_batches,
-        gradient_clip_val=config.trainer.gradient_clip or None,
-        logger=loggers,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO(), *([environment] if environment else [])],
-        use_distributed_sampler=False,
-        limit_val_batches=0,  # the validation callback does it, before the checkpoint is saved
-        num_sanity_val_steps=0,
-        log_every_n_steps=config.trainer.log_every_steps,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=True,
-    )
 
 
 @rank_zero_only
