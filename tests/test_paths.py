@@ -157,6 +157,7 @@ def test_places_that_cannot_be_made_are_refused_at_once(
         (tmp_path / "file" / "below", "file is a file, and nothing can lie below it"),
         (tmp_path / ("n" * 300), "a name of 300 bytes, where 255 is the most"),
         (tmp_path / "new" / ("n" * 300) / "out", "a name of 300 bytes"),
+        (tmp_path / ("n" * 300) / ".." / "out", "a name of 300 bytes"),
         (tmp_path / ("/".join(["deep" * 50] * 30)), "is longer than the system takes"),
     ):
         arguments = [*given.get(verb, []), f"{outputs[0]}={place}"]

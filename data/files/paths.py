@@ -82,14 +82,16 @@ def obstacle(path: Path) -> str | None:
     there = whole
     while not (is_there := _exists(there)) and there != there.parent:
         there = there.parent
-    if there == whole or not is_there:
+    if not is_there:
+        return None
+    longest = os.pathconf(there, "PC_NAME_MAX")
+    for name in path.parts:  # also of a folder that `..` leaves again
+        if len(os.fsencode(name)) > longest:
+            return f"a name of {len(os.fsencode(name))} bytes, where {longest} is the most"
+    if there == whole:
         return None
     if not there.is_dir():
         return f"{there} is a file, and nothing can lie below it"
-    for name in whole.relative_to(there).parts:
-        longest = os.pathconf(there, "PC_NAME_MAX")
-        if len(os.fsencode(name)) > longest:
-            return f"a name of {len(os.fsencode(name))} bytes, where {longest} is the most"
     if len(os.fsencode(whole)) > os.pathconf(there, "PC_PATH_MAX"):
         return f"a path of {len(os.fsencode(whole))} bytes is longer than the system takes"
     if not os.access(there, os.W_OK | os.X_OK):
