@@ -143,10 +143,13 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads one of a pipeline's JSON files."""
+    """Reads one of a pipeline's JSON files; raises UserError where it is not a JSON object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; the pipeline folder is incomplete") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also what is no UTF-8
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__} where an object {{...}} belongs")
+    return content

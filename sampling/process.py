@@ -4,7 +4,6 @@ It travels inside the checkpoint, as a diffusers scheduler_config, and nothing t
 from elsewhere.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,8 +14,7 @@ from sampling.errors import UserError
 from sampling.prediction import PredictionType
 from sampling.samplers import END_AT_FINAL_ALPHA_BAR, SamplingGrid
 from sampling.schedule import NoiseSchedule, Spacing
-
-log = logging.getLogger(__name__)
+from sampling.scheduler_config import ABOVE_THE_CLEANEST, read_scheduler_config
 
 EXPORT_TOLERANCE = 1e-5
 SCHEME_KEYS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
@@ -34,6 +32,9 @@ class Process:
     set_alpha_to_one: bool = True
     """Whether DDIM ends at clean data, alpha_bar 1, rather than at the schedule's first alpha_bar;
     diffusers' name and default. Stable Diffusion 1 and 2 were published with False."""
+    omits_cleanest: bool = False
+    """Whether a leading or linspace list of S timesteps is one of S + 1 without the cleanest, as
+    the multistep solvers of diffusers (DPM++, UniPC, DEIS, SA) make it."""
 
     def unsound(self) -> str | None:
         """Names what cannot work at zero terminal SNR, with the remedy; None where all is well."""
@@ -84,7 +85,10 @@ class Process:
 
     def timesteps(self, num_steps: int) -> list[int]:
         """Returns the sampling timesteps of this checkpoint, noisiest first."""
-        return self.schedule.timesteps(num_steps, self.timestep_spacing, self.steps_offset)
+        spacing, offset = self.timestep_spacing, self.steps_offset
+        if self.omits_cleanest and spacing != "trailing" and num_steps < self.schedule.num_steps:
+            return self.schedule.timesteps(num_steps + 1, spacing, offset)[:-1]
+        return self.schedule.timesteps(num_steps, spacing, offset)
 
     def final_alpha_bar(self, sampler: str) -> float:
         """Returns the alpha_bar that a sampler's last step goes to."""
@@ -99,47 +103,29 @@ class Process:
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":
-        """Reads a scheduler_config of any diffusers scheduler class.
+        """Reads a scheduler_config of any diffusers scheduler class that has such a process.
 
-        A key that is absent means what it means to DDIMScheduler.from_config, whatever the class.
+        A key that is absent means what it means to that class (sampling/scheduler_config.py).
         """
-        if "timestep_scaling" in config:
-            raise UserError(
-                "the scheduler config has the key timestep_scaling, which diffusers ignores "
-                "silently; the right name is timestep_spacing: rename it in scheduler_config.json"
-            )
-        prediction_type = config.get("prediction_type", "epsilon")
-        if prediction_type not in ("v_prediction", "epsilon", "sample"):
-            raise UserError(
-                f"prediction_type={prediction_type!r} in the scheduler config is not one of "
-                "v_prediction, epsilon, sample"
-            )
-        spacing = config.get("timestep_spacing", "leading")
-        if spacing not in ("trailing", "leading", "linspace"):
-            raise UserError(
-                f"timestep_spacing={spacing!r} in the scheduler config is not one of "
-                "trailing, leading, linspace"
-            )
-        if config.get("final_sigmas_type", "zero") != "zero":
-            log.warning(
-                "note: final_sigmas_type=%s in the scheduler config is not kept: every sampler "
-                "but ddim ends at clean data, as with zero",
-                config["final_sigmas_type"],
-            )
+        settings = read_scheduler_config(config)
         return cls(
-            schedule=NoiseSchedule.from_diffusers(config),
-            prediction_type=cast(PredictionType, prediction_type),
-            timestep_spacing=cast(Spacing, spacing),
-            # StableDiffusionPipeline corrects an older config's 0 to 1, with a warning
-            steps_offset=max(1, int(config.get("steps_offset", 1))),
+            schedule=NoiseSchedule.from_diffusers(settings),
+            prediction_type=cast(PredictionType, settings["prediction_type"]),
+            timestep_spacing=cast(Spacing, settings["timestep_spacing"]),
+            # steps_offset is 1 whatever it says: StableDiffusionPipeline corrects it too
             scheme={key: config[key] for key in SCHEME_KEYS if key in config},
-            set_alpha_to_one=bool(config.get("set_alpha_to_one", True)),
+            set_alpha_to_one=settings.get("set_alpha_to_one", True),
+            omits_cleanest=settings["_class_name"] in ABOVE_THE_CLEANEST,
         )
 
     def to_diffusers(self) -> dict[str, Any]:
-        """Writes a complete DDIMScheduler config, with trained_betas where no scheme is equal."""
+        """Writes a complete scheduler config, with trained_betas where no scheme is equal.
+
+        Of DDIMScheduler, or of DPM++ where the timesteps are spaced as there.
+        """
+        kind = "DPMSolverMultistepScheduler" if self.omits_cleanest else "DDIMScheduler"
         config: dict[str, Any] = {
-            "_class_name": "DDIMScheduler",
+            "_class_name": kind,
             "beta_start": 0.00085,
             "beta_end": 0.012,
             "beta_schedule": "scaled_linear",

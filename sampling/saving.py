@@ -38,8 +38,9 @@ def save_model(model: "DiffusionModel", folder: Path) -> None:
         }
         model.text_encoder.save_pretrained(folder / "text_encoder", state_dict=published)
         save_tokenizer(model.tokenizer, folder)
-    write_json(folder / "scheduler" / "scheduler_config.json", model.process.to_diffusers())
-    index = STABLE_DIFFUSION
+    scheduler = model.process.to_diffusers()
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index = STABLE_DIFFUSION | {"scheduler": ["diffusers", scheduler["_class_name"]]}
     if model.pixels is not None:
         index = model.pixels.to_index()
         for name in CODE:

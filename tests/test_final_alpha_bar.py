@@ -26,7 +26,6 @@ CLASSES = (
     "DDPMScheduler",
     "EulerDiscreteScheduler",
     "DPMSolverMultistepScheduler",
-    "LCMScheduler",
 )
 OF_SAMPLERS = {
     "euler": "EulerDiscreteScheduler",
@@ -48,13 +47,14 @@ def checkpoint(request, tmp_path_factory):
 
 @pytest.mark.parametrize("value", [False, True, None])
 @pytest.mark.parametrize("name", CLASSES)
-def test_any_scheduler_class_means_what_it_means_to_ddim(name, value):
-    """Absent it is true also for PNDM, whose own default is false: from_config drops defaults."""
+def test_ddim_of_any_scheduler_class_ends_where_its_config_says(name, value):
+    """Absent it is what the class says, false for PNDM; true for classes without the key."""
     written = {k: v for k, v in config(value).items() if v is not None} | {"_class_name": name}
-    theirs = DDIMScheduler.from_config(getattr(diffusers, name).from_config(written).config)
+    own = getattr(diffusers, name)().config.get("set_alpha_to_one", True)
+    theirs = DDIMScheduler.from_config({**config(own), **written, "_class_name": "DDIMScheduler"})
     ours = Process.from_diffusers(written).final_alpha_bar("ddim")
     assert ours == pytest.approx(theirs.final_alpha_cumprod.item(), abs=1e-6)
-    assert (ours == 1) == (value is not False)
+    assert (ours == 1) == (value or (value is None and name != "PNDMScheduler"))
 
 
 @pytest.mark.parametrize("set_alpha_to_one", [False, True])
@@ -154,7 +154,8 @@ def test_reconstruction_walks_the_checkpoints_own_levels(checkpoint, monkeypatch
 
 def test_another_last_sigma_is_named(caplog):
     with caplog.at_level(logging.WARNING):
-        Process.from_diffusers({"final_sigmas_type": "zero"})
+        euler = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+        Process.from_diffusers({**euler, "final_sigmas_type": "zero"})
         assert not caplog.records
-        Process.from_diffusers({"final_sigmas_type": "sigma_min"})
+        Process.from_diffusers({**euler, "final_sigmas_type": "sigma_min"})
     assert "final_sigmas_type=sigma_min" in caplog.text and "is not kept" in caplog.text

@@ -36,6 +36,7 @@ FACTS = {
     "data/remote.py": {"bytes"},  # a header of HTTP
     "sampling/card_schedulers.py": {"eta"},  # an argument of diffusers' DDIMScheduler
     "sampling/process.py": {"prediction_type", "timestep_spacing"},  # scheduler_config.json
+    "sampling/scheduler_config.py": {"rescale_betas_zero_snr"},  # of scheduler_config.json too
     "scripts/cli.py": {"key"},
     "scripts/config.py": {"key"},
     "scripts/config_fields.py": {"key"},

@@ -42,6 +42,7 @@ def fine_tuned_process(config: TrainConfig, base: Process) -> Process:
         steps_offset=1,
         scheme=scheme,
         set_alpha_to_one=True,  # the last step ends clean
+        omits_cleanest=False,  # and is at the cleanest timestep of the list
     )
     # Again, now of the schedule itself: a base may be zero-terminal where the config is not.
     process.check_sound(config.allow_unsound)

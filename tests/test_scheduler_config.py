@@ -1,0 +1,197 @@
+"""A scheduler_config.json means here what it means to the diffusers class that it names."""
+
+import inspect
+import logging
+
+import diffusers
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from sampling.errors import UserError
+from sampling.model import DiffusionModel
+from sampling.process import Process
+from sampling.scheduler_config import ABOVE_THE_CLEANEST, ON_THE_LIST
+from tests.tiny_pipeline import make_tiny_pipeline
+
+TAKEN = (*ON_THE_LIST, *ABOVE_THE_CLEANEST)
+ALL = sorted(
+    name
+    for name in dir(diffusers)
+    if name.endswith("Scheduler") and not name.startswith(("Flax", "Consistency"))
+)
+OFFSET = {"steps_offset": 1, "skip_prk_steps": True}
+"""StableDiffusionPipeline corrects every steps_offset to 1; PNDM has more steps with prk."""
+CONFIGS = {
+    "nothing": {},
+    "sd": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "v": {"prediction_type": "v_prediction", "beta_end": 0.01},
+    "leading": {"timestep_spacing": "leading"},
+    "linspace": {"timestep_spacing": "linspace"},
+    "trailing": {"timestep_spacing": "trailing"},
+    "short": {
+        "num_train_timesteps": 300,
+        "trained_betas": torch.linspace(1e-4, 0.03, 300).tolist(),
+    },
+    "zero_snr": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+}
+
+
+def visited(scheduler, num_steps):
+    """The distinct timesteps of a diffusers scheduler, without those that a solver puts between."""
+    scheduler.set_timesteps(num_steps)
+    timesteps = scheduler.timesteps.double()
+    if type(scheduler).__name__.startswith("KDPM2"):
+        timesteps = timesteps[::2]
+    return timesteps.unique_consecutive()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("name", TAKEN)
+def test_the_process_is_what_the_class_makes_of_the_config(name, config):
+    written = {"_class_name": name, **OFFSET, **config}
+    theirs = getattr(diffusers, name).from_config(written)
+    known = inspect.signature(type(theirs).__init__).parameters
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
+        with pytest.raises(UserError, match=f"rescale_betas_zero_snr.*ignored by {name}"):
+            Process.from_diffusers(written)
+        return
+    process = Process.from_diffusers(written)
+    bar = process.schedule.alpha_bar
+    last = -1 if process.schedule.is_zero_terminal_snr else None  # DPM++ has a stand-in for 0
+    assert_close(bar[:last].float(), theirs.alphas_cumprod[:last], rtol=1e-4, atol=1e-6)
+    assert process.prediction_type == theirs.config.prediction_type
+    for num_steps in (2, 5, 7, 25, 50):
+        ours = torch.tensor(process.timesteps(num_steps)).double()
+        # Euler, LMS, Heun and KDPM2 ask between whole timesteps, on which no network was trained.
+        assert_close(ours, visited(theirs, num_steps), rtol=0, atol=0.5)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_written_process_is_read_as_it_was(name):
+    for config in CONFIGS.values():
+        try:
+            process = Process.from_diffusers({"_class_name": name, **config})
+        except UserError:
+            continue
+        again = Process.from_diffusers(process.to_diffusers())
+        assert_close(again.schedule.alpha_bar, process.schedule.alpha_bar, rtol=1e-9, atol=1e-12)
+        assert again.timesteps(7) == process.timesteps(7)
+        assert again.prediction_type == process.prediction_type
+        assert again.set_alpha_to_one == process.set_alpha_to_one
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in TAKEN])
+def test_a_class_of_another_process_is_refused_by_name(name):
+    with pytest.raises(UserError, match=f"is of {name}, which is none of"):
+        Process.from_diffusers({"_class_name": name, "num_train_timesteps": 1000})
+
+
+def test_classes_that_make_another_process_of_a_key_are_refused_by_it():
+    for name, key, value in (
+        ("UniPCMultistepScheduler", "use_flow_sigmas", True),
+        ("EulerDiscreteScheduler", "timestep_type", "continuous"),
+        ("EulerDiscreteScheduler", "prediction_type", "flow_prediction"),
+    ):
+        with pytest.raises(UserError, match=f"{key}="):
+            Process.from_diffusers({"_class_name": name, key: value})
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"beta_end": "0.0120"}, "beta_end='0.0120'.*must be a number"),
+        ({"beta_start": [0.00085]}, "beta_start="),
+        ({"beta_start": None}, "beta_start=None"),
+        ({"beta_start": -0.1}, "beta_start=-0.1"),
+        ({"beta_end": float("nan")}, "beta_end=nan"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps='1000'"),
+        ({"num_train_timesteps": 1e3}, "num_train_timesteps=1000.0"),
+        ({"num_train_timesteps": True}, "num_train_timesteps=True"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps="),
+        ({"trained_betas": "linear"}, "trained_betas='linear'"),
+        ({"trained_betas": [0.1, "0.2"]}, "trained_betas=.*list of numbers"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas=.*num_train_timesteps=1000"),
+        ({"steps_offset": "1"}, "steps_offset='1'"),
+        ({"rescale_betas_zero_snr": "false"}, "rescale_betas_zero_snr='false'"),
+        ({"set_alpha_to_one": 1}, "set_alpha_to_one=1"),
+        ({"beta_schedule": ["linear"]}, "beta_schedule="),
+        ({"prediction_type": ["epsilon"]}, "prediction_type="),
+        ({"timestep_spacing": None}, "timestep_spacing=None"),
+        ({"_class_name": ["DDIMScheduler"]}, "is of"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_with_its_key(entries, message):
+    with pytest.raises(UserError, match=message):
+        Process.from_diffusers({"_class_name": "DDIMScheduler", **entries})
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-5, 2000),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.floats(0, 1), max_size=3),
+    st.sampled_from(["linspace", "trailing", "epsilon", "v_prediction", "linear", "0.0120"]),
+)
+KEYS = st.sampled_from(
+    ["beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "trained_betas"]
+    + ["prediction_type", "timestep_spacing", "steps_offset", "set_alpha_to_one", "_class_name"]
+    + ["rescale_betas_zero_snr", "use_karras_sigmas", "final_sigmas_type", "lambda_min_clipped"]
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.sampled_from(TAKEN), st.dictionaries(KEYS, VALUES, max_size=3))
+def test_any_config_is_read_or_refused(name, entries):
+    try:
+        process = Process.from_diffusers({"_class_name": name, **entries})
+    except UserError:
+        return
+    process.timesteps(2)
+
+
+def test_what_a_class_takes_without_being_told_is_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        Process.from_diffusers({"_class_name": "DDIMScheduler"})
+        assert not caplog.records
+        Process.from_diffusers({"_class_name": "EulerDiscreteScheduler"})
+        [record] = caplog.records
+        assert "EulerDiscreteScheduler, which takes timestep_spacing=linspace" in record.message
+        caplog.clear()
+        Process.from_diffusers(
+            {
+                "_class_name": "DPMSolverMultistepScheduler",
+                "timestep_spacing": "linspace",
+                "use_karras_sigmas": True,
+            }
+        )
+        assert "use_karras_sigmas=True in the scheduler config is not kept" in caplog.text
+
+
+@pytest.mark.parametrize("spacing", [None, "leading", "linspace"])
+def test_a_folder_with_dpmpp_samples_as_the_pipeline_of_that_folder(tmp_path, spacing):
+    entries = {"_class_name": "DPMSolverMultistepScheduler", "set_alpha_to_one": None}
+    folder = make_tiny_pipeline(
+        tmp_path / "sd", scheduler={**entries, **({"timestep_spacing": spacing} if spacing else {})}
+    )
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"set_alpha_to_one": null,', ""))
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a one",
+        num_inference_steps=7,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+    ).images
+    ours = DiffusionModel.load(folder).sample(
+        "a one", [3], num_steps=7, guidance_scale=3.0, guidance_rescale=0.0, sampler="dpmpp_2m"
+    )
+    assert_close(ours, theirs, rtol=0, atol=1e-4)
