@@ -23,6 +23,8 @@ from sampling.errors import UserError
 
 CLIP_POSITIONS = 77
 """Of a CLIP text encoder whose config does not say it."""
+WRONG_CONFIG = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+"""What a library may raise for a config.json that makes no sense."""
 CLIP_TOKENIZER_FILES = ("tokenizer.json", "merges.txt")
 
 
@@ -62,7 +64,7 @@ class Part:
                 output_loading_info=True,
                 dtype=self.dtype,
             )
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        except (OSError, SafetensorError, *WRONG_CONFIG) as error:
             raise UserError(f"{path} cannot be loaded: {error}") from error
         unexpected = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
         wrong = {"missing": sorted(info["missing_keys"]), "unexpected": sorted(unexpected)}
@@ -96,8 +98,21 @@ def empty_unet(folder: Path) -> UNet2DConditionModel:
     """Returns the UNet that folder/unet/config.json describes, on the meta device: no weights."""
     if not (folder / "unet" / "config.json").is_file():
         raise UserError(f"{folder} is incomplete: unet/config.json is missing")
-    with init_empty_weights():
-        return UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
+    config = read_json(folder / "unet" / "config.json")
+    try:
+        with init_empty_weights():
+            return UNet2DConditionModel.from_config(config)
+    except WRONG_CONFIG as error:
+        raise UserError(f"{folder / 'unet'} cannot be built by its config.json: {error}") from error
+
+
+def read_scheduler(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """Returns scheduler_config.json with the class of model_index.json where it names none."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    match index.get("scheduler"):
+        case [_, str(name)]:
+            return {"_class_name": name, **config}
+    return config
 
 
 def require_tokenizer(folder: Path, files: Sequence[str] = CLIP_TOKENIZER_FILES) -> None:

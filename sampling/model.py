@@ -18,12 +18,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sampling.architecture import check_architecture
 from sampling.checkpoint import Weights, resolve
 from sampling.conditioning import Conditioning, encode_classes, encode_text
 from sampling.encoders import Encoders, dtype_of
 from sampling.errors import UserError
 from sampling.guidance import NO_GUIDANCE, Guidance, guided_output
-from sampling.loading import Part, empty_unet, load_tokenizer, load_unet, read_json
+from sampling.loading import Part, empty_unet, load_tokenizer, load_unet, read_json, read_scheduler
 from sampling.noise import initial_noise, step_noise
 from sampling.pixel_codec import IMAGE_CHANNELS
 from sampling.pixel_folder import PixelForm
@@ -87,21 +88,16 @@ class DiffusionModel:
 
         `weights` chooses the averaged or the raw UNet of a .ckpt or run directory; without the
         UNet's weights the model only encodes and decodes. Raises UserError for what is not there,
-        neither a Stable Diffusion 1.x / 2.x nor a pixel-space model of ours, or only a pickle.
+        neither a Stable Diffusion 1.x / 2.x nor a pixel-space model of ours, or only a pickle;
+        what the configs tell, before weights are read.
         """
         found = resolve(checkpoint, weights)
         folder = found.folder
         index = read_json(folder / "model_index.json")
         pixels = PixelForm.of(index, checkpoint)
-        wrong = "text_encoder_2" in index or "transformer" in index or "unet" not in index
-        if pixels is None and wrong:
-            raise UserError(
-                f"checkpoint={checkpoint} is a {index.get('_class_name')}; this version takes "
-                "Stable Diffusion 1.x and 2.x (one UNet, one CLIP text encoder)"
-            )
-        process = Process.from_diffusers(
-            found.scheduler_config or read_json(folder / "scheduler" / "scheduler_config.json")
-        )
+        check_architecture(folder, index, pixels, checkpoint)
+        scheduler = found.scheduler_config or read_scheduler(folder, index)
+        process = Process.from_diffusers(scheduler)
         if process.unsound():
             log.warning("note: %s: %s", checkpoint, process.unsound())
         vae = None if pixels else Part(AutoencoderKL, folder, "vae", dtype)
@@ -163,22 +159,35 @@ class DiffusionModel:
         return self.pixels.codec.patch if self.pixels else self.vae_scale
 
     @property
+    def image_sides(self) -> tuple[int, int]:
+        """The height and width that the model was made for, in pixels."""
+        size = self.unet.config.sample_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return height * self.factor, width * self.factor
+
+    @property
     def image_size(self) -> int:
-        """The side that the model was trained for, in pixels."""
-        return int(self.unet.config.sample_size) * self.factor
+        """The side that the model was made for, in pixels; the shorter one of a rectangle."""
+        return min(self.image_sides)
 
     @property
     def size_multiple(self) -> int:
-        """What the sides of images must be multiples of, in pixels: the UNet halves them."""
-        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        """What the sides of images must be multiples of, in pixels.
+
+        Latents may have any sides: where the UNet cannot halve one evenly, diffusers' passes the
+        size to upsample to on. In pixel space it must.
+        """
+        halvings = len(self.unet.config.block_out_channels) - 1 if self.pixels else 0
+        return self.factor * 2**halvings
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """Returns the shape of x0, (C, H/f, W/f), or (3, H, W) of a pixel-space model.
 
-        Raises UserError where the UNet cannot halve the size evenly.
+        Raises UserError for a side that is not a multiple of `size_multiple`.
         """
-        height = self.image_size if height is None else height
-        width = self.image_size if width is None else width
+        own_height, own_width = self.image_sides
+        height = own_height if height is None else height
+        width = own_width if width is None else width
         multiple = self.size_multiple
         for name, side in (("height", height), ("width", width)):
             if side < multiple or side % multiple:

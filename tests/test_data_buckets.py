@@ -351,7 +351,7 @@ def test_mistakes_say_what_to_do(rectangles: Path) -> None:
     assert square(16, 2.0).sizes == ((16, 16),)
 
 
-def test_a_bucket_that_the_unet_cannot_halve_is_refused(
+def test_a_bucket_that_the_autoencoder_cannot_halve_is_refused(
     rectangles: Path, pipeline: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(
@@ -360,7 +360,7 @@ def test_a_bucket_that_the_unet_cannot_halve_is_refused(
         rectangles,
         **{"data.buckets.enabled": True, "data.buckets.step_px": 5},
     )
-    with pytest.raises(SamplingUserError, match="data.buckets.step_px=5 makes .* multiple of 4 px"):
+    with pytest.raises(SamplingUserError, match="data.buckets.step_px=5 makes .* multiple of 2 px"):
         train.run.fit(config)
     assert not (tmp_path / "run").exists()
 

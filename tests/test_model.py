@@ -282,7 +282,7 @@ def test_one_prompt_goes_with_many_seeds_and_batches_are_reported(model):
         ({"num_steps": 1001}, "num_steps=1001.*1..1000"),
         ({"sampler": "eular"}, "did you mean euler"),
         ({"sampler": "heun", "eta": 1.0}, "eta=1.0"),
-        ({"height": 18}, "height=18 must be a positive multiple of 4"),
+        ({"height": 17}, "height=17 must be a positive multiple of 2"),
         ({"width": -4}, "width=-4"),
         ({"guidance_scale": -1.0}, "guidance_scale=-1.0"),
         ({"guidance_rescale": 2.0}, "guidance_rescale=2.0"),

@@ -1,6 +1,7 @@
 """A scheduler_config.json means here what it means to the diffusers class that it names."""
 
 import inspect
+import json
 import logging
 
 import diffusers
@@ -195,3 +196,19 @@ def test_a_folder_with_dpmpp_samples_as_the_pipeline_of_that_folder(tmp_path, sp
         "a one", [3], num_steps=7, guidance_scale=3.0, guidance_rescale=0.0, sampler="dpmpp_2m"
     )
     assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_model_index_names_the_class_where_the_config_does_not(tmp_path):
+    folder = make_tiny_pipeline(
+        tmp_path / "sd", scheduler={"_class_name": "EulerDiscreteScheduler"}
+    )
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    del config["_class_name"]
+    path.write_text(json.dumps(config))
+    assert DiffusionModel.load(folder, with_unet=False).process.timestep_spacing == "linspace"
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"][1] = "FlowMatchEulerDiscreteScheduler"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="is of FlowMatchEulerDiscreteScheduler"):
+        DiffusionModel.load(folder, with_unet=False)

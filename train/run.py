@@ -251,7 +251,7 @@ def batches_note(config: TrainConfig) -> str:
 def check_sizes(
     model: DiffusionModel, images: CaptionedImages, pool_factors: Sequence[int]
 ) -> None:
-    """Raises UserError for a size that the UNet cannot halve evenly or the loss cannot pool."""
+    """Raises UserError for a size that the model cannot take or the loss cannot pool."""
     for width, height in images.sizes():
         try:
             _, *sides = model.latent_shape(height, width)

@@ -90,7 +90,8 @@ class Painter:
         if process.unsound():
             notes.append(f"unsound, and sampled all the same (allow_unsound): {process.unsound()}")
         self.notes = tuple(notes)
-        self.size = (config.height or model.image_size, config.width or model.image_size)
+        own_height, own_width = model.image_sides
+        self.size = (config.height or own_height, config.width or own_width)
         model.latent_shape(config.height, config.width)  # says what sizes are possible
         process.timesteps(config.num_steps)  # says how many there are
         if model.tokenizer is None:
