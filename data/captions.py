@@ -21,6 +21,7 @@ from data.bad_samples import BadSample
 from data.caption_tables import TABLE_FORMS, table_columns, table_rows
 from data.decode import IMAGE_SUFFIXES, BadImage, decode_caption
 from data.errors import UserError
+from data.files.walk import visible_files
 from data.fingerprints import Fingerprints
 from data.source_file import MAX_CAPTION_BYTES, read_source_file
 
@@ -143,24 +144,12 @@ def _key(path: PurePosixPath, num_twins: int) -> str:
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Yields (directory relative to `folder`, sorted file names), following links once."""
-
-    def stop(error: OSError) -> None:
-        raise UserError(f"source={folder}: cannot read {error.filename}: {error.strerror}.")
-
-    visited: set[tuple[int, int]] = set()
-    for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=stop):
-        status = os.stat(directory)
-        identity = (status.st_dev, status.st_ino)
-        if identity in visited:
-            subfolders.clear()
-            continue
-        visited.add(identity)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        relative = os.path.relpath(directory, folder)
-        yield (
-            "" if relative == "." else relative,
-            sorted(name for name in names if not name.startswith(".")),
-        )
+    try:
+        yield from visible_files(folder)
+    except OSError as error:
+        raise UserError(
+            f"source={folder}: cannot read {error.filename}: {error.strerror}."
+        ) from None
 
 
 def _from_sidecars(folder: Path) -> Iterator[CaptionedFile | BadSample]:

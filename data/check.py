@@ -19,9 +19,9 @@ from omegaconf import MISSING
 
 from data.bad_samples import BadSample, too_many, write_list
 from data.check_report import CheckReport, IndexState, summarize
-from data.decode import MAX_IMAGE_PIXELS
 from data.errors import RunFailed, UserError, WriteFailed, disk_writes
 from data.files.paths import OutputText, PathText
+from data.images.decode import MAX_IMAGE_PIXELS
 from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from data.index_contents import ShardDigests, add_stamps, read_stamps, write_digests
 from data.progress import progress

@@ -7,9 +7,9 @@ from typing import Literal
 from omegaconf import MISSING
 
 from data.buckets import BucketsConfig, bucket_table
-from data.decode import MAX_IMAGE_PIXELS
 from data.errors import UserError
 from data.files.paths import PathText
+from data.images.decode import MAX_IMAGE_PIXELS
 from data.mixture import MixtureEntry
 from data.shards import check_cache_fields
 

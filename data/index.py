@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data.bad_samples import BadSample, refusal, too_many
-from data.decode import MAX_IMAGE_PIXELS
 from data.errors import RunFailed, UserError
+from data.images.decode import MAX_IMAGE_PIXELS
 from data.index_contents import (
     INDEX_FOLDER,
     ShardDigests,

@@ -21,9 +21,9 @@ from omegaconf import MISSING
 
 from data.bad_samples import BadSample, refusal, too_many
 from data.captions import CaptionForm, CaptionSource, captioned_files, count_files, find_captions
-from data.decode import MAX_IMAGE_PIXELS
 from data.errors import RunFailed, UserError, WriteFailed, disk_writes
 from data.files.paths import OutputText, PathText
+from data.images.decode import MAX_IMAGE_PIXELS
 from data.index import IndexWriter
 from data.pack_shard import ShardRules, is_hopeless, pack_shard
 from data.part import Part, finished_part, part_path, read_part, shard_content_of
@@ -40,7 +40,7 @@ class PackConfig:
     """An image folder with captions, and the shards that it becomes."""
 
     source: PathText = MISSING
-    """Folder of images (jpg, png, webp, bmp, gif, tiff), searched recursively."""
+    """Folder of images (jpg, png, webp, bmp, gif, tiff, avif), searched recursively."""
     output: OutputText = MISSING
     """Folder for the shards and the index; must be absent or empty. A run that was stopped is
     continued by the same command."""
@@ -110,7 +110,7 @@ def pack(config: PackConfig) -> PackResult:
         found = ", ".join(f"{num} .{suffix}" for suffix, num in count.other_suffixes.items())
         raise UserError(
             f"source={source}: holds no images (found {found or 'nothing'}). "
-            "Images are jpg, jpeg, png, webp, bmp, gif, tif or tiff files."
+            "Images are jpg, jpeg, png, webp, bmp, gif, tif, tiff or avif files."
         )
     captions = find_captions(
         source, config.captions, config.file_column, config.caption_column, count

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.bad_samples import BadSample, too_many
-from data.decode import BadImage, decode, luminance
 from data.errors import disk_writes
+from data.images.decode import BadImage, decode
+from data.images.luminance import luminance
+from data.images.source_file import MAX_IMAGE_BYTES, read_source_file
 from data.part import Part, write_part
 from data.record import ShardRecords
 from data.shard_file import ShardFile, shard_name
 from data.shard_list import ListedFile, ShardList, read_list
-from data.source_file import MAX_IMAGE_BYTES, read_source_file
 
 NUM_BAD_BEFORE_STOP = 100
 REPORT_EVERY = 16

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from braceexpand import braceexpand
 
-from data.decode import IMAGE_SUFFIXES
 from data.errors import UserError
 from data.files.paths import is_remote as is_remote
+from data.images.decode import IMAGE_SUFFIXES
 
 ENCODING_FILE = "encoding.json"
 EMPTY_FILE = "empty.safetensors"

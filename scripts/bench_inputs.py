@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from data.decode import IMAGE_SUFFIXES, decode
+from data.images.decode import IMAGE_SUFFIXES, decode
 from data.shards import find_shards
 from data.transform import transform
 from sampling.errors import RunFailed

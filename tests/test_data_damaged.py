@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from data.check import CheckConfig, check
-from data.decode import MAX_IMAGE_PIXELS, decode
 from data.errors import UserError
+from data.images.decode import MAX_IMAGE_PIXELS, decode
 from data.index import Index, build_index
 from data.module import CaptionedImages, DataConfig
 from data.pack import PackConfig, pack

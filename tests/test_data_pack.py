@@ -11,8 +11,9 @@ import webdataset
 
 from data.bad_samples import BadSample
 from data.captions import CaptionedFile, captioned_files, find_captions, sample_key
-from data.decode import decode, luminance
 from data.errors import UserError
+from data.images.decode import decode
+from data.images.luminance import luminance
 from data.index import RECORD, Index, build_index
 from data.index_contents import STAMPS_FILE
 from data.pack import PackConfig, pack

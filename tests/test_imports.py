@@ -58,10 +58,11 @@ def test_imports_run_one_way(path: Path) -> None:
     assert packages <= ALLOWED[package], f"{package} must not import {ours}"
 
 
-def test_files_room_is_below_everything() -> None:
-    for path in (ROOT / "data" / "files").glob("*.py"):
+@pytest.mark.parametrize("room, below", [("files", ()), ("images", ("data.files.",))])
+def test_rooms_of_sampling_are_below_everything(room: str, below: tuple[str, ...]) -> None:
+    for path in (ROOT / "data" / room).glob("*.py"):
         names = {name for name in imports_of(path) if name.split(".")[0] in PACKAGES}
-        assert all(name.startswith("data.files.") for name in names), f"{path}: {names}"
+        assert all(name.startswith((f"data.{room}.", *below)) for name in names), f"{path}: {names}"
         assert not {"torch", "lightning", "diffusers"} & {n.split(".")[0] for n in imports_of(path)}
 
 

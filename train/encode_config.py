@@ -5,8 +5,8 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from data.decode import MAX_IMAGE_PIXELS
 from data.files.paths import OutputText, PathText
+from data.images.decode import MAX_IMAGE_PIXELS
 from data.shards import check_cache_fields
 from sampling.choices import Dtype, Tf32
 from sampling.errors import UserError

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data.bad_samples import BadSample
-from data.decode import BadImage, luminance
 from data.errors import disk_writes
+from data.images.decode import BadImage
+from data.images.luminance import luminance
 from data.latents import to_bytes
 from data.reader import Reader
 from data.record import ShardRecords
