@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from data.images.pictures import open_picture
 from sampling.errors import RunFailed
 
 CAPTION_WIDTH_PX, FONT_PX, LINE_PX, GAP_PX = 200, 12, 15, 4
@@ -26,9 +27,11 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def read_picture(file: Path) -> Tensor:
-    """Reads a picture file as (3, H, W) float32 in [0, 1]; the inverse of `to_picture`."""
-    with Image.open(file) as picture:
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    """Reads a picture file as (3, H, W) float32 in [0, 1], decoded as training images are.
+
+    The inverse of `to_picture`. Raises BadImage.
+    """
+    pixels = np.asarray(open_picture(file), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

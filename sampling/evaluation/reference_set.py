@@ -1,20 +1,21 @@
 """The real pictures that a set is compared with: measured once, kept for whoever asks next.
 
 What is kept is DIGEST.npz in `reference_cache`, or in references/ of the evaluation where that is
-not set. The digest is of the pictures (names, sizes in bytes, times of change), of the size in px
-that they are cut to and of the network's settings.
+not set. The digest is of the pictures (names, sizes in bytes, times of change), of the version of
+the decoder, of the size in px that they are cut to and of the network's settings.
 """
 
 import io
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.images.decode import DECODER_VERSION
 from sampling.evaluation.luminance import border_luminance, image_luminance
 from sampling.evaluation.metrics import MetricsConfig
 from sampling.evaluation.metrics_measures import Measures
@@ -22,6 +23,10 @@ from sampling.evaluation.metrics_rows import FEATURE_COLUMN, REFERENCES, column_
 from sampling.evaluation.set_models import SetModel, read_reference
 from sampling.verifiers.oracle import reference_pictures
 from sampling.whole_file import write_whole
+
+TOLERANCE = 1e-4
+"""Within which measurements of the same pictures count as equal."""
+_EARLIER_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,19 @@ class Reference:
     """(M, d) float32, where features are asked for."""
     num_resized: int
     """Pictures that had another size in px."""
+    measured_otherwise: bool = False
+    """An earlier version, which decoded references otherwise than training images, measured other
+    values of the same files."""
 
     def notes(self, width: int, height: int, num_images: int) -> list[str]:
         """Says what of the references may surprise beside `num_images` generated images."""
         found, count = [], len(self.luminance)
+        if self.measured_otherwise:
+            found.append(
+                "the references are decoded as training images are from here on (orientation, "
+                "transparency, 16 bits, colour profiles), and measure otherwise than before: so do "
+                "FID, KID and every other distance to them"
+            )
         if self.num_resized:
             found.append(
                 f"{self.num_resized} of {count} references had another size than {width} x "
@@ -70,6 +84,10 @@ def measure_reference(
     if kept is not None:
         return kept
     found = _measured(files, model, height, width, config.batch_size)
+    earlier = [file for file in files if file.suffix.lower() in _EARLIER_SUFFIXES]
+    before = _read(folder / f"{_digest(earlier, height, width, network, None)}.npz")
+    if before is not None and not _is_same(before, found):
+        found = replace(found, measured_otherwise=True)
     if network is None or model is not None:  # else it lacks the features that its name tells
         write_whole(path, _packed(found))
     return found
@@ -95,9 +113,28 @@ def _measured(
     return Reference(np.concatenate(luminances), np.concatenate(borders), whole, num_resized)
 
 
-def _digest(files: Sequence[Path], height: int, width: int, network: str | None) -> str:
+def _digest(
+    files: Sequence[Path],
+    height: int,
+    width: int,
+    network: str | None,
+    decoder: int | None = DECODER_VERSION,
+) -> str:
+    """decoder: None for what was measured before its version was a part of the digest."""
     pictures = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return column_digest([pictures, height, width, network])
+    versions = [] if decoder is None else [decoder]
+    return column_digest([pictures, height, width, network, *versions])
+
+
+def _is_same(one: Reference, other: Reference) -> bool:
+    """Tells whether two measurements of a folder agree, features as far as both have them."""
+    pairs = [
+        (torch.from_numpy(one.luminance), torch.from_numpy(other.luminance)),
+        (torch.from_numpy(one.border_luminance), torch.from_numpy(other.border_luminance)),
+    ]
+    if one.features is not None and other.features is not None:
+        pairs.append((one.features, other.features))
+    return all(a.shape == b.shape and torch.allclose(a, b, atol=TOLERANCE) for a, b in pairs)
 
 
 def _packed(reference: Reference) -> bytes:

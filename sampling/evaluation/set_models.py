@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from data.images.decode import BadImage
+from data.images.pictures import open_picture
 from sampling.checkpoint import HUB_ID
 from sampling.errors import UserError
 from sampling.evaluation.metrics import SetsConfig
@@ -70,9 +72,8 @@ def read_reference(path: Path, height: int, width: int) -> tuple[Pixels, bool]:
     evenly. Raises UserError for what is no picture.
     """
     try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        picture = open_picture(path)
+    except BadImage as error:
         raise UserError(
             f"sets.reference: {path} is not a picture ({error}); take it away"
         ) from error

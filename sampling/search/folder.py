@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.images.decode import DECODER_VERSION
 from sampling.choices import recorded_formats
 from sampling.errors import UserError
 from sampling.precision import settle
@@ -22,6 +23,8 @@ from sampling.search.parts import files_of
 from sampling.whole_file import write_whole
 
 SETTINGS, LEDGER, DIGEST = "search.json", "ledger.json", "prompts_digest"
+DECODER = "decoder"
+"""Version of what decodes the pictures of a reference; recorded where there are any."""
 _DOLLAR = "\ue000{"
 FREE = (
     "output",
@@ -41,6 +44,8 @@ def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) 
     """Returns the settings to be kept; raises UserError where `output` holds something else."""
     settings = {key: value for key, value in asdict(config).items() if key not in FREE}
     settings[DIGEST] = digest_of(prompts)
+    if reads_pictures(config):
+        settings[DECODER] = DECODER_VERSION
     path = output / SETTINGS
     if not path.is_file():
         found = output.iterdir() if output.is_dir() else [output] if output.exists() else []
@@ -48,6 +53,7 @@ def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) 
             raise UserError(f"output={output} holds something that is no search; name a new folder")
         return settings
     saved, now = read_settings(path), json.loads(json.dumps(settings))
+    now.pop(DECODER, None)
     if saved.get(DIGEST, settings[DIGEST]) != settings[DIGEST]:
         raise UserError(
             f"output={output} holds a search of other prompts: prompts={config.prompts} has "
@@ -103,6 +109,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     # OmegaConf fills in the defaults, and would take ${ inside a text for its own.
     saved = json.loads(path.read_text(encoding="utf-8").replace("${", _DOLLAR))
     digest = saved.pop(DIGEST, None)
+    saved.pop(DECODER, None)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), saved)
     except OmegaConfBaseException as error:
@@ -115,6 +122,26 @@ def read_settings(path: Path) -> dict[str, Any]:
     whole = json.loads(json.dumps(whole, ensure_ascii=False).replace(_DOLLAR, "${"))
     kept = {str(key): value for key, value in whole.items() if key not in FREE}
     return kept if digest is None else kept | {DIGEST: digest}
+
+
+def reads_pictures(config: SearchConfig) -> bool:
+    """Tells whether a verifier measures pictures of the user's."""
+    references = [each.reference for each in config.verifiers.values() if each.kind == "oracle"]
+    return any(path is not None and Path(path).suffix != ".safetensors" for path in references)
+
+
+def decoder_note(config: SearchConfig, output: Path) -> str:
+    """Returns what to say where an earlier version of the decoder read the references, or ""."""
+    path = output / SETTINGS
+    if not reads_pictures(config) or not path.is_file():
+        return ""
+    if json.loads(path.read_text(encoding="utf-8")).get(DECODER) == DECODER_VERSION:
+        return ""
+    return (
+        f"{output} was begun when references were not decoded as training images are (orientation, "
+        "transparency, 16 bits, colour profiles); from here on they are, and scores of kind=oracle "
+        "change where the pictures have any of that"
+    )
 
 
 def digest_of(prompts: Iterable[Prompt]) -> str:

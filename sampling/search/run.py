@@ -34,6 +34,7 @@ from sampling.search.config import WHOLE, SearchConfig
 from sampling.search.folder import (
     SETTINGS,
     check_folder,
+    decoder_note,
     formats_of,
     keep_ledger,
     kept_formats,
@@ -137,6 +138,8 @@ def search_prompts(
     formats = settled_formats(asked, output / SETTINGS, device, note)
     config = replace(config, dtype=formats["dtype"], tf32=formats["tf32"])
     settings = settings | formats
+    if text := decoder_note(config, output):
+        note(text)
     about_device = {"device": device.type, **formats}
     own = own_folder(output, task)
     texts = {index: prompt.text for index, prompt in prompts.items()}

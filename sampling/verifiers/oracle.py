@@ -23,9 +23,10 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from data.images.decode import IMAGE_SUFFIXES, BadImage
+from data.images.pictures import picture_files
 from sampling.errors import UserError
 from sampling.pictures import read_picture
 from sampling.verifiers.image_model import ImageModel
@@ -33,7 +34,6 @@ from sampling.verifiers.pretrained import load_weights
 from sampling.verifiers.verifier import Images
 
 Metric = Literal["fid", "is"]
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,17 @@ def load_reference(path: str, features: ImageModel) -> Gaussian:
 
 def reference_pictures(path: str, field: str = "reference") -> list[Path]:
     """Lists the pictures of a folder; raises UserError, naming `field`, for fewer than two."""
-    files = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in PICTURES)
+    try:
+        files = picture_files(Path(path)) if Path(path).is_dir() else []
+    except OSError as error:
+        raise UserError(
+            f"{field}={path}: {error.filename} can't be read ({error.strerror}); get the right to "
+            "read it, or take it away"
+        ) from None
     if len(files) < 2:
         other = ", or a .safetensors with mean and covariance" if field == "reference" else ""
         raise UserError(
-            f"{field}={path} holds {len(files)} pictures ({', '.join(PICTURES)}); a set is "
+            f"{field}={path} holds {len(files)} pictures ({', '.join(IMAGE_SUFFIXES)}); a set is "
             f"compared with a set: give a folder of many{other}"
         )
     return files
@@ -174,7 +180,7 @@ def picture_features(files: Sequence[Path], features: ImageModel) -> Float[Tenso
 def _picture(file: Path) -> Images:
     try:
         return read_picture(file)[None]
-    except (OSError, UnidentifiedImageError) as error:
+    except BadImage as error:
         raise UserError(f"reference: {file} is not a picture ({error}); take it away") from error
 
 
