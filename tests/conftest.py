@@ -27,6 +27,9 @@ install_import_hook([f"sampling.{name}" for name in CORE], "beartype.beartype")
 
 # The same examples everywhere, and none too slow: a busy machine must not fail a law.
 settings.register_profile("anywhere", settings.get_profile("ci"), deadline=None)
+settings.register_profile(
+    "thorough", deadline=None, max_examples=1000, print_blob=True, derandomize=False
+)
 settings.load_profile("anywhere")
 
 
