@@ -2,7 +2,8 @@
 
 A shard counts by its bytes, by what the index says of its samples, and by the number of its first
 sample, from which the draws of crop, flip and caption follow. Of latents the embedding
-of the empty caption counts as well. Names are there for messages alone.
+of the empty caption counts as well. Names are there for messages alone, and the version of the
+decoder so that a run goes on with the one that it began with.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ def identity(reader: "Reader") -> dict[str, Any]:
     empty = None
     if is_encoded(index.shard_folder):
         empty = file_digest(index.shard_folder / EMPTY_FILE)
-    return {"shards": rows, "empty_caption": empty}
+    return {"shards": rows, "empty_caption": empty, "decoder": reader.decoder}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

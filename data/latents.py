@@ -28,6 +28,7 @@ from torch import Tensor
 from data.buckets import Size
 from data.decode import BadImage, decode_caption
 from data.errors import UserError
+from data.images.decode import STORED_COLORS
 from data.reader import Reader
 from data.shards import EMPTY_FILE, ENCODING_FILE
 from data.transform import CENTER, draw
@@ -69,6 +70,8 @@ class Encoding:
     """Number format of the encoders; the default is that of caches made without a record of it."""
     tf32: bool = False
     """Whether float32 products were computed in TensorFloat-32; likewise."""
+    decoder: int = STORED_COLORS
+    """Version of what decoded the images; the default is that of caches made without a record."""
     version: int = FORMAT_VERSION
 
     def settings(self) -> dict[str, Any]:
@@ -76,6 +79,8 @@ class Encoding:
         values = dataclasses.asdict(self)
         for name in ("source", "checkpoint", "prompt_embeds_shape", "scaling_factor"):
             del values[name]
+        if self.decoder == STORED_COLORS:  # as before there was a record of it
+            del values["decoder"]
         return values | {"moments_shape": list(self.moments_shape)}
 
     @property

@@ -25,6 +25,7 @@ from data.config import DataConfig
 from data.errors import UserError
 from data.files.notes import first
 from data.identity import identity
+from data.images.decode import DECODER_VERSION
 from data.index import INDEX_FOLDER, Index, has_index
 from data.latents import Encoding, LatentReader
 from data.mixed_reader import MixedReader, check_alike
@@ -33,7 +34,7 @@ from data.reader import Reader
 from data.shard_set import ShardSet, index_shards, indexing_command, open_shards
 from data.shards import is_encoded
 from data.sorted_samples import sorted_samples
-from data.summary import bucket_lines, bucket_rows, mixture_lines
+from data.summary import bucket_lines, bucket_rows, decoder_lines, mixture_lines
 from data.verify import verify
 from data.worker_signals import leave_signals_to_parent
 
@@ -47,7 +48,8 @@ class CaptionedImages(LightningDataModule):
     """Training and validation batches of captioned images.
 
     `batch_size` counts the images of all processes. Training starts at sample `start_sample`; by
-    default where the trainer stands: global_step * accumulate_grad_batches * batch_size.
+    default where the trainer stands: global_step * accumulate_grad_batches * batch_size. `decoder`:
+    data/images/decode.py.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class CaptionedImages(LightningDataModule):
         seed: int,
         batch_size: int,
         start_sample: int | Callable[[], int] | None = None,
+        decoder: int = DECODER_VERSION,
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -64,6 +67,7 @@ class CaptionedImages(LightningDataModule):
         self.seed = seed
         self.batch_size = batch_size
         self.start_sample = start_sample
+        self.decoder = decoder
         self.bad_samples: dict[int, BadSample] = {}
         """Training samples that proved unusable, by index: read but replaced."""
         self._is_prepared = False
@@ -182,8 +186,8 @@ class CaptionedImages(LightningDataModule):
         return {name.partition("=")[0]: identity(reader) for name, reader in self.readers().items()}
 
     def summary(self) -> list[str]:
-        """Returns lines for the user: shares of a mixture, images of each bucket."""
-        lines = []
+        """Returns lines for the user: an old decoder, shares of a mixture, sizes of buckets."""
+        lines = decoder_lines(self.readers().values())
         if isinstance(self._training, MixedReader):
             mixed = self._training
             lines += ["data.mixture:", *mixture_lines(mixed.readers, mixed.schedule.parts)]
@@ -248,6 +252,7 @@ class CaptionedImages(LightningDataModule):
             remote=shards.remote,
             name=name,
             offset=offset,
+            decoder=self.decoder,
         )
         if isinstance(reader, LatentReader):
             self._check_latents(f"{field}={pattern}", reader.encoding, field != VALIDATION)

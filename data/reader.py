@@ -23,8 +23,9 @@ from torch import Tensor
 
 from data.bad_samples import BadSample, listing
 from data.buckets import Size, bucket_of
-from data.decode import MAX_IMAGE_PIXELS, BadImage, decode, decode_caption, json_caption
+from data.decode import decode_caption, json_caption
 from data.errors import UserError
+from data.images.decode import DECODER_VERSION, MAX_IMAGE_PIXELS, BadImage, decode
 from data.index import Index
 from data.order import BucketOrder, Place
 from data.permutation import permute
@@ -58,6 +59,8 @@ class Reader:
     order: BucketOrder | None = None
     name: str = ""
     offset: int = 0
+    decoder: int = DECODER_VERSION
+    """Version of the decoder: data/images/decode.py."""
     _files: dict[int, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -142,7 +145,7 @@ class Reader:
         image_bytes, caption_bytes = self.member_bytes(index)
         draws = draw(self.seed, epoch, index) if training else CENTER
         crop = draws if self.crop == "random" else CENTER
-        image = decode(image_bytes, self.max_image_pixels)
+        image = decode(image_bytes, self.max_image_pixels, self.decoder)
         flip = self.flip and draws.flip < 0.5
         size = size or self.size(index)
         assert size is not None, "what is left out is not read"

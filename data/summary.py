@@ -1,11 +1,12 @@
 """What training reads, for the user: the share of each data set, the images of each bucket."""
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from data.bad_samples import printable
+from data.images.decode import STORED_COLORS
 from data.reader import Reader
 
 NUM_NAMED = 5  # of the samples that are left out
@@ -41,6 +42,16 @@ def write_buckets(path: Path, rows: Sequence[BucketRow]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(BucketRow._fields)
         writer.writerows(rows)
+
+
+def decoder_lines(readers: Iterable[Reader]) -> list[str]:
+    """Returns what to say of a run that goes on with an earlier decoder."""
+    if not any(type(each) is Reader and each.decoder == STORED_COLORS for each in readers):
+        return []
+    return [
+        "note: the run was begun before images were converted to sRGB by their colour profiles; it "
+        "goes on with colours as they are stored. A new run converts them"
+    ]
 
 
 def mixture_lines(readers: Sequence[Reader], parts: Sequence[int]) -> list[str]:

@@ -13,7 +13,6 @@ each a shard at a time (train/encode_shards.py). Finished shards outlive whateve
 import contextlib
 import dataclasses
 import functools
-import json
 import shutil
 import sys
 import time
@@ -21,7 +20,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,16 +37,15 @@ from data.scratch import scratch_folder
 from data.shard_digest import file_stamp
 from data.shard_file import shard_name
 from data.shard_set import index_shards, indexing_command, open_shards
-from data.shards import ENCODING_FILE, is_encoded
-from data.shared_partial import SharedPartial, folder_beside
+from data.shards import is_encoded
+from data.shared_partial import SharedPartial
 from data.verify import compare_bytes, verify
 from data.workers import run_in_processes
-from sampling.choices import recorded_formats
 from sampling.errors import RunFailed, UserError
 from sampling.fingerprint import text_encoder_digest, vae_digest
 from sampling.model import DiffusionModel
-from sampling.precision import settle
 from sampling.tasks import Task, this_task
+from train.encode_begun import begun_decoder, settled, tell
 from train.encode_config import EncodeConfig
 from train.encode_shards import EncodeRules, Share, encode_share
 from train.encode_tasks import process_devices
@@ -119,25 +116,6 @@ def encode(config: EncodeConfig) -> EncodeResult:
     return result_of(output, kept)
 
 
-def settled(config: EncodeConfig, device: torch.device) -> tuple[EncodeConfig, bool]:
-    """Returns the config with the number formats that `device` encodes in, and whether they are
-    recorded with what `output` holds already.
-
-    Raises UserError where that was begun in others; what has no record of them goes on as it was.
-    """
-    output = Path(config.output)
-    partial = folder_beside(output) / "settings.json"
-    kept: dict[str, Any] | None = None
-    is_recorded = True
-    for path in (partial, output / ENCODING_FILE):
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            kept, is_recorded = recorded_formats(saved, DEFAULT_FORMATS)
-    asked = {name: getattr(config, name) for name in DEFAULT_FORMATS}
-    taken = settle(f"output={output}", asked, device, _tell, kept, is_recorded)
-    return dataclasses.replace(config, **taken), is_recorded
-
-
 def open_source(config: EncodeConfig, task: Task) -> Reader:
     """Returns the reader of the source's images, indexed first where they were not."""
     shards = open_shards(config.source, "source", config, in_order=True)
@@ -152,7 +130,7 @@ def open_source(config: EncodeConfig, task: Task) -> Reader:
         index_shards(shards, config.max_bad_share, config.max_image_pixels)
         shards = open_shards(config.source, "source", config, in_order=True)
     for note in verify(shards):
-        _tell(note)
+        tell(note)
     return Reader(
         Index(shards.folder, shards.kept),
         shards.paths,
@@ -161,6 +139,7 @@ def open_source(config: EncodeConfig, task: Task) -> Reader:
         crop="center",
         max_image_pixels=config.max_image_pixels,
         remote=shards.remote,
+        decoder=begun_decoder(Path(config.output)),
     )
 
 
@@ -194,7 +173,7 @@ def check_output(output: Path, encoding: Encoding, earlier: Encoding) -> None:
             f"output={output}: is not empty: it holds latents that were made with "
             f"{', '.join(names)}. Name another output, or remove that folder to encode anew."
         )
-    _tell(
+    tell(
         f"{output} was made before its source was known by its content; it is taken to be of the "
         "source as it is now"
     )
@@ -229,6 +208,7 @@ def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encod
         device=device,
         moments_shape=(2 * channels, height, width),
         scaling_factor=model.scaling_factor,
+        decoder=reader.decoder,
     )
 
 
@@ -333,10 +313,6 @@ def _failure(error: Exception, config: EncodeConfig, partial: SharedPartial) -> 
     done = f"{num_shards} shards ({megabytes:.1f} MB) were finished and are kept"
     done = done if num_shards else "no shard was finished, nothing was kept"
     return RunFailed(f"output={config.output}: {reason}; {done}. {remedy}")
-
-
-def _tell(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _silent(count: int) -> None:

@@ -46,7 +46,7 @@ from train.run_directory import (
     names_other_data,
     write_records,
 )
-from train.run_identity import check_same_data, write_identity
+from train.run_identity import begun_decoder, check_same_data, write_identity
 from train.run_lock import RunLock
 from train.start import hold_encoders, keep_base, starting_model
 from train.tracking import finish, sent_rows, wandb_logger
@@ -164,7 +164,9 @@ def train(
     )
     if choice:
         say(f"note: {choice}")
-    images = CaptionedImages(config.data, config.seed, config.batch_size)
+    images = CaptionedImages(
+        config.data, config.seed, config.batch_size, decoder=begun_decoder(run_dir)
+    )
     images.require_index(num_started(config))
     if is_first_process():
         images.prepare_data()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.identity import differences, is_certain
+from data.images.decode import DECODER_VERSION, STORED_COLORS
 from sampling.errors import UserError
 from sampling.whole_file import write_whole
 
@@ -47,6 +48,14 @@ def check_same_data(run_dir: Path, data: Mapping[str, Any]) -> str:
     if is_certain(data) and not is_certain(before):
         return f"{run_dir} knew its data by sizes and places alone; now by their content"
     return ""
+
+
+def begun_decoder(run_dir: Path) -> int:
+    """Returns the version of the decoder of images that a run began with; today's for a new run."""
+    if not (run_dir / "config.yaml").exists():
+        return DECODER_VERSION
+    data_sets = read_identity(run_dir).get("data", {}).values()
+    return min((each.get("decoder", STORED_COLORS) for each in data_sets), default=STORED_COLORS)
 
 
 def write_identity(run_dir: Path, **sections: Mapping[str, Any]) -> None:
