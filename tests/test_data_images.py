@@ -1,6 +1,7 @@
 """Colours, transparency and formats: whatever a picture stores, the decoder gives upright sRGB."""
 
 import logging
+import shutil
 import struct
 import zlib
 from io import BytesIO
@@ -8,12 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 import data.images.decode as decoder
 from data.files.notes import forget
 from data.images.decode import STORED_COLORS, BadImage, decode
 from data.images.pictures import open_picture, picture_files
+from data.index import Index, build_index
+from data.pack import PackConfig, pack
 from tests.data_images import encoded, picture, png_of_size
 from tests.icc_profiles import (
     ADOBE_RGB,
@@ -142,6 +147,30 @@ def test_a_broken_profile_is_ignored_with_one_note(
             np.testing.assert_array_equal(found, image)
     assert len(caplog.messages) == 1 and "colour profile is ignored" in caplog.messages[0]
     forget()
+
+
+@given(st.sampled_from([ADOBE, P3, cmyk_profile(), gray_profile(gamma(1.8))]), st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_damage_to_a_profile_leaves_an_image(profile: bytes, draws: st.DataObject) -> None:
+    changed = bytearray(profile)
+    for _ in range(draws.draw(st.integers(1, 8))):
+        changed[draws.draw(st.integers(0, 400))] = draws.draw(st.integers(0, 255))
+    del changed[draws.draw(st.integers(100, len(changed))) :]
+    mode = {b"CMYK": "CMYK", b"GRAY": "L"}.get(profile[16:20], "RGB")
+    content = encoded(Image.new(mode, (8, 8)), "TIFF", icc_profile=bytes(changed))
+    assert decode(content).mode == "RGB"
+
+
+def test_avif_is_packed_and_indexed_like_any_image(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.avif").write_bytes(encoded(picture(0), "AVIF"))
+    (tmp_path / "source" / "a.txt").write_text("noise")
+    shards = tmp_path / "shards"
+    assert pack(PackConfig(str(tmp_path / "source"), str(shards))).num_samples == 1
+    shutil.rmtree(shards / "index")
+    assert build_index(shards) == []
+    (record,) = Index(shards).records
+    assert (record["width"], record["height"]) == picture(0).size
 
 
 def test_the_first_decoder_takes_pixels_as_they_are_stored() -> None:
