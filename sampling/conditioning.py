@@ -59,9 +59,22 @@ def joined(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 def encode_text(
-    tokenizer: Any, text_encoder: Any, prompts: Sequence[str], device: torch.device
+    tokenizer: Any,
+    text_encoder: Any,
+    prompts: Sequence[str],
+    device: torch.device,
+    clip_skip: int = 0,
 ) -> Conditioning:
-    """Encodes each distinct prompt once; over-long ones are cut, with a warning for the first."""
+    """Encodes each distinct prompt once; over-long ones are cut, with a warning for the first.
+
+    clip_skip: last layers to leave out before the final layer norm. Raises UserError where there
+    are not so many.
+    """
+    num_layers = text_encoder.config.num_hidden_layers
+    if not 0 <= clip_skip <= num_layers:
+        raise UserError(
+            f"clip_skip={clip_skip} must be from 0 to {num_layers}, the layers of the text encoder"
+        )
     distinct = list(dict.fromkeys(prompts))
     limit = tokenizer.model_max_length
     states = []
@@ -76,8 +89,13 @@ def encode_text(
                 log.warning("cut to %d of %d tokens: %.60r", limit, length, text)
         uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(device) if uses_mask else None
-        encoded = text_encoder(tokens.input_ids.to(device), attention_mask=mask)
-        states.append(encoded.last_hidden_state)
+        ids = tokens.input_ids.to(device)
+        encoded = text_encoder(ids, attention_mask=mask, output_hidden_states=clip_skip > 0)
+        if clip_skip:
+            inner = getattr(text_encoder, "text_model", text_encoder)  # transformers 4
+            states.append(inner.final_layer_norm(encoded.hidden_states[-(clip_skip + 1)]))
+        else:
+            states.append(encoded.last_hidden_state)
     place = {text: row for row, text in enumerate(distinct)}
     rows = torch.tensor([place[text] for text in prompts], device=device)
     return Conditioning(torch.cat(states)[rows])

@@ -47,12 +47,15 @@ class SampleConfig:
     """Timesteps [low, high], both included, at which guidance is on; all if not set."""
     negative_prompt: str = ""
     """What guidance steers away from."""
+    clip_skip: int = 0
+    """Last layers of the text encoder to leave out for the prompts, as clip_skip of diffusers; the
+    negative prompt has all. 1 is what other tools call clip skip 2."""
     allow_unsound: bool = False
     """Sample a checkpoint whose process cannot work, for a comparison."""
     height: int | None = None
-    """Height in px; the model's own if not set."""
+    """Height in px, a multiple of 8; the model's own if not set."""
     width: int | None = None
-    """Width in px; the model's own if not set."""
+    """Width in px, a multiple of 8; the model's own if not set."""
     weights: Weights = "ema"
     """Which weights of a training checkpoint: their moving average or the last step's."""
     dtype: AutoDtype = "auto"

@@ -28,15 +28,8 @@ from sampling.loading import Part, empty_unet, load_tokenizer, load_unet, read_j
 from sampling.noise import initial_noise, step_noise
 from sampling.pixel_codec import IMAGE_CHANNELS
 from sampling.pixel_folder import PixelForm
-from sampling.prediction import to_eps, to_x0
 from sampling.process import Process
-from sampling.samplers import (
-    Denoise,
-    Prediction,
-    SampleState,
-    check_sampler,
-    run,
-)
+from sampling.samplers import Denoise, Prediction, SampleState, check_sampler, run
 from sampling.saving import save_model
 
 log = logging.getLogger(__name__)
@@ -196,17 +189,22 @@ class DiffusionModel:
         return channels, height // self.vae_scale, width // self.vae_scale
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0) -> Conditioning:
         """Encodes texts or class names (sampling/conditioning.py); "" stands for no condition.
 
-        The embeddings are float32. The text encoder runs in the format of its own weights, also
+        `clip_skip` leaves out so many of the text encoder's last layers. The embeddings are
+        float32. The text encoder runs in the format of its own weights, also
         under the autocast of a run in mixed precision: training and its previews embed alike.
         """
         if self.tokenizer is None:
             assert self.pixels is not None
+            if clip_skip:
+                raise UserError(f"clip_skip={clip_skip}: this model has no text encoder")
             return encode_classes(self.pixels.classes, prompts, self.device)
         with torch.autocast(self.device.type, enabled=False):
-            condition = encode_text(self.tokenizer, self.text_encoder, prompts, self.device)
+            condition = encode_text(
+                self.tokenizer, self.text_encoder, prompts, self.device, clip_skip
+            )
         return condition.to(torch.float32)
 
     @torch.no_grad()
@@ -273,10 +271,7 @@ class DiffusionModel:
         guidance: Guidance = NO_GUIDANCE,
     ) -> Denoise:
         """Returns the function (x_t, t) -> x0, eps that samplers walk with, in float32."""
-        kind = self.process.prediction_type
-        schedule = self.process.schedule
-        alphas, sigmas = schedule.alpha.tolist(), schedule.sigma.tolist()
-        dtype = dtype_of(self.unet)
+        read, dtype = self.process.reader(), dtype_of(self.unet)
         conditioning = conditioning.to(dtype)
         unconditional = None if unconditional is None else unconditional.to(dtype)
         both = None if unconditional is None else unconditional.followed_by(conditioning)
@@ -286,11 +281,7 @@ class DiffusionModel:
                 steps = torch.full((len(x),), t, device=x.device)
                 return self.network(x.to(dtype), steps, condition)
 
-            output = guided_output(predict, x_t, t, conditioning, both, guidance)
-            alpha, sigma = alphas[t], sigmas[t]
-            return Prediction(
-                to_x0(kind, output, x_t, alpha, sigma), to_eps(kind, output, x_t, alpha, sigma)
-            )
+            return read(guided_output(predict, x_t, t, conditioning, both, guidance), x_t, t)
 
         return denoise
 
@@ -310,13 +301,15 @@ class DiffusionModel:
         guidance_interval: tuple[int, int] | None = None,
         batch_size: int = 16,
         allow_unsound: bool = False,
+        clip_skip: int = 0,
         on_batch: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "n 3 h w"]:
         """Samples one image a (prompt, seed) pair; returns (N, 3, H, W) float32 in [0, 1] on CPU.
 
         One prompt goes with any number of seeds. Seed N starts from the latent that
-        `torch.Generator("cpu").manual_seed(N)` draws in diffusers. `on_batch` is told the number of
-        images that each batch finished.
+        `torch.Generator("cpu").manual_seed(N)` draws in diffusers. `clip_skip` is diffusers': of
+        the prompts, not of the negative one. `on_batch` is told the number of images that each
+        batch finished.
         """
         prompts = [prompts] * len(seeds) if isinstance(prompts, str) else list(prompts)
         if len(prompts) != len(seeds):
@@ -328,15 +321,16 @@ class DiffusionModel:
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         if self.is_unconditional:
             guidance = NO_GUIDANCE  # both branches would be the same
-        conditioning = self.encode_prompts([negative_prompt, *prompts])
+        empty = self.encode_prompts([negative_prompt])
+        conditioning = self.encode_prompts(prompts, clip_skip)
         images = []
         for start in range(0, len(seeds), batch_size):
             rows = slice(start, start + batch_size)
             batch_seeds = list(seeds[rows])
             state = SampleState(initial_noise(batch_seeds, shape).to(self.device))
             denoise = self.denoiser(
-                conditioning[1:][rows],
-                conditioning[torch.zeros(len(batch_seeds), dtype=torch.long)],
+                conditioning[rows],
+                empty[torch.zeros(len(batch_seeds), dtype=torch.long)],
                 guidance,
             )
 

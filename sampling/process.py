@@ -4,15 +4,16 @@ It travels inside the checkpoint, as a diffusers scheduler_config, and nothing t
 from elsewhere.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from sampling.errors import UserError
-from sampling.prediction import PredictionType
-from sampling.samplers import END_AT_FINAL_ALPHA_BAR, SamplingGrid
+from sampling.prediction import PredictionType, to_eps, to_x0
+from sampling.samplers import END_AT_FINAL_ALPHA_BAR, Prediction, SamplingGrid
 from sampling.schedule import NoiseSchedule, Spacing
 from sampling.scheduler_config import ABOVE_THE_CLEANEST, read_scheduler_config
 
@@ -100,6 +101,23 @@ class Process:
         """Returns the noise levels that a sampler of this checkpoint walks."""
         timesteps = self.timesteps(num_steps)
         return SamplingGrid.of(self.schedule, timesteps, self.final_alpha_bar(sampler))
+
+    def reader(self) -> Callable[[Tensor, Tensor, int], Prediction]:
+        """Returns the function (network output, x_t, t) -> x0 and eps."""
+        kind = self.prediction_type
+        alphas, sigmas = self.schedule.alpha.tolist(), self.schedule.sigma.tolist()
+
+        def read(output: Tensor, x_t: Tensor, t: int) -> Prediction:
+            alpha, sigma = alphas[t], sigmas[t]
+            return Prediction(
+                to_x0(kind, output, x_t, alpha, sigma), to_eps(kind, output, x_t, alpha, sigma)
+            )
+
+        return read
+
+    def respaced(self, spacing: Spacing | None) -> "Process":
+        """Returns it with other sampling timesteps; None: its own."""
+        return replace(self, timestep_spacing=spacing or self.timestep_spacing)
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":

@@ -65,6 +65,7 @@ def sample_to_folder(config: SampleConfig) -> Path:
                 negative_prompt=config.negative_prompt,
                 batch_size=config.batch_size,
                 allow_unsound=config.allow_unsound,
+                clip_skip=config.clip_skip,
             )
             (output / "images").mkdir(parents=True, exist_ok=True)
             with (output / "samples.jsonl").open("a", encoding="utf-8") as rows:

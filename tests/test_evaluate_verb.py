@@ -225,6 +225,7 @@ def test_wrong_input_is_refused_before_anything_is_written(
     (zero_snr / "scheduler").mkdir()
     scheduler = json.loads((pipeline / "scheduler" / "scheduler_config.json").read_text())
     scheduler |= {
+        "_class_name": "DDIMScheduler",
         "rescale_betas_zero_snr": True,
         "prediction_type": "v_prediction",
         "timestep_spacing": "trailing",

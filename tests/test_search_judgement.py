@@ -190,12 +190,12 @@ def test_a_file_of_many_prompts_is_searched_from_its_first(
     encoded = 0
     original = DiffusionModel.encode_prompts
 
-    def counting(self: DiffusionModel, prompts: list[str]) -> Any:
+    def counting(self: DiffusionModel, prompts: list[str], clip_skip: int = 0) -> Any:
         nonlocal encoded
         encoded += len(prompts)
         if encoded > 60:
             raise KeyboardInterrupt
-        return original(self, prompts)
+        return original(self, prompts, clip_skip)
 
     monkeypatch.setattr(DiffusionModel, "encode_prompts", counting)
     with pytest.raises(KeyboardInterrupt):

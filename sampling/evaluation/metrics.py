@@ -158,14 +158,17 @@ class MetricsConfig:
     """Share of the guided output's standard deviation that is set back; 0 to 1."""
     negative_prompt: str = ""
     """What guidance steers away from."""
+    clip_skip: int = 0
+    """Last layers of the text encoder to leave out for the prompts, as clip_skip of diffusers; the
+    negative prompt has all. 1 is what other tools call clip skip 2."""
     timestep_spacing: Spacing | None = None
     """Visit other timesteps than the checkpoint says, for a comparison; the report says so."""
     allow_unsound: bool = False
     """Sample a process that cannot work, for a comparison; the report says so."""
     height: int | None = None
-    """Height in px; the model's own if not set."""
+    """Height in px, a multiple of 8; the model's own if not set."""
     width: int | None = None
-    """Width in px; the model's own if not set."""
+    """Width in px, a multiple of 8; the model's own if not set."""
     weights: Weights = "ema"
     """Which weights of a training checkpoint: their moving average or the last step's."""
     dtype: AutoDtype = "auto"

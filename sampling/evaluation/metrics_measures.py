@@ -149,6 +149,7 @@ def noise_dependences(
         config.height,
         config.width,
         config.batch_size,
+        config.clip_skip,
     )
     values = [round(value, 8) for value in found.tolist()]
     content = {"settings": key, "deviations": values}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Painter:
     def _process_notes(self, model: DiffusionModel) -> None:
         """Tells what is unusual about the process; raises UserError for what cannot work."""
         config, own = self._config, model.process
-        process = replace(own, timestep_spacing=config.timestep_spacing or own.timestep_spacing)
+        process = own.respaced(config.timestep_spacing)
         process.check_sound(config.allow_unsound)
         notes = []
         if process.timestep_spacing != own.timestep_spacing:
@@ -94,6 +94,8 @@ class Painter:
         self.size = (config.height or own_height, config.width or own_width)
         model.latent_shape(config.height, config.width)  # says what sizes are possible
         process.timesteps(config.num_steps)  # says how many there are
+        if config.clip_skip:
+            model.encode_prompts([""], config.clip_skip)  # says how many layers there are
         if model.tokenizer is None:
             model.encode_prompts([config.negative_prompt, *self._texts])  # names of classes
 
@@ -105,8 +107,7 @@ class Painter:
             dtype = getattr(torch, config.dtype)
             model = DiffusionModel.load(config.checkpoint, self.device, dtype, config.weights)
             self._check_weights(model_digest(model))
-            if config.timestep_spacing is not None:
-                model.process = replace(model.process, timestep_spacing=config.timestep_spacing)
+            model.process = model.process.respaced(config.timestep_spacing)
             prepare_unet(model.unet, config.attention, config.channels_last)
             model.unet.register_forward_pre_hook(self._count)
             self._model = model
@@ -136,6 +137,7 @@ class Painter:
             config.negative_prompt,
             batch_size=config.batch_size,
             allow_unsound=config.allow_unsound,
+            clip_skip=config.clip_skip,
         )
         for image in images:
             if not torch.isfinite(image).all():

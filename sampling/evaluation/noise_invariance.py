@@ -30,6 +30,7 @@ def noise_dependence(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 16,
+    clip_skip: int = 0,
 ) -> Float[Tensor, " n"]:
     """Returns, for each prompt, the deviation over noises of the x0-prediction at t = T - 1.
 
@@ -43,7 +44,7 @@ def noise_dependence(
     last = len(model.process.schedule.alpha) - 1
     found = []
     for prompt in prompts:
-        condition = model.encode_prompts([prompt])
+        condition = model.encode_prompts([prompt], clip_skip)
         parts = []
         for part in noise.split(batch_size):
             rows = condition[torch.zeros(len(part), dtype=torch.long, device=model.device)]

@@ -75,10 +75,13 @@ class SearchConfig:
     """Share of the guided output's standard deviation that is set back; 0 to 1."""
     negative_prompt: str = ""
     """What guidance steers away from."""
+    clip_skip: int = 0
+    """Last layers of the text encoder to leave out for the prompts, as clip_skip of diffusers; the
+    negative prompt has all. 1 is what other tools call clip skip 2."""
     height: int | None = None
-    """Height in px; the model's own if not set."""
+    """Height in px, a multiple of 8; the model's own if not set."""
     width: int | None = None
-    """Width in px; the model's own if not set."""
+    """Width in px, a multiple of 8; the model's own if not set."""
     random: RandomSearchConfig = field(default_factory=RandomSearchConfig)
     """Best-of-N."""
     zero_order: ZeroOrderConfig = field(default_factory=ZeroOrderConfig)

@@ -46,6 +46,7 @@ class SearchSampling:
     height: int | None = None
     width: int | None = None
     negative_prompt: str = ""
+    clip_skip: int = 0
 
 
 class TrialRunner:
@@ -70,6 +71,8 @@ class TrialRunner:
         process = model.process
         self.grid = process.grid(sampling.num_steps, sampling.sampler)
         self._empty = model.encode_prompts([sampling.negative_prompt])
+        if sampling.clip_skip:
+            model.encode_prompts([""], sampling.clip_skip)  # says how many layers there are
         self._encoded: dict[int, Conditioning] = {}
         wanted = (verifier.preview_log_snr for verifier in verifiers)
         self._of_runs = [one for one in verifiers if isinstance(one, Stability)]
@@ -139,7 +142,8 @@ class TrialRunner:
         """Returns the conditions of prompts, a row an index; encodes those that are new."""
         new = [index for index in dict.fromkeys(indices) if index not in self._encoded]
         if new:
-            encoded = self.model.encode_prompts([self.prompts[index] for index in new])
+            texts = [self.prompts[index] for index in new]
+            encoded = self.model.encode_prompts(texts, self.sampling.clip_skip)
             for row, index in enumerate(new):
                 self._encoded[index] = encoded[row : row + 1]
         return joined([self._encoded[index] for index in indices])

@@ -79,6 +79,7 @@ def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded
         config.height,
         config.width,
         config.negative_prompt,
+        config.clip_skip,
     )
     weights = {name: config.verifiers[name].weight for name in verifiers}
     weights = weights if len(weights) > 1 else dict.fromkeys(weights, 1.0)
