@@ -26,12 +26,13 @@ from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from data.index_contents import ShardDigests, add_stamps, read_stamps, write_digests
 from data.progress import progress
 from data.remote_address import shown
+from data.sample_keys import SampleKeys
 from data.scan import FACT, scan_shards
 from data.scratch import scratch_folder
 from data.shard_digest import ShardContent, samples_digest
 from data.shard_set import ShardSet, open_shards
 from data.shards import ENCODING_FILE, check_cache_fields, is_encoded
-from data.verify import changed_on_server
+from data.verify import changed_on_server, check_index_keys
 from data.workers import usable_cores
 
 REPORT_FILE = "report.json"
@@ -55,6 +56,12 @@ class CheckConfig:
     """An index is written for shards without one if at most this share is bad, 0 to 1."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Images with more pixels are refused as decompression bombs."""
+    image_key: str | None = None
+    """Extension of the members that are images, as in image_key=input.jpg, where index/ is not made
+    yet; null: the one that is an image's, and whatever an index that is there was made with."""
+    caption_key: str | None = None
+    """Likewise of the captions: caption for .caption members, json.NAME for the field NAME of .json
+    members, a text or a list of texts; null: .txt, "caption" in .json, .caption."""
     cache_dir: PathText | None = None
     """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
     $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint."""
@@ -95,12 +102,13 @@ def check(config: CheckConfig) -> CheckReport:
     try:
         with _scratch(folder) as scratch:
             with ExitStack() as stack:
+                keys = _keys(chosen)
                 with disk_writes():
-                    writer = stack.enter_context(IndexWriter(scratch))
+                    writer = stack.enter_context(IndexWriter(scratch, keys=keys))
                 advance = stack.enter_context(progress("checking", len(shards)))
                 remote = chosen.remote and replace(chosen.remote, anew=config.full)
                 limits = (config.max_image_pixels, num_processes, latents)
-                scans = scan_shards(shards, *limits, advance, remote)
+                scans = scan_shards(shards, *limits, advance, remote, keys)
                 contents: list[ShardContent] = []
                 for number, scan in enumerate(scans):
                     with disk_writes(), (scratch / "facts").open("ab") as facts_file:
@@ -128,6 +136,18 @@ def check(config: CheckConfig) -> CheckReport:
     if output:
         _write(output, report)
     return report
+
+
+def _keys(shards: ShardSet) -> SampleKeys:
+    """Returns the members to read: those asked for, or those that the index was made with."""
+    if not has_index(shards.folder):
+        return shards.keys
+    try:
+        index = Index(shards.folder)
+    except UserError:
+        return shards.keys  # named in the report
+    check_index_keys(shards, index)
+    return index.keys
 
 
 def _prepared(output: str | None) -> Path | None:
@@ -221,7 +241,7 @@ def _differences(index: Index, found: Index, name: str, same_number: bool) -> li
         return []  # unreadable, and named among what is bad
     then = index.digests.get(name)
     if then is None:  # indexed before there were digests: its samples are all there is to compare
-        then = ShardDigests(now.whole, now.text, samples_digest(index.rows(name)))
+        then = ShardDigests(now.whole, now.text, samples_digest(index.rows(name), index.keys.field))
     if then.whole != now.whole:
         what = "images have" if then.text == now.text else "headers, captions or images have"
         return [f"{name}: its {what} changed since it was indexed"]

@@ -59,6 +59,8 @@ class Captions:
     words: Spread
     num_cut: int
     """Captions of more than 75 words, whose end a CLIP text encoder never sees."""
+    num_several: int = 0
+    """Samples with several captions; of each its longest counts."""
 
 
 @dataclass
@@ -148,6 +150,7 @@ def summarize(
         spread(facts["characters"]),
         spread(facts["words"]),
         int((facts["words"] > MAX_WORDS).sum()),
+        int((facts["captions"] > 1).sum()),
     )
     report.copies = {
         "images": _copies(found, facts["image_hash"]),

@@ -33,6 +33,11 @@ def tables(report: CheckReport) -> Iterator[Table | Text]:
     if report.captions:
         captions = report.captions
         yield _spreads("captions", {"characters": captions.characters, "words": captions.words}, 0)
+        if captions.num_several:
+            yield Text(
+                f"{captions.num_several:,} samples have several captions, of which training draws "
+                "one an epoch; the longest of each is counted here.\n"
+            )
         if captions.num_cut:
             share = captions.num_cut / report.num_samples
             yield Text(

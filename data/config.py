@@ -49,6 +49,13 @@ class DataConfig:
     """Share of samples that may prove unusable before the run stops, 0 to 1."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Images with more pixels are refused as decompression bombs."""
+    image_key: str | None = None
+    """Extension of the members that are images, as in data.image_key=input.jpg, where index/ is not
+    made yet; null: the one that is an image's, and whatever an index that is there was made with.
+    Data sets of a mixture that differ are indexed beforehand, by `blackpoint data check`."""
+    caption_key: str | None = None
+    """Likewise of the captions: caption for .caption members, json.NAME for the field NAME of .json
+    members, a text or a list of texts; null: .txt, "caption" in .json, .caption."""
     cache_dir: PathText | None = None
     """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
     $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint. Best on a local disk."""

@@ -26,7 +26,7 @@ def identity(reader: "Reader") -> dict[str, Any]:
     index, rows = reader.index, list[list[Any]]()
     for name in sorted(path.name for path in reader.shards):
         digests = index.digests.get(name)
-        samples = digests.samples if digests else samples_digest(index.rows(name))
+        samples = digests.samples if digests else samples_digest(index.rows(name), index.keys.field)
         first = reader.offset + index.shard_samples[name].start
         rows.append([name, first, digests.whole if digests else "", samples])
     empty = None

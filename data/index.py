@@ -4,7 +4,8 @@ Beside the shards lies `index/`:
 
 - records.npy   one RECORD a sample, in the order of the shards
 - keys.bin      the keys, UTF-8, one after the other
-- shards.json   the names and sizes of the shards, and how many samples each holds
+- shards.json   the names and sizes of the shards, how many samples each holds, and the members that
+                were chosen (data/sample_keys.py)
 - bad_samples.jsonl  the samples left out, with the reason
 - digests.json, stamps.json  what the shards hold: data/index_contents.py
 
@@ -25,6 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data.bad_samples import BadSample, refusal, too_many
+from data.caption_text import CAPTION_FIELD
 from data.errors import RunFailed, UserError
 from data.images.decode import MAX_IMAGE_PIXELS
 from data.index_contents import (
@@ -39,6 +41,7 @@ from data.index_writer import FORMAT_VERSION, IndexWriter
 from data.progress import progress
 from data.record import RECORD
 from data.remote_shards import RemoteShards
+from data.sample_keys import AUTOMATIC, SampleKeys
 from data.scan import scan_shards
 from data.shard_digest import ShardContent, file_stamp, new_digest, text_content
 from data.shards import folder_shards, is_encoded
@@ -67,6 +70,7 @@ class Index:
         description = _description(shard_folder)
         self.num_samples: int = description["num_samples"]
         self.num_bad_samples: int = description["num_bad_samples"]
+        self.keys = SampleKeys(description.get("image_key"), description.get("caption_key"))
         self.shard_names: list[str] = []
         self.shard_bytes: dict[str, int] = {}
         self.shard_samples: dict[str, range] = {}
@@ -163,6 +167,8 @@ class Index:
                 rows = records[first : min(first + ROWS_AT_ONCE, samples.stop)].copy()
                 rows["shard"], rows["key_offset"] = 0, 0  # of the folder, not of the shard
                 whole.update(rows.tobytes())
+        if self.keys.field != CAPTION_FIELD:
+            whole.update(self.keys.field.encode())
         return whole.hexdigest()
 
     def changed_shards(self, shards: Sequence[Path]) -> dict[str, str]:
@@ -238,6 +244,7 @@ def build_index(
     num_processes: int = 1,
     shards: Sequence[Path] | None = None,
     remote: RemoteShards | None = None,
+    keys: SampleKeys = AUTOMATIC,
 ) -> list[BadSample]:
     """Writes the index of some shards, whoever made them, and returns the bad samples.
 
@@ -249,9 +256,12 @@ def build_index(
     bad: list[BadSample] = []
     contents: list[ShardContent] = []
     try:
-        with IndexWriter(folder) as writer, progress("indexing", len(shards)) as advance:
+        with (
+            IndexWriter(folder, keys=keys) as writer,
+            progress("indexing", len(shards)) as advance,
+        ):
             for number, scan in enumerate(
-                scan_shards(shards, max_image_pixels, num_processes, False, advance, remote)
+                scan_shards(shards, max_image_pixels, num_processes, False, advance, remote, keys)
             ):
                 writer.append(number, scan.records)
                 contents.append(scan.content)

@@ -21,6 +21,7 @@ from data.index_contents import (
     stamps_json,
 )
 from data.record import RECORD, ShardRecords
+from data.sample_keys import AUTOMATIC, SampleKeys
 from data.scratch import scratch_folder
 from data.shard_digest import ShardContent, samples_digest, shard_content
 
@@ -31,13 +32,16 @@ class IndexWriter:
     """Writes an index folder sample by sample; the index appears, whole, when it is closed.
 
     As a context manager. It grows in a folder inside `working`, by default the shards' own; what an
-    exception leaves behind is removed.
+    exception leaves behind is removed. `keys` are those by which its samples were found.
     """
 
-    def __init__(self, shard_folder: Path, working: Path | None = None) -> None:
+    def __init__(
+        self, shard_folder: Path, working: Path | None = None, keys: SampleKeys = AUTOMATIC
+    ) -> None:
         self.folder = shard_folder / INDEX_FOLDER
         self.partial: Path
         self._working = working or shard_folder
+        self._keys_chosen = keys
         self.num_samples = 0
         self._num_in_shard: Counter[int] = Counter()
         self._samples: dict[int, str] = {}
@@ -58,7 +62,7 @@ class IndexWriter:
     def append(self, shard: int, records: ShardRecords) -> None:
         """Appends the samples of a shard that were collected elsewhere."""
         rows, keys = records.records, records.keys
-        self._samples[shard] = samples_digest(rows)
+        self._samples[shard] = samples_digest(rows, self._keys_chosen.field)
         rows["shard"] = shard
         rows["key_offset"] += np.uint64(self._key_offset)
         self._records.write(rows.tobytes())
@@ -89,6 +93,7 @@ class IndexWriter:
             "version": FORMAT_VERSION,
             "num_samples": self.num_samples,
             "num_bad_samples": len(bad),
+            **self._keys_chosen.chosen(),
             "shards": [
                 {
                     "name": path.name,

@@ -6,7 +6,8 @@ Beside the shards and their index lie
 - empty.safetensors  prompt_embeds (L, D) of "", which stands in for dropped captions
 
 and a sample is key.safetensors, with moments (2C, H/f, W/f), mean and log variance of the
-autoencoder's posterior before its scaling factor, and prompt_embeds (L, D), beside key.txt.
+autoencoder's posterior before its scaling factor, and prompt_embeds (L, D), beside key.txt. Of N
+captions, in key.json, prompt_embeds is (N, L, D), in their order.
 
 Shard k holds what is usable of the source's samples [k S, (k + 1) S), S = samples_per_shard: what
 belongs into a shard depends neither on the other shards nor on who writes them.
@@ -26,12 +27,11 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from data.buckets import Size
-from data.decode import BadImage, decode_caption
+from data.decode import BadImage
 from data.errors import UserError
 from data.images.decode import STORED_COLORS
 from data.reader import Reader
 from data.shards import EMPTY_FILE, ENCODING_FILE
-from data.transform import CENTER, draw
 
 FORMAT_VERSION = 2
 KEY_BYTES = 16
@@ -160,14 +160,15 @@ class LatentReader(Reader):
     def read(
         self, epoch: int, index: int, training: bool, size: Size | None = None
     ) -> tuple[dict[str, Tensor], str]:
-        """Returns moments and prompt_embeds, as stored, and the caption; raises BadImage."""
-        content_bytes, caption_bytes = self.member_bytes(index)
-        content = self._tensors(content_bytes)
-        caption = decode_caption(caption_bytes)
-        draws = draw(self.seed, epoch, index) if training else CENTER
-        if draws.caption_dropout < self.caption_dropout:
+        """Returns moments and prompt_embeds, as stored, and their caption; raises BadImage."""
+        content_bytes, captions = self.members(index)
+        content = self._tensors(content_bytes, len(captions))
+        place = self.caption_place(epoch, index, training, len(captions))
+        if place is None:
             return content | {"prompt_embeds": self._empty}, ""
-        return content, caption
+        if len(captions) > 1:
+            content["prompt_embeds"] = content["prompt_embeds"][place]
+        return content, captions[place]
 
     def stack(self, contents: Sequence[Any]) -> dict[str, Tensor]:
         """Returns moments (B, 2C, H/f, W/f) and prompt_embeds (B, L, D), float32."""
@@ -176,10 +177,11 @@ class LatentReader(Reader):
             for name in ("moments", "prompt_embeds")
         }
 
-    def _tensors(self, content_bytes: bytes) -> dict[str, Tensor]:
+    def _tensors(self, content_bytes: bytes, num_captions: int) -> dict[str, Tensor]:
+        shape = self.encoding.prompt_embeds_shape
         shapes = {
             "moments": self.encoding.moments_shape,
-            "prompt_embeds": self.encoding.prompt_embeds_shape,
+            "prompt_embeds": shape if num_captions == 1 else (num_captions, *shape),
         }
         try:
             content = load(content_bytes)

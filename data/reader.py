@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.bad_samples import BadSample, listing
 from data.buckets import Size, bucket_of
-from data.decode import decode_caption, json_caption
+from data.caption_text import Captions, json_captions, text_captions
 from data.errors import UserError
 from data.images.decode import DECODER_VERSION, MAX_IMAGE_PIXELS, BadImage, decode
 from data.index import Index
@@ -31,7 +31,7 @@ from data.order import BucketOrder, Place
 from data.permutation import permute
 from data.record import JSON, Span
 from data.remote_shards import RemoteShards
-from data.transform import CENTER, draw, transform
+from data.transform import CENTER, caption_number, draw, transform
 
 MAX_REPLACEMENTS = 100
 MAX_FROM_BUCKET = 20
@@ -142,7 +142,14 @@ class Reader:
 
         It is cut to `size`, by default to its own.
         """
-        image_bytes, caption_bytes = self.member_bytes(index)
+        pixels, captions = self.read_all(epoch, index, training, size)
+        return pixels, self.caption(epoch, index, training, captions)
+
+    def read_all(
+        self, epoch: int, index: int, training: bool, size: Size | None = None
+    ) -> tuple[Any, Captions]:
+        """Returns what `read` does, with all captions of the sample."""
+        image_bytes, captions = self.members(index)
         draws = draw(self.seed, epoch, index) if training else CENTER
         crop = draws if self.crop == "random" else CENTER
         image = decode(image_bytes, self.max_image_pixels, self.decoder)
@@ -150,18 +157,33 @@ class Reader:
         size = size or self.size(index)
         assert size is not None, "what is left out is not read"
         pixels = transform(image, size, crop.crop_x, crop.crop_y, flip)
-        caption = decode_caption(caption_bytes)
-        return pixels, "" if draws.caption_dropout < self.caption_dropout else caption
+        return pixels, captions
 
-    def member_bytes(self, index: int) -> tuple[bytes, bytes]:
-        """Returns the image's (or latents') and the caption's bytes; raises BadImage."""
+    def caption_place(self, epoch: int, index: int, training: bool, count: int) -> int | None:
+        """Returns which of `count` captions is a sample's, None where it is dropped.
+
+        In validation it is the first.
+        """
+        if not training:
+            return 0
+        if draw(self.seed, epoch, index).caption_dropout < self.caption_dropout:
+            return None
+        return caption_number(self.seed, epoch, index, count)
+
+    def caption(self, epoch: int, index: int, training: bool, captions: Captions) -> str:
+        """Returns a sample's caption in an epoch, "" where it is dropped."""
+        place = self.caption_place(epoch, index, training, len(captions))
+        return "" if place is None else captions[place]
+
+    def members(self, index: int) -> tuple[bytes, Captions]:
+        """Returns the bytes of the image (or latents), and the captions; raises BadImage."""
         record = self.index.record(index - self.offset)
         image = Span(int(record["image_offset"]), int(record["image_size"]))
         caption = Span(int(record["caption_offset"]), int(record["caption_size"]))
         image_bytes, caption_bytes = self._bytes(int(record["shard"]), [image, caption])
         if record["caption_form"] == JSON:
-            caption_bytes = json_caption(caption_bytes)
-        return image_bytes, caption_bytes
+            return image_bytes, json_captions(caption_bytes, self.index.keys.field)
+        return image_bytes, text_captions(caption_bytes)
 
     def usable(
         self, place: Place, training: bool, replaced: list[tuple[int, BadSample]]

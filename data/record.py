@@ -1,7 +1,8 @@
 """One record of the index: where a sample is in its shard, how large and how bright.
 
 A record has 52 bytes, whatever the sample. `caption_form` tells what the caption's bytes are: TEXT,
-a .txt member, or JSON, a .json member whose "caption" it is, as img2dataset writes.
+a member that is the caption, or JSON, a .json member with a field that is the caption or a list of
+captions (data/sample_keys.py).
 """
 
 from typing import NamedTuple

@@ -1,9 +1,9 @@
 """One shard, read once: its records for the index, what is bad, and facts that show duplicates.
 
-A sample is an image and its caption, of one key, one after the other in the tar: a .txt member or,
-where there is none, the "caption" of a .json, as img2dataset writes. Every image is decoded. Keys
-are unique within a shard: of several usable samples the first is kept and the others are named.
-Keys that return in another shard are kept: many writers number anew in each.
+A sample is an image and its caption, or captions, of one key, one after the other in the tar;
+data/sample_keys.py says which members they are. Every image is decoded. Keys are unique within a
+shard: of several usable samples the first is kept and the others are named. Keys that return in
+another shard are kept: many writers number anew in each.
 """
 
 import os
@@ -18,31 +18,29 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError, deserialize
 
-from data.bad_samples import BadSample
-from data.decode import (
-    IMAGE_SUFFIXES,
-    BadImage,
-    decode,
-    decode_caption,
-    json_caption,
-    luminance,
-)
-from data.record import JSON, TEXT, ShardRecords, Span
+from data.bad_samples import BadSample, kind
+from data.caption_text import json_captions, text_captions
+from data.decode import BadImage, decode, luminance
+from data.record import JSON, ShardRecords, Span
 from data.remote_shards import RemoteShards
+from data.sample_keys import AUTOMATIC, SampleKeys
 from data.shard_digest import ReadAlong, ShardContent
 from data.tar_samples import TarSample, tar_samples
 from data.workers import Advance, run_in_processes
 
 MAX_MEMBER_BYTES = (1 << 31) - 1
 LATENTS = ("moments", "prompt_embeds")
+ABSENT = ("no image", "no caption")
+APART = "image and caption apart: they must follow each other in the tar, as after tar --sort=name"
 FACT = np.dtype(
     [
         ("image_hash", "<u8"),  # of the file's bytes
         ("gradient_hash", "<u8"),  # of the picture; 0: flat, or latents
         ("caption_hash", "<u8"),
         ("key_hash", "<u8"),
-        ("characters", "<u4"),  # of the caption
-        ("words", "<u4"),
+        ("characters", "<u4"),  # of the longest caption
+        ("words", "<u4"),  # of the caption with most
+        ("captions", "<u4"),  # their number
     ]
 )
 
@@ -58,7 +56,9 @@ class ShardScan:
     """Of a shard that could be read to its end."""
 
 
-def scan_shard(shard: Path, max_image_pixels: int, latents: bool = False) -> ShardScan:
+def scan_shard(
+    shard: Path, max_image_pixels: int, latents: bool = False, keys: SampleKeys = AUTOMATIC
+) -> ShardScan:
     """Reads a shard to its end, whatever is wrong with it.
 
     With `latents` a sample is a .safetensors member instead of an image; its record has no size.
@@ -66,6 +66,7 @@ def scan_shard(shard: Path, max_image_pixels: int, latents: bool = False) -> Sha
     records, bad = ShardRecords(), list[BadSample]()
     rows: list[tuple[int, ...]] = []
     kept: set[str] = set()
+    incomplete: dict[str, dict[str, int]] = {}
     content = ShardContent()
     with ExitStack() as stack:
         file: BinaryIO | None = None
@@ -75,9 +76,11 @@ def scan_shard(shard: Path, max_image_pixels: int, latents: bool = False) -> Sha
         for sample in tar_samples(shard, bad):
             assert file is not None, "its samples were read from it"
             try:
-                row, image = _add(records, sample, file, max_image_pixels, latents, kept)
+                row, image = _add(records, sample, file, max_image_pixels, latents, keys, kept)
             except BadImage as reason:
                 shown = sample.key.encode("utf-8", "backslashreplace").decode()
+                if kind(str(reason)) in ABSENT:
+                    incomplete.setdefault(sample.key, {})[kind(str(reason))] = len(bad)
                 bad.append(BadSample(f"{shard.name}:{shown}", str(reason)))
                 continue
             rows.append(row)
@@ -85,6 +88,10 @@ def scan_shard(shard: Path, max_image_pixels: int, latents: bool = False) -> Sha
             along.image(image.offset, image.size)
         if file is not None:
             content = along.content()
+    for places in incomplete.values():
+        if len(places) == len(ABSENT):
+            for place in places.values():
+                bad[place] = bad[place]._replace(reason=APART)
     return ShardScan(records, np.array(rows, FACT), bad, content)
 
 
@@ -95,13 +102,14 @@ def scan_shards(
     latents: bool,
     advance: Advance,
     remote: RemoteShards | None = None,
+    keys: SampleKeys = AUTOMATIC,
 ) -> Iterator[ShardScan]:
     """Yields the scan of each shard, in order, read by several processes, one shard at a time.
 
     A remote shard need not stay on the disk any longer than that.
     """
     jobs = (
-        (number, shard, remote and remote.only(shard.name), max_image_pixels, latents)
+        (number, shard, remote and remote.only(shard.name), max_image_pixels, latents, keys)
         for number, shard in enumerate(shards)
     )
     waiting: dict[int, ShardScan] = {}
@@ -114,13 +122,13 @@ def scan_shards(
                 following += 1
 
 
-_ScanJob = tuple[int, Path, RemoteShards | None, int, bool]
+_ScanJob = tuple[int, Path, RemoteShards | None, int, bool, SampleKeys]
 
 
 def _scan_job(job: _ScanJob, advance: Advance) -> tuple[int, ShardScan]:
-    number, shard, remote, max_image_pixels, latents = job
+    number, shard, remote, max_image_pixels, latents, keys = job
     with remote.held(shard.name) if remote else nullcontext(shard) as path:
-        scan = scan_shard(path, max_image_pixels, latents)
+        scan = scan_shard(path, max_image_pixels, latents, keys)
         if remote:
             scan.content = scan.content._replace(stamp=remote.stamp(shard.name))
     advance(1)
@@ -142,22 +150,19 @@ def _add(
     file: BinaryIO,
     max_image_pixels: int,
     latents: bool,
+    keys: SampleKeys,
     kept: set[str],
 ) -> tuple[tuple[int, ...], Span]:
     """Adds a usable sample and returns its FACT and where its image is; raises BadImage."""
     if sample.fault:
         raise BadImage(sample.fault)
-    suffixes = ("safetensors",) if latents else IMAGE_SUFFIXES
-    image = next((sample.members[name] for name in suffixes if name in sample.members), None)
-    if image is None:
-        what = "latents" if latents else "image"
-        raise BadImage(f"no {what}: only {', '.join(sample.members)}")
-    form = TEXT if "txt" in sample.members else JSON
-    if form == JSON and "json" not in sample.members:
-        raise BadImage("no caption: no .txt and no .json member beside the image")
-    span = sample.members["txt" if form == TEXT else "json"]
-    caption_bytes = _read(file, span)
-    caption = decode_caption(caption_bytes if form == TEXT else json_caption(caption_bytes))
+    image_name = keys.image_member(sample.members, latents)
+    _check_fault(sample, image_name)
+    caption_name, form = keys.caption_member(sample.members)
+    _check_fault(sample, caption_name)
+    image, span = sample.members[image_name], sample.members[caption_name]
+    content = _read(file, span)
+    captions = json_captions(content, keys.field) if form == JSON else text_captions(content)
     image_bytes = _read(file, image)
     if latents:
         _check_latents(image_bytes)
@@ -168,9 +173,16 @@ def _add(
     if sample.key in kept:
         raise BadImage("duplicate key: an earlier sample of this shard has it")
     records.add(sample.key, image, span, *measures, form)
-    hashes = (_hash(image_bytes), gradient, _hash(caption.encode()))
+    hashes = (_hash(image_bytes), gradient, _hash("\0".join(captions).encode()))
     key_hash = _hash(sample.key.encode("utf-8", "backslashreplace"))
-    return (*hashes, key_hash, len(caption), len(caption.split())), image
+    longest = max(map(len, captions)), max(len(caption.split()) for caption in captions)
+    return (*hashes, key_hash, *longest, len(captions)), image
+
+
+def _check_fault(sample: TarSample, extension: str) -> None:
+    fault = sample.member_faults.get(extension)
+    if fault:
+        raise BadImage(fault)
 
 
 def _check_latents(content_bytes: bytes) -> None:

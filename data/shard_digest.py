@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.caption_text import CAPTION_FIELD
+
 DIGEST_BYTES = 16
 CHUNK_BYTES = 1 << 20
 CLOCK_RESOLUTION_NS = 2 * 10**9
@@ -148,15 +150,20 @@ def headers_fit(path: Path, rows: np.ndarray) -> bool:
     return True
 
 
-def samples_digest(rows: np.ndarray) -> str:
+def samples_digest(rows: np.ndarray, field: str = CAPTION_FIELD) -> str:
     """Returns the digest of what an index says of a shard's samples, but for their luminance.
 
     It decides which bytes are which sample, in which order and bucket; `rows` is RECORD (n,).
+    `field` is that of a .json member which holds the captions.
     """
     rows = rows.copy()
     for name in ("shard", "key_offset", "luminance"):
         rows[name] = 0
-    return blake2b(rows.tobytes(), digest_size=DIGEST_BYTES).hexdigest()
+    digest = new_digest()
+    digest.update(rows.tobytes())
+    if field != CAPTION_FIELD:
+        digest.update(field.encode())
+    return digest.hexdigest()
 
 
 def file_stamp(status: os.stat_result) -> str:

@@ -14,7 +14,7 @@ import fnmatch
 import hashlib
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.bad_samples import BadSample
@@ -23,6 +23,7 @@ from data.index import INDEX_FOLDER, Index, NotWritable, build_index, has_index
 from data.remote import COMMAND, facts, list_names, shown
 from data.remote_index import fetch_index
 from data.remote_shards import RemoteShards
+from data.sample_keys import AUTOMATIC, SampleKeys
 from data.shard_cache import GIGABYTE, ShardCache, locked
 from data.shards import (
     CacheFields,
@@ -52,6 +53,9 @@ class ShardSet:
     """Whether these are all shards that an index of `folder` is to cover."""
     notes: list[str] = field(default_factory=list)
     """What the user should know before it is read."""
+    keys: SampleKeys = AUTOMATIC
+    """Which members the user chose, by keys of `section`."""
+    section: str = ""
 
 
 def open_shards(pattern: str, field: str, config: CacheFields, in_order: bool = False) -> ShardSet:
@@ -61,11 +65,11 @@ def open_shards(pattern: str, field: str, config: CacheFields, in_order: bool = 
     Raises UserError, which names the field, and Unreachable where a server does not answer.
     """
     names = [pattern] if Path(pattern).is_dir() else expand_braces(pattern, field)
-    cache_dir = cache_folder(config.cache_dir)
-    if not any(is_remote(name) or _SHELL.match(name) for name in names):
-        return _local(find_shards(pattern, field), cache_dir)
-    where = f"{field}={shown(pattern)}"
+    cache_dir, keys = cache_folder(config.cache_dir), SampleKeys.of(config)
     section = "data." if field.startswith("data.") else ""
+    if not any(is_remote(name) or _SHELL.match(name) for name in names):
+        return replace(_local(find_shards(pattern, field), cache_dir), keys=keys, section=section)
+    where = f"{field}={shown(pattern)}"
     commands = [name for name in names if _SHELL.match(name)]
     if commands:
         _check_commands(commands, names, where, section, config.allow_shell_urls)
@@ -88,7 +92,8 @@ def open_shards(pattern: str, field: str, config: CacheFields, in_order: bool = 
     digests = Index(folder).digests if shard_bytes else {}
     known = {name: digests[name].whole for name in sources if name in digests}
     remote = RemoteShards(sources, cache, shard_bytes, folder / INDEX_FOLDER, by_range, known)
-    return ShardSet(folder, [folder / name for name in sources], folder, remote, is_whole, notes)
+    paths = [folder / name for name in sources]
+    return ShardSet(folder, paths, folder, remote, is_whole, notes, keys, section)
 
 
 def index_shards(
@@ -99,7 +104,7 @@ def index_shards(
     paths, reason = shards.paths, ""
     if shards.remote is None:
         try:
-            return shards.folder, build_index(shards.folder, *limits)
+            return shards.folder, build_index(shards.folder, *limits, keys=shards.keys)
         except NotWritable as error:
             paths, reason = folder_shards(shards.folder), f"{error} Or set cache_dir elsewhere: "
     try:
@@ -109,7 +114,7 @@ def index_shards(
     with locked(shards.kept / "lock"):
         if has_index(shards.kept):  # Another process was quicker.
             return shards.kept, []
-        return shards.kept, build_index(shards.kept, *limits, paths, shards.remote)
+        return shards.kept, build_index(shards.kept, *limits, paths, shards.remote, shards.keys)
 
 
 def indexing_command(shards: ShardSet, pattern: str, config: CacheFields) -> str:
@@ -119,6 +124,7 @@ def indexing_command(shards: ShardSet, pattern: str, config: CacheFields) -> str
         arguments.append(f"cache_dir={config.cache_dir}")
     if config.allow_shell_urls:
         arguments.append("allow_shell_urls=true")
+    arguments += [f"{name}={value}" for name, value in shards.keys.chosen().items()]
     return f"blackpoint data check {shlex.join(arguments)}"
 
 

@@ -11,13 +11,14 @@ from braceexpand import braceexpand
 from data.errors import UserError
 from data.files.paths import is_remote as is_remote
 from data.images.decode import IMAGE_SUFFIXES
+from data.sample_keys import KeyFields, check_keys
 
 ENCODING_FILE = "encoding.json"
 EMPTY_FILE = "empty.safetensors"
 
 
-class CacheFields(Protocol):
-    """The keys of a config that say how shards from elsewhere are read."""
+class CacheFields(KeyFields, Protocol):
+    """The keys of a config that say how shards are read."""
 
     cache_dir: str | None
     cache_gigabytes: float
@@ -26,6 +27,7 @@ class CacheFields(Protocol):
 
 def check_cache_fields(config: CacheFields, section: str = "") -> None:
     """Raises UserError for values that can't be meant; `section` is "data." in a training."""
+    check_keys(config, section)
     if not 0 <= config.cache_gigabytes < math.inf:
         raise UserError(
             f"{section}cache_gigabytes={config.cache_gigabytes}: must be a number, 0 or more; 0 "

@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data.bad_samples import BadSample
-from data.decode import IMAGE_SUFFIXES
 from data.record import MAX_KEY_BYTES, Span
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 16
 CHUNK_BYTES = 1 << 20
-NEEDED_EXTENSIONS = frozenset((*IMAGE_SUFFIXES, "txt", "safetensors"))
 
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 
@@ -39,6 +37,8 @@ class TarSample:
     key: str
     members: dict[str, Span] = field(default_factory=dict)
     fault: str = ""
+    member_faults: dict[str, str] = field(default_factory=dict)
+    """Why members, by extension, can't be used."""
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -69,8 +69,9 @@ def tar_samples(shard: Path, bad: list[BadSample]) -> Iterator[TarSample]:
                     sample = None
                 sample = sample or TarSample(key, fault=_key_fault(key))
                 sample.members[extension] = Span(member.offset_data, member.size)
-                if extension in NEEDED_EXTENSIONS:
-                    sample.fault = sample.fault or fault or _kind_fault(member, extension)
+                fault = fault or _kind_fault(member, extension)
+                if fault:
+                    sample.member_faults[extension] = fault
     except OSError as error:
         bad.append(BadSample(shard.name, f"can't be read: {error.strerror or error}"))
     if sample:

@@ -7,6 +7,7 @@ sample are functions of (seed, epoch, index): the same sample in the same epoch 
 any batch, on any process, after any resume.
 """
 
+from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,16 @@ CENTER = Draws(crop_x=0.5, crop_y=0.5, flip=1.0, caption_dropout=1.0)
 def draw(seed: int, epoch: int, index: int) -> Draws:
     """Draws for sample `index` in pass `epoch`; all four, whether they are used or not."""
     return Draws(*np.random.default_rng([seed, epoch, index]).random(4).tolist())
+
+
+def caption_number(seed: int, epoch: int, index: int, count: int) -> int:
+    """Draws which of `count` captions sample `index` has in pass `epoch`, 0 of one.
+
+    It is a stream of its own: what else a sample draws does not depend on how many captions it has.
+    """
+    name = f"caption/{seed}/{epoch}/{index}"
+    number = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
+    return number % count
 
 
 def resized(width: int, height: int, size: Size) -> Size:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data.errors import Unreachable
+from data.errors import Unreachable, UserError
 from data.index import Index
 from data.index_contents import ShardDigests, add_stamps, read_stamps, stamped, write_digests
 from data.progress import progress
@@ -21,6 +21,7 @@ from data.remote_shards import RemoteShards, server_stamp
 from data.shard_cache import GIGABYTE
 from data.shard_digest import ShardContent, file_digest, headers_fit, samples_digest, shard_content
 from data.shard_set import ShardSet
+from data.shards import is_encoded
 from data.workers import usable_cores
 
 NUM_REQUESTS = 16
@@ -31,6 +32,7 @@ TRIES = 3
 def verify(shards: ShardSet) -> list[str]:
     """Returns notes for the user; raises UserError, which names shards that have changed."""
     index = Index(shards.folder, shards.kept)
+    check_index_keys(shards, index)
     if shards.remote is None:
         notes = adopt(index, shards.paths)
         index.check_shards(shards.paths)
@@ -40,6 +42,22 @@ def verify(shards: ShardSet) -> list[str]:
         first, *others = changed
         raise shards.remote.unlike_the_index(first, changed[first], others)
     return notes
+
+
+def check_index_keys(shards: ShardSet, index: Index) -> None:
+    """Raises UserError where another image or caption is asked for than was indexed."""
+    made_with = index.keys.chosen()
+    for name, value in shards.keys.chosen().items():
+        if made_with.get(name) != value:
+            then = f"with {name}={made_with[name]}" if name in made_with else f"without {name}"
+            there = " (of shards on a server, there)" if shards.remote else ""
+            remedy = f"Remove {index.places[0]}{there}; the next run builds it anew"
+            if is_encoded(shards.folder):
+                remedy = "Those of latents were chosen when their images were encoded"
+            raise UserError(
+                f"{shards.section}{name}={value}: the index {index.places[0]} was made {then}. "
+                f"{remedy}. Or leave {shards.section}{name} at null, which takes what is indexed."
+            )
 
 
 def adopt(index: Index, shards: Sequence[Path]) -> list[str]:
@@ -64,7 +82,7 @@ def adopt(index: Index, shards: Sequence[Path]) -> list[str]:
             if content is None:
                 unlike[path.name] = "has changed since"
                 continue
-            samples = samples_digest(index.rows(path.name))
+            samples = samples_digest(index.rows(path.name), index.keys.field)
             digests[path.name] = ShardDigests(content.whole, content.text, samples)
             if content.stamp:
                 stamps[path.name] = stamped(content.stamp, content.whole)

@@ -326,7 +326,7 @@ def test_check_and_encode_read_urls(
     server.num_gets.clear()
     plain = open_source(EncodeConfig(str(packed), "x", "y", resolution=16), Task())
     for index in range(NUM_IMAGES):
-        assert source.member_bytes(index) == plain.member_bytes(index)
+        assert source.members(index) == plain.members(index)
     assert max(server.num_gets.values()) == 1
     assert main(["data", "check", "shards=pipe:true"]) == 2
     assert "unless allow_shell_urls=true" in capfd.readouterr().err

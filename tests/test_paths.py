@@ -20,7 +20,8 @@ CONFIGS: dict[str, type] = {
     verb: importlib.import_module(module).config_class() for verb, (module, _) in VERBS.items()
 } | {f"evaluate study={name}": study for name, study in STUDIES.items()}
 NO_PATHS = {
-    "module", "label", "file_column", "caption_column", "sampler", "project", "name",
+    "module", "label", "file_column", "caption_column", "image_column", "image_key", "caption_key",
+    "sampler", "project", "name",
     "negative_prompt", "device", "crop", "baseline",
 }  # fmt: skip
 """Words of text fields that are neither a choice nor a path."""

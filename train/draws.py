@@ -5,7 +5,8 @@ space have none), t, eps and then what the options ask for: whether to train the
 instead, the offset of each channel, the input's perturbation. So the draws depend neither on the
 batch that the sample came in, nor on the number of processes, nor on whether the run was
 interrupted; and an option that is off, or the choice between uniform and stratified t, leaves
-posterior noise and eps as they were.
+posterior noise and eps as they were. Crop, flip, caption dropout and the choice among several
+captions are drawn where the data are read, by data/transform.py, in streams of their own.
 
 Stratified timesteps are a function of (seed, position) instead, the position being the sample's
 place in the endless concatenation of epochs:

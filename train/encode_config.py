@@ -54,6 +54,12 @@ class EncodeConfig:
     """Share of samples that may be left out before the run stops, 0 to 1."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Images with more pixels are refused as decompression bombs."""
+    image_key: str | None = None
+    """Extension of the members that are images, as in image_key=input.jpg, where index/ is not made
+    yet; null: the one that is an image's, and whatever an index that is there was made with."""
+    caption_key: str | None = None
+    """Likewise of the captions: caption for .caption members, json.NAME for the field NAME of .json
+    members, a text or a list of texts; null: .txt, "caption" in .json, .caption."""
     cache_dir: PathText | None = None
     """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
     $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint."""

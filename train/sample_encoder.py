@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data.bad_samples import BadSample
+from data.caption_text import Captions, caption_members
 from data.errors import disk_writes
 from data.images.decode import BadImage
 from data.images.luminance import luminance
 from data.latents import to_bytes
 from data.reader import Reader
-from data.record import ShardRecords
+from data.record import JSON, TEXT, ShardRecords
 from data.shard_digest import ShardContent
 from data.shard_file import ShardFile
 from sampling.errors import UserError
@@ -31,7 +32,7 @@ class Decoded:
     """A batch of the source: pixels uint8 (B, 3, H, W) of the usable samples, None without any."""
 
     keys: list[str] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
+    captions: list[Captions] = field(default_factory=list)
     pixels: Tensor | None = None
     bad: list[BadSample] = field(default_factory=list)
 
@@ -78,19 +79,31 @@ class SampleEncoder:
             batch.captions,
             batch.pixels.permute(0, 2, 3, 1).numpy(),
             self._stored(moments, batch.keys),
-            self.embed(batch.captions),
+            self._embed_all(batch.captions),
             strict=True,
         )
-        for usable, key, caption, pixels, latent, embeds in rows:
+        for usable, key, captions, pixels, latent, embeds in rows:
             if not usable:
                 batch.bad.append(BadSample(key, "the autoencoder gives no finite latent"))
                 continue
             with disk_writes():
-                members = {"safetensors": to_bytes(latent, embeds), "txt": caption.encode()}
-                spans = shard.write(key, members)
+                members = {"safetensors": to_bytes(latent, embeds)} | caption_members(captions)
+                latents, caption = shard.write(key, members).values()
             height, width, _ = pixels.shape
+            form = TEXT if len(captions) == 1 else JSON
             brightness = luminance(Image.fromarray(pixels))
-            records.add(key, spans["safetensors"], spans["txt"], width, height, brightness)
+            records.add(key, latents, caption, width, height, brightness, form)
+
+    def _embed_all(self, captions: list[Captions]) -> list[Tensor]:
+        """Returns (L, D) for each sample with one caption, (N, L, D) for each with N.
+
+        No more texts are encoded at once than there are samples.
+        """
+        texts = [text for own in captions for text in own]
+        size = len(captions)
+        rows = [self.embed(texts[n : n + size]) for n in range(0, len(texts), size)]
+        parts = torch.cat(rows).split([len(own) for own in captions])
+        return [part if len(part) > 1 else part[0] for part in parts]
 
     def _stored(self, values: Tensor, names: list[str]) -> Tensor:
         """Returns the values in the stored format; raises UserError where it can't hold them."""
@@ -125,12 +138,12 @@ class SourceBatches(IterableDataset):
             index = self.reader.sample_index(number)
             key = self.reader.index.key(index)
             try:
-                pixels, caption = self.reader.read(0, index, training=False)
+                pixels, captions = self.reader.read_all(0, index, training=False)
             except BadImage as reason:
                 batch.bad.append(BadSample(key, str(reason)))
                 continue
             contents.append(pixels)
             batch.keys.append(key)
-            batch.captions.append(caption)
+            batch.captions.append(captions)
         batch.pixels = self.reader.stack(contents)["image"] if contents else None
         return batch
