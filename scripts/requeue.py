@@ -23,13 +23,6 @@ MAX_FRUITLESS = 3
 STOPPED = (RESUMABLE_STATUS, 128 + 10, 128 + 15)
 KILLED = 128
 RECORD = "starts.jsonl"
-CHECKPOINT = re.compile(r"step_(\d+)\.ckpt")
-
-
-def newest_step(run_dir: Path) -> int:
-    """Returns the step of the newest checkpoint, 0 without one."""
-    names = (CHECKPOINT.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("*.ckpt"))
-    return max((int(name[1]) for name in names if name), default=0)
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ from typing import Any
 from sampling.errors import RunFailed, UserError
 from scripts.config import load
 from scripts.full_architecture_table import describe_machine
-from scripts.requeue import newest_step
 from train.metrics_file import read_metrics
+from train.run_directory import newest_step
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 

@@ -29,7 +29,6 @@ from scripts.frozen import (
 from scripts.requeue import (
     MAX_RESTARTS,
     STOPPED,
-    newest_step,
     read_starts,
     reason_to_end,
     record_start,
@@ -37,7 +36,7 @@ from scripts.requeue import (
 )
 from scripts.slurm_allocation import Allocation, expand, read_allocation, rendezvous
 from train.config import TrainConfig
-from train.run_directory import check_continues
+from train.run_directory import check_continues, newest_step
 from train.signals import RESUMABLE_STATUS
 
 LOGS = Path("slurm/logs")

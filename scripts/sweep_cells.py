@@ -27,7 +27,6 @@ from scripts.config import load_values, read_yaml
 from scripts.config_fields import fields_of, item_hint, nearest, nested_class
 from scripts.content_digest import content_digests
 from scripts.sweep_config import BASE, CLASSES, SECTIONS, Settings, SweepConfig
-from train.run_directory import FREE_KEYS
 
 OWN_KEYS = {"train": "run_dir", "evaluate": "output", "search": "output"}
 """Keys that the sweep sets itself."""
@@ -36,6 +35,22 @@ FREE = {"evaluate": _OF_WHERE, "search": FREE_OF_SEARCH}
 """Keys that change no number of a cell."""
 FREE_OF_IMAGES = {"evaluate": FREE_OF_EVALUATION, "search": FREE_OF_SEARCH}
 """Keys that change no image of a cell."""
+FREE_OF_TRAINING = (
+    "trainer.devices",
+    "trainer.num_nodes",
+    "data.num_workers",
+    "trainer.keep_checkpoints",
+    "trainer.keep_best",
+    "data.cache_dir",
+    "data.cache_gigabytes",
+    "data.allow_shell_urls",
+    "watch.",
+    "wandb.",
+)
+"""Keys that a training's name does not tell. Others of train/resume_keys.py are told, as they have
+been since the first sweep: a folder must keep its name."""
+FORMER_DEFAULTS = {"data.resolution": 512}
+"""Values that were once the default, and so left no mark in a name."""
 TRAININGS, CELLS = "trainings", "cells"
 DIGEST_LETTERS, MOST_LETTERS = 8, 80
 """Of a folder's name: of its digest, and of what stands before it."""
@@ -170,7 +185,7 @@ def _cell(
 
 def _training(run_dir: Path, settings: Settings, name: str, label: str) -> Training:
     config = _checked("train", settings, label)
-    digest = _digest(_differing(config, FREE_KEYS))
+    digest = _digest(_differing(config, FREE_OF_TRAINING))
     folder = _place(run_dir / TRAININGS, name, digest)
     return Training(folder.name, folder, settings, digest)
 
@@ -190,7 +205,7 @@ def _differing(config: Any, free: tuple[str, ...]) -> Settings:
     for key, value in flat(json.loads(json.dumps(asdict(config)))).items():
         if key in OWN_KEYS.values() or _is_free(key, free):
             continue
-        if value != _default(type(config), key):
+        if value not in (_default(type(config), key), FORMER_DEFAULTS.get(key, _NOTHING)):
             found[key] = value
     return found
 

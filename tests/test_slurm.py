@@ -23,7 +23,7 @@ from sampling.search.config import SearchConfig
 from sampling.search.run import search_to_folder
 from scripts.config import load
 from scripts.frozen import CODE, ROOT
-from scripts.requeue import STOPPED, newest_step, read_starts
+from scripts.requeue import STOPPED, read_starts
 from tests.slurm_cluster import MARKS, Cluster, wait_until
 from tests.tiny_encode import tree
 from tests.tiny_run import make_tiny_shards, tiny_config
@@ -31,6 +31,7 @@ from tests.waiting import names_in
 from train.encode import encode
 from train.encode_config import EncodeConfig
 from train.metrics_file import read_metrics
+from train.run_directory import newest_step
 
 pytestmark = MARKS
 NUM_STEPS = 40

@@ -37,7 +37,8 @@ def test_every_start_tells_its_global_batch_and_number_formats(tmp_path: Path) -
         second["starts"],
         [
             {"step": 0, "num_processes": 2, "images_per_process": 4, **common},
-            {"step": 500, "num_processes": 8, "images_per_process": 1, **common},
+            {"step": 500, "num_processes": 8, "images_per_process": 1, **common}
+            | {"changed": {"trainer.devices": [2, 4], "trainer.num_nodes": [1, 2]}},
         ],
         strict=True,
     ):

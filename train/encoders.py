@@ -4,12 +4,13 @@ Latents of another autoencoder, or embeddings of another text encoder, would tra
 and to no use. So the digests in a cache are compared with the checkpoint's before training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from data.latents import Encoding
 from sampling.errors import UserError
-from sampling.fingerprint import text_encoder_digest, vae_digest
 from sampling.model import DiffusionModel
+from train.base_identity import TEXT_ENCODER, VAE
 
 
 def ready_encoders(
@@ -17,10 +18,8 @@ def ready_encoders(
 ) -> str:
     """Loads the encoders if images or previews need them; returns a note for the user, or "".
 
-    `data_sets` are ("field=value", Encoding or None for images). Raises UserError for latents of
-    other encoders.
+    `data_sets` are ("field=value", Encoding or None for images).
     """
-    check_encodings(model, data_sets)
     if all(encoding is not None for _, encoding in data_sets):
         if not previews:
             return "cached latents: the VAE and the text encoder are not loaded"
@@ -34,9 +33,14 @@ def ready_encoders(
 
 
 def check_encodings(
-    model: DiffusionModel, data_sets: Sequence[tuple[str, Encoding | None]]
+    model: DiffusionModel,
+    data_sets: Sequence[tuple[str, Encoding | None]],
+    base: Mapping[str, Any],
 ) -> None:
-    """Raises UserError for latents that the encoders of `model` would not make."""
+    """Raises UserError for latents that the encoders of `model` would not make.
+
+    `base` is its identity, which holds their digests: train/base_identity.py.
+    """
     encodings = [(where, encoding) for where, encoding in data_sets if encoding is not None]
     if not encodings:
         return
@@ -46,8 +50,7 @@ def check_encodings(
             f"{where}: holds latents, and a pixel-space model is trained on images; name the "
             f"shards that they were encoded from ({encoding.source})"
         )
-    assert model.folder is not None
-    vae, text_encoder = vae_digest(model.folder), text_encoder_digest(model.folder)
+    vae, text_encoder = base[VAE]["digest"], base[TEXT_ENCODER]["digest"]
     for where, encoding in encodings:
         for name, stored, ours in (
             ("VAE", encoding.vae, vae),

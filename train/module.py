@@ -214,6 +214,17 @@ class FineTuner(LightningModule):
                 parameters, gradient_clip_val, self.gradient_norm, foreach=True
             )
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Counts the batches that are done in those of now: accumulate_grad_batches may differ.
+
+        Lightning steps the optimizer where their count is a multiple of that.
+        """
+        done = checkpoint["global_step"] * self.config.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            more = done - counts["ready"]
+            counts |= {name: count + more for name, count in counts.items()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Records, in plain containers, what the weights mean: their base and their process."""
         base = Path(self.model.source)

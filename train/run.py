@@ -4,8 +4,9 @@ import contextlib
 import errno
 import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -39,14 +40,16 @@ from train.interruption import lost_process
 from train.loss import check_scales
 from train.metrics import CsvMetrics, is_first_process
 from train.module import FineTuner
+from train.run_checks import check_renamed, checked_identity, is_finished, keep_earlier_export
 from train.run_directory import (
     as_started,
     check_continues,
     describe_batch,
-    names_other_data,
+    steps_done,
+    write_config,
     write_records,
 )
-from train.run_identity import begun_decoder, check_same_data, write_identity
+from train.run_identity import begun_decoder, write_identity
 from train.run_lock import RunLock
 from train.start import hold_encoders, keep_base, starting_model
 from train.tracking import finish, sent_rows, wandb_logger
@@ -63,12 +66,10 @@ def fit(config: TrainConfig) -> int:
     run_dir = Path(config.run_dir)
     with at_the_start(run_dir):
         check_continues(run_dir, config)
-        if is_finished(run_dir):
-            if is_first_process() and names_other_data(run_dir, config):
-                images = CaptionedImages(config.data, config.seed, config.batch_size)
-                images.prepare_data()
-                images.setup("fit")
-                check_same_data(run_dir, images.identity())
+        if is_finished(run_dir, config.trainer.max_steps):
+            if is_first_process():
+                check_renamed(config, run_dir)
+            say_finished(run_dir)
             return 0
         config, notes = as_started(run_dir, config)
         for note in notes:
@@ -78,7 +79,8 @@ def fit(config: TrainConfig) -> int:
         if run_dir.exists() and is_first_process():
             with at_the_start(run_dir):
                 lock.acquire()
-            if is_finished(run_dir):  # by the process that held the lock
+            if is_finished(run_dir, config.trainer.max_steps):  # by the process that held the lock
+                say_finished(run_dir)
                 return 0
         last_step = newest_whole(run_dir / "checkpoints")
         if last_step < config.trainer.max_steps:
@@ -87,6 +89,7 @@ def fit(config: TrainConfig) -> int:
             # average, before the export loads the model anew.
             gc.collect()
         if is_first_process():
+            write_config(run_dir, config)  # of a run that ends sooner than it was to
             newest = checkpoint_steps(run_dir / "checkpoints")[config.trainer.max_steps]
             say(f"exporting to {run_dir / 'export'} and checking it against diffusers")
             try:
@@ -120,13 +123,9 @@ def at_the_start(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Tells, and says, whether the run was exported already."""
-    if not (run_dir / "export").exists():
-        return False
-    last_step = max(checkpoint_steps(run_dir / "checkpoints"), default=0)
-    say(f"{run_dir} is finished: {last_step} steps, exported to {run_dir / 'export'}")
-    return True
+def say_finished(run_dir: Path) -> None:
+    """Says that there is nothing left to do."""
+    say(f"{run_dir} is finished: {steps_done(run_dir)} steps, exported to {run_dir / 'export'}")
 
 
 def train(
@@ -168,12 +167,13 @@ def train(
         config.data, config.seed, config.batch_size, decoder=begun_decoder(run_dir)
     )
     images.require_index(num_started(config))
+    identity: dict[str, Any] = {}
     if is_first_process():
         images.prepare_data()
         images.setup("fit")
-        note = check_same_data(run_dir, images.identity())
-        if note:
-            say(f"note: {note}")
+        identity = checked_identity(
+            config, run_dir, model, images, lambda text: say(f"note: {text}")
+        )
         check_sizes(model, images, config.loss.pool_factors)
         for line in images.summary():
             say(line)
@@ -184,7 +184,7 @@ def train(
     if note:
         say(f"note: {note}")
     with at_the_start(run_dir):
-        loggers = start_records(config, run_dir, resume_step, images, lock, device.type)
+        loggers = start_records(config, run_dir, resume_step, images, identity, lock, device.type)
         if is_first_process():
             keep_base(model, config)
     hold_encoders(model, config)
@@ -218,6 +218,7 @@ def start_records(
     run_dir: Path,
     resume_step: int,
     images: CaptionedImages,
+    identity: Mapping[str, Any],
     lock: RunLock | None,
     device: str,
 ) -> list[Logger]:
@@ -227,7 +228,9 @@ def start_records(
     if lock is not None:
         lock.acquire()
     remove_torn(run_dir / "checkpoints")
-    write_identity(run_dir, data=images.identity())
+    if note := keep_earlier_export(run_dir):
+        say(f"note: {note}")
+    write_identity(run_dir, **identity)
     write_records(run_dir, config, resume_step, device)
     rows = list(bucket_rows(images.readers()))
     if rows:

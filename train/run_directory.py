@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +23,26 @@ from omegaconf import OmegaConf
 from data.files.paths import is_remote
 from data.files.yaml_text import read_yaml, read_yaml_file, to_yaml
 from sampling.choices import recorded_formats
-from sampling.dotted import flat
+from sampling.dotted import flat, value_at
 from sampling.errors import UserError
 from sampling.whole_file import write_whole
 from train.config import TrainConfig
+from train.resume_keys import When, images_per_step, may_change, rule_of
 from train.run_identity import read_identity
 
 PACKAGES = ("blackpoint", "torch", "lightning", "diffusers", "transformers", "webdataset", "wandb")
-# Keys that change where and how a run is computed or watched, and not what it computes.
-FREE_KEYS = (
-    "run_dir",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "data.num_workers",
-    "trainer.keep_checkpoints",
-    "trainer.keep_best",
-    "data.cache_dir",
-    "data.cache_gigabytes",
-    "data.allow_shell_urls",
-    "watch.",
-    "wandb.",
-)
 FORMATS = ("encoder_dtype", "tf32")
 """Keys of `trainer` whose `auto` is settled on the device (sampling/precision.py)."""
+SECTIONS = {When.SAME_DATA: "data", When.SAME_BASE: "base"}
+"""Of identity.json: what tells data and base from others."""
 ABSENT = "(not set)"
 # A run that is older than this key keeps the rule of its time: max(w, floor) at every timestep.
 FLOOR_KEY = "loss.floor_where"
-# Paths of data: what lies there is compared instead, where the run has recorded it.
-DATA_KEYS = re.compile(r"data\.(shards|validation_shards|mixture\..*\.shards)")
-UNKNOWN_DATA = (
-    "; this run did not record what its data hold: continue it once with the data where they were, "
-    "and it knows them anywhere"
-)
+UNKNOWN_CONTENT = {
+    "data": "its data hold: continue it once with the data where they were, and it knows them",
+    "base": "its base holds: continue it once with the base where it was, and it knows it",
+}
+CHECKPOINT = re.compile(r"step_(\d+)\.ckpt")
 # Beside a frozen copy of the code, which may lie in a repository that has moved on.
 GIT_RECORD = "git.json"
 # What a run writes; other files, such as shards, may lie in its directory from the start.
@@ -79,24 +68,59 @@ def check_continues(run_dir: Path, config: TrainConfig) -> None:
     differing = [key for key in sorted(old.keys() | new.keys()) if not _same(key, old, new)]
     if FLOOR_KEY in differing and is_older_than(run_dir, FLOOR_KEY):
         differing.remove(FLOOR_KEY)
-    if "data" in read_identity(run_dir):
-        differing = [key for key in differing if not _names_data(key)]
-    if differing:
-        rows = [f"  {k}: {old.get(k, ABSENT)} there, {new.get(k, ABSENT)} now" for k in differing]
+    refused, unknown = [], set[str]()
+    for key in differing:
+        rule = rule_of(key)
+        match rule and rule.when:
+            case When.ALWAYS | When.SAME_RATE:
+                continue
+            case When.SAME_STEP:
+                is_refused = new["data.buckets.enabled"] or (
+                    images_per_step(old) != images_per_step(new)
+                )
+            case When.SAME_DATA | When.SAME_BASE as kind:
+                is_refused = SECTIONS[kind] not in read_identity(run_dir)
+                unknown |= {SECTIONS[kind]} if is_refused else set()
+            case _:
+                is_refused = True
+        if is_refused:
+            refused.append(key)
+    if refused:
+        rows = [f"  {k}: {old.get(k, ABSENT)} there, {new.get(k, ABSENT)} now" for k in refused]
         raise UserError(
             f"run_dir={run_dir} holds a run of another config:\n"
             + "\n".join(rows)
             + "\nchoose another run_dir, or continue that run with its own values"
-            + ("" if not any(map(_names_data, differing)) else UNKNOWN_DATA)
+            + "".join(
+                f"; this run did not record what {UNKNOWN_CONTENT[name]} anywhere"
+                for name in sorted(unknown)
+            )
         )
+    _check_length(run_dir, config, old["trainer.max_steps"])
 
 
-def names_other_data(run_dir: Path, config: TrainConfig) -> bool:
-    """Tells whether a run's data are now named otherwise than when it began."""
+def names_other(run_dir: Path, config: TrainConfig, kind: When) -> bool:
+    """Tells whether a run's data, or its base, are now named otherwise than when it began."""
     if not (run_dir / "config.yaml").exists():
         return False
     old, new = _saved_and_new(run_dir, config)
-    return any(_names_data(key) and not _same(key, old, new) for key in old.keys() | new.keys())
+    keys = old.keys() | new.keys()
+    return any(may_change(key, kind) and not _same(key, old, new) for key in keys)
+
+
+def newest_step(run_dir: Path) -> int:
+    """Returns the step of the newest checkpoint, 0 without one."""
+    names = (CHECKPOINT.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("*.ckpt"))
+    return max((int(name[1]) for name in names if name), default=0)
+
+
+def steps_done(run_dir: Path) -> int:
+    """Returns how many steps a run has saved or, where its checkpoints were removed, exported."""
+    if not (run_dir / "export").exists() or not (run_dir / "config.yaml").exists():
+        return newest_step(run_dir)
+    return newest_step(run_dir) or value_at(
+        read_yaml_file(run_dir / "config.yaml"), "trainer.max_steps"
+    )
 
 
 def as_started(run_dir: Path, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
@@ -143,7 +167,8 @@ def kept_formats(run_dir: Path) -> tuple[dict[str, Any] | None, bool]:
 def write_records(
     run_dir: Path, config: TrainConfig, resume_step: int = 0, device: str = "cpu"
 ) -> None:
-    """Writes config.yaml and environment.json; a start that continues adds itself to the latter.
+    """Writes config.yaml and environment.json; a start that continues adds itself to the latter,
+    with the keys that it changes, whose values config.yaml takes over.
 
     The number formats of the config are settled, on a `device` of that kind.
     """
@@ -156,12 +181,32 @@ def write_records(
         record = {}
     start = {"started": _now(), "host": platform.node(), "step": resume_step}
     formats = {"device": device, **{name: getattr(config.trainer, name) for name in FORMATS}}
+    changed = changed_keys(run_dir, config) if continues else {}
+    start |= {"changed": changed} if changed else {}
     starts = [*record.get("starts", []), start | describe_batch(config) | formats]
     environment = (record or describe_environment()) | {"starts": starts}
     write_whole(path, json.dumps(environment, indent=2) + "\n")
-    if not continues:
-        # The config comes last: it is what makes the directory a run.
-        write_whole(run_dir / "config.yaml", to_yaml(config))
+    write_config(run_dir, config)  # last: it is what makes the directory a run
+
+
+def write_config(run_dir: Path, config: TrainConfig) -> None:
+    """Writes config.yaml; one that is there takes over the values that may change."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        write_whole(path, to_yaml(config))
+    elif changed := changed_keys(run_dir, config):
+        tree = _updated(read_yaml_file(path), read_yaml(to_yaml(config)), changed)
+        write_whole(path, to_yaml(tree))
+
+
+def changed_keys(run_dir: Path, config: TrainConfig) -> dict[str, list[Any]]:
+    """Returns [value there, value now] of the keys that a start changes, by key."""
+    old, new = _saved_and_new(run_dir, config)
+    return {
+        key: [old.get(key), new.get(key)]
+        for key in sorted(old.keys() | new.keys())
+        if rule_of(key) and old.get(key) != new.get(key)
+    }
 
 
 def describe_batch(config: TrainConfig) -> dict[str, int]:
@@ -235,8 +280,50 @@ def _saved_and_new(run_dir: Path, config: TrainConfig) -> tuple[dict[str, Any], 
     return old, new
 
 
-def _names_data(key: str) -> bool:
-    return DATA_KEYS.fullmatch(key) is not None
+def _check_length(run_dir: Path, config: TrainConfig, before: int) -> None:
+    """Raises UserError for a trainer.max_steps that what is done does not go with."""
+    now, done = config.trainer.max_steps, steps_done(run_dir)
+    field = f"trainer.max_steps={now}"
+    if now < done:
+        raise UserError(
+            f"{field}: run_dir={run_dir} has done {done} steps already; set trainer.max_steps to "
+            "that or more, or choose another run_dir"
+        )
+    if now == before or not done:
+        return
+    if now > done and not newest_step(run_dir):
+        raise UserError(
+            f"{field}: run_dir={run_dir} was exported after {done} steps and holds no checkpoints "
+            "to go on from; start another run from its export, "
+            f"checkpoint={run_dir / 'export'}"
+        )
+    from train.optimizer import learning_rate_factor  # torch: where it is asked for alone
+
+    settings = config.optimizer
+    then, other = (learning_rate_factor(done - 1, settings, steps) for steps in (before, now))
+    if then != other:
+        raise UserError(
+            f"{field}: run_dir={run_dir} was begun with trainer.max_steps={before}, and with "
+            f"optimizer.decay={settings.decay} its learning rate falls to 0 there: step {done}, "
+            f"which is done, had {settings.learning_rate * then:.3g} and would have had "
+            f"{settings.learning_rate * other:.3g}. Continue it with trainer.max_steps={before}, "
+            "or choose another run_dir"
+        )
+
+
+def _updated(
+    saved: dict[str, Any], now: dict[str, Any], keys: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Returns `saved` with the values that the dotted `keys` have now; others stay as they are."""
+    tree = dict(saved)
+    for name, value in now.items():
+        key = f"{prefix}{name}"
+        if key in keys:
+            tree[name] = value
+        elif isinstance(value, dict):
+            section = _updated(saved.get(name) or {}, value, keys, f"{key}.")
+            tree |= {name: section} if section else {}
+    return tree
 
 
 def _same_place(one: Any, other: Any) -> bool:
@@ -249,7 +336,8 @@ def _same_place(one: Any, other: Any) -> bool:
 
 
 def _same(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
-    if any(key == free or (free[-1] == "." and key.startswith(free)) for free in FREE_KEYS):
-        return True
     then, now = old.get(key, ABSENT), new.get(key, ABSENT)
-    return then == now or (_names_data(key) and _same_place(then, now))
+    if then == now or (key == "data.resolution" and not now):  # it goes on with what it has
+        return True
+    is_path = may_change(key, When.SAME_DATA) or may_change(key, When.SAME_BASE)
+    return is_path and _same_place(then, now)

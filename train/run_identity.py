@@ -1,6 +1,7 @@
 """What a run was made of, known by content: run_dir/identity.json, a section for each kind.
 
     data    what each data set holds, by the config's field: data/identity.py
+    base    what the run started from, by its parts: train/base_identity.py
 
 It is written at the first start. A run from before there was such a record is given it at its next
 start, which is said.
@@ -30,14 +31,11 @@ def read_identity(run_dir: Path) -> dict[str, Any]:
 
 def check_same_data(run_dir: Path, data: Mapping[str, Any]) -> str:
     """Returns a note for the user, or ""; raises UserError where a run began with other data."""
-    before = read_identity(run_dir).get("data")
     if not (run_dir / "config.yaml").exists():
         return ""
+    before = read_identity(run_dir).get("data")
     if before is None:
-        return (
-            f"{run_dir} did not record what its data hold; they are taken to be those that are "
-            "there now, and recorded"
-        )
+        return adopted(run_dir, "data")
     found = differences(before, data)
     if found:
         rows = "\n".join(f"  {row}" for row in found)
@@ -56,6 +54,15 @@ def begun_decoder(run_dir: Path) -> int:
         return DECODER_VERSION
     data_sets = read_identity(run_dir).get("data", {}).values()
     return min((each.get("decoder", STORED_COLORS) for each in data_sets), default=STORED_COLORS)
+
+
+def adopted(run_dir: Path, what: str) -> str:
+    """Returns the note on a run from before its data, or its base, were recorded."""
+    holds, they = ("holds", "it is") if what == "base" else ("hold", "they are")
+    return (
+        f"{run_dir} did not record what its {what} {holds}; {they} taken to be what is there now, "
+        "and recorded"
+    )
 
 
 def write_identity(run_dir: Path, **sections: Mapping[str, Any]) -> None:
