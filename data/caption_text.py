@@ -12,11 +12,22 @@ Which of several a sample has in an epoch is drawn by `caption_number` (data/tra
 import json
 from typing import Any
 
-from data.decode import BadImage, decode_caption
+from data.images.decode import BadImage
 
 CAPTION_FIELD = "caption"
 Captions = tuple[str, ...]
 """One caption or more, none of them empty."""
+
+
+def decode_caption(caption_bytes: bytes) -> str:
+    """Returns the caption without surrounding space; raises BadImage if there is none."""
+    try:
+        caption = caption_bytes.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise BadImage("the caption is not UTF-8") from None
+    if not caption:
+        raise BadImage("empty caption")
+    return caption
 
 
 def checked_captions(value: Any, name: str, lines: bool = False) -> Captions:

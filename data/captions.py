@@ -1,44 +1,54 @@
-"""An image folder with captions -> a stream of (key, path, caption).
+"""An image folder with captions -> a stream of (key, path, captions).
 
-Four forms are known, and which one was found is said:
+These forms are known, and which one was found is said:
 
-- `sidecar`: beside each image a .txt file of the same name.
-- `jsonl`, `csv`, `parquet`: one file at the top of the folder, metadata.jsonl or any other name,
-  whose rows name an image (relative to the folder) and its caption.
+- `sidecar`, `caption`, `json`: beside each image a .txt, a .caption or a .json of the same name.
+- `jsonl`, `csv`, `parquet`: a table whose rows name an image, relative to the table's folder, and
+  its caption: metadata.jsonl or any other name, at the top of the folder or, where nothing is
+  there, below it; in several parts, too (data/caption_parts.py).
+- `parquet` with the images inside it, as Hugging Face's datasets (data/embedded_images.py).
+- `kohya`: meta_cap.json or another meta_*.json (data/kohya_metadata.py).
 
 Folders are walked recursively and in one order; names that begin with a dot are left out. Nothing
-but the names of one directory, and for the last three forms 8 bytes an image, is held in memory.
+but the names of one directory, and for tables 8 bytes an image, is held in memory; kohya's metadata
+is read as a whole.
 """
 
 import os
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from data.bad_samples import BadSample
+from data.caption_parts import Parts, grouped, named, relative_to
+from data.caption_sidecars import captions_beside
 from data.caption_tables import TABLE_FORMS, table_columns, table_rows
-from data.decode import IMAGE_SUFFIXES, BadImage, decode_caption
+from data.caption_text import checked_captions
+from data.embedded_images import embedded_column, image_sizes, num_rows
 from data.errors import UserError
-from data.files.walk import visible_files
 from data.fingerprints import Fingerprints
-from data.source_file import MAX_CAPTION_BYTES, read_source_file
+from data.image_folder import CaptionedFile as CaptionedFile
+from data.image_folder import FolderCount, count_files, printable, row_key, suffix_of, walk
+from data.image_folder import sample_key as sample_key
+from data.images.decode import IMAGE_SUFFIXES, BadImage
+from data.kohya_metadata import image_name, is_metadata_name, metadata_rows
 
-CaptionForm = Literal["auto", "sidecar", "jsonl", "csv", "parquet"]
-
-_NOT_CAPTIONS = ("readme", "license", "licence", "requirements")
-_EITHER_CASE = tuple(case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper()))
-_TWIN_ENDINGS = tuple(f".{suffix}" for suffix in _EITHER_CASE)
+CaptionForm = Literal["auto", "sidecar", "caption", "json", "jsonl", "csv", "parquet", "kohya"]
+_SIDECARS: dict[str, str] = {"sidecar": "txt", "caption": "caption", "json": "json"}
+"""Suffix of the files beside images, by form."""
 
 
-class CaptionedFile(NamedTuple):
-    """One image on disk and its caption; `name` is relative to the folder, fit to print."""
+@dataclass(frozen=True)
+class CaptionFields:
+    """Where captions stand in what holds them."""
 
-    key: str
-    name: str
-    path: Path
-    caption: str
+    file_column: str = "file_name"
+    caption_column: str = "text"
+    image_column: str = "image"
+    """Of Parquet files with the images inside."""
+    lines: bool = False
+    """Whether every line of a text is a caption."""
 
 
 @dataclass(frozen=True)
@@ -47,228 +57,234 @@ class CaptionSource:
 
     folder: Path
     form: CaptionForm
-    table: Path | None = None
-    file_column: str = "file_name"
-    caption_column: str = "text"
+    tables: Parts | None = None
+    fields: CaptionFields = CaptionFields()
+    is_embedded: bool = False
+    """Whether the tables hold the images."""
 
     def __str__(self) -> str:
-        if self.table is None:
-            return "sidecar .txt files"
-        return f"{self.table.name} (columns {self.file_column}, {self.caption_column})"
+        each_line = ", one a line" if self.fields.lines else ""
+        if self.tables is None:
+            return f"sidecar .{_SIDECARS[self.form]} files{each_line}"
+        shown = self.tables.shown(self.folder)
+        if self.form == "kohya":
+            return f"{shown} (kohya's metadata){each_line}"
+        first = self.fields.image_column if self.is_embedded else self.fields.file_column
+        return f"{shown} (columns {first}, {self.fields.caption_column}){each_line}"
 
-
-@dataclass
-class FolderCount:
-    """What a folder holds, by kind."""
-
-    num_images: int = 0
-    num_sidecars: int = 0
-    other_suffixes: dict[str, int] = field(default_factory=dict)
-
-
-def count_files(folder: Path) -> FolderCount:
-    """Counts images, .txt files that have an image beside them, and files of other suffixes."""
-    count = FolderCount()
-    for _, names in walk(folder):
-        for name in names:
-            suffix = _suffix(name)
-            if suffix in IMAGE_SUFFIXES:
-                count.num_images += 1
-            elif suffix == "txt" and _images_beside(names, name):
-                count.num_sidecars += 1
-            else:
-                count.other_suffixes[suffix] = count.other_suffixes.get(suffix, 0) + 1
-    return count
+    def num_embedded(self) -> int:
+        """Returns how many images the tables hold."""
+        paths = self.tables.paths if self.tables and self.is_embedded else ()
+        return sum(map(num_rows, paths))
 
 
 def find_captions(
     folder: Path,
     form: CaptionForm = "auto",
-    file_column: str = "file_name",
-    caption_column: str = "text",
+    fields: CaptionFields | None = None,
     count: FolderCount | None = None,
+    captions_file: str | None = None,
 ) -> CaptionSource:
-    """Returns the one caption source of `folder`; raises UserError for none and for several."""
-    count = count or count_files(folder)
-    tables = _tables(folder, file_column, caption_column)
-    if form != "auto":
-        tables = [table for table in tables if _suffix(table.name) == form]
-    found = [f"{table.name}" for table in tables]
-    if count.num_sidecars and form in ("auto", "sidecar"):
-        found.append(f"{count.num_sidecars} sidecar .txt files")
-    if len(found) > 1:
+    """Returns the one caption source of `folder`; raises UserError for none and for several.
+
+    `captions_file` names a table, or several by a pattern, that are the source whatever else lies
+    there.
+    """
+    fields, count = fields or CaptionFields(), count or count_files(folder)
+    if captions_file is not None:
+        return _from_parts(folder, named(captions_file, folder), fields, form)
+    tables = grouped(_tables(folder.iterdir(), form, fields), folder)
+    kinds = [kind for kind in ("sidecar", "caption") if form in ("auto", kind)]
+    kinds = [kind for kind in kinds if count.num_sidecars.get(_SIDECARS[kind])]
+    if not tables and not kinds:
+        below = (folder / directory / n for directory, names in walk(folder) for n in names)
+        tables = grouped(_tables(below, form, fields), folder)
+    if not tables and not kinds and form in ("auto", "json") and count.num_sidecars.get("json"):
+        kinds = ["json"]
+    if len(tables) + len(kinds) > 1:
+        raise _ambiguous(folder, tables, kinds, count)
+    if tables:
+        return _from_parts(folder, tables[0], fields, "auto")
+    if not kinds:
         raise UserError(
-            f"source={folder}: captions come from {' and from '.join(found)}. "
-            "Choose one with captions=sidecar, jsonl, csv or parquet, or remove the others."
+            f"source={folder}: no captions (captions={form}) for {count.num_images} images. Put a "
+            ".txt, .caption or .json beside each image, or one metadata.jsonl, .csv or .parquet "
+            f"with columns {fields.file_column} and {fields.caption_column} at the top of the "
+            "folder."
         )
-    if not found:
-        nested = _nested_table(folder)
-        hint = f" {nested} is below it: name its folder as source." if nested else ""
-        raise UserError(
-            f"source={folder}: no captions (captions={form}) for {count.num_images} images."
-            f"{hint} Put a .txt beside each image, or one metadata.jsonl, .csv or .parquet with "
-            f"columns {file_column} and {caption_column} at the top of the folder."
-        )
-    if not tables:
-        return CaptionSource(folder, "sidecar")
-    kind = _suffix(tables[0].name)
-    return CaptionSource(folder, kind, tables[0], file_column, caption_column)  # type: ignore[arg-type]
+    return CaptionSource(folder, kinds[0], fields=fields)  # type: ignore[arg-type]
 
 
 def captioned_files(source: CaptionSource) -> Iterator[CaptionedFile | BadSample]:
-    """Yields every image of the folder once, with its caption or the reason why it has none."""
-    if source.table is None:
-        yield from _from_sidecars(source.folder)
-    else:
-        yield from _from_table(source, source.table)
-
-
-def sample_key(folder: Path, name: str) -> str:
-    """Returns the WebDataset key of image `name` (relative to `folder`).
-
-    It is the name without its suffix. WebDataset ends a key at the first dot, so dots inside are
-    written %2E (and % as %25); when several images differ only in their suffix, "%suffix" follows.
-    """
-    path = PurePosixPath(name)
-    stem = path.with_suffix("").name
-    directory = folder / path.parent
-    num_twins = sum((directory / f"{stem}.{suffix}").exists() for suffix in _EITHER_CASE)
-    return _key(path, num_twins)
-
-
-def _key(path: PurePosixPath, num_twins: int) -> str:
-    key = str(path.with_suffix("")).replace("%", "%25").replace(".", "%2E")
-    key = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return key if num_twins <= 1 else f"{key}%{path.suffix[1:]}"
-
-
-def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yields (directory relative to `folder`, sorted file names), following links once."""
-    try:
-        yield from visible_files(folder)
-    except OSError as error:
-        raise UserError(
-            f"source={folder}: cannot read {error.filename}: {error.strerror}."
-        ) from None
-
-
-def _from_sidecars(folder: Path) -> Iterator[CaptionedFile | BadSample]:
-    for directory, names in walk(folder):
-        for name in names:
-            if _suffix(name) not in IMAGE_SUFFIXES:
-                continue
-            relative = os.path.join(directory, name)
-            siblings = _same_stem(names, name)
-            captions = [sibling for sibling in siblings if _suffix(sibling) == "txt"]
-            if not captions:
-                missing = _printable(os.path.splitext(name)[0])
-                yield BadSample(_printable(relative), f"no caption: no {missing}.txt beside it")
-                continue
-            try:
-                caption_path = folder / directory / captions[-1]
-                caption = decode_caption(read_source_file(caption_path, MAX_CAPTION_BYTES))
-            except BadImage as reason:
-                yield BadSample(_printable(relative), str(reason))
-                continue
-            num_twins = sum(sibling.endswith(_TWIN_ENDINGS) for sibling in siblings)
-            key = _key(PurePosixPath(relative), num_twins)
-            yield CaptionedFile(key, _printable(relative), folder / relative, caption)
-        for name in names:
-            stem = os.path.splitext(name)[0]
-            if _suffix(name) != "txt" or stem.lower() in _NOT_CAPTIONS:
-                continue
-            if not _images_beside(names, name):
-                relative = os.path.join(directory, name)
-                yield BadSample(_printable(relative), "no image beside the caption")
-
-
-def _same_stem(names: Sequence[str], name: str) -> list[str]:
-    """Returns those of the sorted `names` that differ from `name` only in their suffix."""
-    stem = os.path.splitext(name)[0]
-    found = []
-    for place in range(bisect_left(names, f"{stem}."), len(names)):
-        if not names[place].startswith(f"{stem}."):
-            break
-        if os.path.splitext(names[place])[0] == stem:
-            found.append(names[place])
-    return found
-
-
-def _images_beside(names: Sequence[str], name: str) -> bool:
-    return any(_suffix(sibling) in IMAGE_SUFFIXES for sibling in _same_stem(names, name))
-
-
-def _from_table(source: CaptionSource, table: Path) -> Iterator[CaptionedFile | BadSample]:
+    """Yields every image of the folder once, with its captions or the reason why it has none."""
+    fields = source.fields
+    if source.tables is None:
+        suffix = _SIDECARS[source.form]
+        yield from captions_beside(source.folder, suffix, fields.caption_column, fields.lines)
+        return
     seen = Fingerprints()
-    for place, row in table_rows(table, (source.file_column, source.caption_column)):
-        if isinstance(row, BadSample):
-            yield row
-            continue
-        name, caption = row.get(source.file_column), row.get(source.caption_column)
-        if not isinstance(name, str) or not name.strip():
-            yield BadSample(place, f"no image: {source.file_column} is empty")
-            continue
-        name = os.path.normpath(name.strip())
-        if not seen.add(name):
-            yield BadSample(_printable(name), f"named again in {place}")
-            continue
-        yield _named_file(source, name, caption)
+    for table in source.tables.paths:
+        if source.is_embedded:
+            yield from _from_embedded(source, table)
+        else:
+            yield from _from_table(source, table, seen)
     for directory, names in walk(source.folder):
         for file_name in names:
             name = os.path.join(directory, file_name)
-            if _suffix(file_name) in IMAGE_SUFFIXES and name not in seen:
-                yield BadSample(_printable(name), f"no caption: not named in {table.name}")
+            if suffix_of(file_name) in IMAGE_SUFFIXES and name not in seen:
+                shown = source.tables.shown(source.folder)
+                yield BadSample(printable(name), f"no caption: not named in {shown}")
+
+
+def _from_table(
+    source: CaptionSource, table: Path, seen: Fingerprints
+) -> Iterator[CaptionedFile | BadSample]:
+    for place, name, caption in _rows(source, table):
+        if isinstance(caption, BadSample):
+            yield caption
+            continue
+        if not isinstance(name, str) or not name.strip():
+            yield BadSample(place, f"no image: {source.fields.file_column} is empty")
+            continue
+        name = name.strip()
+        try:
+            if source.form == "kohya":
+                name = image_name(source.folder, name)
+            elif table.is_relative_to(source.folder) and not os.path.isabs(name):
+                name = os.path.join(table.parent.relative_to(source.folder), name)
+        except BadImage as reason:
+            yield BadSample(printable(name), str(reason))
+            continue
+        name = os.path.normpath(name)
+        if not seen.add(name):
+            yield BadSample(printable(name), f"named again in {place}")
+            continue
+        yield _named_file(source, name, caption)
+
+
+def _rows(source: CaptionSource, table: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (place, name of the image, caption); a BadSample for what is no row."""
+    fields = source.fields
+    if source.form == "kohya":
+        yield from metadata_rows(table, fields.lines)
+        return
+    for place, row in table_rows(table, (fields.file_column, fields.caption_column)):
+        if isinstance(row, BadSample):
+            yield place, None, row
+        else:
+            yield place, row.get(fields.file_column), row.get(fields.caption_column)
 
 
 def _named_file(source: CaptionSource, name: str, caption: Any) -> CaptionedFile | BadSample:
-    """Returns image `name` of a table, its name and caption checked."""
-    shown = _printable(name)
+    """Returns image `name` of a table, its name and captions checked."""
+    shown, fields = printable(name), source.fields
     path = source.folder / name
     if os.path.isabs(name) or name.startswith(".."):
         return BadSample(shown, "no image: the name leads out of the folder")
-    if _suffix(name) not in IMAGE_SUFFIXES:
+    if suffix_of(name) not in IMAGE_SUFFIXES:
         return BadSample(shown, f"no image: suffix is none of {', '.join(IMAGE_SUFFIXES)}")
     if "\0" in name or not path.is_file():
         return BadSample(shown, "no image: no such file")
-    if caption is not None and not isinstance(caption, str):
-        return BadSample(shown, f"no caption: {source.caption_column} is no text")
     try:
-        encoded = (caption or "").encode("utf-8", "surrogateescape")
-        key = sample_key(source.folder, name)
-        return CaptionedFile(key, shown, path, decode_caption(encoded))
+        captions = checked_captions(caption, fields.caption_column, fields.lines)
+        return CaptionedFile(sample_key(source.folder, name), shown, path, captions)
     except (BadImage, UnicodeEncodeError) as reason:
         return BadSample(shown, str(reason))
 
 
-def _tables(folder: Path, file_column: str, caption_column: str) -> list[Path]:
-    """Returns the tables at the top of `folder`; one called metadata must have the columns."""
-    tables = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or _suffix(path.name) not in TABLE_FORMS:
+def _from_embedded(source: CaptionSource, table: Path) -> Iterator[CaptionedFile | BadSample]:
+    fields, name = source.fields, relative_to(table, source.folder)
+    if name != str(table):
+        name = printable(name)
+    sizes = image_sizes(table, fields.image_column)
+    for row, ((_, values), size) in enumerate(
+        zip(table_rows(table, (fields.caption_column,)), sizes, strict=True)
+    ):
+        shown = f"{name}:{row + 1}"
+        assert not isinstance(values, BadSample), "Parquet has no lines that could be damaged"
+        try:
+            caption = values[fields.caption_column]
+            captions = checked_captions(caption, fields.caption_column, fields.lines)
+        except BadImage as reason:
+            yield BadSample(shown, str(reason))
             continue
-        columns = table_columns(path)
-        if file_column in columns and caption_column in columns:
-            tables.append(path)
-        elif path.stem == "metadata":
-            raise UserError(
-                f"{path}: needs columns {file_column} and {caption_column}, has "
-                f"{', '.join(columns) or 'none'}. Rename them, or set file_column and "
-                "caption_column."
-            )
-    return tables
+        key = row_key(name.lstrip("/"), row)
+        yield CaptionedFile(key, shown, table, captions, row, size)
 
 
-def _nested_table(folder: Path) -> Path | None:
-    for directory, names in walk(folder):
-        for name in names:
-            if directory and name.startswith("metadata.") and _suffix(name) in TABLE_FORMS:
-                return folder / directory / name
-    return None
+def _from_parts(
+    folder: Path, parts: Parts, fields: CaptionFields, form: CaptionForm
+) -> CaptionSource:
+    """Returns the source that some tables are, all of one kind; raises UserError."""
+    kinds = sorted({_kind(path, fields) for path in parts.paths})
+    suffixes = {kind.partition(" ")[0] for kind in kinds}
+    if len(kinds) > 1 or (form != "auto" and suffixes != {form}):
+        asked = "" if form == "auto" else f" and captions={form}"
+        raise UserError(
+            f"captions_file={parts.pattern}{asked}: names {' and '.join(kinds)} files. Name "
+            "tables of one kind, and leave captions at auto."
+        )
+    kind, _, images = kinds[0].partition(" ")
+    return CaptionSource(folder, kind, parts, fields, bool(images))  # type: ignore[arg-type]
 
 
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1][1:].lower()
+def _tables(paths: Iterable[Path], form: CaptionForm, fields: CaptionFields) -> list[Path]:
+    """Returns those of the files that are tables of captions, and of `form`.
+
+    Raises UserError for one called metadata, or with images in it, that lacks the columns.
+    """
+    found = []
+    for path in sorted(paths):
+        suffix = suffix_of(path.name)
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if is_metadata_name(path.name):
+            found += [path] if form in ("auto", "kohya") else []
+        elif suffix in TABLE_FORMS and form in ("auto", suffix):
+            columns = table_columns(path)
+            is_meant = path.stem == "metadata" or _holds_images(path, fields)
+            if is_meant or {fields.file_column, fields.caption_column} <= set(columns):
+                _kind(path, fields)  # refuses what lacks columns
+                found.append(path)
+    return found
 
 
-def _printable(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def _kind(table: Path, fields: CaptionFields) -> str:
+    """Returns "kohya", the suffix, or "parquet with images"; raises UserError without columns."""
+    suffix = suffix_of(table.name)
+    if suffix == "json":
+        return "kohya"
+    if suffix not in TABLE_FORMS:
+        raise UserError(f"{table}: is no .jsonl, .csv, .parquet or .json file of captions.")
+    columns = table_columns(table)
+    if {fields.file_column, fields.caption_column} <= set(columns):
+        return suffix
+    has_images = _holds_images(table, fields)
+    if has_images and fields.caption_column in columns:
+        return f"{suffix} with images"
+    wanted = fields.image_column if has_images else fields.file_column
+    raise UserError(
+        f"{table}: needs columns {wanted} and {fields.caption_column}, has "
+        f"{', '.join(columns) or 'none'}. Rename them, or set file_column (image_column for images "
+        "inside Parquet) and caption_column."
+    )
+
+
+def _holds_images(table: Path, fields: CaptionFields) -> bool:
+    is_parquet = suffix_of(table.name) == "parquet"
+    return is_parquet and embedded_column(table, fields.image_column) is not None
+
+
+def _ambiguous(
+    folder: Path, tables: Sequence[Parts], kinds: Sequence[str], count: FolderCount
+) -> UserError:
+    found = [parts.shown(folder) for parts in tables]
+    remedies = [f"captions_file={parts.pattern!r}" for parts in tables]
+    for kind in kinds:
+        suffix = _SIDECARS[kind]
+        found.append(f"{count.num_sidecars[suffix]} sidecar .{suffix} files")
+        remedies.append(f"captions={kind}")
+    return UserError(
+        f"source={folder}: captions come from {' and from '.join(found)}. Choose one with "
+        f"{' or '.join(remedies)}, or remove the others."
+    )

@@ -27,9 +27,8 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from data.buckets import Size
-from data.decode import BadImage
 from data.errors import UserError
-from data.images.decode import STORED_COLORS
+from data.images.decode import STORED_COLORS, BadImage
 from data.reader import Reader
 from data.shards import EMPTY_FILE, ENCODING_FILE
 

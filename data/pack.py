@@ -1,8 +1,9 @@
 """`blackpoint data pack`: an image folder with captions -> WebDataset shards and their index.
 
 Image bytes are kept as they are; each becomes `key.jpg` (or .png, ...) beside `key.txt`, and a
-.json of the same name beside the image comes along. Every image is decoded once: what training
-could not use is left out here, counted and named.
+.json of the same name beside the image comes along. Several captions go into `key.json`, no .txt
+(data/caption_text.py). Every image is decoded once: what training could not use is left out here,
+counted and named.
 
 Names and sizes alone decide which image goes into which shard (data/shard_list.py). Processes
 then write whole shards (data/pack_shard.py), and the same bytes come out for any number of them.
@@ -20,9 +21,16 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from data.bad_samples import BadSample, refusal, too_many
-from data.captions import CaptionForm, CaptionSource, captioned_files, count_files, find_captions
+from data.captions import (
+    CaptionFields,
+    CaptionForm,
+    CaptionSource,
+    captioned_files,
+    find_captions,
+)
 from data.errors import RunFailed, UserError, WriteFailed, disk_writes
 from data.files.paths import OutputText, PathText
+from data.image_folder import count_files
 from data.images.decode import MAX_IMAGE_PIXELS
 from data.index import IndexWriter
 from data.pack_shard import ShardRules, is_hopeless, pack_shard
@@ -40,16 +48,27 @@ class PackConfig:
     """An image folder with captions, and the shards that it becomes."""
 
     source: PathText = MISSING
-    """Folder of images (jpg, png, webp, bmp, gif, tiff, avif), searched recursively."""
+    """Folder of images (jpg, png, webp, bmp, gif, tiff, avif), or of Parquet files with images
+    inside; searched recursively."""
     output: OutputText = MISSING
     """Folder for the shards and the index; must be absent or empty. A run that was stopped is
     continued by the same command."""
     captions: CaptionForm = "auto"
-    """Where captions are; auto finds the one kind there is and says which."""
+    """Where captions are: in a .txt (sidecar), .caption or .json beside each image, in a table, or
+    in kohya's meta_cap.json; auto finds the one kind there is and says which."""
+    captions_file: PathText | None = None
+    """Table of captions, relative to source, or a pattern such as 'train-*.parquet' for several
+    that are one; null: the one there is."""
     file_column: str = "file_name"
-    """Column of a captions table that names the image, relative to source."""
+    """Column of a captions table that names the image, relative to the table's folder."""
     caption_column: str = "text"
-    """Column of a captions table that holds the caption."""
+    """Column of a captions table that holds the caption, or a list of captions; of a .json beside
+    an image the field, where it has no "caption"."""
+    image_column: str = "image"
+    """Column of Parquet files that holds the images themselves."""
+    caption_lines: bool = False
+    """Takes every line of a text for a caption of its own, as kohya's enable_wildcard and
+    SimpleTuner do; training draws one an epoch. Lists in JSON and Parquet are that in any case."""
     samples_per_shard: int = 10_000
     """Most samples in one shard."""
     shard_megabytes: float = 1000.0
@@ -106,16 +125,21 @@ def pack(config: PackConfig) -> PackResult:
         raise UserError(f"source={source}: {what}. Name a folder of images.")
     refuse_used_output(output)
     count = count_files(source)
-    if not count.num_images:
+    fields = CaptionFields(
+        config.file_column, config.caption_column, config.image_column, config.caption_lines
+    )
+    captions = None
+    if count.num_images or "parquet" in count.other_suffixes or config.captions_file:
+        captions = find_captions(source, config.captions, fields, count, config.captions_file)
+    num_images = captions.num_embedded() if captions and captions.is_embedded else count.num_images
+    if captions is None or not num_images:
         found = ", ".join(f"{num} .{suffix}" for suffix, num in count.other_suffixes.items())
         raise UserError(
             f"source={source}: holds no images (found {found or 'nothing'}). "
-            "Images are jpg, jpeg, png, webp, bmp, gif, tif, tiff or avif files."
+            "Images are jpg, jpeg, png, webp, bmp, gif, tif, tiff or avif files, or inside Parquet."
         )
-    captions = find_captions(
-        source, config.captions, config.file_column, config.caption_column, count
-    )
-    result = PackResult(str(captions), ignored_suffixes=count.other_suffixes)
+    ignored = {name: num for name, num in count.other_suffixes.items() if name != captions.form}
+    result = PackResult(str(captions), ignored_suffixes=ignored)
     with Partial(output, _settings(config, captions)) as partial:
         rules = ShardRules(
             source,
@@ -124,10 +148,11 @@ def pack(config: PackConfig) -> PackResult:
             partial.working,
             config.max_image_pixels,
             config.max_bad_share,
-            count.num_images,
+            num_images,
+            config.image_column,
         )
         try:
-            with progress("packing", count.num_images) as advance:
+            with progress("packing", num_images) as advance:
                 num_shards = _write_shards(config, captions, rules, result, advance)
             _write_index(rules, num_shards, result)
             partial.finish()

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.bad_samples import BadSample, too_many
+from data.caption_text import caption_members
+from data.embedded_images import EmbeddedImages, image_suffix
 from data.errors import disk_writes
 from data.images.decode import BadImage, decode
 from data.images.luminance import luminance
 from data.images.source_file import MAX_IMAGE_BYTES, read_source_file
 from data.part import Part, write_part
-from data.record import ShardRecords
+from data.record import JSON, TEXT, ShardRecords
 from data.shard_file import ShardFile, shard_name
 from data.shard_list import ListedFile, ShardList, read_list
 
@@ -32,6 +34,8 @@ class ShardRules:
     max_image_pixels: int
     max_bad_share: float
     num_images: int
+    image_column: str = "image"
+    """Of Parquet files with images inside."""
 
 
 def pack_shard(rules: ShardRules, listed: ShardList, advance: Callable[[int], None]) -> Part:
@@ -45,14 +49,15 @@ def pack_shard(rules: ShardRules, listed: ShardList, advance: Callable[[int], No
         shard = ShardFile(rules.working / name)
     num_entries, is_whole = 0, True
     try:
-        for entry in read_list(listed.path):
-            _pack_one(entry, shard, records, rules, bad)
-            num_entries += 1
-            if num_entries % REPORT_EVERY == 0:
-                advance(REPORT_EVERY)
-            if is_hopeless(len(bad), rules):
-                is_whole = False
-                break
+        with EmbeddedImages(rules.image_column) as embedded:
+            for entry in read_list(listed.path):
+                _pack_one(entry, shard, records, rules, embedded, bad)
+                num_entries += 1
+                if num_entries % REPORT_EVERY == 0:
+                    advance(REPORT_EVERY)
+                if is_hopeless(len(bad), rules):
+                    is_whole = False
+                    break
         advance(num_entries % REPORT_EVERY)
         with disk_writes():
             content = shard.close()
@@ -83,6 +88,7 @@ def _pack_one(
     shard: ShardFile,
     records: ShardRecords,
     rules: ShardRules,
+    embedded: EmbeddedImages,
     bad: list[BadSample],
 ) -> None:
     if isinstance(entry, BadSample):
@@ -90,14 +96,20 @@ def _pack_one(
         return
     path = rules.source / entry.path
     try:
-        image_bytes = read_source_file(path, MAX_IMAGE_BYTES)
+        extra = None
+        if entry.row is not None:
+            image_bytes = embedded.read(path, entry.row)
+        else:
+            image_bytes = read_source_file(path, MAX_IMAGE_BYTES)
         picture = decode(image_bytes, rules.max_image_pixels)
-        members = {path.suffix[1:].lower(): image_bytes, "txt": entry.caption.encode()}
         if entry.extra is not None:
-            members["json"] = read_source_file(path.with_suffix(".json"), MAX_IMAGE_BYTES)
+            extra = read_source_file(path.with_suffix(".json"), MAX_IMAGE_BYTES)
+        suffix = path.suffix[1:].lower() if entry.row is None else image_suffix(image_bytes)
+        members = {suffix: image_bytes} | caption_members(entry.captions, extra)
     except BadImage as reason:
         bad.append(BadSample(entry.name, str(reason)))
         return
     with disk_writes():
         image, caption, *_ = shard.write(entry.key, members).values()
-    records.add(entry.key, image, caption, *picture.size, luminance(picture))
+    form = TEXT if len(entry.captions) == 1 else JSON
+    records.add(entry.key, image, caption, *picture.size, luminance(picture), form)

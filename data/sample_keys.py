@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from data.caption_text import CAPTION_FIELD
-from data.decode import IMAGE_SUFFIXES, BadImage
 from data.errors import UserError
+from data.images.decode import IMAGE_SUFFIXES, BadImage
 from data.record import JSON, TEXT
 
 LATENTS_EXTENSION = "safetensors"

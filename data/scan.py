@@ -20,7 +20,8 @@ from safetensors import SafetensorError, deserialize
 
 from data.bad_samples import BadSample, kind
 from data.caption_text import json_captions, text_captions
-from data.decode import BadImage, decode, luminance
+from data.images.decode import BadImage, decode
+from data.images.luminance import luminance
 from data.record import JSON, ShardRecords, Span
 from data.remote_shards import RemoteShards
 from data.sample_keys import AUTOMATIC, SampleKeys

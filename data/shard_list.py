@@ -12,11 +12,13 @@ import stat
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data.bad_samples import BadSample
-from data.captions import CaptionedFile
+from data.caption_parts import relative_to
+from data.caption_text import Captions, caption_members
 from data.errors import disk_writes
+from data.image_folder import CaptionedFile
 from data.shard_file import is_full, member_bytes
 
 
@@ -30,16 +32,18 @@ class ShardList(NamedTuple):
 
 
 class ListedFile(NamedTuple):
-    """One image of a shard; `path` is relative to the source folder."""
+    """One image of a shard; `path` is relative to the source folder, absolute elsewhere."""
 
     key: str
     name: str
     path: str
-    caption: str
+    captions: Captions
     size: int
     changed_ns: int
     extra: tuple[int, int] | None
     """Size and time of change of the .json beside it."""
+    row: int | None = None
+    """Of an image inside the Parquet file `path`."""
 
 
 def shard_lists(
@@ -71,7 +75,11 @@ def read_list(path: Path) -> Iterator[ListedFile | BadSample]:
     with path.open(encoding="ascii") as file:
         for line in file:
             values = json.loads(line)
-            yield BadSample(*values) if len(values) == 2 else ListedFile(*values)
+            if len(values) == 2:
+                yield BadSample(*values)
+                continue
+            captions = (values[3],) if isinstance(values[3], str) else tuple(values[3])
+            yield ListedFile(*values)._replace(captions=captions)
 
 
 class _ListWriter:
@@ -83,7 +91,7 @@ class _ListWriter:
 
     def write(self, entry: ListedFile | BadSample) -> None:
         # ASCII: file names that are no UTF-8 come back as they were.
-        line = json.dumps(entry).encode("ascii") + b"\n"
+        line = json.dumps(_line(entry)).encode("ascii") + b"\n"
         self._digest.update(line)
         self.num_entries += 1
         with disk_writes():
@@ -95,19 +103,38 @@ class _ListWriter:
         return ShardList(self.number, self.path, self._digest.hexdigest(), self.num_entries)
 
 
+def _line(entry: ListedFile | BadSample) -> list[Any]:
+    """Returns what stands in a list: one caption as a text, and no row where there is none."""
+    if isinstance(entry, BadSample):
+        return list(entry)
+    key, name, path, captions, *others, row = entry
+    shown = captions[0] if len(captions) == 1 else captions
+    return [key, name, path, shown, *others, *([] if row is None else [row])]
+
+
 def _listed(entry: CaptionedFile, source: Path) -> ListedFile:
     path = str(entry.path)
     size, changed_ns = _status(path) or (0, 0)  # no file any more: its reader says so
-    extra = _status(os.path.splitext(path)[0] + ".json")
-    relative = str(entry.path.relative_to(source))
-    return ListedFile(entry.key, entry.name, relative, entry.caption, size, changed_ns, extra)
+    extra = None
+    if entry.row is not None:
+        size = entry.num_bytes
+    else:
+        extra = _status(os.path.splitext(path)[0] + ".json")
+    shown = relative_to(entry.path, source)
+    return ListedFile(
+        entry.key, entry.name, shown, entry.captions, size, changed_ns, extra, entry.row
+    )
 
 
 def _sample_bytes(listed: ListedFile) -> int:
     suffix = os.path.splitext(listed.path)[1]
     total = member_bytes(listed.key + suffix, listed.size)
-    total += member_bytes(f"{listed.key}.txt", len(listed.caption.encode()))
-    return total + (member_bytes(f"{listed.key}.json", listed.extra[0]) if listed.extra else 0)
+    extra = listed.extra[0] if listed.extra else 0
+    for name, content in caption_members(listed.captions).items():
+        total += member_bytes(f"{listed.key}.{name}", len(content) + extra * (name == "json"))
+    if extra and len(listed.captions) == 1:
+        total += member_bytes(f"{listed.key}.json", extra)
+    return total
 
 
 def _status(path: str) -> tuple[int, int] | None:

@@ -1,6 +1,7 @@
 """Laws of `data pack` over processes and time: the same bytes however it was run or stopped."""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -314,13 +315,17 @@ def test_workers_import_neither_torch_nor_webdataset() -> None:
 def test_lists_come_back_as_they_were(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")
     (tmp_path / name).write_bytes(b"12345")
-    good = CaptionedFile("k", "shown", tmp_path / name, "a \u00e9\ncaption")
+    good = CaptionedFile("k", "shown", tmp_path / name, ("a \u00e9\ncaption",))
     bad = BadSample("b", "why")
     lists = list(shard_lists([bad, good, bad, good], tmp_path, tmp_path, 1, 1e9))
     assert [listed.num_entries for listed in lists] == [3, 1]
     entries = list(read_list(lists[0].path))
     assert entries[0] == entries[2] == bad
-    assert (entries[1].path, entries[1].caption, entries[1].size) == (name, good.caption, 5)  # type: ignore[union-attr]
+    # A pack that an earlier version was stopped in is known by the digest of such lines.
+    line = lists[0].path.read_text().splitlines()[1]
+    changed_ns = (tmp_path / name).stat().st_mtime_ns
+    assert json.loads(line) == ["k", "shown", name, good.captions[0], 5, changed_ns, None]
+    assert (entries[1].path, entries[1].captions, entries[1].size) == (name, good.captions, 5)  # type: ignore[union-attr]
 
 
 def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:

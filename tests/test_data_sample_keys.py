@@ -10,9 +10,9 @@ import pytest
 
 from data.check import CheckConfig, check
 from data.config import DataConfig
-from data.decode import BadImage
 from data.errors import UserError
 from data.identity import identity
+from data.images.decode import BadImage
 from data.index import INDEX_FOLDER, Index, build_index
 from data.module import CaptionedImages
 from data.sample_keys import SampleKeys

@@ -58,14 +58,14 @@ def test_what_is_quoted_right_is_read_whole(tmp_path: Path) -> None:
         'file_name, text\n0.png,"a cat, sitting"\n\n1.png,"a ""big"" dog\non a wall"\n2.png,it\'s\n'
     )
     source = write_images(tmp_path / "in", table)
-    found = [file.caption for file in captioned_files(find_captions(source))]  # type: ignore[union-attr]
+    found = [file.captions[0] for file in captioned_files(find_captions(source))]  # type: ignore[union-attr]
     assert found == ["a cat, sitting", 'a "big" dog\non a wall', "it's"]
 
 
 def test_long_captions_are_no_damage(tmp_path: Path) -> None:
     long = "x" * 200_000
     source = write_images(tmp_path / "in", f"file_name,text\n0.png,{long}\n", 1)
-    assert [file.caption for file in captioned_files(find_captions(source))] == [long]  # type: ignore[union-attr]
+    assert [file.captions[0] for file in captioned_files(find_captions(source))] == [long]  # type: ignore[union-attr]
 
 
 @settings(max_examples=200, deadline=None)

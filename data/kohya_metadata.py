@@ -1,0 +1,77 @@
+"""kohya's metadata: one JSON object of {image: {"caption": "...", "tags": "..."}}, meta_cap.json.
+
+As in its trainer, tags follow the caption after ", ", or stand alone, and an image is a path, or a
+name without suffix. The file is read as a whole, as its own tools do.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.bad_samples import BadSample
+from data.errors import UserError
+from data.image_folder import EITHER_CASE, suffix_of
+from data.images.decode import IMAGE_SUFFIXES, BadImage
+
+SEPARATOR = ", "
+_NAME = re.compile(r"meta_.*\.json", re.IGNORECASE)
+
+
+def is_metadata_name(name: str) -> bool:
+    """Tells whether a file has a name as kohya's tools use: meta_cap.json, meta_lat.json."""
+    return _NAME.fullmatch(name) is not None
+
+
+def metadata_rows(table: Path, lines: bool) -> Iterator[tuple[str, str, Any]]:
+    """Yields (place, image, caption or BadSample); `lines`: every line of a caption gets the tags.
+
+    Raises UserError for a file that is none of that form.
+    """
+    for image, values in _entries(table).items():
+        place = f"{table.name}: {image}"
+        if not isinstance(values, dict):
+            yield place, image, BadSample(place, "no caption: no JSON object")
+            continue
+        caption, tags = values.get("caption"), values.get("tags")
+        if isinstance(caption, str) and isinstance(tags, str) and tags.strip():
+            tags = SEPARATOR.join(filter(None, map(str.strip, tags.split("\n"))))
+            texts = [caption.strip()]
+            if lines:
+                texts = [text.strip() for text in caption.split("\n") if text.strip()]
+            caption = "\n".join(SEPARATOR.join(filter(None, (text, tags))) for text in texts)
+        yield place, image, tags if caption is None else caption
+
+
+def image_name(folder: Path, image: str) -> str:
+    """Returns the image, relative to `folder`, that kohya's tools would take; raises BadImage."""
+    names = [image] if suffix_of(image) in IMAGE_SUFFIXES else []
+    names = names or [f"{image}.{suffix}" for suffix in EITHER_CASE]
+    if "\0" in image:
+        raise BadImage("no image: no such file")
+    found = [name for name in names if (folder / name).is_file()]  # an absolute name as it is
+    if not found and not os.path.isabs(image):  # as seen from where the tool was run, perhaps here
+        found = [os.path.abspath(name) for name in names if os.path.isfile(name)]
+    if not found:
+        raise BadImage("no image: no such file")
+    if len(found) > 1:
+        raise BadImage(f"no image: {' and '.join(found)} are of that name; write the suffix")
+    name = found[0]
+    if os.path.isabs(name):
+        name = os.path.relpath(os.path.realpath(name), os.path.realpath(folder))
+    return name
+
+
+def _entries(table: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(table.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{table}: can't be read as JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{table}: is no JSON object of images. kohya's metadata is "
+            '{"image": {"caption": "a text"}}; name another file with captions_file.'
+        )
+    return found
