@@ -28,9 +28,10 @@ class DataConfig:
     """Validation shards, named in the same way; null: no validation."""
     validation_images: int = 256
     """Validation reads this many images, always the first ones."""
-    resolution: int = 512
+    resolution: int = 0
     """Side of the square images, in pixels; the shorter side is resized to it. With buckets: the
-    side of the square whose area theirs is near to."""
+    side of the square whose area theirs is near to. 0: the size that the checkpoint was made for,
+    or that of shards of latents."""
     buckets: BucketsConfig = field(default_factory=BucketsConfig)
     """Aspect-ratio buckets."""
     max_upscale: float | None = None
@@ -66,16 +67,21 @@ class DataConfig:
     """Lets pipe:COMMAND stand for a shard: the shell runs it, and its output is the shard."""
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "validation_images", "max_image_pixels"):
+        for name in ("validation_images", "max_image_pixels"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)}: must be at least 1.")
+        if self.resolution < 0:
+            raise UserError(
+                f"data.resolution={self.resolution}: must be at least 1, or 0 for the "
+                "checkpoint's own."
+            )
         for name in ("caption_dropout", "max_bad_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name}={getattr(self, name)}: must be from 0 to 1.")
         if self.max_upscale is not None and not self.max_upscale > 0:
             raise UserError(f"data.max_upscale={self.max_upscale}: must be above 0, or null.")
         self._check_mixture()
-        if self.buckets.enabled:
+        if self.buckets.enabled and self.resolution:
             bucket_table(self.buckets, self.resolution, self.max_upscale)
         if self.num_workers < 0:
             raise UserError(f"data.num_workers={self.num_workers}: must be 0 or more.")

@@ -34,7 +34,7 @@ from data.reader import Reader
 from data.shard_set import ShardSet, index_shards, indexing_command, open_shards
 from data.shards import is_encoded
 from data.sorted_samples import sorted_samples
-from data.summary import bucket_lines, bucket_rows, decoder_lines, mixture_lines
+from data.summary import bucket_rows, summary_lines
 from data.verify import verify
 from data.worker_signals import leave_signals_to_parent
 
@@ -186,14 +186,10 @@ class CaptionedImages(LightningDataModule):
         return {name.partition("=")[0]: identity(reader) for name, reader in self.readers().items()}
 
     def summary(self) -> list[str]:
-        """Returns lines for the user: an old decoder, shares of a mixture, sizes of buckets."""
-        lines = decoder_lines(self.readers().values())
-        if isinstance(self._training, MixedReader):
-            mixed = self._training
-            lines += ["data.mixture:", *mixture_lines(mixed.readers, mixed.schedule.parts)]
-        for name, reader in self.readers().items():
-            lines += bucket_lines(name, reader, self.batch_size) if reader.order else []
-        return lines
+        """Returns lines for the user: data/summary.py."""
+        mixed = self._training if isinstance(self._training, MixedReader) else None
+        parts = mixed.schedule.parts if mixed else None
+        return summary_lines(self.readers(), parts, self.batch_size)
 
     def sizes(self) -> list[Size]:
         """Returns every (width, height) that a batch may have, in pixels."""

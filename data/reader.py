@@ -64,6 +64,7 @@ class Reader:
     _files: dict[int, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        assert self.resolution > 0, "0 is for train/sizes.py to replace"
         if self.remote is None:
             self.index.check_shards(self.shards)
         chosen = sorted(

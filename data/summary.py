@@ -5,11 +5,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from data.bad_samples import printable
 from data.images.decode import STORED_COLORS
 from data.reader import Reader
+from data.shards import is_encoded
 
 NUM_NAMED = 5  # of the samples that are left out
+ROWS_AT_ONCE = 1 << 16
+MAX_ROWS = 1 << 21
+"""Sizes that are looked at for a count; of more, as many are, in pieces all over the index."""
 
 
 class BucketRow(NamedTuple):
@@ -34,6 +40,64 @@ def bucket_rows(readers: Mapping[str, Reader]) -> Iterator[BucketRow]:
                 yield BucketRow(name, *size, count, enlarged)
         if samples.num_left_out:
             yield BucketRow(name, 0, 0, samples.num_left_out, 0)
+
+
+def summary_lines(
+    readers: Mapping[str, Reader], parts: Sequence[int] | None, batch_size: int
+) -> list[str]:
+    """Returns lines for the user: an old decoder, shares of a mixture, images of each bucket, and
+    how many are enlarged.
+
+    `readers` are those of training first; `parts` are the whole weights of a mixture.
+    """
+    lines = decoder_lines(readers.values())
+    if parts:
+        lines += ["data.mixture:", *mixture_lines(list(readers.values())[: len(parts)], parts)]
+    for name, reader in readers.items():
+        lines += bucket_lines(name, reader, batch_size) if reader.order else []
+        what = f"data.resolution={reader.resolution}; lower it, or leave them out with "
+        lines += enlarged_lines(name, reader, f"{what}data.max_upscale=1")
+    return lines
+
+
+def enlarged_lines(name: str, reader: Reader, what: str) -> list[str]:
+    """Returns a warning of how many images are enlarged to cover their square or bucket, or [].
+
+    `what` is the end of it: to which size, and the remedy. Latents were warned of when they were
+    made.
+    """
+    if is_encoded(reader.index.shard_folder):
+        return []
+    if reader.order:
+        rows = [row for row in bucket_rows({name: reader}) if row.width]
+        num_enlarged = sum(row.num_enlarged for row in rows)
+        num_images, about = sum(row.num_images for row in rows), ""
+    else:
+        num_images = len(reader)
+        num_enlarged, num_seen = _num_smaller(reader)
+        about = "about " if num_seen < num_images else ""
+        num_enlarged = round(num_enlarged / num_seen * num_images)
+    if not num_enlarged:
+        return []
+    return [
+        f"WARNING: {name}: {about}{num_enlarged:,} of {num_images:,} images are enlarged to {what}"
+    ]
+
+
+def _num_smaller(reader: Reader) -> tuple[int, int]:
+    """Returns how many images have a side below the square's, of how many that were looked at."""
+    pieces = [
+        range(first, min(first + ROWS_AT_ONCE, samples.stop))
+        for samples in reader.chosen()
+        for first in range(samples.start, samples.stop, ROWS_AT_ONCE)
+    ]
+    every = max(1, len(reader) // MAX_ROWS)
+    num_smaller = num_seen = 0
+    for piece in pieces[::every]:
+        rows = reader.index.read(piece.start, piece.stop)
+        num_smaller += int((np.minimum(rows["width"], rows["height"]) < reader.resolution).sum())
+        num_seen += len(rows)
+    return num_smaller, num_seen
 
 
 def write_buckets(path: Path, rows: Sequence[BucketRow]) -> None:

@@ -27,6 +27,6 @@ def run(config: EncodeConfig) -> int:
         print(listing(result.bad))
     print(
         f"train on them: blackpoint train data.shards={config.output} "
-        f"data.resolution={config.resolution} checkpoint={config.checkpoint} run_dir=..."
+        f"data.resolution={result.resolution} checkpoint={config.checkpoint} run_dir=..."
     )
     return 0

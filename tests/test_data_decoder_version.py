@@ -41,7 +41,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def earlier_decoder(patch: pytest.MonkeyPatch) -> None:
     """Makes new runs and encodings those of the version before."""
-    for module in ("train.run_identity", "train.encode_begun"):
+    for module in ("train.run_identity", "train.encode_settings"):
         patch.setattr(f"{module}.DECODER_VERSION", STORED_COLORS)
 
 

@@ -295,8 +295,8 @@ def test_user_mistakes_say_what_to_do(shards: Path, tmp_path: Path) -> None:
         TrainingBatches(reader(shards), 7, 0, 0, 2)
     with pytest.raises(UserError, match="data.caption_dropout=1.5"):
         DataConfig("x", caption_dropout=1.5)
-    with pytest.raises(UserError, match="data.resolution=0"):
-        DataConfig("x", resolution=0)
+    with pytest.raises(UserError, match="data.resolution=-1"):
+        DataConfig("x", resolution=-1)
 
 
 def test_an_absent_index_is_built_and_a_stale_one_is_refused(tmp_path: Path) -> None:

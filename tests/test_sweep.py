@@ -82,6 +82,18 @@ def test_names_stay_when_the_grid_grows(tmp_path: Path) -> None:
     assert [c.digest for c in more] != [c.digest for c in before]
 
 
+def test_a_value_that_was_the_default_leaves_the_training_its_name(tmp_path: Path) -> None:
+    """A sweep from the time when data.resolution was 512 finds its trainings, said or not."""
+
+    def folder(**values: Any) -> Path:
+        train = training(Path("base"), Path("shards")) | values
+        (one,) = trainings_of(cells(tmp_path, train=train, evaluate=EVALUATE))
+        return one.folder
+
+    assert folder(**{"data.resolution": 512}) == folder(**{"data.resolution": 0})
+    assert folder(**{"data.resolution": 512}) != folder()
+
+
 def test_cells_share_a_training(tmp_path: Path) -> None:
     found = cells(
         tmp_path,

@@ -45,8 +45,8 @@ from sampling.errors import RunFailed, UserError
 from sampling.fingerprint import text_encoder_digest, vae_digest
 from sampling.model import DiffusionModel
 from sampling.tasks import Task, this_task
-from train.encode_begun import begun_decoder, settled, tell
 from train.encode_config import EncodeConfig
+from train.encode_settings import begun_decoder, settled, sized, tell, warn_of_enlarged
 from train.encode_shards import EncodeRules, Share, encode_share
 from train.encode_tasks import process_devices
 
@@ -63,6 +63,8 @@ class EncodeResult:
     """Of all shards."""
     num_kept_shards: int
     """Shards that were finished when this command began."""
+    resolution: int
+    """Side of the images, in pixels."""
     bad: list[BadSample] = field(default_factory=list)
 
 
@@ -74,6 +76,7 @@ def encode(config: EncodeConfig) -> EncodeResult:
     are kept beside the output for the next call.
     """
     output, task = Path(config.output), this_task()
+    config = sized(config)
     reader = open_source(config, task)
     devices = process_devices(config, task)
     config, is_recorded = settled(config, torch.device(devices[0]))
@@ -100,6 +103,8 @@ def encode(config: EncodeConfig) -> EncodeResult:
         rules = EncodeRules(config, encoding, reader, partial, earlier.key, uuid.uuid4().hex)
         kept = sum(rules.is_finished(number) for number in range(rules.num_shards))
         try:
+            if kept < rules.num_shards and task.rank == 0:
+                warn_of_enlarged(config, reader)
             if kept < rules.num_shards or not rules.is_finished(rules.num_shards):
                 _encode_shards(rules, task, devices, rules.num_shards - kept)
             with partial.alone():
@@ -221,6 +226,7 @@ def result_of(output: Path, num_kept_shards: int | None) -> EncodeResult:
         num_shards,
         sum(index.shard_bytes.values()),
         num_shards if num_kept_shards is None else num_kept_shards,
+        Encoding.read(output).resolution,
         read_list(output / INDEX_FOLDER / "bad_samples.jsonl"),
     )
 

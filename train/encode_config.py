@@ -25,8 +25,9 @@ class EncodeConfig:
     output: OutputText = MISSING
     """Folder for the shards of latents and their index; must be absent or empty. A run that was
     stopped is continued, and a run that is under way is joined, by the same command."""
-    resolution: int = 512
-    """Side of the square images, in pixels; training must use the same data.resolution."""
+    resolution: int = 0
+    """Side of the square images, in pixels; training must use the same data.resolution. 0: the size
+    that the checkpoint was made for."""
     crop: str = "center"
     """Where the square is cut from the longer side. Only center: latents are made once, so random
     crops and flips need training from the images."""
@@ -70,10 +71,10 @@ class EncodeConfig:
     """Lets pipe:COMMAND stand for a shard: the shell runs it, and its output is the shard."""
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "batch_size", "samples_per_shard", "max_image_pixels"):
+        for name in ("batch_size", "samples_per_shard", "max_image_pixels"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1.")
-        for name in ("num_workers", "num_processes"):
+        for name in ("resolution", "num_workers", "num_processes"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: must be 0 or more.")
         if not 0 <= self.max_bad_share <= 1:

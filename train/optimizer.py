@@ -50,6 +50,18 @@ def learning_rate_factor(step: int, settings: OptimizerConfig, max_steps: int) -
             return 1.0
 
 
+def warmup_note(settings: OptimizerConfig, max_steps: int) -> str:
+    """Returns what is to be known of a warm-up that is longer than the run, else ""."""
+    if settings.warmup_steps < max_steps:
+        return ""
+    reached = settings.learning_rate * learning_rate_factor(max_steps - 1, settings, max_steps)
+    return (
+        f"optimizer.warmup_steps={settings.warmup_steps} is no less than "
+        f"trainer.max_steps={max_steps}: the learning rate rises to {reached:.3g} and never "
+        f"reaches optimizer.learning_rate={settings.learning_rate:g}"
+    )
+
+
 def eight_bit_problem(device: torch.device) -> str | None:
     """Takes one 8-bit step on `device`; returns why it fails, or None."""
     try:

@@ -16,7 +16,6 @@ from data.module import CaptionedImages
 from data.summary import bucket_rows, write_buckets
 from sampling.errors import FORBIDDEN, NOT_WRITABLE, NotExportable, Resumable, RunFailed, UserError
 from sampling.export import export
-from sampling.model import DiffusionModel
 from sampling.precision import set_tf32
 from sampling.speed import prepare_unet
 from train.checkpoints import (
@@ -37,9 +36,9 @@ from train.device import (
 from train.dropout import dropout_levels
 from train.encoders import ready_encoders
 from train.interruption import lost_process
-from train.loss import check_scales
 from train.metrics import CsvMetrics, is_first_process
 from train.module import FineTuner
+from train.optimizer import warmup_note
 from train.run_checks import check_renamed, checked_identity, is_finished, keep_earlier_export
 from train.run_directory import (
     as_started,
@@ -51,6 +50,7 @@ from train.run_directory import (
 )
 from train.run_identity import begun_decoder, write_identity
 from train.run_lock import RunLock
+from train.sizes import check_sizes, sized
 from train.start import hold_encoders, keep_base, starting_model
 from train.tracking import finish, sent_rows, wandb_logger
 from train.trainer import build_callbacks, build_trainer
@@ -144,6 +144,7 @@ def train(
     check_count(config, device)
     take_device(device)
     config = settled(config, run_dir, device, lambda text: say(f"note: {text}"))
+    config = sized(config, run_dir, lambda text: say(f"note: {text}"))
     check_device(config, device)
     environment = cluster_environment(config)
     set_tf32(config.trainer.tf32 is True)
@@ -189,6 +190,8 @@ def train(
             keep_base(model, config)
     hold_encoders(model, config)
     say(batches_note(config))
+    if note := warmup_note(config.optimizer, config.trainer.max_steps):
+        say(f"note: {note}")
     stop, callbacks = build_callbacks(config, run_dir, resume_step)
     trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers], environment)
     if resume_step:
@@ -251,21 +254,6 @@ def batches_note(config: TrainConfig) -> str:
         f"processes x {batch['images_per_process']} images x {batch['accumulate_grad_batches']} "
         f"accumulated; learning rate {config.optimizer.learning_rate:g}"
     )
-
-
-def check_sizes(
-    model: DiffusionModel, images: CaptionedImages, pool_factors: Sequence[int]
-) -> None:
-    """Raises UserError for a size that the model cannot take or the loss cannot pool."""
-    for width, height in images.sizes():
-        try:
-            _, *sides = model.latent_shape(height, width)
-        except UserError as error:
-            raise UserError(
-                f"data.buckets.step_px={images.config.buckets.step_px} makes images of {width} x "
-                f"{height} px, but {error}; set step_px to that"
-            ) from None
-        check_scales(pool_factors, *sides)
 
 
 @rank_zero_only

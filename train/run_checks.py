@@ -13,6 +13,7 @@ from train.encoders import check_encodings
 from train.resume_keys import When
 from train.run_directory import names_other, steps_done
 from train.run_identity import check_same_data, read_identity
+from train.sizes import sized
 
 
 def is_finished(run_dir: Path, max_steps: int) -> bool:
@@ -45,6 +46,7 @@ def checked_identity(
 
 def check_renamed(config: TrainConfig, run_dir: Path) -> None:
     """Raises UserError where what a run names otherwise now is not what it began with."""
+    config = sized(config, run_dir, lambda text: None)
     if names_other(run_dir, config, When.SAME_DATA):
         images = CaptionedImages(config.data, config.seed, config.batch_size)
         images.prepare_data()

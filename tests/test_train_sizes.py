@@ -1,0 +1,163 @@
+"""Laws of sizes that nobody asked for: the run's, the latents', or the checkpoint's own."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import data.summary
+import train.run
+from data.files.yaml_text import read_yaml_file
+from data.index import Index
+from data.latents import Encoding
+from data.reader import Reader
+from data.shards import find_shards
+from data.summary import enlarged_lines
+from sampling.errors import UserError
+from sampling.model import DiffusionModel
+from tests.pixel_models import pixel_model, pixel_train_config
+from tests.tiny_encode import encoded
+from tests.tiny_run import tiny_config
+from train.checkpoint_size import checkpoint_size
+from train.config import OptimizerConfig
+from train.encode import encode
+from train.encode_config import EncodeConfig
+from train.optimizer import warmup_note
+from train.run_directory import write_records
+from train.sizes import sized
+
+OWN_PX = 16
+"""What the tiny pipeline is made for: 8 positions of 2 px. The images have it too."""
+
+
+@pytest.fixture(autouse=True)
+def exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+
+
+def side_of(run_dir: Path) -> int:
+    return read_yaml_file(run_dir / "config.yaml")["data"]["resolution"]
+
+
+def reader_of(shards: Path, resolution: int) -> Reader:
+    return Reader(Index(shards), find_shards(str(shards)), 0, resolution)
+
+
+def test_a_run_takes_the_size_of_its_checkpoint_and_keeps_it(
+    pipeline: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unset: dict[str, Any] = {"data.resolution": 0, "trainer.max_steps": 1}
+    assert train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **unset)) == 0
+    assert side_of(tmp_path / "run") == OWN_PX
+    told = capsys.readouterr().err
+    assert f"data.resolution={OWN_PX}, the size that checkpoint={pipeline} was made for" in told
+    assert "enlarged" not in told
+    larger = {"data.resolution": 2 * OWN_PX, "trainer.max_steps": 1}
+    assert train.run.fit(tiny_config(tmp_path / "old", pipeline, shards, **larger)) == 0
+    told = capsys.readouterr().err
+    assert f"data.shards={shards}: 12 of 12 images are enlarged to data.resolution=32; " in told
+    longer = tiny_config(tmp_path / "old", pipeline, shards, **(unset | {"trainer.max_steps": 2}))
+    assert train.run.fit(longer) == 0
+    assert side_of(tmp_path / "old") == 2 * OWN_PX
+    assert "was made for" not in capsys.readouterr().err
+
+
+def test_latents_are_made_at_the_size_of_their_checkpoint(
+    pipeline: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = EncodeConfig(
+        str(shards), str(pipeline), str(tmp_path / "latents"), num_processes=1, num_workers=0
+    )
+    assert encode(config).resolution == OWN_PX
+    assert Encoding.read(tmp_path / "latents").resolution == OWN_PX
+    told = capsys.readouterr().err
+    assert f"note: resolution={OWN_PX}, the size that checkpoint={pipeline} was made for" in told
+    assert "enlarged" not in told
+
+
+def test_latents_of_another_size_go_on_and_train_at_theirs(
+    pipeline: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "latents"
+    encoded(shards, pipeline, output, resolution=32)
+    told = capsys.readouterr().err
+    assert f"source={shards}: 12 of 12 images are enlarged to resolution=32; " in told
+    assert encoded(shards, pipeline, output, resolution=0).num_kept_shards > 0
+    assert "resolution=32, that of the latents in" in capsys.readouterr().err
+    config = tiny_config(tmp_path / "run", pipeline, output, **{"data.resolution": 0})
+    said: list[str] = []
+    assert sized(config, tmp_path / "run", said.append).data.resolution == 32
+    assert said == [f"data.resolution=32, the size of the latents of data.shards={output}"]
+
+
+def test_pixel_space_models_have_their_own_size(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    pixel_model("text", pipeline).save(tmp_path / "pixels")
+    assert checkpoint_size(str(tmp_path / "pixels"), "x") == 16
+    assert DiffusionModel.load(tmp_path / "pixels").image_size == 16
+    config = pixel_train_config(tmp_path / "run", shards, "none", **{"data.resolution": 0})
+    with pytest.raises(UserError, match="data.resolution=0: a model that is made for the run has"):
+        train.run.fit(config)
+    write_records(tmp_path / "run", pixel_train_config(tmp_path / "run", shards, "none"))
+    assert sized(config, tmp_path / "run", pytest.fail).data.resolution == 16
+
+
+@pytest.mark.parametrize("side", [None, [8, 16], 0])
+def test_a_checkpoint_that_does_not_say_one_size_is_asked_for_it(
+    side: object, pipeline: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pipeline, tmp_path / "base")
+    path = tmp_path / "base" / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": side}))
+    with pytest.raises(UserError, match=r"^resolution=0: .* set resolution, in pixels"):
+        checkpoint_size(str(tmp_path / "base"), "resolution")
+
+
+def test_another_kind_of_pipeline_is_called_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(UserError, match="is a FluxPipeline"):
+        checkpoint_size(str(tmp_path), "resolution")
+
+
+def test_the_images_of_a_large_index_are_counted_by_pieces(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = "data.resolution=17; lower it"
+    (exact,) = enlarged_lines("data.shards=x", reader_of(shards, OWN_PX + 1), what)
+    assert exact == f"WARNING: data.shards=x: 12 of 12 images are enlarged to {what}"
+    assert enlarged_lines("data.shards=x", reader_of(shards, OWN_PX), what) == []
+    monkeypatch.setattr(data.summary, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(data.summary, "MAX_ROWS", 4)
+    looked: list[int] = []
+    read = Index.read
+    monkeypatch.setattr(
+        Index, "read", lambda *args: looked.append(args[2] - args[1]) or read(*args)
+    )
+    (about,) = enlarged_lines("data.shards=x", reader_of(shards, OWN_PX + 1), what)
+    assert "about 12 of 12 images" in about
+    assert sum(looked) == 4
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "expected"),
+    [(2, 6, None), (6, 6, "8.57e-06"), (500, 100, "2e-06")],
+)
+def test_a_warm_up_that_is_longer_than_the_run_is_said(
+    warmup: int, steps: int, expected: str | None
+) -> None:
+    note = warmup_note(OptimizerConfig(warmup_steps=warmup), steps)
+    assert (expected is None) == (note == "")
+    if expected:
+        assert f"rises to {expected} and never reaches optimizer.learning_rate=1e-05" in note
+
+
+def test_a_run_says_that_its_warm_up_is_longer(
+    pipeline: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"trainer.max_steps": 1, "optimizer.warmup_steps": 3}
+    assert train.run.fit(tiny_config(tmp_path, pipeline, shards, **values)) == 0
+    told = capsys.readouterr().err
+    assert told.index("optimizer.warmup_steps=3 is no less than") < told.index("step 1/1")

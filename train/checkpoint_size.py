@@ -1,0 +1,31 @@
+"""The size of images that a checkpoint was made for, read from its configs alone."""
+
+import torch
+from diffusers import AutoencoderKL
+
+from sampling.checkpoint import resolve
+from sampling.errors import UserError
+from sampling.loading import Part, read_json
+from sampling.model import DiffusionModel
+from sampling.pixel_folder import PixelForm
+
+
+def checkpoint_size(checkpoint: str, field: str) -> int:
+    """Returns the side that a checkpoint was made for, in pixels: sample_size times its factor.
+
+    Raises UserError, naming the `field` to set, where it does not say one side.
+    """
+    folder = resolve(checkpoint).folder
+    if not (folder / "unet" / "config.json").is_file():
+        DiffusionModel.load(checkpoint, with_unet=False)  # which says what it is instead
+    side = read_json(folder / "unet" / "config.json").get("sample_size")
+    pixels = PixelForm.of(read_json(folder / "model_index.json"), checkpoint)
+    if not isinstance(side, int) or side < 1:
+        raise UserError(
+            f"{field}=0: checkpoint={checkpoint} does not say what size it was made for "
+            f"(sample_size={side} in unet/config.json); set {field}, in pixels"
+        )
+    if pixels is not None:
+        return side * pixels.codec.patch
+    vae = Part(AutoencoderKL, folder, "vae", torch.float32)
+    return side * 2 ** (len(vae.setting("block_out_channels")) - 1)
