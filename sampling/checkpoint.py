@@ -4,6 +4,7 @@ Nothing is ever unpickled: folders must hold safetensors, checkpoints load with 
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,34 @@ class Resolved:
     checkpoint: str | Path = ""
     unet_state: dict[str, torch.Tensor] | None = None
     scheduler_config: dict[str, Any] | None = None
+    variant: str | None = None
 
 
-def resolve(checkpoint: str | Path, weights: Weights = "ema") -> Resolved:
+def resolve(
+    checkpoint: str | Path, weights: Weights = "ema", variant: str | None = None
+) -> Resolved:
     """Finds `checkpoint` on disk or on the hub; raises UserError naming what is wrong with it.
 
-    RunFailed where a full disk does not take what the hub gives.
+    RunFailed where a full disk does not take what the hub gives. A folder of the hub's cache is
+    its snapshot. `variant` chooses among a folder's files, as in diffusers: fp16, bf16, non_ema.
     """
     path = Path(checkpoint)
+    is_run = (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
+    is_run = is_run and not (path / "model_index.json").is_file()
+    if variant is not None and (path.is_file() or is_run):
+        raise UserError(
+            f"variant={variant}: checkpoint={checkpoint} is of a training run, which has none; "
+            "leave variant out"
+        )
     if path.is_file():
         return _lightning_checkpoint(path, weights)
-    if (path / "model_index.json").is_file():
-        return Resolved(path)
-    if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
+    if is_run:
         return _run_directory(path, weights)
+    path = _snapshot(path) or path
+    if (path / "model_index.json").is_file():
+        files = [file.name for model in MODELS for file in (path / model).glob("*.safetensors")]
+        _check_variant(checkpoint, files, variant)
+        return Resolved(path, variant=variant)
     if path.exists():
         raise UserError(
             f"checkpoint={checkpoint} is no diffusers pipeline (no model_index.json in it), no run "
@@ -53,7 +68,7 @@ def resolve(checkpoint: str | Path, weights: Weights = "ema") -> Resolved:
             "vae/, text_encoder/ and tokenizer/"
         )
     if HUB_ID.fullmatch(str(checkpoint)):
-        return Resolved(_download(str(checkpoint)))
+        return Resolved(_download(str(checkpoint), variant), variant=variant)
     raise UserError(f"checkpoint={checkpoint} {NOWHERE}")
 
 
@@ -113,18 +128,27 @@ def _lightning_checkpoint(path: Path, weights: Weights) -> Resolved:
     return Resolved(base.folder, path, unet, record["process"])
 
 
-def variant_of(folder: Path, model: str) -> str | None:
-    """Returns None or "fp16" for the safetensors in folder/model; refuses pickle-only folders."""
-    return "fp16" if ".fp16." in weight_files(folder, model)[0].name else None
+def variant_of(folder: Path, model: str, variant: str | None = None) -> str | None:
+    """Returns the variant of the files that `weight_files` chooses; None for plain ones."""
+    return _variant_in(weight_files(folder, model, variant)[0].name)
 
 
-def weight_files(folder: Path, model: str) -> list[Path]:
-    """Returns the safetensors that are loaded from folder/model: the plain ones, else fp16."""
-    files = sorted((folder / model).glob("*.safetensors"))
-    plain = [path for path in files if not re.search(r"\.(fp16|non_ema)\b", path.name)]
-    half = [path for path in files if ".fp16." in path.name]
-    if plain or half:
-        return plain or half
+def weight_files(folder: Path, model: str, variant: str | None = None) -> list[Path]:
+    """Returns the safetensors of one variant in folder/model; refuses pickle-only folders.
+
+    Those of `variant`, or the plain ones where it is None or has none here; without plain ones the
+    only variant that is there, or fp16. UserError where that leaves a choice.
+    """
+    files = {file.name: file for file in sorted((folder / model).glob("*.safetensors"))}
+    if files:
+        if names := _names_of_variant(files, variant):
+            return [files[name] for name in names]
+        there = ", ".join(_variants(files))
+        raise UserError(
+            f"{folder / model} holds weights of the variants {there} and none without a variant; "
+            f"`blackpoint export checkpoint={folder} variant=bf16 output=FOLDER` writes one of "
+            "them, here bf16, as a plain folder"
+        )
     pickles = sorted(file.name for file in (folder / model).glob("*.bin"))
     if pickles:
         raise UserError(
@@ -134,7 +158,57 @@ def weight_files(folder: Path, model: str) -> list[Path]:
     raise UserError(f"{folder / model} holds no weights (*.safetensors); the folder is incomplete")
 
 
-def _download(hub_id: str) -> Path:
+def _variant_in(name: str) -> str | None:
+    """Returns bf16 for model.bf16.safetensors and for its shards, None for model.safetensors."""
+    stem = re.sub(r"-\d+-of-\d+", "", name.rpartition("/")[2].removesuffix(".safetensors"))
+    return stem.partition(".")[2] or None
+
+
+def _variants(names: Iterable[str]) -> list[str]:
+    return sorted({variant for name in names if (variant := _variant_in(name))})
+
+
+def _names_of_variant(names: Iterable[str], variant: str | None) -> list[str]:
+    """Chooses the files of one variant, as `weight_files` says; none where that leaves a choice."""
+    by_variant: dict[str | None, list[str]] = {}
+    for name in names:
+        by_variant.setdefault(_variant_in(name), []).append(name)
+    for wanted in (variant, None, "fp16"):
+        if wanted in by_variant:
+            return by_variant[wanted]
+    [*groups] = by_variant.values()
+    return groups[0] if len(groups) == 1 else []
+
+
+def _check_variant(checkpoint: str | Path, names: Iterable[str], variant: str | None) -> None:
+    """Raises UserError where no model has files of `variant`."""
+    if variant is not None and variant not in (there := _variants(names)):
+        raise UserError(
+            f"variant={variant}: checkpoint={checkpoint} has no weights of that variant, but "
+            f"{', '.join(there) or 'plain ones alone'}; name one of those, or leave variant out"
+        )
+
+
+def _snapshot(folder: Path) -> Path | None:
+    """Returns the snapshot in a folder of the hub's cache, models--OWNER--NAME; else None.
+
+    That of refs/main, or the only one. Raises UserError where there is none, or a choice.
+    """
+    if not (folder / "snapshots").is_dir():
+        return None
+    main = folder / "refs" / "main"
+    names = sorted(path.name for path in (folder / "snapshots").iterdir() if path.is_dir())
+    if main.is_file() and (wanted := main.read_text(encoding="utf-8").strip()) in names:
+        names = [wanted]
+    if len(names) != 1:
+        raise UserError(
+            f"checkpoint={folder} is a folder of the hub's cache with {len(names)} snapshots and "
+            "no refs/main that names one of them; give the folder of one snapshot in snapshots/"
+        )
+    return folder / "snapshots" / names[0]
+
+
+def _download(hub_id: str, variant: str | None = None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -150,8 +224,9 @@ def _download(hub_id: str) -> Path:
         except Exception as error:
             if isinstance(error, HfHubHTTPError) or not is_unreachable(error):
                 raise
-            return Path(snapshot_download(hub_id, local_files_only=True))
-        return Path(snapshot_download(hub_id, allow_patterns=_patterns(names)))
+            return resolve(snapshot_download(hub_id, local_files_only=True), variant=variant).folder
+        _check_variant(hub_id, [n for n in names if n.endswith(".safetensors")], variant)
+        return Path(snapshot_download(hub_id, allow_patterns=_patterns(names, variant)))
     except HFValidationError as error:
         raise UserError(f"checkpoint={hub_id} {NOWHERE}") from error
     except GatedRepoError as error:
@@ -194,11 +269,10 @@ def is_unreachable(error: Exception) -> bool:
     return isinstance(error, OSError) or library in HTTP_LIBRARIES
 
 
-def _patterns(names: list[str]) -> list[str]:
-    """Chooses one set of safetensors a model: the plain files, else the fp16 variant."""
+def _patterns(names: list[str], variant: str | None = None) -> list[str]:
+    """Chooses one set of safetensors a model, as `weight_files` does."""
     patterns = list(SMALL_FILES)
     for model in MODELS:
         files = [n for n in names if n.startswith(f"{model}/") and n.endswith(".safetensors")]
-        plain = [n for n in files if ".fp16." not in n and ".non_ema." not in n]
-        patterns += plain or [n for n in files if ".fp16." in n] or [f"{model}/*.bin"]
+        patterns += _names_of_variant(files, variant) or files or [f"{model}/*.bin"]
     return [*patterns, *(f"{model}/config.json" for model in MODELS)]

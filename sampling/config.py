@@ -58,6 +58,9 @@ class SampleConfig:
     """Width in px, a multiple of 8; the model's own if not set."""
     weights: Weights = "ema"
     """Which weights of a training checkpoint: their moving average or the last step's."""
+    variant: str | None = None
+    """Variant of the weight files in a folder or on the hub: fp16, bf16, non_ema; the plain files,
+    or the only ones that are there, if not set."""
     dtype: AutoDtype = "auto"
     """Number format of the weights; float16 and bfloat16 take half the memory. auto: bfloat16 on a
     GPU that computes in it, else float32."""
@@ -110,6 +113,9 @@ class ExportConfig:
     """Folder to write; must be empty or not exist."""
     weights: Weights = "ema"
     """Which weights of a training checkpoint: their moving average or the last step's."""
+    variant: str | None = None
+    """Variant of the weight files in a folder or on the hub: fp16, bf16, non_ema; the plain files,
+    or the only ones that are there, if not set."""
     dtype: Dtype = "float32"
     """Number format of the written weights."""
     verify: bool = True

@@ -29,6 +29,7 @@ def export(
     weights: Weights = "ema",
     verify: bool = True,
     dtype: Dtype = "float32",
+    variant: str | None = None,
 ) -> Path:
     """Writes `checkpoint` as a diffusers folder and returns the folder.
 
@@ -39,7 +40,9 @@ def export(
     output = Path(output)
     require_empty(output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DiffusionModel.load(checkpoint, dtype=getattr(torch, dtype), weights=weights)
+    model = DiffusionModel.load(
+        checkpoint, dtype=getattr(torch, dtype), weights=weights, variant=variant
+    )
     if verify and (reason := model.process.not_exported()):
         raise NotExportable(f"checkpoint={checkpoint}: {reason}")
     with moved_into_place(output) as folder:

@@ -46,23 +46,23 @@ def unet_digest(resolved: Resolved) -> str:
     settings = {key: config.get(key, default) for key, default in UNET_DEFAULTS.items()}
     if resolved.unet_state is not None:
         return _digest(resolved.unet_state.values(), settings)
-    return _digest(_tensors(weight_files(resolved.folder, "unet")), settings)
+    return _digest(_tensors(weight_files(resolved.folder, "unet", resolved.variant)), settings)
 
 
-def vae_digest(folder: Path) -> str:
+def vae_digest(folder: Path, variant: str | None = None) -> str:
     """Returns the digest of folder/vae; reads the weights tensor by tensor."""
     config = read_json(folder / "vae" / "config.json")
     settings = {key: config.get(key, default) for key, default in VAE_DEFAULTS.items()}
-    return _digest(_tensors(weight_files(folder, "vae")), settings)
+    return _digest(_tensors(weight_files(folder, "vae", variant)), settings)
 
 
-def text_encoder_digest(folder: Path) -> str:
+def text_encoder_digest(folder: Path, variant: str | None = None) -> str:
     """Returns the digest of folder/text_encoder and folder/tokenizer."""
     config, defaults = read_json(folder / "text_encoder" / "config.json"), CLIPTextConfig()
     settings = {key: config.get(key, getattr(defaults, key)) for key in TEXT_SETTINGS}
     settings["use_attention_mask"] = config.get("use_attention_mask") or False
     settings |= _tokenizer_settings(folder)
-    return _digest(_tensors(weight_files(folder, "text_encoder")), settings)
+    return _digest(_tensors(weight_files(folder, "text_encoder", variant)), settings)
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -79,6 +79,18 @@ def model_digest(model: DiffusionModel) -> str:
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def sampling_digest(model: DiffusionModel, variant: str | None = None) -> str:
+    """Returns the digest of all that decides the pictures of a model that was loaded from a folder:
+    UNet, process, autoencoder, text encoder."""
+    assert model.folder is not None
+    parts = [model_digest(model)]
+    if model.pixels is None:
+        parts.append(vae_digest(model.folder, variant))
+    if model.tokenizer is not None:
+        parts.append(text_encoder_digest(model.folder, variant))
+    return blake2b(" ".join(parts).encode(), digest_size=MODEL_DIGEST_BYTES).hexdigest()
 
 
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:

@@ -36,10 +36,11 @@ class Part:
     folder: Path
     name: str
     dtype: torch.dtype
+    variant: str | None = None
 
     def __post_init__(self) -> None:
         self.config()
-        variant_of(self.folder, self.name)
+        variant_of(self.folder, self.name, self.variant)
 
     def config(self) -> dict[str, Any]:
         """Returns config.json as it is written."""
@@ -60,7 +61,7 @@ class Part:
                 path,
                 use_safetensors=True,
                 local_files_only=True,
-                variant=variant_of(self.folder, self.name),
+                variant=variant_of(self.folder, self.name, self.variant),
                 output_loading_info=True,
                 dtype=self.dtype,
             )
@@ -81,7 +82,7 @@ class Part:
 def load_unet(found: Resolved, dtype: torch.dtype) -> UNet2DConditionModel:
     """Loads the UNet of a folder, or of a .ckpt by the config of its base alone."""
     if found.unet_state is None:
-        return Part(UNet2DConditionModel, found.folder, "unet", dtype).load()
+        return Part(UNet2DConditionModel, found.folder, "unet", dtype, found.variant).load()
     unet = empty_unet(found.folder)
     state = {name: weight.to(dtype) for name, weight in found.unet_state.items()}
     try:

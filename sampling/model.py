@@ -76,15 +76,17 @@ class DiffusionModel:
         dtype: torch.dtype = torch.float32,
         weights: Weights = "ema",
         with_unet: bool = True,
+        variant: str | None = None,
     ) -> "DiffusionModel":
         """Loads a diffusers folder, hub id, run directory or .ckpt; keys must match exactly.
 
-        `weights` chooses the averaged or the raw UNet of a .ckpt or run directory; without the
-        UNet's weights the model only encodes and decodes. Raises UserError for what is not there,
-        neither a Stable Diffusion 1.x / 2.x nor a pixel-space model of ours, or only a pickle;
-        what the configs tell, before weights are read.
+        `weights` chooses the averaged or the raw UNet of a .ckpt or run directory, `variant` the
+        files of a folder or hub id (fp16, bf16, non_ema), as in diffusers. Without the UNet's
+        weights the model only encodes and decodes. Raises UserError for what is not there, neither
+        a Stable Diffusion 1.x / 2.x nor a pixel-space model of ours, or only a pickle; what the
+        configs tell, before weights are read.
         """
-        found = resolve(checkpoint, weights)
+        found = resolve(checkpoint, weights, variant)
         folder = found.folder
         index = read_json(folder / "model_index.json")
         pixels = PixelForm.of(index, checkpoint)
@@ -93,10 +95,10 @@ class DiffusionModel:
         process = Process.from_diffusers(scheduler)
         if process.unsound():
             log.warning("note: %s: %s", checkpoint, process.unsound())
-        vae = None if pixels else Part(AutoencoderKL, folder, "vae", dtype)
+        vae = None if pixels else Part(AutoencoderKL, folder, "vae", dtype, variant)
         text_encoder, tokenizer = None, None
         if pixels is None or pixels.has_text:
-            text_encoder = Part(CLIPTextModel, folder, "text_encoder", dtype)
+            text_encoder = Part(CLIPTextModel, folder, "text_encoder", dtype, variant)
             tokenizer = load_tokenizer(folder)
         unet = load_unet(found, dtype) if with_unet else empty_unet(folder)
         source = str(checkpoint)

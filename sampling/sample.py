@@ -39,7 +39,9 @@ def sample_to_folder(config: SampleConfig) -> Path:
     formats = settle(f"output={output}", asked, device, partial(log.warning, "note: %s"))
     set_tf32(formats["tf32"])
     dtype = getattr(torch, formats["dtype"])
-    model = DiffusionModel.load(config.checkpoint, device, dtype, config.weights)
+    model = DiffusionModel.load(
+        config.checkpoint, device, dtype, config.weights, variant=config.variant
+    )
     choice = prepare_unet(model.unet, config.attention, config.channels_last, config.compile)
     if choice:
         log.warning("note: %s", choice)

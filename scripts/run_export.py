@@ -21,7 +21,12 @@ def run(config: ExportConfig) -> int:
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         folder = export(
-            config.checkpoint, config.output, config.weights, config.verify, config.dtype
+            config.checkpoint,
+            config.output,
+            config.weights,
+            config.verify,
+            config.dtype,
+            config.variant,
         )
     except NotExportable as error:
         raise NotExportable(f"{error}; verify=false writes the folder unchecked") from None

@@ -74,7 +74,9 @@ class Painter:
         self.notes: tuple[str, ...] = ()
         self.num_rows = 0
         """UNet rows evaluated so far."""
-        self._process_notes(DiffusionModel.load(config.checkpoint, with_unet=False))
+        self._process_notes(
+            DiffusionModel.load(config.checkpoint, with_unet=False, variant=config.variant)
+        )
 
     def _process_notes(self, model: DiffusionModel) -> None:
         """Tells what is unusual about the process; raises UserError for what cannot work."""
@@ -105,7 +107,9 @@ class Painter:
         if self._model is None:
             config = self._config
             dtype = getattr(torch, config.dtype)
-            model = DiffusionModel.load(config.checkpoint, self.device, dtype, config.weights)
+            model = DiffusionModel.load(
+                config.checkpoint, self.device, dtype, config.weights, variant=config.variant
+            )
             self._check_weights(model_digest(model))
             model.process = model.process.respaced(config.timestep_spacing)
             prepare_unet(model.unet, config.attention, config.channels_last)

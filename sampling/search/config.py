@@ -96,6 +96,9 @@ class SearchConfig:
     """Noise optimisation."""
     weights: Weights = "ema"
     """Which weights of a training checkpoint: their moving average or the last step's."""
+    variant: str | None = None
+    """Variant of the weight files in a folder or on the hub: fp16, bf16, non_ema; the plain files,
+    or the only ones that are there, if not set."""
     dtype: AutoDtype = "auto"
     """Number format of the model's weights. auto: bfloat16 on a GPU that computes in it, else
     float32."""

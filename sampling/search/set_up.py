@@ -66,7 +66,9 @@ def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded
                 check(text)
     verifiers = {name: loaded[name] for name in config.verifiers}
     dtype = getattr(torch, config.dtype)
-    model = DiffusionModel.load(config.checkpoint, device, dtype, config.weights)
+    model = DiffusionModel.load(
+        config.checkpoint, device, dtype, config.weights, variant=config.variant
+    )
     model.process.check_sound()
     choice = prepare_unet(model.unet, config.attention, config.channels_last, config.compile)
     if choice:
