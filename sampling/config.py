@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from data.files.paths import OutputText, PathText
-from sampling.choices import Attention, AutoDtype, Dtype, Prompts, Tf32, Weights, check_seed
+from sampling.choices import (
+    Attention,
+    AutoDtype,
+    Dtype,
+    Prompts,
+    Spacing,
+    Tf32,
+    Weights,
+    check_seed,
+)
 from sampling.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +35,7 @@ class SampleConfig:
     """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one a line), .jsonl, .csv,
     .tsv or .parquet."""
     output: OutputText = MISSING
-    """Folder to write; must be empty or not exist."""
+    """Folder to write; the same command there makes the pictures that are missing."""
     seed: int = 0
     """First seed; the pictures of each prompt use seed, seed + 1, ... (ignored if seeds is set)."""
     num_images: int = 1
@@ -50,6 +59,8 @@ class SampleConfig:
     clip_skip: int = 0
     """Last layers of the text encoder to leave out for the prompts, as clip_skip of diffusers; the
     negative prompt has all. 1 is what other tools call clip skip 2."""
+    timestep_spacing: Spacing | None = None
+    """Visit other timesteps than the checkpoint says: trailing, leading or linspace."""
     allow_unsound: bool = False
     """Sample a checkpoint whose process cannot work, for a comparison."""
     height: int | None = None

@@ -1,6 +1,7 @@
 """Pictures from tensors, and grids of them with their captions."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from textwrap import wrap
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from data.images.pictures import open_picture
 from sampling.errors import RunFailed
+from sampling.whole_file import write_whole
 
 CAPTION_WIDTH_PX, FONT_PX, LINE_PX, GAP_PX = 200, 12, 15, 4
 LETTER_PX = 6.7
@@ -24,6 +26,13 @@ def to_picture(image: Tensor) -> Image.Image:
         raise RunFailed("the model painted non-finite pixels; sample with dtype=float32")
     pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Writes a picture as PNG; the file is whole or absent."""
+    content = BytesIO()
+    picture.save(content, "PNG")
+    write_whole(path, content.getvalue())
 
 
 def read_picture(file: Path) -> Tensor:

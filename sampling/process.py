@@ -119,6 +119,14 @@ class Process:
         """Returns it with other sampling timesteps; None: its own."""
         return replace(self, timestep_spacing=spacing or self.timestep_spacing)
 
+    def respacing_note(self, spacing: Spacing | None) -> str | None:
+        """Says that `respaced` gives other timesteps; None where it does not."""
+        if spacing in (None, self.timestep_spacing):
+            return None
+        return (
+            f"sampled with timestep_spacing={spacing}; the checkpoint says {self.timestep_spacing}"
+        )
+
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":
         """Reads a scheduler_config of any diffusers scheduler class that has such a process.

@@ -1,4 +1,7 @@
-"""Samples prompts to a folder: pictures, one JSON row a picture, and a grid with captions."""
+"""Samples prompts to a folder: pictures, one JSON row a picture, and a grid with captions.
+
+The same command continues what was stopped: it makes the pictures that are missing.
+"""
 
 import json
 import logging
@@ -11,48 +14,91 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sampling.config import SampleConfig
 from sampling.errors import UserError
-from sampling.export import require_empty
+from sampling.fingerprint import sampling_digest
 from sampling.model import DiffusionModel
-from sampling.pictures import caption_grid, to_picture
-from sampling.precision import set_tf32, settle
+from sampling.pictures import caption_grid, to_picture, write_png
+from sampling.precision import set_tf32
 from sampling.prompts import read_prompts
+from sampling.sample_record import SampleRecord
 from sampling.speed import prepare_unet
 from sampling.tasks import Task
+from sampling.whole_file import write_whole
 
 log = logging.getLogger(__name__)
 
+ROWS, GRID = "samples.jsonl", "grid.png"
 GRID_MAX_PROMPTS, GRID_MAX_SEEDS = 32, 8
+Job = tuple[int, int]
+"""Index of the prompt, and seed."""
 
 
 def sample_to_folder(config: SampleConfig) -> Path:
-    """Writes images/, samples.jsonl and grid.png to config.output and returns that folder.
+    """Writes images/, samples.jsonl, grid.png and sample.json to config.output; returns that.
 
     Nothing is written before the first batch is sampled, so wrong input leaves no folder behind.
+    Pictures that are there are not made again.
     """
     output = Path(config.output)
-    require_empty(output)
     prompts = read_prompts(config.prompts)
     seeds = list(dict.fromkeys(config.seeds))
     seeds = seeds or list(range(config.seed, config.seed + config.num_images))
-    device = find_device(config.device)
-    asked = {"dtype": config.dtype, "tf32": config.tf32}
-    formats = settle(f"output={output}", asked, device, partial(log.warning, "note: %s"))
+    record = SampleRecord(config, prompts, seeds)
+    width = len(str(len(prompts) - 1))
+    files = {
+        (index, seed): f"images/{index:0{width}}_{seed}.png"
+        for index in range(len(prompts))
+        for seed in seeds
+    }
+    missing = [job for job, file in files.items() if not (output / file).is_file()]
+    if missing:
+        _sample(config, record, prompts, files, missing)
+    rows = [
+        {"prompt": prompts[index], "seed": seed, "file": file}
+        for (index, seed), file in files.items()
+    ]
+    write_whole(output / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+    if missing or not (output / GRID).is_file():
+        rows_shown, seeds_shown = prompts[:GRID_MAX_PROMPTS], seeds[:GRID_MAX_SEEDS]
+        pictures = [
+            [Image.open(output / files[index, seed]) for seed in seeds_shown]
+            for index in range(len(rows_shown))
+        ]
+        titles = [f"seed {seed}" for seed in seeds_shown]
+        write_png(output / GRID, caption_grid(rows_shown, pictures, titles))
+    return output
+
+
+def _sample(
+    config: SampleConfig,
+    record: SampleRecord,
+    prompts: list[str],
+    files: dict[Job, str],
+    missing: list[Job],
+) -> None:
+    """Makes the missing pictures, batch by batch, and a row of each as it is there."""
+    output, device = Path(config.output), find_device(config.device)
+    formats = record.settled_formats(device, partial(log.warning, "note: %s"))
     set_tf32(formats["tf32"])
     dtype = getattr(torch, formats["dtype"])
     model = DiffusionModel.load(
         config.checkpoint, device, dtype, config.weights, variant=config.variant
     )
+    digest = sampling_digest(model, config.variant)
+    record.check_checkpoint(digest)
+    if note := model.process.respacing_note(config.timestep_spacing):
+        log.warning("note: %s", note)
+    model.process = model.process.respaced(config.timestep_spacing)
     choice = prepare_unet(model.unet, config.attention, config.channels_last, config.compile)
     if choice:
         log.warning("note: %s", choice)
-    jobs = [(index, seed) for index in range(len(prompts)) for seed in seeds]
-    width = len(str(len(prompts) - 1))
-    files: dict[tuple[int, int], str] = {}
+    if len(missing) < len(files):
+        there = len(files) - len(missing)
+        log.warning("note: output=%s holds %d of %d pictures", output, there, len(files))
     columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        task = progress.add_task("sampling", total=len(jobs))
-        for start in range(0, len(jobs), config.batch_size):
-            batch = jobs[start : start + config.batch_size]
+        task = progress.add_task("sampling", total=len(missing))
+        for start in range(0, len(missing), config.batch_size):
+            batch = missing[start : start + config.batch_size]
             images = model.sample(
                 [prompts[index] for index, _ in batch],
                 seeds=[seed for _, seed in batch],
@@ -69,26 +115,14 @@ def sample_to_folder(config: SampleConfig) -> Path:
                 allow_unsound=config.allow_unsound,
                 clip_skip=config.clip_skip,
             )
-            (output / "images").mkdir(parents=True, exist_ok=True)
-            with (output / "samples.jsonl").open("a", encoding="utf-8") as rows:
-                for (index, seed), image in zip(batch, images, strict=True):
-                    file = f"images/{index:0{width}}_{seed}.png"
-                    to_picture(image).save(output / file)
-                    files[index, seed] = file
-                    row = {"prompt": prompts[index], "seed": seed, "file": file}
+            pictures = [to_picture(image) for image in images]
+            record.keep(digest)
+            with (output / ROWS).open("a", encoding="utf-8") as rows:
+                for job, picture in zip(batch, pictures, strict=True):
+                    write_png(output / files[job], picture)
+                    row = {"prompt": prompts[job[0]], "seed": job[1], "file": files[job]}
                     rows.write(json.dumps(row) + "\n")
             progress.advance(task, len(batch))
-    rows_shown, seeds_shown = prompts[:GRID_MAX_PROMPTS], seeds[:GRID_MAX_SEEDS]
-    grid = caption_grid(
-        rows_shown,
-        [
-            [Image.open(output / files[index, seed]) for seed in seeds_shown]
-            for index in range(len(rows_shown))
-        ],
-        [f"seed {seed}" for seed in seeds_shown],
-    )
-    grid.save(output / "grid.png")
-    return output
 
 
 def find_device(name: str, task: Task | None = None) -> torch.device:

@@ -1,6 +1,7 @@
 """blackpoint sample: samples prompts to a folder of pictures."""
 
 from sampling.config import SampleConfig
+from scripts.stoppable import stoppable
 
 
 def config_class() -> type[SampleConfig]:
@@ -10,7 +11,10 @@ def config_class() -> type[SampleConfig]:
 
 def run(config: SampleConfig) -> int:
     """Samples and returns the exit status."""
-    from sampling.sample import sample_to_folder
+    # A scheduler's signal may come at any time from here on, also while torch is imported.
+    with stoppable():
+        from sampling.sample import sample_to_folder
 
-    print(f"pictures, samples.jsonl and grid.png are in {sample_to_folder(config)}")
+        output = sample_to_folder(config)
+    print(f"pictures, samples.jsonl and grid.png are in {output}")
     return 0

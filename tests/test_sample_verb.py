@@ -48,7 +48,12 @@ def test_pictures_rows_and_grid_are_written(zero_snr_checkpoint, tmp_path, capsy
         ("a blue two", 3, "images/1_3.png"),
         ("a blue two", 4, "images/1_4.png"),
     ]
-    assert {path.name for path in output.iterdir()} == {"images", "samples.jsonl", "grid.png"}
+    assert {path.name for path in output.iterdir()} == {
+        "images",
+        "samples.jsonl",
+        "grid.png",
+        "sample.json",
+    }
     model = DiffusionModel.load(zero_snr_checkpoint)
     expected = model.sample(["a blue two"], seeds=[4], num_steps=2)[0]
     painted = numpy.asarray(Image.open(output / "images/1_4.png")).astype(int)

@@ -83,12 +83,8 @@ class Painter:
         config, own = self._config, model.process
         process = own.respaced(config.timestep_spacing)
         process.check_sound(config.allow_unsound)
-        notes = []
-        if process.timestep_spacing != own.timestep_spacing:
-            notes.append(
-                f"sampled with timestep_spacing={process.timestep_spacing}; the checkpoint says "
-                f"{own.timestep_spacing}"
-            )
+        respaced = own.respacing_note(config.timestep_spacing)
+        notes = [respaced] if respaced else []
         if process.unsound():
             notes.append(f"unsound, and sampled all the same (allow_unsound): {process.unsound()}")
         self.notes = tuple(notes)

@@ -11,7 +11,6 @@ nothing. What is finished is never sampled again, and a metric that is added lat
 the images that are kept, or on images sampled once more.
 """
 
-import io
 import json
 import logging
 import resource
@@ -59,6 +58,7 @@ from sampling.evaluation.metrics_rows import (
 )
 from sampling.evaluation.metrics_summary import JSON_FILE, Summary, summarise, write_summary
 from sampling.evaluation.reference_set import measure_reference
+from sampling.pictures import write_png
 from sampling.precision import set_tf32
 from sampling.prompts import Prompt, read_prompt_set
 from sampling.sample import find_device
@@ -309,9 +309,7 @@ def _is_kept(config: MetricsConfig, job: Job) -> bool:
 
 
 def _keep(output: Path, job: Job, pixels: Tensor) -> str:
-    content = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(content, "PNG")
-    write_whole(output / job.file, content.getvalue())
+    write_png(output / job.file, Image.fromarray(pixels.permute(1, 2, 0).numpy()))
     return job.file
 
 
