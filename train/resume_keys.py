@@ -36,7 +36,13 @@ RULES = (
         "the base is known by its content (identity.json), wherever it lies",
     ),
     Rule(
-        ("data.shards", "data.validation_shards", "data.mixture.*.shards"),
+        (
+            "data.shards",
+            "data.validation_shards",
+            "data.mixture.*.shards",
+            "data.image_key",
+            "data.caption_key",
+        ),
         When.SAME_DATA,
         "data are known by their content (identity.json), wherever they lie",
     ),
