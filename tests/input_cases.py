@@ -59,56 +59,91 @@ def in_this_process(arguments: list[str], folder: Path) -> tuple[int, str]:
 # --- Captions of a folder of images ---
 
 
-def packed_captions(output: Path) -> dict[str, str]:
-    """Reads captions by key from the shards themselves."""
-    found = {}
+FORMS = ("csv", "jsonl", "parquet", "sidecar", "caption", "json", "kohya", "embedded", "parts")
+LISTS = ("jsonl", "parquet", "json", "embedded", "parts")
+"""Forms in which an image may have several captions."""
+Captions = tuple[str, ...]
+
+
+def packed_captions(output: Path) -> dict[str, Captions]:
+    """Reads the captions of each key from the shards themselves."""
+    found: dict[str, Captions] = {}
     for path in output.glob("*.tar"):
         with tarfile.open(path) as tar:
             for member in tar:
-                if member.name.endswith(".txt"):
-                    text = tar.extractfile(member).read()  # type: ignore[union-attr]
-                    found[member.name.removesuffix(".txt")] = text.decode()
+                key, _, suffix = member.name.rpartition(".")
+                text = tar.extractfile(member).read()  # type: ignore[union-attr]
+                if suffix == "txt":
+                    found[key] = (text.decode(),)
+                elif suffix == "json" and key not in found:
+                    found[key] = tuple(json.loads(text)["caption"])
     return found
+
+
+def stripped(texts: Captions) -> Captions:
+    """Returns the captions that are not empty, as they are stored."""
+    return tuple(text.strip() for text in texts if text.strip())
 
 
 def captions_case(draw: st.DrawFn, folder: Path) -> Case:
     """Captions in one of the forms, written rightly, then perhaps with one character changed."""
     source, output = folder / "source", folder / "out"
-    for number, name in enumerate(IMAGES):
+    form = draw(st.sampled_from(FORMS))
+    most = 3 if form in LISTS else 1
+    texts = st.lists(TEXTS | AWKWARD, min_size=1, max_size=most).map(tuple)
+    captions = {name: draw(texts) for name in IMAGES}
+    for number, name in enumerate(IMAGES if form != "embedded" else ()):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(encoded(picture(number, (8, 8))))
-    captions = {name: draw(TEXTS | AWKWARD) for name in IMAGES}
-    form = draw(st.sampled_from(["csv", "jsonl", "parquet", "sidecar"]))
+    source.mkdir(exist_ok=True)
     damaged = write_captions(draw, source, form, captions)
+    key_of = {name: name.removesuffix(".png") for name in IMAGES}
+    if form == "embedded":
+        key_of = {name: f"metadata/{number:08d}" for number, name in enumerate(IMAGES)}
 
     def accepted(printed: str) -> None:
-        expected = {} if damaged is None else damaged
-        for name, caption in (captions if damaged is None else expected).items():
-            key = name.removesuffix(".png")
-            if key in (found := packed_captions(output)):
-                assert found[key] == caption.strip()
+        found = packed_captions(output)
+        for name, expected in (captions if damaged is None else damaged).items():
+            if (key := key_of.get(name, name.removesuffix(".png"))) in found:
+                assert found[key] == stripped(expected)
             else:
-                assert not caption.strip() or damaged is not None, (name, printed)
-        assert set(packed_captions(output)) <= {name.removesuffix(".png") for name in IMAGES}
+                assert not stripped(expected) or damaged is not None, (name, printed)
+        assert set(found) <= set(key_of.values())
 
     rules = [f"max_bad_share={draw(st.sampled_from(['1', '0']))}", "num_processes=1"]
+    if form in ("json", "sidecar", "caption"):
+        rules.append(f"captions={form}")  # where all are bad, there is nothing to find
     return Case(["data", "pack", f"source={source}", f"output={output}", *rules], output, accepted)
 
 
 def write_captions(
-    draw: st.DrawFn, source: Path, form: str, captions: dict[str, str]
-) -> dict[str, str] | None:
+    draw: st.DrawFn, source: Path, form: str, captions: dict[str, Captions]
+) -> dict[str, Captions] | None:
     """Writes captions; where the file is then changed, returns what it holds, read strictly."""
-    rows = [{"file_name": name, "text": text} for name, text in captions.items()]
-    if form == "sidecar":
-        for name, text in captions.items():
-            (source / name).with_suffix(".txt").write_bytes(text.encode())
+    one = {name: texts[0] if len(texts) == 1 else list(texts) for name, texts in captions.items()}
+    rows = [{"file_name": name, "text": text} for name, text in one.items()]
+    if form in ("sidecar", "caption", "json"):
+        suffix = ".txt" if form == "sidecar" else f".{form}"
+        for name, text in one.items():
+            content = json.dumps({"caption": text}) if form == "json" else captions[name][0]
+            (source / name).with_suffix(suffix).write_bytes(content.encode())
         return None
-    table = source / f"metadata.{form}"
-    if form == "parquet":
-        parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    if form in ("parquet", "embedded", "parts"):
+        images = [encoded(picture(n, (8, 8))) for n in range(len(IMAGES))]
+        rows = [row | {"text": list(captions[row["file_name"]])} for row in rows]
+        if form == "embedded":
+            rows = [{"image": {"bytes": b, "path": None}, "text": row["text"]}
+                    for b, row in zip(images, rows, strict=True)]  # fmt: skip
+        parts = {"metadata": rows}
+        if form == "parts":
+            parts = {f"train-0000{n}-of-00003": [row] for n, row in enumerate(rows)}
+        for name, part in parts.items():
+            parquet.write_table(pyarrow.Table.from_pylist(part), source / f"{name}.parquet")
         return None
-    if form == "jsonl":
+    table = source / ("meta_cap.json" if form == "kohya" else f"metadata.{form}")
+    if form == "kohya":
+        table.write_text(json.dumps({name: {"caption": text} for name, text in one.items()}))
+    elif form == "jsonl":
         table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     else:
         with table.open("w", encoding="utf-8", newline="") as file:
@@ -126,24 +161,31 @@ def write_captions(
     return read_strictly(content, form)
 
 
-def read_strictly(content: str, form: str) -> dict[str, str]:
-    """Returns {file_name: text} of the whole rows; nothing of a table that is damaged."""
-    found: dict[str, str] = {}
-    if form == "jsonl":
-        for line in content.split("\n"):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                row = json.loads(line)
-                found[row["file_name"].strip()] = row["text"]
-        return {name: text for name, text in found.items() if isinstance(text, str)}
-    header: list[str] = []
-    with contextlib.suppress(csv.Error):
-        for values in csv.reader(io.StringIO(content, newline=""), strict=True):
-            if not header:
-                header = [name.strip() for name in values]
-            elif len(values) == len(header) and {"file_name", "text"} <= set(header):
-                row = dict(zip(header, values, strict=True))
-                found[os.path.normpath(row["file_name"].strip())] = row["text"]
-    return found
+def read_strictly(content: str, form: str) -> dict[str, Captions]:
+    """Returns {file_name: captions} of the whole rows; nothing of a table that is damaged."""
+    found: dict[str, Any] = {}
+    if form == "csv":
+        header: list[str] = []
+        with contextlib.suppress(csv.Error):
+            for values in csv.reader(io.StringIO(content, newline=""), strict=True):
+                if not header:
+                    header = [name.strip() for name in values]
+                elif len(values) == len(header) and {"file_name", "text"} <= set(header):
+                    row = dict(zip(header, values, strict=True))
+                    found[os.path.normpath(row["file_name"].strip())] = row["text"]
+    for line in content.split("\n") if form == "jsonl" else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            row = json.loads(line)
+            found[row["file_name"].strip()] = row["text"]
+    if form == "kohya":
+        with contextlib.suppress(ValueError, AttributeError, KeyError, TypeError):
+            found = {name: row["caption"] for name, row in json.loads(content).items()}
+    lists = {name: (text,) if isinstance(text, str) else text for name, text in found.items()}
+    return {
+        name: tuple(texts)
+        for name, texts in lists.items()
+        if isinstance(texts, tuple | list) and all(isinstance(text, str) for text in texts)
+    }
 
 
 # --- Shards that are written again at their place ---
