@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-import diffusers
-
 from sampling.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -109,6 +107,8 @@ def class_name_of(config: Mapping[str, Any]) -> str:
 @cache
 def _defaults(name: str) -> dict[str, Any]:
     """Returns the keys of a diffusers scheduler class with their defaults."""
+    import diffusers  # seconds, and configs that import this module need none of it
+
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
     return {key: each.default for key, each in parameters.items() if key != "self"}
 
