@@ -7,15 +7,12 @@ file's writer to choose: pyarrow puts up to 1,024 rows into one.
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from PIL import Image
-
 from data.errors import UserError
-from data.images.decode import IMAGE_SUFFIXES, BadImage
+from data.images.decode import BadImage
 
 ROWS_AT_ONCE = 8
 BUFFER_BYTES = 1 << 20
@@ -57,15 +54,6 @@ def num_rows(table: Path) -> int:
     """Returns the number of rows of a Parquet file."""
     with _opened(table) as file:
         return file.metadata.num_rows
-
-
-def image_suffix(image_bytes: bytes) -> str:
-    """Returns the suffix of an image that can be decoded; raises BadImage for one without."""
-    form = str(Image.open(BytesIO(image_bytes)).format)
-    suffix = {"JPEG": "jpg", "MPO": "jpg"}.get(form, form.lower())
-    if suffix not in IMAGE_SUFFIXES:
-        raise BadImage(f"{form} is none of {', '.join(IMAGE_SUFFIXES)}")
-    return suffix
 
 
 class EmbeddedImages:

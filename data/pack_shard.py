@@ -6,9 +6,9 @@ from pathlib import Path
 
 from data.bad_samples import BadSample, too_many
 from data.caption_text import caption_members
-from data.embedded_images import EmbeddedImages, image_suffix
+from data.embedded_images import EmbeddedImages
 from data.errors import disk_writes
-from data.images.decode import BadImage, decode
+from data.images.decode import BadImage, decode, image_suffix
 from data.images.luminance import luminance
 from data.images.source_file import MAX_IMAGE_BYTES, read_source_file
 from data.part import Part, write_part

@@ -361,7 +361,7 @@ def test_damaged_latents_are_replaced_and_named(
     [
         ("crop", "random", "crop=random: latents are made once.*crop=center"),
         ("resolution", -1, "resolution=-1"),
-        ("resolution", 18, "height=18 must be a positive multiple"),
+        ("resolution", 17, "height=17 must be a positive multiple"),
         ("num_workers", -1, "num_workers=-1"),
         ("max_bad_share", 2, "max_bad_share=2"),
         ("dtype", "int8", "dtype"),

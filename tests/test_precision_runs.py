@@ -199,13 +199,19 @@ def test_what_gpus_take_is_settled_for_a_new_run(
         settled(config, tmp_path / "run", torch.device("cpu"), said.append)
 
 
+LAUNCHED = {"NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize(
     ("environment", "number"),
     [
         ({}, 0),
-        ({"LOCAL_RANK": "3"}, 3),  # torchrun, or Lightning's own launcher
+        (LAUNCHED | {"LOCAL_RANK": "3"}, 3),  # by Lightning
         ({"SLURM_LOCALID": "2"}, 2),
-        ({"LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, 1),  # started by the first task of a job
+        (
+            LAUNCHED | {"LOCAL_RANK": "1", "SLURM_LOCALID": "0"},
+            1,
+        ),  # started by the first task of a job
     ],
 )
 def test_each_process_probes_its_own_gpu(
@@ -217,7 +223,7 @@ def test_each_process_probes_its_own_gpu(
     number: int,
 ) -> None:
     """A probe takes some 0.4 GB of the GPU that it runs on."""
-    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID", *LAUNCHED):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

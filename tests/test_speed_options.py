@@ -244,7 +244,7 @@ def test_fp16_training_scales_and_unscales_once(
         return lightning.pytorch.Trainer(plugins=[*plugins, plugin], **others)
 
     monkeypatch.setattr(train.run, "check_device", lambda config, device: None)
-    monkeypatch.setattr(train.run, "Trainer", trainer)
+    monkeypatch.setattr("train.trainer.Trainer", trainer)
     options = {"optimizer.name": name, "trainer.precision": "16-mixed"}
     found = two_steps(tmp_path, pipeline, shards, **options)
     assert found["losses"] == pytest.approx(plain["losses"], rel=1e-2)

@@ -45,7 +45,7 @@ def _refuse_stray_rank(environment: Mapping[str, str]) -> None:
     launched = {"RANK": "", "LOCAL_RANK": ""}
     if "SLURM_STEP_ID" in environment:
         launched = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
-    elif all(name in environment for name in LIGHTNING):
+    if all(name in environment for name in LIGHTNING):
         launched["LOCAL_RANK"] = "LOCAL_RANK"
     for name, source in launched.items():
         if name in environment and environment[name] != environment.get(source):

@@ -81,6 +81,15 @@ def decode(
         raise BadImage(f"truncated or damaged: {error or type(error).__name__}") from None
 
 
+def image_suffix(image_bytes: bytes) -> str:
+    """Returns the suffix of an image that can be decoded; raises BadImage for one without."""
+    form = str(Image.open(BytesIO(image_bytes), formats=_formats()).format)
+    suffix = {"JPEG": "jpg", "MPO": "jpg"}.get(form, form.lower())
+    if suffix not in IMAGE_SUFFIXES:
+        raise BadImage(f"{form} is none of {', '.join(IMAGE_SUFFIXES)}")
+    return suffix
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """Returns the formats that are opened, as far as this Pillow has them."""
