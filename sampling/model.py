@@ -92,7 +92,10 @@ class DiffusionModel:
         pixels = PixelForm.of(index, checkpoint)
         check_architecture(folder, index, pixels, checkpoint)
         scheduler = found.scheduler_config or read_scheduler(folder, index)
-        process = Process.from_diffusers(scheduler)
+        try:
+            process = Process.from_diffusers(scheduler)
+        except UserError as error:
+            raise UserError(f"checkpoint={checkpoint}: {error}") from None
         if process.unsound():
             log.warning("note: %s: %s", checkpoint, process.unsound())
         vae = None if pixels else Part(AutoencoderKL, folder, "vae", dtype, variant)
