@@ -17,7 +17,7 @@ from train.run_lock import JOB_LOCK, LOCK, RunLock
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("data", "sampling", "train", "scripts", "slurm")
-SUFFIXES = (".py", ".j2", ".sbatch")
+SUFFIXES = (".py", ".j2", ".css", ".js", ".sbatch")
 CONFIG = "config.yaml"
 
 
