@@ -1,0 +1,53 @@
+"""Laws of files that are written whole: what a killed writer left goes, what others write stays."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.files.whole_file import write_whole
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from data.files.whole_file import write_whole
+
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+write_whole(Path(sys.argv[1]), "of the killed")
+"""
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "search.json")]
+    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.suffix == ".tmp" and left.read_text() == "of the killed"
+    others = [
+        tmp_path / f".a.json.{os.uname().nodename}.{os.getppid()}.tmp",  # alive
+        tmp_path / ".a.json.another-machine.1234567.tmp",
+        tmp_path / "mine.tmp",
+    ]
+    for path in others:
+        path.write_text("kept")
+    write_whole(tmp_path / "ledger.json", "{}")
+    assert set(tmp_path.iterdir()) == {tmp_path / "ledger.json", *others}
+
+
+def test_a_write_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_whole(tmp_path / "new" / "a.json", "before")
+
+    def replace(*_: object) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr("os.replace", replace)
+    with pytest.raises(OSError, match="no"):
+        write_whole(tmp_path / "new" / "a.json", "after")
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
+    assert (tmp_path / "new" / "a.json").read_text() == "before"
