@@ -47,11 +47,18 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             found.append(f"{field}: {len(here['shards'])} shards, {len(then['shards'])} then")
             continue
         pairs = zip(then["shards"], here["shards"], strict=True)
-        names = [new[0] for old, new in pairs if not _same_shard(old, new)]
-        if names:
+        others = [(old, new) for old, new in pairs if not _same_shard(old, new)]
+        if others:
+            names = [new[0] for _, new in others]
             more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
             what = f"{', '.join(names[:NUM_NAMED])}{more}"
-            found.append(f"{field}: other content in {what}, of {len(here['shards'])} shards")
+            content = "other content in"
+            if all(old[2] == new[2] != "" for old, new in others):
+                content = (
+                    "an index that was made anew and numbers samples otherwise (put the earlier "
+                    "index/ back beside the same shards) of"
+                )
+            found.append(f"{field}: {content} {what}, of {len(here['shards'])} shards")
         elif then["empty_caption"] != here["empty_caption"]:
             found.append(f"{field}: another embedding of the empty caption")
     return found

@@ -82,6 +82,10 @@ def test_the_decoder_of_a_run_is_the_recorded_one(tmp_path: Path) -> None:
     for version in (STORED_COLORS, DECODER_VERSION):
         write_identity(tmp_path, data={"data.shards": {"shards": [], "decoder": version}})
         assert begun_decoder(tmp_path) == version
+    (tmp_path / "identity.json").unlink()
+    assert begun_decoder(tmp_path) == STORED_COLORS
+    (tmp_path / "environment.json").write_text(f'{{"starts": [{{"decoder": {DECODER_VERSION}}}]}}')
+    assert begun_decoder(tmp_path) == DECODER_VERSION
 
 
 @pytest.mark.slow

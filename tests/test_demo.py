@@ -82,7 +82,7 @@ def test_demo_does_every_step_once(
     timings = json.loads((run_dir / "timings.json").read_text())
     assert len(timings) == 8
 
-    with pytest.raises(UserError, match=r"trainer\.max_steps"):
+    with pytest.raises(UserError, match="rows of another study: fine_tuned changed"):
         run(dataclasses.replace(config, max_steps=4))
 
 

@@ -181,3 +181,40 @@ def test_bases_of_pixel_space_models(pipeline: Path, tmp_path: Path) -> None:
     assert base_identity(config).keys() == {"text encoder", "tokenizer"}
     config.model.text_encoder = None
     assert base_identity(config) == {}
+
+
+def test_another_class_of_scheduler_is_another_base(pipeline: Path, tmp_path: Path) -> None:
+    """Absent keys are those of the class, and classes differ in their betas."""
+    folder = shutil.copytree(pipeline, tmp_path / "sd")
+    path = folder / "scheduler" / "scheduler_config.json"
+    bases = []
+    for values in (
+        {"_class_name": "HeunDiscreteScheduler"},
+        {"_class_name": "HeunDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012},
+        {"_class_name": "DDIMScheduler"},
+    ):
+        path.write_text(json.dumps({"num_train_timesteps": 1000} | values))
+        index = folder / "model_index.json"
+        change_json(index, scheduler=["diffusers", values["_class_name"]])
+        bases.append(base_identity(tiny_config(tmp_path / "run", folder, tmp_path)))
+    assert base_differences(bases[0], bases[1]) == []
+    assert base_differences(bases[0], bases[2]) == ["betas (scheduler)"]
+
+
+def test_a_run_that_has_only_its_export_left_to_do_compares_what_is_named_anew(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    values = {"trainer.max_steps": 1}
+    assert train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **values)) == 0
+    shutil.rmtree(tmp_path / "run" / "export")
+    other = shutil.copytree(pipeline, tmp_path / "other")
+    change_weight(other, "vae")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(UserError, match="another VAE"):
+        train.run.fit(tiny_config(tmp_path / "run", other, shards, **values))
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    shutil.rmtree(other / "tokenizer")
+    with pytest.raises(UserError, match="is no whole base|tokenizer is missing"):
+        train.run.fit(tiny_config(tmp_path / "run", other, shards, **values))
+    assert train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **values)) == 0
+    assert (tmp_path / "run" / "export").is_dir()

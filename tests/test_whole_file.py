@@ -51,3 +51,19 @@ def test_a_write_that_fails_leaves_what_was_there(
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
     assert (tmp_path / "new" / "a.json").read_text() == "before"
+
+
+def test_a_file_that_is_removed_while_it_is_written_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, tries = os.replace, []
+
+    def robbed(source: Path, target: Path) -> None:
+        tries.append(target)
+        if len(tries) == 1:
+            source.unlink()
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", robbed)
+    write_whole(tmp_path / "a.json", "{}")
+    assert (tmp_path / "a.json").read_text() == "{}" and len(tries) == 2

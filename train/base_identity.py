@@ -17,10 +17,11 @@ from data.shard_digest import file_stamp, settled
 from sampling.checkpoint import Resolved, resolve, weight_files
 from sampling.errors import UserError
 from sampling.fingerprint import text_encoder_digest, tokenizer_digest, unet_digest, vae_digest
-from sampling.loading import read_json
+from sampling.loading import read_json, read_scheduler
 from sampling.model import DiffusionModel
 from sampling.pixel_folder import PixelForm
 from sampling.schedule import NoiseSchedule
+from sampling.scheduler_config import read_scheduler_config
 from train.config import TrainConfig
 from train.run_identity import adopted, read_identity
 
@@ -134,12 +135,11 @@ def _parts(resolved: Resolved, with_unet: bool) -> dict[str, Part]:
 
 
 def _values(resolved: Resolved, name: str) -> dict[str, Any]:
-    scheduler = resolved.scheduler_config
-    if scheduler is None:
-        scheduler = read_json(resolved.folder / "scheduler" / "scheduler_config.json")
-    betas = NoiseSchedule.from_diffusers(scheduler).betas.tolist()
+    index = read_json(resolved.folder / "model_index.json")
+    scheduler = resolved.scheduler_config or read_scheduler(resolved.folder, index)
+    betas = NoiseSchedule.from_diffusers(read_scheduler_config(scheduler)).betas.tolist()
     values: dict[str, Any] = {BETAS: [float(f"{beta:.8g}") for beta in betas]}
-    pixels = PixelForm.of(read_json(resolved.folder / "model_index.json"), name)
+    pixels = PixelForm.of(index, name)
     if pixels is None:
         values[SCALE] = read_json(resolved.folder / "vae" / "config.json").get("scaling_factor")
     else:

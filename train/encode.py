@@ -49,6 +49,7 @@ from train.encode_config import EncodeConfig
 from train.encode_settings import begun_decoder, settled, sized, tell, warn_of_enlarged
 from train.encode_shards import EncodeRules, Share, encode_share
 from train.encode_tasks import process_devices
+from train.sizes import check_side
 
 COUNT_EVERY_S = 1.0
 
@@ -194,7 +195,7 @@ def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encod
             f"checkpoint={config.checkpoint} is a pixel-space model, which has no autoencoder: "
             "train it on the shards of images themselves"
         )
-    channels, height, width = model.latent_shape(config.resolution, config.resolution)
+    channels, height, width = check_side(model, "resolution", config.resolution)
     assert model.folder is not None
     return Encoding(
         source=config.source,

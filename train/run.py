@@ -50,7 +50,7 @@ from train.run_directory import (
 )
 from train.run_identity import begun_decoder, write_identity
 from train.run_lock import RunLock
-from train.sizes import check_sizes, sized
+from train.sizes import check_side, check_sizes, sized
 from train.start import hold_encoders, keep_base, starting_model
 from train.tracking import finish, sent_rows, wandb_logger
 from train.trainer import build_callbacks, build_trainer
@@ -88,6 +88,8 @@ def fit(config: TrainConfig) -> int:
             # Trainer, module and callbacks hold each other: only this frees weights, moments and
             # average, before the export loads the model anew.
             gc.collect()
+        elif is_first_process():
+            check_renamed(config, run_dir)
         if is_first_process():
             write_config(run_dir, config)  # of a run that ends sooner than it was to
             newest = checkpoint_steps(run_dir / "checkpoints")[config.trainer.max_steps]
@@ -151,7 +153,7 @@ def train(
     model = starting_model(config)
     if reason := model.process.not_exported():
         say(f"note: {reason}; sample the checkpoints of {run_dir} with allow_unsound=true")
-    model.latent_shape(config.data.resolution, config.data.resolution)
+    check_side(model, "data.resolution", config.data.resolution)
     dropout_levels(model.unet, config.dropout, config.data.resolution // model.factor)
     choice = prepare_unet(
         model.unet,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data.module import CaptionedImages
+from sampling.errors import UserError
 from sampling.model import DiffusionModel
 from train.base_identity import base_identity, check_same_base
 from train.config import TrainConfig
@@ -53,7 +54,14 @@ def check_renamed(config: TrainConfig, run_dir: Path) -> None:
         images.setup("fit")
         check_same_data(run_dir, images.identity())
     if names_other(run_dir, config, When.SAME_BASE):
-        check_same_base(run_dir, base_identity(config), config)
+        try:
+            base = base_identity(config)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{error.filename} is missing: checkpoint={config.checkpoint} is no whole base; "
+                "name the one that the run began with"
+            ) from None
+        check_same_base(run_dir, base, config)
 
 
 def keep_earlier_export(run_dir: Path) -> str:

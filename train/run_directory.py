@@ -28,7 +28,7 @@ from sampling.errors import UserError
 from sampling.whole_file import write_whole
 from train.config import TrainConfig
 from train.resume_keys import When, images_per_step, may_change, rule_of
-from train.run_identity import read_identity
+from train.run_identity import begun_decoder, read_identity
 
 PACKAGES = ("blackpoint", "torch", "lightning", "diffusers", "transformers", "webdataset", "wandb")
 FORMATS = ("encoder_dtype", "tf32")
@@ -180,6 +180,7 @@ def write_records(
     except (FileNotFoundError, ValueError):  # removed, or emptied by a power failure
         record = {}
     start = {"started": _now(), "host": platform.node(), "step": resume_step}
+    start["decoder"] = begun_decoder(run_dir)
     formats = {"device": device, **{name: getattr(config.trainer, name) for name in FORMATS}}
     changed = changed_keys(run_dir, config) if continues else {}
     start |= {"changed": changed} if changed else {}

@@ -53,7 +53,18 @@ def begun_decoder(run_dir: Path) -> int:
     if not (run_dir / "config.yaml").exists():
         return DECODER_VERSION
     data_sets = read_identity(run_dir).get("data", {}).values()
-    return min((each.get("decoder", STORED_COLORS) for each in data_sets), default=STORED_COLORS)
+    versions = [each.get("decoder", STORED_COLORS) for each in data_sets]
+    return min(versions, default=_first_start(run_dir).get("decoder", STORED_COLORS))
+
+
+def _first_start(run_dir: Path) -> dict[str, Any]:
+    """Returns what environment.json says of the first start: it is there where identity.json was
+    removed."""
+    try:
+        record = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+        return dict(record["starts"][0])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def adopted(run_dir: Path, what: str) -> str:

@@ -21,8 +21,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
         remove_unfinished(path.parent)
     unfinished = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
-        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(unfinished, path)
+        for is_last in (False, True):
+            unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+            try:
+                os.replace(unfinished, path)
+                break
+            except FileNotFoundError:  # a container of this machine's name took us for dead
+                if is_last:
+                    raise
     except BaseException:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
