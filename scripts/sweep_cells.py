@@ -50,7 +50,7 @@ FREE_OF_TRAINING = (
 """Keys that a training's name does not tell. Others of train/resume_keys.py are told, as they have
 been since the first sweep: a folder must keep its name."""
 FORMER_DEFAULTS = {"data.resolution": 512}
-"""Values that were once the default, and so left no mark in a name."""
+"""Values that were once the default, and so left no mark in the name of a training."""
 TRAININGS, CELLS = "trainings", "cells"
 DIGEST_LETTERS, MOST_LETTERS = 8, 80
 """Of a folder's name: of its digest, and of what stands before it."""
@@ -185,9 +185,24 @@ def _cell(
 
 def _training(run_dir: Path, settings: Settings, name: str, label: str) -> Training:
     config = _checked("train", settings, label)
-    digest = _digest(_differing(config, FREE_OF_TRAINING))
+    told = _differing(config, FREE_OF_TRAINING)
+    digest = _digest(told)
     folder = _place(run_dir / TRAININGS, name, digest)
+    former = {key: value for key, value in told.items() if FORMER_DEFAULTS.get(key) == value}
+    if former and not folder.exists():
+        rest = {key: value for key, value in told.items() if key not in former}
+        before = _place(run_dir / TRAININGS, name, _digest(rest))
+        if _has_values(before / "config.yaml", former):
+            digest, folder = _digest(rest), before
     return Training(folder.name, folder, settings, digest)
+
+
+def _has_values(path: Path, values: Settings) -> bool:
+    """Tells whether a run's config.yaml is there, and has these values."""
+    if not path.is_file():
+        return False
+    there = flat(read_yaml(path))
+    return all(there.get(key) == value for key, value in values.items())
 
 
 def _checked(section: str, settings: Settings, label: str) -> Any:
@@ -205,7 +220,7 @@ def _differing(config: Any, free: tuple[str, ...]) -> Settings:
     for key, value in flat(json.loads(json.dumps(asdict(config)))).items():
         if key in OWN_KEYS.values() or _is_free(key, free):
             continue
-        if value not in (_default(type(config), key), FORMER_DEFAULTS.get(key, _NOTHING)):
+        if value != _default(type(config), key):
             found[key] = value
     return found
 

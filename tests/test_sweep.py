@@ -82,16 +82,22 @@ def test_names_stay_when_the_grid_grows(tmp_path: Path) -> None:
     assert [c.digest for c in more] != [c.digest for c in before]
 
 
-def test_a_value_that_was_the_default_leaves_the_training_its_name(tmp_path: Path) -> None:
-    """A sweep from the time when data.resolution was 512 finds its trainings, said or not."""
+def test_a_value_that_was_the_default_finds_the_training_of_then(tmp_path: Path) -> None:
+    """A training of 512 px from when that was the default goes on, said or not; a new one of the
+    checkpoint's own size is another."""
 
     def folder(**values: Any) -> Path:
         train = training(Path("base"), Path("shards")) | values
         (one,) = trainings_of(cells(tmp_path, train=train, evaluate=EVALUATE))
         return one.folder
 
-    assert folder(**{"data.resolution": 512}) == folder(**{"data.resolution": 0})
-    assert folder(**{"data.resolution": 512}) != folder()
+    own, said = folder(**{"data.resolution": 0}), folder(**{"data.resolution": 512})
+    assert own != said != folder()
+    own.mkdir(parents=True)
+    for resolution, found in ((64, said), (512, own)):
+        (own / "config.yaml").write_text(f"data: {{resolution: {resolution}}}")
+        assert folder(**{"data.resolution": 512}) == found
+        assert folder(**{"data.resolution": 0}) == own
 
 
 def test_cells_share_a_training(tmp_path: Path) -> None:
