@@ -7,6 +7,7 @@ instead of latents, and classes by design.
 """
 
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sampling.errors import UserError
 from sampling.loading import read_json
 from sampling.pixel_folder import PixelForm
 
+LEGACY_SIDE = 64
 Config = Mapping[str, Any]
 BY_CHANNELS = {
     5: "a depth-to-image model",
@@ -172,3 +174,13 @@ def _check_text(folder: Path, width: Any, checkpoint: str | Path) -> None:
             "(hidden_size in text_encoder/config.json); they are of different models: Stable "
             "Diffusion 1.x has 768, 2.x has 1024. Put the two that belong together in one folder"
         )
+
+
+def sample_size_of(config: Mapping[str, Any]) -> Any:
+    """Returns the sample_size of a UNet's config, as StableDiffusionPipeline corrects it.
+
+    Before diffusers 0.9 the files said 32 of models that were made for 64.
+    """
+    side, written = config.get("sample_size"), str(config.get("_diffusers_version", ""))
+    is_old = re.match(r"0\.[0-8](\.|$)", written) is not None
+    return LEGACY_SIDE if is_old and isinstance(side, int) and side < LEGACY_SIDE else side

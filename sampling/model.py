@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sampling.architecture import check_architecture
+from sampling.architecture import check_architecture, sample_size_of
 from sampling.checkpoint import Weights, resolve
 from sampling.conditioning import Conditioning, encode_classes, encode_text
 from sampling.encoders import Encoders, dtype_of
@@ -159,7 +159,7 @@ class DiffusionModel:
     @property
     def image_sides(self) -> tuple[int, int]:
         """The height and width that the model was made for, in pixels."""
-        size = self.unet.config.sample_size
+        size = sample_size_of(self.unet.config)
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return height * self.factor, width * self.factor
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import StableDiffusionPipeline
 
 import data.summary
 import train.run
@@ -114,6 +115,33 @@ def test_a_checkpoint_that_does_not_say_one_size_is_asked_for_it(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": side}))
     with pytest.raises(UserError, match=r"^resolution=0: .* set resolution, in pixels"):
         checkpoint_size(str(tmp_path / "base"), "resolution")
+
+
+@pytest.mark.parametrize(
+    ("version", "side", "found"),
+    [
+        ("0.6.0", 32, 64),
+        ("0.6.0.dev0", 96, 96),
+        ("0.9.0", 32, 32),
+        ("0.42.1", 32, 32),
+        (None, 8, 8),
+    ],
+)
+def test_a_size_of_early_diffusers_is_what_its_pipeline_corrects_it_to(
+    version: str | None, side: int, found: int, pipeline: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pipeline, tmp_path / "base")
+    path = tmp_path / "base" / "unet" / "config.json"
+    config = json.loads(path.read_text()) | {"sample_size": side, "_diffusers_version": version}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    pixels = 2 * found  # the tiny autoencoder's factor
+    assert checkpoint_size(str(tmp_path / "base"), "resolution") == pixels
+    assert DiffusionModel.load(tmp_path / "base").image_size == pixels
+    if version:
+        stock = StableDiffusionPipeline.from_pretrained(
+            tmp_path / "base", safety_checker=None, local_files_only=True
+        )
+        assert stock.unet.config.sample_size == found
 
 
 def test_another_kind_of_pipeline_is_called_by_its_name(tmp_path: Path) -> None:

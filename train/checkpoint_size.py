@@ -3,6 +3,7 @@
 import torch
 from diffusers import AutoencoderKL
 
+from sampling.architecture import sample_size_of
 from sampling.checkpoint import resolve
 from sampling.errors import UserError
 from sampling.loading import Part, read_json
@@ -18,7 +19,7 @@ def checkpoint_size(checkpoint: str, field: str) -> int:
     folder = resolve(checkpoint).folder
     if not (folder / "unet" / "config.json").is_file():
         DiffusionModel.load(checkpoint, with_unet=False)  # which says what it is instead
-    side = read_json(folder / "unet" / "config.json").get("sample_size")
+    side = sample_size_of(read_json(folder / "unet" / "config.json"))
     pixels = PixelForm.of(read_json(folder / "model_index.json"), checkpoint)
     if not isinstance(side, int) or side < 1:
         raise UserError(
