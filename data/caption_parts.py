@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.errors import UserError
-from data.image_folder import suffix_of
+from data.image_folder import suffix_of, walk
 
 # train-00000-of-00004 (some versions of datasets append a hash), 0000, part.0
 _OF = re.compile(r"(?P<stem>.*?)(?P<number>\d+)-of-(?P<total>\d+)(?:-[0-9a-f]+)?")
@@ -25,6 +25,9 @@ class Parts(NamedTuple):
     paths: tuple[Path, ...]
     pattern: str
     """What the user can name them by, relative to the folder."""
+    names: tuple[str, ...]
+    """Of each path, however it was written: relative to the folder, absolute where it lies
+    elsewhere."""
 
     def shown(self, folder: Path) -> str:
         """Returns the name, or how many parts there are."""
@@ -50,7 +53,8 @@ def grouped(tables: Iterable[Path], folder: Path) -> list[Parts]:
             _check_whole(paths, total, pattern, folder)
         elif total:
             _check_whole(paths, total, pattern, folder)
-        found.append(Parts(tuple(paths), pattern))
+        names = tuple(relative_to(path, folder) for path in paths)
+        found.append(Parts(tuple(paths), pattern, names))
     return found
 
 
@@ -58,15 +62,40 @@ def named(pattern: str, folder: Path) -> Parts:
     """Returns the tables that `pattern`, relative to `folder` or absolute, names."""
     whole = os.path.join(glob.escape(str(folder)), pattern)
     paths = [folder / pattern]
-    if not paths[0].is_file():
-        paths = sorted(Path(name) for name in glob.glob(whole, recursive=True))
-        paths = [path for path in paths if path.is_file()]
+    if not os.path.isfile(paths[0]):
+        paths = [Path(name) for name in glob.glob(whole, recursive=True) if os.path.isfile(name)]
     if not paths:
         raise UserError(
             f"captions_file={pattern}: no such file in source={folder}. Name a table of captions, "
             "relative to source, or several with a pattern such as 'train-*.parquet'."
         )
-    return Parts(tuple(paths), pattern)
+    by_name = dict(zip(_names_within(paths, folder), paths, strict=True))
+    names = sorted(by_name, key=Path)
+    return Parts(tuple(by_name[name] for name in names), pattern, tuple(names))
+
+
+def _names_within(paths: Sequence[Path], folder: Path) -> list[str]:
+    """Returns each path as the walk through `folder` meets it; absolute where it lies elsewhere."""
+    directories: dict[tuple[int, int], str] = {}
+    wanted = {_identity(path.parent) for path in paths}
+    for directory, _ in walk(folder):
+        identity = _identity(folder / directory)
+        if identity in wanted:
+            directories[identity] = directory
+            if len(directories) == len(wanted):
+                break
+    names = []
+    for path in paths:
+        real = Path(os.path.realpath(path.parent))
+        # Not met: in a hidden folder, or elsewhere.
+        elsewhere = relative_to(real, Path(os.path.realpath(folder)))
+        names.append(os.path.join(directories.get(_identity(real), elsewhere), path.name))
+    return names
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def relative_to(path: Path, folder: Path) -> str:

@@ -3,9 +3,10 @@
 These forms are known, and which one was found is said:
 
 - `sidecar`, `caption`, `json`: beside each image a .txt, a .caption or a .json of the same name.
-- `jsonl`, `csv`, `parquet`: a table whose rows name an image, relative to the table's folder, and
-  its caption: metadata.jsonl or any other name, at the top of the folder or, where nothing is
-  there, below it; in several parts, too (data/caption_parts.py).
+- `jsonl`, `csv`, `parquet`: a table whose rows name an image, relative to the table's folder (to
+  the image folder if the table lies outside it), and its caption: metadata.jsonl or any other
+  name, at the top of the folder or, where nothing is there, below it; in several parts, too
+  (data/caption_parts.py).
 - `parquet` with the images inside it, as Hugging Face's datasets (data/embedded_images.py).
 - `kohya`: meta_cap.json or another meta_*.json (data/kohya_metadata.py).
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.bad_samples import BadSample
-from data.caption_parts import Parts, grouped, named, relative_to
+from data.caption_parts import Parts, grouped, named
 from data.caption_sidecars import captions_beside
 from data.caption_tables import TABLE_FORMS, table_columns, table_rows
 from data.caption_text import checked_captions
@@ -123,11 +124,11 @@ def captioned_files(source: CaptionSource) -> Iterator[CaptionedFile | BadSample
         yield from captions_beside(source.folder, suffix, fields.caption_column, fields.lines)
         return
     seen = Fingerprints()
-    for table in source.tables.paths:
+    for table, table_name in zip(source.tables.paths, source.tables.names, strict=True):
         if source.is_embedded:
-            yield from _from_embedded(source, table)
+            yield from _from_embedded(source, table, printable(table_name))
         else:
-            yield from _from_table(source, table, seen)
+            yield from _from_table(source, table, os.path.dirname(table_name), seen)
     for directory, names in walk(source.folder):
         for file_name in names:
             name = os.path.join(directory, file_name)
@@ -137,8 +138,9 @@ def captioned_files(source: CaptionSource) -> Iterator[CaptionedFile | BadSample
 
 
 def _from_table(
-    source: CaptionSource, table: Path, seen: Fingerprints
+    source: CaptionSource, table: Path, table_folder: str, seen: Fingerprints
 ) -> Iterator[CaptionedFile | BadSample]:
+    """Yields the images of a table; those of one outside the folder are relative to the folder."""
     for place, name, caption in _rows(source, table):
         if isinstance(caption, BadSample):
             yield caption
@@ -150,8 +152,8 @@ def _from_table(
         try:
             if source.form == "kohya":
                 name = image_name(source.folder, name)
-            elif table.is_relative_to(source.folder) and not os.path.isabs(name):
-                name = os.path.join(table.parent.relative_to(source.folder), name)
+            elif not os.path.isabs(table_folder):
+                name = os.path.join(table_folder, name)
         except BadImage as reason:
             yield BadSample(printable(name), str(reason))
             continue
@@ -192,10 +194,10 @@ def _named_file(source: CaptionSource, name: str, caption: Any) -> CaptionedFile
         return BadSample(shown, str(reason))
 
 
-def _from_embedded(source: CaptionSource, table: Path) -> Iterator[CaptionedFile | BadSample]:
-    fields, name = source.fields, relative_to(table, source.folder)
-    if name != str(table):
-        name = printable(name)
+def _from_embedded(
+    source: CaptionSource, table: Path, name: str
+) -> Iterator[CaptionedFile | BadSample]:
+    fields = source.fields
     sizes = image_sizes(table, fields.image_column)
     for row, ((_, values), size) in enumerate(
         zip(table_rows(table, (fields.caption_column,)), sizes, strict=True)

@@ -60,7 +60,8 @@ class PackConfig:
     """Table of captions, relative to source, or a pattern such as 'train-*.parquet' for several
     that are one; null: the one there is."""
     file_column: str = "file_name"
-    """Column of a captions table that names the image, relative to the table's folder."""
+    """Column of a captions table that names the image, relative to the table's folder, or to
+    source where the table lies outside it."""
     caption_column: str = "text"
     """Column of a captions table that holds the caption, or a list of captions; of a .json beside
     an image the field, where it has no "caption"."""

@@ -1,11 +1,14 @@
 """Folders of images without captions, and what the shards that were packed from one hold."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pytest
 from pyarrow import parquet
 
+from data.errors import UserError
 from data.index import Index
 from data.pack import PackConfig, PackResult, pack
 from data.reader import Reader
@@ -29,7 +32,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]], row_group_size: int = 
     parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=row_group_size)
 
 
-def packed(source: Path, output: Path, **options: Any) -> PackResult:
+def packed(source: Path | str, output: Path, **options: Any) -> PackResult:
     return pack(PackConfig(str(source), str(output), **({"num_processes": 1} | options)))
 
 
@@ -46,3 +49,29 @@ def samples_of(shards: Path) -> dict[str, Sample]:
 
 def captions_of(shards: Path) -> dict[str, tuple[str, ...]]:
     return {key: captions for key, (_, captions) in samples_of(shards).items()}
+
+
+def message(source: Path, output: Path, **options: Any) -> str:
+    with pytest.raises(UserError) as error:
+        packed(source, output, **options)
+    assert not output.exists()
+    return str(error.value)
+
+
+def remedies(text: str) -> list[dict[str, str]]:
+    """Returns the settings that a message proposes."""
+    return [
+        {name: value.strip("'")}
+        for name, value in re.findall(r"(captions(?:_file)?)=('[^']*'|\w+)", text)
+    ]
+
+
+def image_rows(numbers: range) -> list[dict[str, Any]]:
+    """Returns rows as Hugging Face's datasets hold them, every second image a JPEG."""
+    return [
+        {
+            "image": {"bytes": encoded(picture(n), "JPEG" if n % 2 else "PNG"), "path": None},
+            "text": f"row {n}",
+        }
+        for n in numbers
+    ]

@@ -1,7 +1,6 @@
 """Laws of caption sources: what rivals write is read as they mean it, or refused with a remedy."""
 
 import json
-import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,20 @@ from pyarrow import parquet
 from data.caption_text import caption_members, checked_captions, json_captions, text_captions
 from data.check import CheckConfig, check
 from data.embedded_images import EmbeddedImages
-from data.errors import UserError
 from data.images.decode import BadImage
 from data.index import INDEX_FOLDER, build_index
 from data.pack import PackConfig
 from scripts.cli import main
-from tests.data_images import encoded, picture
-from tests.packed_captions import captions_of, packed, samples_of, write_images, write_parquet
-
-
-def message(source: Path, output: Path, **options: Any) -> str:
-    with pytest.raises(UserError) as error:
-        packed(source, output, **options)
-    assert not output.exists()
-    return str(error.value)
-
-
-def remedies(text: str) -> list[dict[str, str]]:
-    """Returns the settings that a message proposes."""
-    return [
-        {name: value.strip("'")}
-        for name, value in re.findall(r"(captions(?:_file)?)=('[^']*'|\w+)", text)
-    ]
+from tests.packed_captions import (
+    captions_of,
+    image_rows,
+    message,
+    packed,
+    remedies,
+    samples_of,
+    write_images,
+    write_parquet,
+)
 
 
 def test_caption_sidecars_of_kohya_are_read(tmp_path: Path) -> None:
@@ -183,17 +174,6 @@ def test_what_kohyas_metadata_lacks_is_named(tmp_path: Path) -> None:
         assert reason in text, (reason, text)
     (folder / "meta_cap.json").write_text("[1]")
     assert "is no JSON object of images" in message(folder, tmp_path / "out")
-
-
-def image_rows(numbers: range) -> list[dict[str, Any]]:
-    """Returns rows as Hugging Face's datasets hold them, every second image a JPEG."""
-    return [
-        {
-            "image": {"bytes": encoded(picture(n), "JPEG" if n % 2 else "PNG"), "path": None},
-            "text": f"row {n}",
-        }
-        for n in numbers
-    ]
 
 
 @pytest.mark.parametrize("row_group_size", [1, 7, 100])
