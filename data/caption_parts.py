@@ -1,7 +1,9 @@
 """Tables of captions in several files: parts of one data set, whole or not.
 
-Files of one kind are parts of one table if their names differ in a number alone, as in
-train-00000-of-00004.parquet, 0000.parquet or part.0.csv, or not at all, in different folders.
+Files of one kind are parts of one table without being asked for if their names say so, as
+train-00000-of-00004.parquet does, in one folder or spread over several; and Parquet files of one
+folder whose names differ in a number alone, as in 0000.parquet. All others may as well be splits or
+versions of a data set: the user names them by a pattern.
 """
 
 import glob
@@ -37,25 +39,52 @@ class Parts(NamedTuple):
 
 def grouped(tables: Iterable[Path], folder: Path) -> list[Parts]:
     """Groups tables into those that are one; raises UserError where parts are missing."""
-    groups: dict[tuple[str, str, str], list[Path]] = {}
+    groups: dict[tuple[str, str, str, Path | None], list[Path]] = {}
     for path in sorted(tables):
-        stem, total = _stem(path)
-        groups.setdefault((stem, total, suffix_of(path.name)), []).append(path)
+        (stem, total), suffix = _stem(path), suffix_of(path.name)
+        if not total and suffix != "parquet":
+            stem = path.stem  # two versions of a CSV have such names, too
+        where = None if total else path.parent
+        groups.setdefault((stem, total, suffix, where), []).append(path)
     found = []
-    for (stem, total, suffix), paths in groups.items():
-        pattern = relative_to(paths[0], folder)
-        if len(paths) > 1:
-            parents = {path.parent for path in paths}
-            where = relative_to(paths[0].parent, folder) if len(parents) == 1 else "**"
-            number = "[0-9]*" if paths[0].stem != stem else ""
-            name = f"{stem}{number}{f'-of-{total}*' if total else ''}.{suffix}"
-            pattern = name if where == "." else f"{where}/{name}"
-            _check_whole(paths, total, pattern, folder)
-        elif total:
-            _check_whole(paths, total, pattern, folder)
-        names = tuple(relative_to(path, folder) for path in paths)
-        found.append(Parts(tuple(paths), pattern, names))
+    for (_, total, _, _), group in groups.items():
+        for paths in _sets(group) if total else [group]:
+            pattern = _pattern(paths, folder)
+            if total:
+                _check_whole(paths, total, pattern, folder)
+            names = tuple(relative_to(path, folder) for path in paths)
+            found.append(Parts(tuple(paths), pattern, names))
     return found
+
+
+def common_pattern(tables: Sequence[Parts], folder: Path) -> str | None:
+    """Returns what names all of several tables that are called alike; None if they are not."""
+    paths = [path for parts in tables for path in parts.paths]
+    kinds = {(*_stem(path), suffix_of(path.name)) for path in paths}
+    return _pattern(paths, folder) if len(tables) > 1 and len(kinds) == 1 else None
+
+
+def _sets(paths: Sequence[Path]) -> list[list[Path]]:
+    """Splits parts by folder if folders share a number: each holds a set of its own."""
+    by_folder: dict[Path, list[Path]] = {}
+    for path in paths:
+        by_folder.setdefault(path.parent, []).append(path)
+    num_alone = sum(len(set(map(_number, own))) for own in by_folder.values())
+    is_one = num_alone == len(set(map(_number, paths)))
+    return [list(paths)] if is_one else list(by_folder.values())
+
+
+def _pattern(paths: Sequence[Path], folder: Path) -> str:
+    """Returns what the user can name parts by, relative to `folder`."""
+    if len(paths) == 1:
+        return relative_to(paths[0], folder)
+    (stem, total), name = _stem(paths[0]), glob.escape(paths[0].name)
+    if any(path.name != paths[0].name for path in paths):
+        ending = f"-of-{total}*" if total else ""
+        name = f"{glob.escape(stem)}[0-9]*{ending}{paths[0].suffix}"
+    is_one_folder = len({path.parent for path in paths}) == 1
+    where = glob.escape(relative_to(paths[0].parent, folder)) if is_one_folder else "**"
+    return name if where == "." else f"{where}/{name}"
 
 
 def named(pattern: str, folder: Path) -> Parts:
@@ -112,16 +141,25 @@ def _stem(path: Path) -> tuple[str, str]:
     return (match["part"] or match["stem"] or "", "") if match else (path.stem, "")
 
 
+def _number(path: Path) -> int:
+    match = _OF.fullmatch(path.stem)
+    assert match, "only names with a total are asked for their number"
+    return int(match["number"])
+
+
 def _check_whole(paths: Sequence[Path], total: str, pattern: str, folder: Path) -> None:
-    if not total:
-        return
-    for parent in {path.parent for path in paths}:
-        own = [path for path in paths if path.parent == parent]
-        numbers = {int(match["number"]) for path in own if (match := _OF.fullmatch(path.stem))}
-        absent = sorted(set(range(int(total))) - numbers)
-        if absent:
-            raise UserError(
-                f"source={folder}: {len(absent)} of {int(total)} parts of {pattern} are missing, "
-                f"first number {absent[0]:0{len(total)}d}. Fetch them, or take those that are "
-                f"there with captions_file={pattern!r}."
-            )
+    by_number = {_number(path): path for path in paths}
+    absent = sorted(set(range(int(total))) - set(by_number))
+    if absent:
+        raise UserError(
+            f"source={folder}: {len(absent)} of {int(total)} parts of {pattern} are missing, "
+            f"first number {absent[0]:0{len(total)}d}. Fetch them, or take those that are "
+            f"there with captions_file={pattern!r}."
+        )
+    if len(by_number) < len(paths):
+        twice = next(path for path in paths if by_number[_number(path)] != path)
+        names = f"{relative_to(twice, folder)}, {relative_to(by_number[_number(twice)], folder)}"
+        raise UserError(
+            f"source={folder}: a part of {pattern} is there twice ({names}). Remove those of one "
+            f"version, or take all with captions_file={pattern!r}."
+        )

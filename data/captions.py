@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.bad_samples import BadSample
-from data.caption_parts import Parts, grouped, named
+from data.caption_parts import Parts, common_pattern, grouped, named
 from data.caption_sidecars import captions_beside
 from data.caption_tables import TABLE_FORMS, table_columns, table_rows
 from data.caption_text import checked_captions
@@ -38,6 +38,8 @@ from data.kohya_metadata import image_name, is_metadata_name, metadata_rows
 CaptionForm = Literal["auto", "sidecar", "caption", "json", "jsonl", "csv", "parquet", "kohya"]
 _SIDECARS: dict[str, str] = {"sidecar": "txt", "caption": "caption", "json": "json"}
 """Suffix of the files beside images, by form."""
+MAX_SHOWN = 4
+"""Tables that a message names one by one."""
 
 
 @dataclass(frozen=True)
@@ -280,13 +282,17 @@ def _holds_images(table: Path, fields: CaptionFields) -> bool:
 def _ambiguous(
     folder: Path, tables: Sequence[Parts], kinds: Sequence[str], count: FolderCount
 ) -> UserError:
-    found = [parts.shown(folder) for parts in tables]
-    remedies = [f"captions_file={parts.pattern!r}" for parts in tables]
+    found = [parts.shown(folder) for parts in tables[:MAX_SHOWN]]
+    remedies = [f"captions_file={parts.pattern!r}" for parts in tables[:MAX_SHOWN]]
+    if len(tables) > MAX_SHOWN:
+        found.append(f"{len(tables) - MAX_SHOWN} tables more")
     for kind in kinds:
         suffix = _SIDECARS[kind]
         found.append(f"{count.num_sidecars[suffix]} sidecar .{suffix} files")
         remedies.append(f"captions={kind}")
+    pattern = common_pattern(tables, folder)
+    together = f", or take them as one with captions_file={pattern!r}" if pattern else ""
     return UserError(
         f"source={folder}: captions come from {' and from '.join(found)}. Choose one with "
-        f"{' or '.join(remedies)}, or remove the others."
+        f"{' or '.join(remedies)}{together}, or remove the others."
     )

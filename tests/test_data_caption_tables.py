@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from data.caption_parts import common_pattern, grouped, named
+from data.errors import UserError
 from tests.packed_captions import (
     captions_of,
     image_rows,
+    message,
     packed,
+    remedies,
     samples_of,
     write_images,
     write_parquet,
@@ -46,3 +50,64 @@ def test_keys_of_embedded_images_are_the_same_however_their_table_is_spelled(
     for number, name in enumerate(["deep/a.parquet", str(table), "../in/deep/*.parquet"]):
         packed("in", tmp_path / f"{number}", captions_file=name)
         assert list(captions_of(tmp_path / f"{number}")) == [f"deep/a/{n:08d}" for n in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("names", "patterns"),
+    [
+        (("train/0000.parquet", "test/0000.parquet"), "**/0000.parquet"),
+        (("train/0000.parquet", "train/0001.parquet", "test/0000.parquet"), "**/[0-9]*.parquet"),
+        (("train/metadata.csv", "test/metadata.csv"), "**/metadata.csv"),
+        (("captions_01.csv", "captions_02.csv"), "captions_[0-9]*.csv"),
+        (("train/x-00-of-02.csv", "train/x-01-of-02.csv", "test/x-00-of-02.csv"), None),
+        (("train/x-0-of-1.jsonl", "test/x-0-of-1.jsonl"), "**/x-0-of-1.jsonl"),
+    ],
+)
+def test_what_may_be_splits_or_versions_is_one_only_when_named(
+    tmp_path: Path, names: tuple[str, ...], patterns: str | None
+) -> None:
+    tables = [tmp_path / name for name in names]
+    if patterns is None:
+        with pytest.raises(UserError, match="1 of 2 parts of test/x"):
+            grouped(tables, tmp_path)
+        return
+    parts = grouped(tables, tmp_path)
+    assert len(parts) == 2 and all(len({path.parent for path in p.paths}) == 1 for p in parts)
+    for table in tables:
+        table.parent.mkdir(exist_ok=True)
+        table.touch()
+    pattern = common_pattern(parts, tmp_path)
+    assert pattern is not None and pattern == patterns
+    assert set(named(pattern, tmp_path).paths) == set(tables)
+    for part in parts:
+        assert named(part.pattern, tmp_path).paths == part.paths
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("0000.parquet", "0001.parquet"),
+        ("a/0000.parquet", "a/0007.parquet"),
+        ("x-0-of-2.csv", "x-1-of-2.csv"),
+        ("a/x-0-of-2.csv", "b/x-1-of-2.csv"),
+    ],
+)
+def test_tables_that_say_so_are_parts_of_one(tmp_path: Path, names: tuple[str, ...]) -> None:
+    [parts] = grouped([tmp_path / name for name in names], tmp_path)
+    assert parts.names == names
+
+
+def test_a_part_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    names = ["x-0-of-2-ab.csv", "x-1-of-2-ab.csv", "x-1-of-2-cd.csv"]
+    with pytest.raises(UserError, match=r"twice \(x-1-of-2-ab.csv, x-1-of-2-cd.csv\)"):
+        grouped([tmp_path / name for name in names], tmp_path)
+
+
+def test_a_message_names_few_of_many_tables(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", [f"{n}/a.png" for n in range(7)])
+    for number in range(7):
+        (tmp_path / "in" / f"{number}" / "metadata.csv").write_text("file_name,text\na.png,x\n")
+    text = message(tmp_path / "in", tmp_path / "out")
+    assert "and from 3 tables more" in text
+    packed(tmp_path / "in", tmp_path / "out", **remedies(text)[-1])
+    assert len(captions_of(tmp_path / "out")) == 7

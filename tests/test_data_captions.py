@@ -302,7 +302,13 @@ def test_tables_below_the_top_name_images_beside_them(tmp_path: Path) -> None:
     for folder, own in {"one": ["a.png", "deep/b.png"], "two": ["c.png"]}.items():
         lines = [json.dumps({"file_name": name, "text": f"{folder} {name}"}) for name in own]
         (tmp_path / "in" / folder / "metadata.jsonl").write_text("\n".join(lines))
-    packed(tmp_path / "in", tmp_path / "out")
+    choices = remedies(message(tmp_path / "in", tmp_path / "out"))
+    assert [choice["captions_file"] for choice in choices] == [
+        "one/metadata.jsonl",
+        "two/metadata.jsonl",
+        "**/metadata.jsonl",
+    ]
+    packed(tmp_path / "in", tmp_path / "out", **choices[-1])
     assert captions_of(tmp_path / "out") == {
         "one/a": ("one a.png",),
         "one/deep/b": ("one deep/b.png",),
