@@ -16,7 +16,8 @@ is read as a whole.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +25,22 @@ from typing import Any, Literal
 from data.bad_samples import BadSample
 from data.caption_parts import Parts, common_pattern, grouped, named
 from data.caption_sidecars import captions_beside
-from data.caption_tables import TABLE_FORMS, table_columns, table_rows
+from data.caption_tables import TABLE_FORMS, find_tables, table_kind, table_rows
+from data.caption_tables import CaptionFields as CaptionFields
 from data.caption_text import checked_captions
-from data.embedded_images import embedded_column, image_sizes, num_rows
+from data.embedded_images import image_sizes, num_rows
 from data.errors import UserError
 from data.fingerprints import Fingerprints
 from data.image_folder import CaptionedFile as CaptionedFile
-from data.image_folder import FolderCount, count_files, printable, row_key, suffix_of, walk
+from data.image_folder import (
+    FolderCount,
+    count_files,
+    has_image_beside,
+    printable,
+    row_key,
+    suffix_of,
+    walk,
+)
 from data.image_folder import sample_key as sample_key
 from data.images.decode import IMAGE_SUFFIXES, BadImage
 from data.kohya_metadata import image_name, is_metadata_name, metadata_rows
@@ -40,18 +50,6 @@ _SIDECARS: dict[str, str] = {"sidecar": "txt", "caption": "caption", "json": "js
 """Suffix of the files beside images, by form."""
 MAX_SHOWN = 4
 """Tables that a message names one by one."""
-
-
-@dataclass(frozen=True)
-class CaptionFields:
-    """Where captions stand in what holds them."""
-
-    file_column: str = "file_name"
-    caption_column: str = "text"
-    image_column: str = "image"
-    """Of Parquet files with the images inside."""
-    lines: bool = False
-    """Whether every line of a text is a caption."""
 
 
 @dataclass(frozen=True)
@@ -96,24 +94,28 @@ def find_captions(
     fields, count = fields or CaptionFields(), count or count_files(folder)
     if captions_file is not None:
         return _from_parts(folder, named(captions_file, folder), fields, form)
-    tables = grouped(_tables(folder.iterdir(), form, fields), folder)
     kinds = [kind for kind in ("sidecar", "caption") if form in ("auto", kind)]
     kinds = [kind for kind in kinds if count.num_sidecars.get(_SIDECARS[kind])]
+    top = next(walk(folder))
+    tables = grouped(find_tables(folder, [top], form, fields, bool(kinds)), folder)
     if not tables and not kinds:
-        below = (folder / directory / n for directory, names in walk(folder) for n in names)
-        tables = grouped(_tables(below, form, fields), folder)
+        tables = grouped(find_tables(folder, walk(folder), form, fields, False), folder)
     if not tables and not kinds and form in ("auto", "json") and count.num_sidecars.get("json"):
         kinds = ["json"]
+    if form == "auto" and len(tables) + len(kinds) > 1:
+        tables, kinds = _preferred(folder, tables, kinds, fields, count)
     if len(tables) + len(kinds) > 1:
         raise _ambiguous(folder, tables, kinds, count)
     if tables:
         return _from_parts(folder, tables[0], fields, "auto")
     if not kinds:
+        others = [n for n in top[1] if is_metadata_name(n) and not has_image_beside(top[1], n)]
+        hint = f" {others[0]} is no JSON object of objects." if others else ""
         raise UserError(
-            f"source={folder}: no captions (captions={form}) for {count.num_images} images. Put a "
-            ".txt, .caption or .json beside each image, or one metadata.jsonl, .csv or .parquet "
-            f"with columns {fields.file_column} and {fields.caption_column} at the top of the "
-            "folder."
+            f"source={folder}: no captions (captions={form}) for {count.num_images} images.{hint} "
+            "Put a .txt, .caption or .json beside each image, or one metadata.jsonl, .csv or "
+            f".parquet with columns {fields.file_column} and {fields.caption_column} at the top of "
+            "the folder."
         )
     return CaptionSource(folder, kinds[0], fields=fields)  # type: ignore[arg-type]
 
@@ -220,7 +222,7 @@ def _from_parts(
     folder: Path, parts: Parts, fields: CaptionFields, form: CaptionForm
 ) -> CaptionSource:
     """Returns the source that some tables are, all of one kind; raises UserError."""
-    kinds = sorted({_kind(path, fields) for path in parts.paths})
+    kinds = sorted({table_kind(path, fields) for path in parts.paths})
     suffixes = {kind.partition(" ")[0] for kind in kinds}
     if len(kinds) > 1 or (form != "auto" and suffixes != {form}):
         asked = "" if form == "auto" else f" and captions={form}"
@@ -232,56 +234,38 @@ def _from_parts(
     return CaptionSource(folder, kind, parts, fields, bool(images))  # type: ignore[arg-type]
 
 
-def _tables(paths: Iterable[Path], form: CaptionForm, fields: CaptionFields) -> list[Path]:
-    """Returns those of the files that are tables of captions, and of `form`.
+def _preferred(
+    folder: Path,
+    tables: list[Parts],
+    kinds: list[str],
+    fields: CaptionFields,
+    count: FolderCount,
+) -> tuple[list[Parts], list[str]]:
+    """Returns the .txt sidecars, or the one table of names, alone where they lie beside others.
 
-    Raises UserError for one called metadata, or with images in it, that lacks the columns.
+    The forms of other programs lie there for those programs: .caption files, kohya's metadata,
+    Parquet with images inside. They are named in a note.
     """
-    found = []
-    for path in sorted(paths):
-        suffix = suffix_of(path.name)
-        if path.name.startswith(".") or not path.is_file():
-            continue
-        if is_metadata_name(path.name):
-            found += [path] if form in ("auto", "kohya") else []
-        elif suffix in TABLE_FORMS and form in ("auto", suffix):
-            columns = table_columns(path)
-            is_meant = path.stem == "metadata" or _holds_images(path, fields)
-            if is_meant or {fields.file_column, fields.caption_column} <= set(columns):
-                _kind(path, fields)  # refuses what lacks columns
-                found.append(path)
-    return found
-
-
-def _kind(table: Path, fields: CaptionFields) -> str:
-    """Returns "kohya", the suffix, or "parquet with images"; raises UserError without columns."""
-    suffix = suffix_of(table.name)
-    if suffix == "json":
-        return "kohya"
-    if suffix not in TABLE_FORMS:
-        raise UserError(f"{table}: is no .jsonl, .csv, .parquet or .json file of captions.")
-    columns = table_columns(table)
-    if {fields.file_column, fields.caption_column} <= set(columns):
-        return suffix
-    has_images = _holds_images(table, fields)
-    if has_images and fields.caption_column in columns:
-        return f"{suffix} with images"
-    wanted = fields.image_column if has_images else fields.file_column
-    raise UserError(
-        f"{table}: needs columns {wanted} and {fields.caption_column}, has "
-        f"{', '.join(columns) or 'none'}. Rename them, or set file_column (image_column for images "
-        "inside Parquet) and caption_column."
+    own_tables = [parts for parts in tables if table_kind(parts.paths[0], fields) in TABLE_FORMS]
+    own_kinds = [kind for kind in kinds if kind == "sidecar"]
+    if len(own_tables) + len(own_kinds) != 1:
+        return tables, kinds
+    chosen, _ = _choices(folder, own_tables, own_kinds, count)
+    others = [parts for parts in tables if parts not in own_tables]
+    found, remedies = _choices(folder, others, [k for k in kinds if k not in own_kinds], count)
+    print(
+        f"note: source={folder}: captions come from {chosen[0]}; {' and '.join(found)} left aside. "
+        f"Take those with {' or '.join(remedies)}",
+        file=sys.stderr,
+        flush=True,
     )
+    return own_tables, own_kinds
 
 
-def _holds_images(table: Path, fields: CaptionFields) -> bool:
-    is_parquet = suffix_of(table.name) == "parquet"
-    return is_parquet and embedded_column(table, fields.image_column) is not None
-
-
-def _ambiguous(
+def _choices(
     folder: Path, tables: Sequence[Parts], kinds: Sequence[str], count: FolderCount
-) -> UserError:
+) -> tuple[list[str], list[str]]:
+    """Returns the sources in words, and the setting that chooses each."""
     found = [parts.shown(folder) for parts in tables[:MAX_SHOWN]]
     remedies = [f"captions_file={parts.pattern!r}" for parts in tables[:MAX_SHOWN]]
     if len(tables) > MAX_SHOWN:
@@ -290,6 +274,13 @@ def _ambiguous(
         suffix = _SIDECARS[kind]
         found.append(f"{count.num_sidecars[suffix]} sidecar .{suffix} files")
         remedies.append(f"captions={kind}")
+    return found, remedies
+
+
+def _ambiguous(
+    folder: Path, tables: Sequence[Parts], kinds: Sequence[str], count: FolderCount
+) -> UserError:
+    found, remedies = _choices(folder, tables, kinds, count)
     pattern = common_pattern(tables, folder)
     together = f", or take them as one with captions_file={pattern!r}" if pattern else ""
     return UserError(

@@ -25,6 +25,15 @@ def is_metadata_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def is_metadata(path: Path) -> bool:
+    """Tells whether a file is a JSON object of objects, as kohya's metadata are."""
+    try:
+        entries = _entries(path)
+    except UserError:
+        return False
+    return bool(entries) and all(isinstance(values, dict) for values in entries.values())
+
+
 def metadata_rows(table: Path, lines: bool) -> Iterator[tuple[str, str, Any]]:
     """Yields (place, image, caption or BadSample); `lines`: every line of a caption gets the tags.
 

@@ -1,6 +1,7 @@
 """Laws of tables of captions: where they lie, which are one, and which are chosen."""
 
 import itertools
+import json
 import os
 from pathlib import Path
 
@@ -111,3 +112,48 @@ def test_a_message_names_few_of_many_tables(tmp_path: Path) -> None:
     assert "and from 3 tables more" in text
     packed(tmp_path / "in", tmp_path / "out", **remedies(text)[-1])
     assert len(captions_of(tmp_path / "out")) == 7
+
+
+@pytest.mark.parametrize("own", ["txt", "csv"])
+def test_what_lies_beside_texts_for_other_programs_is_left_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], own: str
+) -> None:
+    folder = tmp_path / "in"
+    write_images(folder, ["a.png"])
+    for suffix in ("txt", "caption") if own == "txt" else ("caption",):
+        (folder / f"a.{suffix}").write_text(f"from {suffix}")
+    if own == "csv":
+        (folder / "metadata.csv").write_text("file_name,text\na.png,from csv\n")
+    (folder / "meta_cap.json").write_text('{"a": {"caption": "from kohya"}}')
+    write_parquet(folder / "thumbnails.parquet", [{"image": image_rows(range(1))[0]["image"]}])
+    packed(folder, tmp_path / "out")
+    assert captions_of(tmp_path / "out") == {"a": (f"from {own}",)}
+    [note] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert "meta_cap.json" in note
+    for number, choice in enumerate(remedies(note)):
+        packed(folder, tmp_path / f"{number}", **choice)
+    assert captions_of(tmp_path / "0") == {"a": ("from kohya",)}
+    assert captions_of(tmp_path / f"{number}") == {"a": ("from caption",)}
+
+
+def test_of_two_kinds_of_other_programs_one_must_be_chosen(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", ["a.png"])
+    (tmp_path / "in" / "a.caption").write_text("from caption")
+    (tmp_path / "in" / "meta_cap.json").write_text('{"a": {"caption": "from kohya"}}')
+    choices = remedies(message(tmp_path / "in", tmp_path / "out"))
+    assert choices == [{"captions_file": "meta_cap.json"}, {"captions": "caption"}]
+    for number, choice in enumerate(choices):
+        packed(tmp_path / "in", tmp_path / f"{number}", **choice)
+    assert captions_of(tmp_path / "0") == {"a": ("from kohya",)}
+    assert captions_of(tmp_path / "1") == {"a": ("from caption",)}
+
+
+@pytest.mark.parametrize("content", [{"caption": "a cat"}, {"image": {"caption": "x"}}])
+def test_json_beside_an_image_is_not_kohyas_metadata(
+    tmp_path: Path, content: dict[str, object]
+) -> None:
+    write_images(tmp_path / "in", ["meta_a.png"])
+    (tmp_path / "in" / "meta_a.json").write_text(json.dumps({"text": "a cat"} | content))
+    (tmp_path / "in" / "meta_info.json").write_text('{"version": 1}')
+    packed(tmp_path / "in", tmp_path / "out")
+    assert captions_of(tmp_path / "out") == {"meta_a": ("a cat",)}

@@ -39,18 +39,6 @@ def test_caption_sidecars_of_kohya_are_read(tmp_path: Path) -> None:
     assert captions_of(tmp_path / "out") == {"a": ("a cat",), "deep/b": ("a dog",)}
 
 
-def test_of_two_kinds_of_sidecars_one_must_be_chosen(tmp_path: Path) -> None:
-    write_images(tmp_path / "in", ["a.png"])
-    for suffix in ("txt", "caption"):
-        (tmp_path / "in" / f"a.{suffix}").write_text(f"from {suffix}")
-    text = message(tmp_path / "in", tmp_path / "out")
-    assert remedies(text) == [{"captions": "sidecar"}, {"captions": "caption"}]
-    for number, choice in enumerate(remedies(text)):
-        packed(tmp_path / "in", tmp_path / f"{number}", **choice)
-    assert captions_of(tmp_path / "0") == {"a": ("from txt",)}
-    assert captions_of(tmp_path / "1") == {"a": ("from caption",)}
-
-
 def test_json_sidecars_are_captions_where_nothing_else_is(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write_images(folder, ["a.png", "b.png", "c.png"])
@@ -173,7 +161,9 @@ def test_what_kohyas_metadata_lacks_is_named(tmp_path: Path) -> None:
     ):
         assert reason in text, (reason, text)
     (folder / "meta_cap.json").write_text("[1]")
-    assert "is no JSON object of images" in message(folder, tmp_path / "out")
+    assert "meta_cap.json is no JSON object of objects" in message(folder, tmp_path / "out")
+    for choice in ({"captions": "kohya"}, {"captions_file": "meta_cap.json"}):
+        assert "is no JSON object of images" in message(folder, tmp_path / "out", **choice)
 
 
 @pytest.mark.parametrize("row_group_size", [1, 7, 100])
