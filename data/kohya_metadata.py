@@ -44,14 +44,26 @@ def metadata_rows(table: Path, lines: bool) -> Iterator[tuple[str, str, Any]]:
         if not isinstance(values, dict):
             yield place, image, BadSample(place, "no caption: no JSON object")
             continue
-        caption, tags = values.get("caption"), values.get("tags")
-        if isinstance(caption, str) and isinstance(tags, str) and tags.strip():
-            tags = SEPARATOR.join(filter(None, map(str.strip, tags.split("\n"))))
-            texts = [caption.strip()]
-            if lines:
-                texts = [text.strip() for text in caption.split("\n") if text.strip()]
-            caption = "\n".join(SEPARATOR.join(filter(None, (text, tags))) for text in texts)
-        yield place, image, tags if caption is None else caption
+        tags = values.get("tags")
+        if tags is not None and not isinstance(tags, str):
+            yield place, image, BadSample(place, "no caption: tags is no text")
+            continue
+        tags = SEPARATOR.join(filter(None, map(str.strip, (tags or "").split("\n"))))
+        caption = values.get("caption")
+        yield place, image, _tagged(caption, tags, lines) if tags else caption
+
+
+def _tagged(caption: Any, tags: str, lines: bool) -> Any:
+    """Returns the caption, each text of a list, or each line of a text, with the tags after it."""
+    if isinstance(caption, list):
+        blank = [text is None or (isinstance(text, str) and not text.strip()) for text in caption]
+        texts = [text for text, no in zip(caption, blank, strict=True) if not no] or [""]
+        return [_tagged(text, tags, lines) if isinstance(text, str) else text for text in texts]
+    if caption is not None and not isinstance(caption, str):
+        return caption  # refused by who reads it
+    texts = [text for text in (caption or "").split("\n") if text.strip()] if lines else []
+    texts = texts or [caption or ""]
+    return "\n".join(SEPARATOR.join(filter(None, (text.strip(), tags))) for text in texts)
 
 
 def image_name(folder: Path, image: str) -> str:

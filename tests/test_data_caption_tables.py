@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from data.bad_samples import BadSample
 from data.caption_parts import common_pattern, grouped, named
 from data.errors import UserError
+from data.kohya_metadata import metadata_rows
 from tests.packed_captions import (
     captions_of,
     image_rows,
@@ -157,3 +159,28 @@ def test_json_beside_an_image_is_not_kohyas_metadata(
     (tmp_path / "in" / "meta_info.json").write_text('{"version": 1}')
     packed(tmp_path / "in", tmp_path / "out")
     assert captions_of(tmp_path / "out") == {"meta_a": ("a cat",)}
+
+
+@pytest.mark.parametrize(
+    ("caption", "whole", "by_line"),
+    [
+        (None, "t, u", "t, u"),
+        ("", "t, u", "t, u"),
+        (" \n", "t, u", "t, u"),
+        ("a\n\nb", "a\n\nb, t, u", "a, t, u\nb, t, u"),
+        (["a", "", None, " "], ["a, t, u"], ["a, t, u"]),
+        (["a", "b\nc"], ["a, t, u", "b\nc, t, u"], ["a, t, u", "b, t, u\nc, t, u"]),
+        ([""], ["t, u"], ["t, u"]),
+        ([], ["t, u"], ["t, u"]),
+    ],
+)
+def test_no_caption_of_kohya_loses_its_tags(
+    tmp_path: Path, caption: object, whole: object, by_line: object
+) -> None:
+    table = tmp_path / "meta_cap.json"
+    table.write_text(json.dumps({"b": {"caption": caption, "tags": " t\nu "}}))
+    for lines, expected in ((False, whole), (True, by_line)):
+        assert [row[2] for row in metadata_rows(table, lines)] == [expected]
+    table.write_text(json.dumps({"b": {"caption": "a", "tags": ["t"]}}))
+    [(_, _, value)] = metadata_rows(table, False)
+    assert isinstance(value, BadSample) and "tags is no text" in value.reason
