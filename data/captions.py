@@ -189,7 +189,7 @@ def _named_file(source: CaptionSource, name: str, caption: Any) -> CaptionedFile
         return BadSample(shown, "no image: the name leads out of the folder")
     if suffix_of(name) not in IMAGE_SUFFIXES:
         return BadSample(shown, f"no image: suffix is none of {', '.join(IMAGE_SUFFIXES)}")
-    if "\0" in name or not path.is_file():
+    if not os.path.isfile(path):  # False for a name that is too long, or no name
         return BadSample(shown, "no image: no such file")
     try:
         captions = checked_captions(caption, fields.caption_column, fields.lines)

@@ -77,7 +77,7 @@ def sample_key(folder: Path, name: str) -> str:
     path = PurePosixPath(name)
     stem = path.with_suffix("").name
     directory = folder / path.parent
-    num_twins = sum((directory / f"{stem}.{suffix}").exists() for suffix in EITHER_CASE)
+    num_twins = sum(os.path.exists(directory / f"{stem}.{suffix}") for suffix in EITHER_CASE)
     return _key(path, num_twins)
 
 

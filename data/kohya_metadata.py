@@ -70,9 +70,8 @@ def image_name(folder: Path, image: str) -> str:
     """Returns the image, relative to `folder`, that kohya's tools would take; raises BadImage."""
     names = [image] if suffix_of(image) in IMAGE_SUFFIXES else []
     names = names or [f"{image}.{suffix}" for suffix in EITHER_CASE]
-    if "\0" in image:
-        raise BadImage("no image: no such file")
-    found = [name for name in names if (folder / name).is_file()]  # an absolute name as it is
+    # isfile is False for what is too long or no name; an absolute name is looked up as it is.
+    found = [name for name in names if os.path.isfile(folder / name)]
     if not found and not os.path.isabs(image):  # as seen from where the tool was run, perhaps here
         found = [os.path.abspath(name) for name in names if os.path.isfile(name)]
     if not found:

@@ -9,6 +9,7 @@ import pytest
 
 from data.bad_samples import BadSample
 from data.caption_parts import common_pattern, grouped, named
+from data.captions import CaptionedFile, captioned_files, find_captions
 from data.errors import UserError
 from data.kohya_metadata import metadata_rows
 from tests.packed_captions import (
@@ -184,3 +185,20 @@ def test_no_caption_of_kohya_loses_its_tags(
     table.write_text(json.dumps({"b": {"caption": "a", "tags": ["t"]}}))
     [(_, _, value)] = metadata_rows(table, False)
     assert isinstance(value, BadSample) and "tags is no text" in value.reason
+
+
+@pytest.mark.parametrize("form", ["csv", "kohya"])
+def test_names_that_are_too_long_are_of_no_file(tmp_path: Path, form: str) -> None:
+    longest = "x" * 251 + ".png"  # with .jpeg in place of .png it could not be
+    write_images(tmp_path / "in", [longest])
+    names = [longest, "x" * 256 + ".png", f"{'y/' * 3000}a.png", "a\0.png"]
+    if form == "csv":
+        rows = "".join(f"{name},a cat\n" for name in names)
+        (tmp_path / "in" / "metadata.csv").write_text(f"file_name,text\n{rows}")
+    else:
+        entries = {name: {"caption": "a cat"} for name in names}
+        (tmp_path / "in" / "meta_cap.json").write_text(json.dumps(entries))
+    entries = list(captioned_files(find_captions(tmp_path / "in")))
+    assert [entry.key for entry in entries if isinstance(entry, CaptionedFile)] == ["x" * 251]
+    reasons = [entry.reason for entry in entries if isinstance(entry, BadSample)]
+    assert reasons == ["no image: no such file"] * 3
