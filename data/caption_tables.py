@@ -32,6 +32,8 @@ class CaptionFields:
     """Of Parquet files with the images inside."""
     lines: bool = False
     """Whether every line of a text is a caption."""
+    has_image_files: bool = True
+    """Whether there are files that rows could name; else images inside Parquet are meant."""
 
 
 def table_rows(table: Path, columns: Sequence[str]) -> Rows:
@@ -95,10 +97,10 @@ def table_kind(table: Path, fields: CaptionFields) -> str:
         return "kohya"
     if suffix not in TABLE_FORMS:
         raise UserError(f"{table}: is no .jsonl, .csv, .parquet or .json file of captions.")
-    columns = table_columns(table)
-    if {fields.file_column, fields.caption_column} <= set(columns):
+    columns, has_images = table_columns(table), _holds_images(table, fields)
+    names_files = fields.has_image_files or not has_images
+    if names_files and {fields.file_column, fields.caption_column} <= set(columns):
         return suffix
-    has_images = _holds_images(table, fields)
     if has_images and fields.caption_column in columns:
         return f"{suffix} with images"
     wanted = fields.image_column if has_images else fields.file_column

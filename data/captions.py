@@ -18,7 +18,7 @@ is read as a whole.
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +91,8 @@ def find_captions(
     `captions_file` names a table, or several by a pattern, that are the source whatever else lies
     there.
     """
-    fields, count = fields or CaptionFields(), count or count_files(folder)
+    count = count or count_files(folder)
+    fields = replace(fields or CaptionFields(), has_image_files=count.num_images > 0)
     if captions_file is not None:
         return _from_parts(folder, named(captions_file, folder), fields, form)
     kinds = [kind for kind in ("sidecar", "caption") if form in ("auto", kind)]

@@ -202,3 +202,20 @@ def test_names_that_are_too_long_are_of_no_file(tmp_path: Path, form: str) -> No
     assert [entry.key for entry in entries if isinstance(entry, CaptionedFile)] == ["x" * 251]
     reasons = [entry.reason for entry in entries if isinstance(entry, BadSample)]
     assert reasons == ["no image: no such file"] * 3
+
+
+@pytest.mark.parametrize("captions_file", [None, "train.parquet"])
+def test_images_inside_parquet_are_taken_where_its_names_have_no_files(
+    tmp_path: Path, captions_file: str | None
+) -> None:
+    rows = [row | {"file_name": f"{n}.png"} for n, row in enumerate(image_rows(range(2)))]
+    write_parquet(tmp_path / "in" / "train.parquet", rows)
+    packed(tmp_path / "in", tmp_path / "inside", captions_file=captions_file)
+    assert samples_of(tmp_path / "inside") == {
+        f"train/{n:08d}": (row["image"]["bytes"], (row["text"],)) for n, row in enumerate(rows)
+    }
+    files = write_images(tmp_path / "in", ["1.png", "0.png"])
+    packed(tmp_path / "in", tmp_path / "named", captions_file=captions_file)
+    assert samples_of(tmp_path / "named") == {
+        f"{n}": (files[f"{n}.png"], (f"row {n}",)) for n in range(2)
+    }
