@@ -3,14 +3,17 @@
 import itertools
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from data.bad_samples import BadSample
 from data.caption_parts import common_pattern, grouped, named
+from data.caption_tables import CaptionFields, find_tables
 from data.captions import CaptionedFile, captioned_files, find_captions
 from data.errors import UserError
+from data.image_folder import walk
 from data.kohya_metadata import metadata_rows
 from tests.packed_captions import (
     captions_of,
@@ -219,3 +222,18 @@ def test_images_inside_parquet_are_taken_where_its_names_have_no_files(
     assert samples_of(tmp_path / "named") == {
         f"{n}": (files[f"{n}.png"], (f"row {n}",)) for n in range(2)
     }
+
+
+def test_the_search_for_tables_holds_no_path_of_an_image(tmp_path: Path) -> None:
+    for number in range(16):
+        (tmp_path / f"{number}").mkdir()
+        for image in range(250):
+            (tmp_path / f"{number}" / f"meta_{image}.png").touch()
+            (tmp_path / f"{number}" / f"meta_{image}.json").touch()
+    fields = CaptionFields()
+    tracemalloc.start()
+    try:
+        assert find_tables(tmp_path, walk(tmp_path), "auto", fields, False) == []
+        assert tracemalloc.get_traced_memory()[1] < 500_000  # 8000 Paths are more than 1 MB
+    finally:
+        tracemalloc.stop()
