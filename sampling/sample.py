@@ -36,7 +36,8 @@ def sample_to_folder(config: SampleConfig) -> Path:
     """Writes images/, samples.jsonl, grid.png and sample.json to config.output; returns that.
 
     Nothing is written before the first batch is sampled, so wrong input leaves no folder behind.
-    Pictures that are there are not made again.
+    Pictures that are there are not made again. Without a missing picture the checkpoint is loaded
+    only where it has another name than the one they are of, to see that it is the same.
     """
     output = Path(config.output)
     prompts = read_prompts(config.prompts)
@@ -50,8 +51,10 @@ def sample_to_folder(config: SampleConfig) -> Path:
         for seed in seeds
     }
     missing = [job for job, file in files.items() if not (output / file).is_file()]
-    if missing:
-        _sample(config, record, prompts, files, missing)
+    if missing or record.is_of_another_name():
+        model, digest = _load(config, record)
+        if missing:
+            _sample(config, model, digest, record, prompts, files, missing)
     rows = [
         {"prompt": prompts[index], "seed": seed, "file": file}
         for (index, seed), file in files.items()
@@ -68,15 +71,9 @@ def sample_to_folder(config: SampleConfig) -> Path:
     return output
 
 
-def _sample(
-    config: SampleConfig,
-    record: SampleRecord,
-    prompts: list[str],
-    files: dict[Job, str],
-    missing: list[Job],
-) -> None:
-    """Makes the missing pictures, batch by batch, and a row of each as it is there."""
-    output, device = Path(config.output), find_device(config.device)
+def _load(config: SampleConfig, record: SampleRecord) -> tuple[DiffusionModel, str]:
+    """Loads the checkpoint; returns it with its digest, which is that of the pictures there."""
+    device = find_device(config.device)
     formats = record.settled_formats(device, partial(log.warning, "note: %s"))
     set_tf32(formats["tf32"])
     dtype = getattr(torch, formats["dtype"])
@@ -85,6 +82,20 @@ def _sample(
     )
     digest = sampling_digest(model, config.variant)
     record.check_checkpoint(digest)
+    return model, digest
+
+
+def _sample(
+    config: SampleConfig,
+    model: DiffusionModel,
+    digest: str,
+    record: SampleRecord,
+    prompts: list[str],
+    files: dict[Job, str],
+    missing: list[Job],
+) -> None:
+    """Makes the missing pictures, batch by batch, and a row of each as it is there."""
+    output = Path(config.output)
     if note := model.process.respacing_note(config.timestep_spacing):
         log.warning("note: %s", note)
     model.process = model.process.respaced(config.timestep_spacing)

@@ -58,6 +58,10 @@ class SampleRecord:
             self.saved = self.settings | {CONTENT: digest}
             write_whole(self.path, json.dumps(self.saved, indent=1) + "\n")
 
+    def is_of_another_name(self) -> bool:
+        """Whether `checkpoint` is written otherwise than where the pictures there were made."""
+        return self.saved is not None and self.saved.get("checkpoint") != self._checkpoint
+
     def check_checkpoint(self, digest: str) -> None:
         """Raises UserError where pictures there are of another checkpoint."""
         if self.saved is not None and self.saved.get(CONTENT) != digest:

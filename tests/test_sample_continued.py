@@ -135,6 +135,21 @@ def test_another_checkpoint_at_the_same_path_is_refused_and_a_moved_one_is_not(
     assert not (tmp_path / "out" / "images" / "1_3.png").exists()
 
 
+def test_a_finished_folder_is_no_answer_for_another_checkpoint(
+    checkpoint: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(unbroken)
+    assert main(arguments(tmp_path / "nowhere", unbroken)) == 2
+    assert "does not exist" in capsys.readouterr().err
+    shutil.copytree(checkpoint, tmp_path / "moved")
+    assert main(arguments(tmp_path / "moved", unbroken)) == 0
+    [file] = (tmp_path / "moved" / "unet").glob("*.safetensors")
+    save_file({k: v + 1e-3 for k, v in load_file(file).items()}, file, {"format": "pt"})
+    assert main(arguments(tmp_path / "moved", unbroken)) == 2
+    assert "has other weights, or another process" in capsys.readouterr().err
+    assert contents(unbroken) == before
+
+
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_damaged_record_is_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
