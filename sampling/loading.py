@@ -108,11 +108,11 @@ def empty_unet(folder: Path) -> UNet2DConditionModel:
 
 
 def read_scheduler(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
-    """Returns scheduler_config.json with the class of model_index.json where it names none."""
+    """Returns scheduler_config.json as of the class of model_index.json, which diffusers makes."""
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     match index.get("scheduler"):
         case [_, str(name)]:
-            return {"_class_name": name, **config}
+            return {**config, "_class_name": name}
     return config
 
 

@@ -40,11 +40,12 @@ def save_model(model: "DiffusionModel", folder: Path) -> None:
         save_tokenizer(model.tokenizer, folder)
     scheduler = model.process.to_diffusers()
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    index = STABLE_DIFFUSION | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+    index = STABLE_DIFFUSION
     if model.pixels is not None:
         index = model.pixels.to_index()
         for name in CODE:
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
+    index = index | {"scheduler": ["diffusers", scheduler["_class_name"]]}
     write_json(folder / "model_index.json", index)
 
 

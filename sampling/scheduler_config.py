@@ -39,6 +39,7 @@ ABOVE_THE_CLEANEST = (
     "SASolverScheduler",
 )
 """Classes that make leading and linspace lists of S + 1 timesteps and leave the cleanest out."""
+WHERE_THE_CLASS_IS = "as scheduler in model_index.json and as _class_name in scheduler_config.json"
 ALWAYS_LINSPACE = ("DPMSolverSinglestepScheduler",)
 MAX_TRAIN_TIMESTEPS = 1_000_000
 SPACINGS = ("trailing", "leading", "linspace")
@@ -77,8 +78,8 @@ def read_scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in defaults:
         raise UserError(
             f"rescale_betas_zero_snr=true in the scheduler config is ignored by {name}, so that it "
-            "is not known on which noise the model was trained; in scheduler_config.json write "
-            '"_class_name": "DDIMScheduler" if it was on zero terminal SNR, else false'
+            "is not known on which noise the model was trained; if it was on zero terminal SNR, "
+            f"name DDIMScheduler {WHERE_THE_CLASS_IS}, else write false in scheduler_config.json"
         )
     for key, value in OTHER_PROCESS.items():
         if key in defaults and settings[key] == value:
@@ -98,8 +99,8 @@ def class_name_of(config: Mapping[str, Any]) -> str:
         raise UserError(
             f"the scheduler config is of {written}, which is none of diffusers' schedulers of "
             "Stable Diffusion's noise (DDIMScheduler, EulerDiscreteScheduler, ...); weights that "
-            "were trained on noise by betas can have one of those as _class_name in "
-            "scheduler_config.json, all others cannot be used here"
+            f"were trained on noise by betas can have one of those {WHERE_THE_CLASS_IS}; all "
+            "others cannot be used here"
         )
     return name
 

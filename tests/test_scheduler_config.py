@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -16,6 +17,7 @@ from sampling.errors import UserError
 from sampling.model import DiffusionModel
 from sampling.process import Process
 from sampling.scheduler_config import ABOVE_THE_CLEANEST, ON_THE_LIST
+from tests.pixel_models import pixel_model
 from tests.tiny_pipeline import make_tiny_pipeline
 
 TAKEN = (*ON_THE_LIST, *ABOVE_THE_CLEANEST)
@@ -198,15 +200,53 @@ def test_a_folder_with_dpmpp_samples_as_the_pipeline_of_that_folder(tmp_path, sp
     assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_model_index_names_the_class_where_the_config_does_not(tmp_path):
-    folder = make_tiny_pipeline(
-        tmp_path / "sd", scheduler={"_class_name": "EulerDiscreteScheduler"}
-    )
-    path = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(path.read_text())
-    del config["_class_name"]
-    path.write_text(json.dumps(config))
-    assert DiffusionModel.load(folder, with_unet=False).process.timestep_spacing == "linspace"
+def test_the_class_is_that_of_model_index_as_in_diffusers(tmp_path):
+    folder = make_tiny_pipeline(tmp_path / "sd", scheduler={"_class_name": "DDIMScheduler"})
+    config = folder / "scheduler" / "scheduler_config.json"
+    index = json.loads((folder / "model_index.json").read_text())
+    for entry, written in (
+        (["diffusers", "EulerDiscreteScheduler"], {"_class_name": "DDIMScheduler"}),
+        (["diffusers", "EulerDiscreteScheduler"], {}),
+        (["diffusers", "DDIMScheduler"], {"_class_name": "EulerDiscreteScheduler"}),
+    ):
+        config.write_text(json.dumps(written))
+        (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": entry}))
+        theirs = StableDiffusionPipeline.from_pretrained(folder).scheduler
+        assert type(theirs).__name__ == entry[1]
+        process = DiffusionModel.load(folder, with_unet=False).process
+        assert process.timestep_spacing == theirs.config.timestep_spacing
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "PNDMScheduler"])
+def test_the_advice_on_a_class_is_enough_to_load_the_folder(tmp_path, name):
+    """Naming DDIMScheduler in both files."""
+    zero_snr = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    folder = make_tiny_pipeline(tmp_path / "sd", scheduler={"_class_name": name, **zero_snr})
+    message = "as scheduler in model_index.json and as _class_name in scheduler_config.json"
+    with pytest.raises(UserError, match=message):
+        DiffusionModel.load(folder, with_unet=False)
+    for file in ("model_index.json", "scheduler/scheduler_config.json"):
+        path = folder / file
+        path.write_text(path.read_text().replace(name, "DDIMScheduler"))
+    process = DiffusionModel.load(folder, with_unet=False).process
+    assert process.schedule.is_zero_terminal_snr
+
+
+@pytest.mark.parametrize("condition", ["class", "text", "none"])
+def test_both_files_of_a_saved_pixel_model_name_one_class(tmp_path, condition):
+    model = pixel_model(condition, make_tiny_pipeline(tmp_path / "sd"))
+    leading = replace(model.process, timestep_spacing="leading", omits_cleanest=True)
+    for process in (model.process, leading):
+        model.process = process
+        model.save(tmp_path / "pixels")
+        config = json.loads((tmp_path / "pixels/scheduler/scheduler_config.json").read_text())
+        index = json.loads((tmp_path / "pixels/model_index.json").read_text())
+        assert index["scheduler"] == ["diffusers", config["_class_name"]]
+        assert DiffusionModel.load(tmp_path / "pixels").process.timesteps(5) == process.timesteps(5)
+
+
+def test_a_class_of_model_index_is_refused_by_name(tmp_path):
+    folder = make_tiny_pipeline(tmp_path / "sd")
     index = json.loads((folder / "model_index.json").read_text())
     index["scheduler"][1] = "FlowMatchEulerDiscreteScheduler"
     (folder / "model_index.json").write_text(json.dumps(index))
