@@ -18,6 +18,8 @@ from sampling.schedule import NoiseSchedule, Spacing
 from sampling.scheduler_config import ABOVE_THE_CLEANEST, read_scheduler_config
 
 EXPORT_TOLERANCE = 1e-5
+OMIT_THE_CLEANEST = ("dpmpp_2m",)
+"""Samplers that are multistep solvers in diffusers."""
 SCHEME_KEYS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 
 
@@ -34,8 +36,8 @@ class Process:
     """Whether DDIM ends at clean data, alpha_bar 1, rather than at the schedule's first alpha_bar;
     diffusers' name and default. Stable Diffusion 1 and 2 were published with False."""
     omits_cleanest: bool = False
-    """Whether a leading or linspace list of S timesteps is one of S + 1 without the cleanest, as
-    the multistep solvers of diffusers (DPM++, UniPC, DEIS, SA) make it."""
+    """Whether dpmpp_2m's leading or linspace list of S timesteps is one of S + 1 without the
+    cleanest, as the multistep solvers of diffusers (DPM++, UniPC, DEIS, SA) make it."""
 
     def unsound(self) -> str | None:
         """Names what cannot work at zero terminal SNR, with the remedy; None where all is well."""
@@ -84,12 +86,17 @@ class Process:
                 "1 or narrower log SNR bounds"
             )
 
-    def timesteps(self, num_steps: int) -> list[int]:
-        """Returns the sampling timesteps of this checkpoint, noisiest first."""
+    def timesteps(self, num_steps: int, sampler: str = "ddim") -> list[int]:
+        """Returns the timesteps that a sampler of this checkpoint visits, noisiest first."""
         spacing, offset = self.timestep_spacing, self.steps_offset
-        if self.omits_cleanest and spacing != "trailing" and num_steps < self.schedule.num_steps:
+        omits = self._lists_as_multistep() and sampler in OMIT_THE_CLEANEST
+        if omits and num_steps < self.schedule.num_steps:
             return self.schedule.timesteps(num_steps + 1, spacing, offset)[:-1]
         return self.schedule.timesteps(num_steps, spacing, offset)
+
+    def _lists_as_multistep(self) -> bool:
+        """Whether the list of a multistep solver is another than that of all other classes."""
+        return self.omits_cleanest and self.timestep_spacing != "trailing"
 
     def final_alpha_bar(self, sampler: str) -> float:
         """Returns the alpha_bar that a sampler's last step goes to."""
@@ -99,7 +106,7 @@ class Process:
 
     def grid(self, num_steps: int, sampler: str = "ddim") -> SamplingGrid:
         """Returns the noise levels that a sampler of this checkpoint walks."""
-        timesteps = self.timesteps(num_steps)
+        timesteps = self.timesteps(num_steps, sampler)
         return SamplingGrid.of(self.schedule, timesteps, self.final_alpha_bar(sampler))
 
     def reader(self) -> Callable[[Tensor, Tensor, int], Prediction]:
@@ -147,9 +154,10 @@ class Process:
     def to_diffusers(self) -> dict[str, Any]:
         """Writes a complete scheduler config, with trained_betas where no scheme is equal.
 
-        Of DDIMScheduler, or of DPM++ where the timesteps are spaced as there.
+        Of DDIMScheduler, or of DPM++ where that visits other timesteps.
         """
-        kind = "DPMSolverMultistepScheduler" if self.omits_cleanest else "DDIMScheduler"
+        multistep = self._lists_as_multistep()
+        kind = "DPMSolverMultistepScheduler" if multistep else "DDIMScheduler"
         config: dict[str, Any] = {
             "_class_name": kind,
             "beta_start": 0.00085,

@@ -16,7 +16,8 @@ from torch.testing import assert_close
 from sampling.errors import UserError
 from sampling.model import DiffusionModel
 from sampling.process import Process
-from sampling.scheduler_config import ABOVE_THE_CLEANEST, ON_THE_LIST
+from sampling.samplers import SAMPLERS
+from sampling.scheduler_config import ABOVE_THE_CLEANEST, ALWAYS_LINSPACE, ON_THE_LIST
 from tests.pixel_models import pixel_model
 from tests.tiny_pipeline import make_tiny_pipeline
 
@@ -68,8 +69,9 @@ def test_the_process_is_what_the_class_makes_of_the_config(name, config):
     last = -1 if process.schedule.is_zero_terminal_snr else None  # DPM++ has a stand-in for 0
     assert_close(bar[:last].float(), theirs.alphas_cumprod[:last], rtol=1e-4, atol=1e-6)
     assert process.prediction_type == theirs.config.prediction_type
+    sampler = "dpmpp_2m" if name in ABOVE_THE_CLEANEST else "ddim"
     for num_steps in (2, 5, 7, 25, 50):
-        ours = torch.tensor(process.timesteps(num_steps)).double()
+        ours = torch.tensor(process.timesteps(num_steps, sampler)).double()
         # Euler, LMS, Heun and KDPM2 ask between whole timesteps, on which no network was trained.
         assert_close(ours, visited(theirs, num_steps), rtol=0, atol=0.5)
 
@@ -83,9 +85,35 @@ def test_a_written_process_is_read_as_it_was(name):
             continue
         again = Process.from_diffusers(process.to_diffusers())
         assert_close(again.schedule.alpha_bar, process.schedule.alpha_bar, rtol=1e-9, atol=1e-12)
-        assert again.timesteps(7) == process.timesteps(7)
+        for sampler in SAMPLERS:
+            assert again.timesteps(7, sampler) == process.timesteps(7, sampler)
         assert again.prediction_type == process.prediction_type
         assert again.set_alpha_to_one == process.set_alpha_to_one
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+@pytest.mark.parametrize("name", ABOVE_THE_CLEANEST)
+def test_only_a_multistep_sampler_leaves_the_cleanest_timestep_out(name, spacing):
+    """The others walk the list that diffusers' DDIM, Euler and Heun make of such a config."""
+    process = Process.from_diffusers({"_class_name": name, **OFFSET, "timestep_spacing": spacing})
+    spacing = process.timestep_spacing  # singlestep DPM++ has linspace alone
+    ddim = diffusers.DDIMScheduler(steps_offset=1, timestep_spacing=spacing)
+    for num_steps in (2, 7, 25):
+        ddim.set_timesteps(num_steps)
+        for sampler in SAMPLERS:
+            same = process.timesteps(num_steps, sampler) == ddim.timesteps.tolist()
+            assert same == (sampler != "dpmpp_2m")
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_equal_processes_are_written_alike_whatever_class_they_were_read_as(name):
+    """So that digests of models with the same pictures are equal."""
+    if name not in ALWAYS_LINSPACE:
+        written = {"_class_name": name, "timestep_spacing": "trailing", "set_alpha_to_one": True}
+        own, ddim = (written | {"_class_name": kind} for kind in (name, "DDIMScheduler"))
+        betas = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+        processes = [Process.from_diffusers(config | betas) for config in (own, ddim)]
+        assert processes[0].to_diffusers() == processes[1].to_diffusers()
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in TAKEN])
