@@ -56,7 +56,8 @@ def resolve(
         return _lightning_checkpoint(path, weights)
     if is_run:
         return _run_directory(path, weights)
-    path = _snapshot(path) or path
+    if not (path / "model_index.json").is_file():
+        path = _snapshot(path) or path
     if (path / "model_index.json").is_file():
         files = [file.name for model in MODELS for file in (path / model).glob("*.safetensors")]
         _check_variant(checkpoint, files, variant)
@@ -143,11 +144,11 @@ def weight_files(folder: Path, model: str, variant: str | None = None) -> list[P
     if files:
         if names := _names_of_variant(files, variant):
             return [files[name] for name in names]
-        there = ", ".join(_variants(files))
+        [one, *others] = _variants(files)
         raise UserError(
-            f"{folder / model} holds weights of the variants {there} and none without a variant; "
-            f"`blackpoint export checkpoint={folder} variant=bf16 output=FOLDER` writes one of "
-            "them, here bf16, as a plain folder"
+            f"{folder / model} holds weights of the variants {', '.join([one, *others])} and none "
+            f"without a variant; `blackpoint export checkpoint={folder} variant={one} "
+            f"output=FOLDER` writes one of them, here {one}, as a plain folder"
         )
     pickles = sorted(file.name for file in (folder / model).glob("*.bin"))
     if pickles:

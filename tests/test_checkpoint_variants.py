@@ -85,6 +85,11 @@ def test_fp16_comes_before_other_variants_and_a_choice_of_others_is_refused(
     with pytest.raises(UserError, match="variants bf16, non_ema.*blackpoint export.*variant=bf16"):
         DiffusionModel.load(folder)
     assert number_of(folder, base, "non_ema") == 1
+    for first, second in (("ema", "non_ema"), ("fp8", "int8")):
+        folder = with_variants(base, tmp_path / first, unet=(first, second), vae=("bf16",))
+        with pytest.raises(UserError, match=f"variant={first} output.*here {first},"):
+            DiffusionModel.load(folder)
+        assert number_of(folder, base, first) == 0
 
 
 def test_a_variant_that_is_not_there_is_refused(base: Path, tmp_path: Path) -> None:
@@ -189,3 +194,12 @@ def test_a_folder_of_the_hubs_cache_is_its_snapshot(base: Path, tmp_path: Path) 
     (tmp_path / "models--none--here" / "snapshots").mkdir(parents=True)
     with pytest.raises(UserError, match="0 snapshots"):
         resolve(tmp_path / "models--none--here")
+
+
+def test_a_pipeline_with_a_folder_called_snapshots_is_itself(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sd"
+    shutil.copytree(base, folder)
+    (folder / "snapshots").mkdir()
+    assert resolve(folder).folder == folder
+    shutil.copytree(base, folder / "snapshots" / "step-100")
+    assert resolve(folder).folder == folder
