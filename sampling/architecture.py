@@ -8,6 +8,7 @@ instead of latents, and classes by design.
 
 import inspect
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ from sampling.pixel_folder import PixelForm
 
 LEGACY_SIDE = 64
 Config = Mapping[str, Any]
+TEXT_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
+"""What text_encoder/config.json says in whole numbers."""
 BY_CHANNELS = {
     5: "a depth-to-image model",
     7: "an upscaler",
@@ -125,15 +135,20 @@ def _other_kind(unet: Config, may_have_classes: bool) -> str | None:
 
 
 def _check_whole(config: Config, key: str, folder: Path) -> None:
-    value = config[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{key}={value!r} in {folder / 'config.json'} must be a positive number")
+    if not _is_whole(value := config[key]):
+        raise UserError(
+            f"{key}={value!r:.60} in {folder / 'config.json'} must be a positive number, whole and "
+            "without quotes"
+        )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _check_sample_size(size: Any, folder: Path) -> None:
     sides = size if isinstance(size, list | tuple) else [size, size]
-    whole = all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides)
-    if len(sides) != 2 or not whole:
+    if len(sides) != 2 or not all(map(_is_whole, sides)):
         raise UserError(
             f"sample_size={size!r} in {folder / 'config.json'} must be the side of the latents "
             "that the model was made for, or [height, width]: write 64 for images of 512 px"
@@ -147,9 +162,10 @@ def _check_factors(vae: Config, folder: Path) -> None:
         raise UserError(
             f"block_out_channels={levels!r} in {folder / 'config.json'} must be a list of widths"
         )
-    if not isinstance(factor, int | float) or isinstance(factor, bool) or not factor > 0:
+    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if not (is_number and 0 < factor <= sys.float_info.max):
         raise UserError(
-            f"scaling_factor={factor!r} in {folder / 'config.json'} must be a number above 0"
+            f"scaling_factor={factor!r:.60} in {folder / 'config.json'} must be a number above 0"
         )
 
 
@@ -165,9 +181,19 @@ def _check_text(folder: Path, width: Any, checkpoint: str | Path) -> None:
             f"checkpoint={checkpoint}: text_encoder is of model_type {kind}, not CLIP; {REMEDY}"
         )
     text = text.get("text_config", text) if kind == "clip" else text
+    if not isinstance(text, dict):
+        raise UserError(f"text_config={text!r:.60} in {path} must be an object {{...}}")
+    for key in TEXT_SIZES:
+        if key in text:
+            _check_whole(text, key, path.parent)
     hidden = text.get("hidden_size", CLIPTextConfig().hidden_size)
-    widths = set(width) if isinstance(width, list | tuple) else {width}
-    if widths != {hidden}:
+    widths = list(width) if isinstance(width, list | tuple) else [width]
+    if not widths or not all(map(_is_whole, widths)):
+        raise UserError(
+            f"cross_attention_dim={width!r:.60} in {folder / 'unet' / 'config.json'} must be the "
+            "width of the text encoder, a positive number, or a list of it"
+        )
+    if set(widths) != {hidden}:
         raise UserError(
             f"checkpoint={checkpoint}: the UNet attends to texts of width {width} "
             f"(cross_attention_dim in unet/config.json), and its text encoder makes {hidden} "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 
@@ -23,7 +24,15 @@ from sampling.errors import UserError
 
 CLIP_POSITIONS = 77
 """Of a CLIP text encoder whose config does not say it."""
-WRONG_CONFIG = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+WRONG_CONFIG = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 """What a library may raise for a config.json that makes no sense."""
 CLIP_TOKENIZER_FILES = ("tokenizer.json", "merges.txt")
 

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data.images.decode import BadImage
+from data.images.pictures import open_picture
 from sampling.config import SampleConfig
 from sampling.errors import UserError
 from sampling.fingerprint import sampling_digest
@@ -50,6 +52,9 @@ def sample_to_folder(config: SampleConfig) -> Path:
         for index in range(len(prompts))
         for seed in seeds
     }
+    for file in files.values():
+        if (output / file).is_dir():
+            raise UserError(f"{output / file} is a folder where a picture belongs; remove it")
     missing = [job for job, file in files.items() if not (output / file).is_file()]
     if missing or record.is_of_another_name():
         model, digest = _load(config, record)
@@ -63,12 +68,22 @@ def sample_to_folder(config: SampleConfig) -> Path:
     if missing or not (output / GRID).is_file():
         rows_shown, seeds_shown = prompts[:GRID_MAX_PROMPTS], seeds[:GRID_MAX_SEEDS]
         pictures = [
-            [Image.open(output / files[index, seed]) for seed in seeds_shown]
+            [_open(output / files[index, seed]) for seed in seeds_shown]
             for index in range(len(rows_shown))
         ]
         titles = [f"seed {seed}" for seed in seeds_shown]
         write_png(output / GRID, caption_grid(rows_shown, pictures, titles))
     return output
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return open_picture(path)
+    except BadImage as error:
+        raise UserError(
+            f"{path} cannot be read as a picture ({error}); remove it, and the same command makes "
+            "it again"
+        ) from error
 
 
 def _load(config: SampleConfig, record: SampleRecord) -> tuple[DiffusionModel, str]:

@@ -9,6 +9,7 @@ it decides on the noise.
 import inspect
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -142,7 +143,9 @@ def _check_values(settings: Mapping[str, Any]) -> None:
 
 
 def _is_number(value: Any, kind: Any = (int, float)) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    largest = sys.float_info.max  # a whole number may be beyond it
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    return is_number and -largest <= value <= largest
 
 
 def _refuse(key: str, value: Any, rule: str) -> None:

@@ -77,6 +77,15 @@ UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.js
         (VAE, {"latent_channels": 16}, "in_channels=4.*latents have 16 channels"),
         (VAE, {"scaling_factor": "0.18"}, "scaling_factor='0.18'"),
         (VAE, {"block_out_channels": 128}, "block_out_channels=128"),
+        (VAE, {"scaling_factor": 10**400}, "scaling_factor=1000"),
+        (UNET, {"cross_attention_dim": [[32]]}, r"cross_attention_dim=\[\[32\]\].*unet/config"),
+        (UNET, {"cross_attention_dim": {}}, "cross_attention_dim={}.*unet/config"),
+        (UNET, {"cross_attention_dim": []}, r"cross_attention_dim=\[\]"),
+        (UNET, {"cross_attention_dim": None}, "cross_attention_dim=None"),
+        (TEXT, {"hidden_size": [32]}, r"hidden_size=\[32\].*text_encoder/config"),
+        (TEXT, {"model_type": "clip", "text_config": None}, "text_config=None.*text_encoder/conf"),
+        (TEXT, {"max_position_embeddings": None}, "max_position_embeddings=None.*text_encoder/c"),
+        (TEXT, {"num_hidden_layers": "2"}, "num_hidden_layers='2'.*text_encoder/config.*whole"),
         (TEXT, {"hidden_size": 1024}, "width 32.*text encoder makes 1024"),
         (TEXT, {"model_type": "t5"}, "text_encoder is of model_type t5"),
     ],
@@ -99,6 +108,14 @@ def test_a_config_that_builds_no_unet_is_refused(
     for with_unet in (True, False):
         with pytest.raises(UserError, match="unet cannot be"):
             DiffusionModel.load(folder, with_unet=with_unet)
+
+
+def test_a_setting_of_the_wrong_kind_is_refused_when_the_text_encoder_is_read(
+    base: Path, tmp_path: Path
+) -> None:
+    folder = edited(base, tmp_path / "sd", TEXT, {"hidden_act": 3})
+    with pytest.raises(UserError, match="text_encoder cannot be loaded.*hidden_act"):
+        DiffusionModel.load(folder, with_unet=False).load_encoders()
 
 
 @pytest.mark.parametrize("content", ["[]", '"text"', "{", "\xff"])

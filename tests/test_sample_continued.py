@@ -150,6 +150,27 @@ def test_a_finished_folder_is_no_answer_for_another_checkpoint(
     assert contents(unbroken) == before
 
 
+@pytest.mark.parametrize("kind", ["damaged", "folder"])
+def test_what_is_no_picture_is_named_with_the_remedy(
+    checkpoint: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(unbroken, output)
+    (output / "grid.png").unlink()
+    picture = output / "images" / "0_3.png"
+    picture.unlink()
+    if kind == "folder":
+        picture.mkdir()
+    else:
+        picture.write_bytes((unbroken / "images" / "0_3.png").read_bytes()[:40])
+    assert main(arguments(checkpoint, output)) == 2
+    error = capsys.readouterr().err
+    assert str(picture) in error and "remove it" in error
+    picture.rmdir() if kind == "folder" else picture.unlink()
+    assert main(arguments(checkpoint, output)) == 0
+    assert contents(output) == contents(unbroken)
+
+
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_damaged_record_is_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
