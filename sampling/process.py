@@ -146,7 +146,7 @@ class Process:
             prediction_type=cast(PredictionType, settings["prediction_type"]),
             timestep_spacing=cast(Spacing, settings["timestep_spacing"]),
             # steps_offset is 1 whatever it says: StableDiffusionPipeline corrects it too
-            scheme={key: config[key] for key in SCHEME_KEYS if key in config},
+            scheme={key: settings[key] for key in SCHEME_KEYS if key in config},
             set_alpha_to_one=settings.get("set_alpha_to_one", True),
             omits_cleanest=settings["_class_name"] in ABOVE_THE_CLEANEST,
         )

@@ -29,6 +29,7 @@ ON_THE_LIST = (
     "HeunDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
     "LMSDiscreteScheduler",
 )
 """Classes that visit S timesteps, in leading and linspace down to the cleanest."""
@@ -41,6 +42,9 @@ ABOVE_THE_CLEANEST = (
 )
 """Classes that make leading and linspace lists of S + 1 timesteps and leave the cleanest out."""
 WHERE_THE_CLASS_IS = "as scheduler in model_index.json and as _class_name in scheduler_config.json"
+SAME_DEFAULTS = {"DPMSolverSDEScheduler": "KDPM2AncestralDiscreteScheduler"}
+"""Classes whose keys can't be asked for without another package (torchsde), and one with the same
+defaults."""
 ALWAYS_LINSPACE = ("DPMSolverSinglestepScheduler",)
 MAX_TRAIN_TIMESTEPS = 1_000_000
 SPACINGS = ("trailing", "leading", "linspace")
@@ -72,7 +76,12 @@ def read_scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "the scheduler config has the key timestep_scaling, which diffusers ignores "
             "silently; the right name is timestep_spacing: rename it in scheduler_config.json"
         )
+    if written.get("steps_offset", 0) is None:
+        del written["steps_offset"]
     settings = {**defaults, **written, "_class_name": name}
+    total = settings["num_train_timesteps"]
+    if isinstance(total, float) and total.is_integer():
+        settings["num_train_timesteps"] = int(total)
     if name in ALWAYS_LINSPACE:
         settings["timestep_spacing"] = "linspace"
     _check_values(settings)
@@ -98,10 +107,10 @@ def class_name_of(config: Mapping[str, Any]) -> str:
     name = str(written).removeprefix("Flax")
     if name not in (*ON_THE_LIST, *ABOVE_THE_CLEANEST):
         raise UserError(
-            f"the scheduler config is of {written}, which is none of diffusers' schedulers of "
-            "Stable Diffusion's noise (DDIMScheduler, EulerDiscreteScheduler, ...); weights that "
-            f"were trained on noise by betas can have one of those {WHERE_THE_CLASS_IS}; all "
-            "others cannot be used here"
+            f"the scheduler config is of {written}, which is none of the classes that are "
+            "read here (DDIMScheduler, EulerDiscreteScheduler, ...); weights that were trained on "
+            f"noise by betas can have one of those {WHERE_THE_CLASS_IS}; all others cannot be used "
+            "here"
         )
     return name
 
@@ -111,7 +120,8 @@ def _defaults(name: str) -> dict[str, Any]:
     """Returns the keys of a diffusers scheduler class with their defaults."""
     import diffusers  # seconds, and configs that import this module need none of it
 
-    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    kind = getattr(diffusers, SAME_DEFAULTS.get(name, name))
+    parameters = inspect.signature(kind.__init__).parameters
     return {key: each.default for key, each in parameters.items() if key != "self"}
 
 
@@ -167,7 +177,7 @@ def _tell(
             spacing,
         )
     for key, value in solver.items():
-        if value == PLAIN[key]:
+        if value == PLAIN[key] or (value is None and PLAIN[key] is False):
             continue
         if key == "final_sigmas_type":
             meaning = "every sampler but ddim ends at clean data, as with zero"

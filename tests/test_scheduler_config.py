@@ -17,7 +17,12 @@ from sampling.errors import UserError
 from sampling.model import DiffusionModel
 from sampling.process import Process
 from sampling.samplers import SAMPLERS
-from sampling.scheduler_config import ABOVE_THE_CLEANEST, ALWAYS_LINSPACE, ON_THE_LIST
+from sampling.scheduler_config import (
+    ABOVE_THE_CLEANEST,
+    ALWAYS_LINSPACE,
+    ON_THE_LIST,
+    SAME_DEFAULTS,
+)
 from tests.pixel_models import pixel_model
 from tests.tiny_pipeline import make_tiny_pipeline
 
@@ -49,7 +54,7 @@ def visited(scheduler, num_steps):
     """The distinct timesteps of a diffusers scheduler, without those that a solver puts between."""
     scheduler.set_timesteps(num_steps)
     timesteps = scheduler.timesteps.double()
-    if type(scheduler).__name__.startswith("KDPM2"):
+    if type(scheduler).__name__.startswith(("KDPM2", "DPMSolverSDE")):
         timesteps = timesteps[::2]
     return timesteps.unique_consecutive()
 
@@ -57,6 +62,8 @@ def visited(scheduler, num_steps):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("name", TAKEN)
 def test_the_process_is_what_the_class_makes_of_the_config(name, config):
+    if name in SAME_DEFAULTS:
+        pytest.importorskip("torchsde")
     written = {"_class_name": name, **OFFSET, **config}
     theirs = getattr(diffusers, name).from_config(written)
     known = inspect.signature(type(theirs).__init__).parameters
@@ -74,6 +81,18 @@ def test_the_process_is_what_the_class_makes_of_the_config(name, config):
         ours = torch.tensor(process.timesteps(num_steps, sampler)).double()
         # Euler, LMS, Heun and KDPM2 ask between whole timesteps, on which no network was trained.
         assert_close(ours, visited(theirs, num_steps), rtol=0, atol=0.5)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("name", "like"), SAME_DEFAULTS.items())
+def test_a_class_that_needs_another_package_is_read_without_it(name, like, config):
+    if config.get("rescale_betas_zero_snr"):
+        with pytest.raises(UserError, match=f"rescale_betas_zero_snr.*ignored by {name}"):
+            Process.from_diffusers({"_class_name": name, **config})
+        return
+    own, other = (Process.from_diffusers({"_class_name": kind, **config}) for kind in (name, like))
+    assert own.to_diffusers() == other.to_diffusers()
+    assert own.timesteps(7) == other.timesteps(7)
 
 
 @pytest.mark.parametrize("name", TAKEN)
@@ -144,7 +163,8 @@ def test_classes_that_make_another_process_of_a_key_are_refused_by_it():
         ({"num_train_timesteps": 10**400}, "num_train_timesteps=1000"),
         ({"trained_betas": [10**400] * 1000}, "trained_betas=.*list of numbers"),
         ({"num_train_timesteps": "1000"}, "num_train_timesteps='1000'"),
-        ({"num_train_timesteps": 1e3}, "num_train_timesteps=1000.0"),
+        ({"num_train_timesteps": 1000.5}, "num_train_timesteps=1000.5"),
+        ({"num_train_timesteps": float("inf")}, "num_train_timesteps=inf"),
         ({"num_train_timesteps": True}, "num_train_timesteps=True"),
         ({"num_train_timesteps": 10**12}, "num_train_timesteps="),
         ({"trained_betas": "linear"}, "trained_betas='linear'"),
@@ -162,6 +182,23 @@ def test_classes_that_make_another_process_of_a_key_are_refused_by_it():
 def test_a_value_of_the_wrong_kind_is_refused_with_its_key(entries, message):
     with pytest.raises(UserError, match=message):
         Process.from_diffusers({"_class_name": "DDIMScheduler", **entries})
+
+
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize(
+    "entries",
+    [{"steps_offset": None}, {"num_train_timesteps": 1000.0}, {"use_karras_sigmas": None}],
+)
+def test_another_way_to_write_a_default_is_read_as_it(name, entries, caplog):
+    absent = {"_class_name": name, "timestep_spacing": "linspace", "final_sigmas_type": "zero"}
+    expected = Process.from_diffusers(absent)
+    caplog.clear()
+    process = Process.from_diffusers(absent | entries)
+    assert not caplog.records
+    written, wanted = (sorted(one.to_diffusers().items()) for one in (process, expected))
+    assert repr(written) == repr(wanted)  # 1000, not 1000.0: digests are of this
+    assert process.timesteps(7) == expected.timesteps(7)
+    assert process.scheme.get("num_train_timesteps", 1000) == 1000
 
 
 VALUES = st.one_of(
