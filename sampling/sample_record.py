@@ -18,7 +18,7 @@ from sampling.config import SampleConfig
 from sampling.errors import UserError
 from sampling.export import require_empty
 from sampling.precision import settle
-from sampling.whole_file import write_whole
+from sampling.whole_file import write_new
 
 RECORD, FORMATS, CONTENT = "sample.json", ("dtype", "tf32"), "checkpoint_digest"
 DIGEST_BYTES = 12
@@ -53,10 +53,21 @@ class SampleRecord:
         return formats
 
     def keep(self, digest: str) -> None:
-        """Writes sample.json, if it is not there; `digest` is the checkpoint's."""
-        if self.saved is None:
-            self.saved = self.settings | {CONTENT: digest}
-            write_whole(self.path, json.dumps(self.saved, indent=1) + "\n")
+        """Writes sample.json, if it is not there; `digest` is the checkpoint's.
+
+        Raises UserError where another process has begun the folder meanwhile, with other settings
+        or another checkpoint.
+        """
+        if self.saved is not None:
+            return
+        settings = self.settings | {CONTENT: digest}
+        try:
+            write_new(self.path, json.dumps(settings, indent=1) + "\n")
+            self.saved = settings
+        except FileExistsError:
+            self.saved = self._read() or {}
+            self._check_same(self.saved)
+            self.check_checkpoint(digest)
 
     def is_of_another_name(self) -> bool:
         """Whether `checkpoint` is written otherwise than where the pictures there were made."""

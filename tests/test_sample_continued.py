@@ -150,6 +150,36 @@ def test_a_finished_folder_is_no_answer_for_another_checkpoint(
     assert contents(unbroken) == before
 
 
+@pytest.mark.parametrize("difference", ["none", "settings", "checkpoint"])
+def test_of_two_commands_at_once_the_first_keeps_the_folder(
+    checkpoint: Path,
+    unbroken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    difference: str,
+) -> None:
+    """The first is run whole while the second makes its first batch."""
+    output, sampled, first = tmp_path / "out", DiffusionModel.sample, list[int]()
+
+    def sample_after_the_first(model: DiffusionModel, *args: Any, **settings: Any) -> Any:
+        if not first:
+            first.append(2)
+            first[0] = main(arguments(checkpoint, output))
+        return sampled(model, *args, **settings)
+
+    monkeypatch.setattr(DiffusionModel, "sample", sample_after_the_first)
+    other = checkpoint
+    if difference == "checkpoint":
+        other = make_tiny_pipeline(tmp_path / "sd", seed=1)
+    more = ["num_steps=3"] if difference == "settings" else []
+    assert main(arguments(other, output, *more)) == (0 if difference == "none" else 2)
+    assert first == [0]
+    message = {"none": "", "settings": "num_steps: 2 there, 3 now", "checkpoint": "other weights"}
+    assert message[difference] in capsys.readouterr().err
+    assert contents(output) == contents(unbroken)
+
+
 @pytest.mark.parametrize("kind", ["damaged", "folder"])
 def test_what_is_no_picture_is_named_with_the_remedy(
     checkpoint: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str

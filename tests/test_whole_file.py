@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.files.whole_file import write_whole
+from data.files.whole_file import write_new, write_whole
 
 KILLED = """
 import os, signal, sys
@@ -67,3 +67,19 @@ def test_a_file_that_is_removed_while_it_is_written_is_written_again(
     monkeypatch.setattr("os.replace", robbed)
     write_whole(tmp_path / "a.json", "{}")
     assert (tmp_path / "a.json").read_text() == "{}" and len(tries) == 2
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_new_file_never_takes_the_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    def link(*_: object) -> None:
+        raise PermissionError("no links here")
+
+    if not has_links:
+        monkeypatch.setattr("os.link", link)
+    write_new(tmp_path / "new" / "a.json", "first")
+    with pytest.raises(FileExistsError):
+        write_new(tmp_path / "new" / "a.json", "second")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
+    assert (tmp_path / "new" / "a.json").read_text() == "first"

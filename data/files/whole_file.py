@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 _UNFINISHED = re.compile(rf"\..+\.{re.escape(os.uname().nodename)}\.(\d+)\.tmp")
@@ -14,6 +15,28 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
     The first time that a process writes in a folder, it removes what killed ones left there.
     """
+    _write(path, content, os.replace)
+
+
+def write_new(path: Path, content: str | bytes) -> None:
+    """As `write_whole`, for one of several processes alone; FileExistsError where `path` exists."""
+    _write(path, content, _move_to_new)
+
+
+def _move_to_new(unfinished: Path, path: Path) -> None:
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a file system without links
+        if path.exists():
+            raise FileExistsError(str(path)) from error
+        os.replace(unfinished, path)
+    else:
+        unfinished.unlink()
+
+
+def _write(path: Path, content: str | bytes, move: Callable[[Path, Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.path.abspath(path.parent)
     if folder not in _cleared:
@@ -24,7 +47,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         for is_last in (False, True):
             unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
             try:
-                os.replace(unfinished, path)
+                move(unfinished, path)
                 break
             except FileNotFoundError:  # a container of this machine's name took us for dead
                 if is_last:
