@@ -231,6 +231,10 @@ def test_wrong_input_is_refused_before_anything_is_written(
         "timestep_spacing": "trailing",
     }
     (zero_snr / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    index = json.loads((pipeline / "model_index.json").read_text())
+    (zero_snr / "model_index.json").unlink()
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (zero_snr / "model_index.json").write_text(json.dumps(index))
     (tmp_path / "empty").mkdir()
     changes = [each.replace("EMPTY", str(tmp_path / "empty")) for each in changes]
     output = tmp_path / "out"

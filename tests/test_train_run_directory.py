@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from data.images.decode import DECODER_VERSION
 from sampling.errors import UserError
 from scripts.config import load
 from tests.tiny_run import tiny_config
@@ -33,6 +34,7 @@ def test_every_start_tells_its_global_batch_and_number_formats(tmp_path: Path) -
     assert {**second, "starts": None} == {**first, "starts": None}
     common = {"images_per_step": 24, "accumulate_grad_batches": 3}
     common |= {"device": "cuda", "encoder_dtype": "bfloat16", "tf32": True}
+    common |= {"decoder": DECODER_VERSION}
     for start, expected in zip(
         second["starts"],
         [

@@ -160,11 +160,11 @@ def test_the_images_of_a_large_index_are_counted_by_pieces(
     monkeypatch.setattr(data.summary, "ROWS_AT_ONCE", 2)
     monkeypatch.setattr(data.summary, "MAX_ROWS", 4)
     looked: list[int] = []
-    read = Index.read
+    read, reader = Index.read, reader_of(shards, OWN_PX + 1)  # which may compare fresh shards
     monkeypatch.setattr(
         Index, "read", lambda *args: looked.append(args[2] - args[1]) or read(*args)
     )
-    (about,) = enlarged_lines("data.shards=x", reader_of(shards, OWN_PX + 1), what)
+    (about,) = enlarged_lines("data.shards=x", reader, what)
     assert "about 12 of 12 images" in about
     assert sum(looked) == 4
 

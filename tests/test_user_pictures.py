@@ -33,7 +33,6 @@ OPEN_WHAT_WE_WROTE = {
     "sampling/evaluation/metrics_study.py",
     "sampling/evaluation/results_page.py",
     "sampling/evaluation/run_page.py",
-    "sampling/sample.py",
     "scripts/black_point_study.py",
     # what other trainers do, to be timed
     "scripts/bench_accelerate.py",

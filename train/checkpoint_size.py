@@ -30,3 +30,11 @@ def checkpoint_size(checkpoint: str, field: str) -> int:
         return side * pixels.codec.patch
     vae = Part(AutoencoderKL, folder, "vae", torch.float32)
     return side * 2 ** (len(vae.setting("block_out_channels")) - 1)
+
+
+def check_side(model: DiffusionModel, field: str, side: int) -> tuple[int, ...]:
+    """Returns the shape of x0 of images with that side; raises UserError that names the field."""
+    try:
+        return model.latent_shape(side, side)
+    except UserError as error:
+        raise UserError(f"{field}={side}: {error}") from None

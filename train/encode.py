@@ -45,11 +45,11 @@ from sampling.errors import RunFailed, UserError
 from sampling.fingerprint import text_encoder_digest, vae_digest
 from sampling.model import DiffusionModel
 from sampling.tasks import Task, this_task
+from train.checkpoint_size import check_side
 from train.encode_config import EncodeConfig
 from train.encode_settings import begun_decoder, settled, sized, tell, warn_of_enlarged
 from train.encode_shards import EncodeRules, Share, encode_share
 from train.encode_tasks import process_devices
-from train.sizes import check_side
 
 COUNT_EVERY_S = 1.0
 

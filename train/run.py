@@ -18,6 +18,7 @@ from sampling.errors import FORBIDDEN, NOT_WRITABLE, NotExportable, Resumable, R
 from sampling.export import export
 from sampling.precision import set_tf32
 from sampling.speed import prepare_unet
+from train.checkpoint_size import check_side
 from train.checkpoints import (
     checkpoint_steps,
     newest_whole,
@@ -50,7 +51,7 @@ from train.run_directory import (
 )
 from train.run_identity import begun_decoder, write_identity
 from train.run_lock import RunLock
-from train.sizes import check_side, check_sizes, sized
+from train.sizes import check_sizes, sized
 from train.start import hold_encoders, keep_base, starting_model
 from train.tracking import finish, sent_rows, wandb_logger
 from train.trainer import build_callbacks, build_trainer

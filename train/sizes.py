@@ -44,14 +44,6 @@ def sized(config: TrainConfig, run_dir: Path, say: Callable[[str], None]) -> Tra
     return _with(config, side)
 
 
-def check_side(model: DiffusionModel, field: str, side: int) -> tuple[int, ...]:
-    """Returns the shape of x0 of images with that side; raises UserError that names the field."""
-    try:
-        return model.latent_shape(side, side)
-    except UserError as error:
-        raise UserError(f"{field}={side}: {error}") from None
-
-
 def check_sizes(
     model: DiffusionModel, images: CaptionedImages, pool_factors: Sequence[int]
 ) -> None:
