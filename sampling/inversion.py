@@ -33,9 +33,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sampling.errors import UserError
-from sampling.process import Process
-from sampling.samplers import Denoise, Prediction, SamplingGrid
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.samplers import Denoise, Prediction, SamplingGrid
 
 Method = Literal["ddim", "fixed_point", "anderson", "renoise"]
 METHODS = ("ddim", "fixed_point", "anderson", "renoise")

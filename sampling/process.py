@@ -11,11 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sampling.errors import UserError
-from sampling.prediction import PredictionType, to_eps, to_x0
-from sampling.samplers import END_AT_FINAL_ALPHA_BAR, Prediction, SamplingGrid
-from sampling.schedule import NoiseSchedule, Spacing
-from sampling.scheduler_config import ABOVE_THE_CLEANEST, read_scheduler_config
+from blackpoint.sampling.checkpoints.scheduler_config import (
+    ABOVE_THE_CLEANEST,
+    read_scheduler_config,
+)
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.prediction import PredictionType, to_eps, to_x0
+from blackpoint.sampling.samplers import END_AT_FINAL_ALPHA_BAR, Prediction, SamplingGrid
+from blackpoint.sampling.schedule import NoiseSchedule, Spacing
 
 EXPORT_TOLERANCE = 1e-5
 OMIT_THE_CLEANEST = ("dpmpp_2m",)
@@ -138,7 +141,8 @@ class Process:
     def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":
         """Reads a scheduler_config of any diffusers scheduler class that has such a process.
 
-        A key that is absent means what it means to that class (sampling/scheduler_config.py).
+        A key that is absent means what it means to that class
+        (sampling/checkpoints/scheduler_config.py).
         """
         settings = read_scheduler_config(config)
         return cls(

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from sampling.choices import recorded_formats
-from sampling.config import SampleConfig
-from sampling.errors import UserError
-from sampling.export import require_empty
-from sampling.precision import settle
-from sampling.whole_file import write_new
+from blackpoint.sampling.choices import recorded_formats
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.export.export import require_empty
+from blackpoint.sampling.options import SampleConfig
+from blackpoint.sampling.runtime.precision import settle
+from blackpoint.sampling.whole_file import write_new
 
 RECORD, FORMATS, CONTENT = "sample.json", ("dtype", "tf32"), "checkpoint_digest"
 DIGEST_BYTES = 12

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sampling.errors import UserError
-from sampling.schedule import NoiseSchedule
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.schedule import NoiseSchedule
 
 
 class Prediction(NamedTuple):

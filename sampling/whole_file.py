@@ -1,4 +1,4 @@
 """Files that are whole or as they were before: data/files/whole_file.py, by its name here."""
 
-from data.files.whole_file import write_new as write_new
-from data.files.whole_file import write_whole as write_whole
+from blackpoint.data.files.whole_file import write_new as write_new
+from blackpoint.data.files.whole_file import write_whole as write_whole

@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 from omegaconf import MISSING
 
-from data.files.paths import BadPath, Holds, expanded, is_verbatim
-from data.files.yaml_text import read_yaml
-from sampling.errors import UserError
-from sampling.prompts import prompts_path
-from scripts.config_fields import (
+from blackpoint.data.files.paths import BadPath, Holds, expanded, is_verbatim
+from blackpoint.data.files.yaml_text import read_yaml
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.prompts.prompt_set import prompts_path
+from blackpoint.scripts.config_fields import (
     fields_of,
     holds,
     is_number,

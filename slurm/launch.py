@@ -9,6 +9,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":
-    from scripts.slurm_job import main
+    from blackpoint.scripts.cluster.slurm_job import main
 
     sys.exit(main(sys.argv[1:]))

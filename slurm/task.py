@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":
-    from scripts.cli import entry
+    from blackpoint.scripts.cli import entry
 
     try:
         entry()

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sampling.conditioning import Conditioning
-from sampling.guidance import NO_GUIDANCE, Guidance
-from sampling.process import Process
-from sampling.samplers import SampleState, run
-from sampling.search.journal import Journal
-from sampling.search.runner import SearchSampling, TrialRunner
-from sampling.search.search import MakeSearch, PromptSearch, drive, open_search
-from sampling.search.trial import Problem
+from blackpoint.sampling.conditioning import Conditioning
+from blackpoint.sampling.guidance import NO_GUIDANCE, Guidance
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.samplers import SampleState, run
+from blackpoint.sampling.search.journal import Journal
+from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
+from blackpoint.sampling.search.search import MakeSearch, PromptSearch, drive, open_search
+from blackpoint.sampling.search.trial import Problem
 from tests.toy_denoisers import ZERO_SNR, ideal_gaussian
 
 SHAPE = (1, 4, 4)

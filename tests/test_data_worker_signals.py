@@ -10,7 +10,7 @@ from tests.waiting import PATIENCE_S
 
 ORPHAN = """
 import os, sys, time
-from data import worker_signals
+from blackpoint.data.work import worker_signals
 worker_signals.LOOK_EVERY_S = 0.05
 parent = os.getpid()
 init = worker_signals.leave_signals_to_parent()

@@ -24,21 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-import sampling.encoders
-from sampling.guidance import Guidance
-from sampling.inversion import Inverter, bdia_invert, bdia_sample, invert
-from sampling.model import DiffusionModel
-from sampling.noise import seeded_noise
-from sampling.process import Process
-from sampling.samplers import SAMPLERS, SampleState, SamplingGrid, renoise
-from sampling.schedule import NoiseSchedule
-from sampling.verifiers.load import VerifierConfig, load_verifier
+import blackpoint.sampling.checkpoints.encoders
+from blackpoint.sampling.guidance import Guidance
+from blackpoint.sampling.inversion import Inverter, bdia_invert, bdia_sample, invert
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.noise import seeded_noise
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.samplers import SAMPLERS, SampleState, SamplingGrid, renoise
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.module import FineTuner
 from tests import test_verifiers_clip, test_verifiers_hpsv2, test_verifiers_image_reward
 from tests.pixel_models import CLASSES, pixel_model, pixel_train_config
 from tests.tiny_run import tiny_config
 from tests.tiny_vision import make_tiny_vit
-from train.config import TrainConfig
-from train.module import FineTuner
 
 GPU = torch.device("cuda:0")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -70,7 +70,9 @@ def mode(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
         (Process, "final_alpha_bar"),
     ):
         monkeypatch.setattr(owner, name, on_host(getattr(owner, name)))
-    monkeypatch.setattr(sampling.encoders, "_overflowed", lambda given, result: False)
+    monkeypatch.setattr(
+        blackpoint.sampling.checkpoints.encoders, "_overflowed", lambda given, result: False
+    )
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 

@@ -9,16 +9,16 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionPipeline
 from torch.testing import assert_close
 
-from sampling.export import export
-from sampling.inversion import Inverter, invert
-from sampling.model import DiffusionModel
-from sampling.process import Process
-from sampling.reconstruction import reconstruct
-from sampling.samplers import SAMPLERS, SampleState, run
+from blackpoint.sampling.export.export import export
+from blackpoint.sampling.inversion import Inverter, invert
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.reconstruction import reconstruct
+from blackpoint.sampling.samplers import SAMPLERS, SampleState, run
+from blackpoint.train.target_process import fine_tuned_process
 from tests.tiny_pipeline import SD15_SCHEDULER_CONFIG, make_tiny_pipeline
 from tests.tiny_run import tiny_config
 from tests.toy_denoisers import noise_of, reader, toy_network
-from train.process import fine_tuned_process
 
 CLASSES = (
     "DDIMScheduler",
@@ -144,7 +144,7 @@ def test_a_fine_tune_ends_at_clean_data_whatever_its_base_does(tmp_path, zero_sn
 def test_reconstruction_walks_the_checkpoints_own_levels(checkpoint, monkeypatch):
     model, seen = DiffusionModel.load(checkpoint), []
     monkeypatch.setattr(
-        "sampling.reconstruction.invert",
+        "blackpoint.sampling.reconstruction.invert",
         lambda denoise, grid, *rest, **_: seen.append(grid) or invert(denoise, grid, *rest),
     )
     images = torch.full((1, 3, 16, 16), 0.5)

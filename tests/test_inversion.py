@@ -6,16 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sampling.errors import UserError
-from sampling.inversion import (
-    Inverter,
-    bdia_invert,
-    bdia_resample,
-    bdia_sample,
-    invert,
-)
-from sampling.process import Process
-from sampling.samplers import Prediction, SampleState, SamplingGrid, run
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.inversion import Inverter, bdia_invert, bdia_resample, bdia_sample, invert
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.samplers import Prediction, SampleState, SamplingGrid, run
 from tests.toy_denoisers import SD, STD, ZERO_SNR, ideal_gaussian, noise_of, reader
 
 SCHEDULES = {"zero terminal SNR": ZERO_SNR, "SD's own": SD}

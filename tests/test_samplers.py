@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sampling.errors import UserError
-from sampling.noise import derive_seed, initial_noise, step_noise
-from sampling.prediction import training_target
-from sampling.samplers import (
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.noise import derive_seed, initial_noise, step_noise
+from blackpoint.sampling.prediction import training_target
+from blackpoint.sampling.samplers import (
     SAMPLERS,
     SampleState,
     SamplingGrid,

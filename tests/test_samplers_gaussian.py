@@ -25,13 +25,8 @@ import math
 import pytest
 from torch.testing import assert_close
 
-from sampling.noise import step_noise
-from sampling.samplers import (
-    SAMPLERS,
-    SampleState,
-    SamplingGrid,
-    run,
-)
+from blackpoint.sampling.noise import step_noise
+from blackpoint.sampling.samplers import SAMPLERS, SampleState, SamplingGrid, run
 from tests.toy_denoisers import (
     MEAN,
     SD,

@@ -11,22 +11,22 @@ import torch
 from scipy import integrate, stats
 from torch.testing import assert_close
 
-from sampling.errors import RunFailed, UserError
-from sampling.guidance import Guidance
-from sampling.noise import seeded_noise
-from sampling.search.algorithm_configs import (
+from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.sampling.guidance import Guidance
+from blackpoint.sampling.noise import seeded_noise
+from blackpoint.sampling.search.algorithm_configs import (
     FkSteeringConfig,
     HalvingConfig,
     PathsConfig,
     RandomSearchConfig,
     ZeroOrderConfig,
 )
-from sampling.search.fk_steering import fk_steering, systematic
-from sampling.search.halving import halving, measured_kendall, walk
-from sampling.search.paths import paths
-from sampling.search.random_search import random_search
-from sampling.search.trial import Neighbour, Problem, Search, Seeded
-from sampling.search.zero_order import zero_order
+from blackpoint.sampling.search.algorithms.fk_steering import fk_steering, systematic
+from blackpoint.sampling.search.algorithms.halving import halving, measured_kendall, walk
+from blackpoint.sampling.search.algorithms.paths import paths
+from blackpoint.sampling.search.algorithms.random_search import random_search
+from blackpoint.sampling.search.algorithms.zero_order import zero_order
+from blackpoint.sampling.search.trial import Neighbour, Problem, Search, Seeded
 from tests.search_problems import SHAPE, GaussianModel, linear, pixel_law, runner, search
 
 

@@ -10,23 +10,23 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from sampling.errors import UserError
-from sampling.guidance import Guidance
-from sampling.inversion import Inverter, invert
-from sampling.model import DiffusionModel
-from sampling.noise import seeded_noise
-from sampling.samplers import Prediction, SampleState, SamplingGrid, run
-from sampling.search.algorithm_configs import NoiseOptimisationConfig
-from sampling.search.config import SearchConfig
-from sampling.search.gradients import checkpointed, fixed_inverse, through_the_run
-from sampling.search.noise_optimisation import noise_optimisation, rate
-from sampling.search.run import search_to_folder
-from sampling.search.runner import SearchSampling, TrialRunner
-from sampling.search.search import PromptSearch
-from sampling.search.trial import Problem
-from sampling.verifiers.load import VerifierConfig
-from sampling.verifiers.luminance import Luminance
-from sampling.verifiers.stability import Stability
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.guidance import Guidance
+from blackpoint.sampling.inversion import Inverter, invert
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.noise import seeded_noise
+from blackpoint.sampling.samplers import Prediction, SampleState, SamplingGrid, run
+from blackpoint.sampling.search.algorithm_configs import NoiseOptimisationConfig
+from blackpoint.sampling.search.algorithms.noise_optimisation import noise_optimisation, rate
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.gradients import checkpointed, fixed_inverse, through_the_run
+from blackpoint.sampling.search.run import search_to_folder
+from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
+from blackpoint.sampling.search.search import PromptSearch
+from blackpoint.sampling.search.trial import Problem
+from blackpoint.sampling.verifiers.load import VerifierConfig
+from blackpoint.sampling.verifiers.luminance import Luminance
+from blackpoint.sampling.verifiers.stability import Stability
 from tests.search_problems import GaussianModel, search
 from tests.toy_denoisers import ZERO_SNR, reader
 

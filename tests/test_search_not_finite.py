@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sampling.evaluation.plain import number, recorded
-from sampling.inversion import Inverter, invert
-from sampling.samplers import SamplingGrid
-from sampling.search.algorithm_configs import (
+from blackpoint.data.files.plain import number, recorded
+from blackpoint.sampling.inversion import Inverter, invert
+from blackpoint.sampling.samplers import SamplingGrid
+from blackpoint.sampling.search.algorithm_configs import (
     FkSteeringConfig,
     HalvingConfig,
     NoiseOptimisationConfig,
@@ -22,19 +22,19 @@ from sampling.search.algorithm_configs import (
     RandomSearchConfig,
     ZeroOrderConfig,
 )
-from sampling.search.config import DiversityConfig
-from sampling.search.fk_steering import fk_steering
-from sampling.search.halving import halving, measured_kendall, walk
-from sampling.search.judgement import alarms, judge
-from sampling.search.noise_optimisation import noise_optimisation
-from sampling.search.paths import paths
-from sampling.search.random_search import random_search
-from sampling.search.runner import TrialRunner
-from sampling.search.search import PromptSearch
-from sampling.search.trial import Outcome, Problem, Search, Seeded, Trial
-from sampling.search.zero_order import zero_order
-from sampling.verifiers.ensemble import combined
-from sampling.verifiers.oracle import Gaussian, Oracle
+from blackpoint.sampling.search.algorithms.fk_steering import fk_steering
+from blackpoint.sampling.search.algorithms.halving import halving, measured_kendall, walk
+from blackpoint.sampling.search.algorithms.noise_optimisation import noise_optimisation
+from blackpoint.sampling.search.algorithms.paths import paths
+from blackpoint.sampling.search.algorithms.random_search import random_search
+from blackpoint.sampling.search.algorithms.zero_order import zero_order
+from blackpoint.sampling.search.config import DiversityConfig
+from blackpoint.sampling.search.judge import alarms, judge
+from blackpoint.sampling.search.runner import TrialRunner
+from blackpoint.sampling.search.search import PromptSearch
+from blackpoint.sampling.search.trial import Outcome, Problem, Search, Seeded, Trial
+from blackpoint.sampling.verifiers.ensemble import combined
+from blackpoint.sampling.verifiers.oracle import Gaussian, Oracle
 from tests.search_problems import GaussianModel, Scored, linear, runner, search
 from tests.toy_denoisers import ZERO_SNR, noise_of, reader
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from sampling.errors import UserError
-from scripts import slurm_allocation, slurm_job
-from scripts.frozen import (
+from blackpoint.sampling.errors import UserError
+from blackpoint.scripts.cluster import slurm_allocation, slurm_job
+from blackpoint.scripts.cluster.frozen import (
     CODE,
     ROOT,
     freeze,
@@ -22,7 +22,7 @@ from scripts.frozen import (
     remove_unused,
     unfreeze,
 )
-from scripts.requeue import (
+from blackpoint.scripts.cluster.requeue import (
     MAX_FRUITLESS,
     MAX_RESTARTS,
     RECORD,
@@ -31,11 +31,11 @@ from scripts.requeue import (
     record_start,
     requeue,
 )
-from scripts.requeue_study import Requeue, RequeueStudyConfig, page
-from scripts.slurm_allocation import expand, read_allocation, rendezvous
-from scripts.slurm_job import config_of_job, train_job
+from blackpoint.scripts.cluster.slurm_allocation import expand, read_allocation, rendezvous
+from blackpoint.scripts.cluster.slurm_job import config_of_job, train_job
+from blackpoint.scripts.measurements.requeue_study import Requeue, RequeueStudyConfig, page
+from blackpoint.train.cluster.signals import RESUMABLE_STATUS
 from tests.tiny_run import tiny_config
-from train.signals import RESUMABLE_STATUS
 
 JOB = {
     "SLURM_JOB_ID": "17",

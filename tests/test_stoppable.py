@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from sampling.errors import Resumable, UserError
-from scripts.stoppable import stoppable
+from blackpoint.sampling.errors import Resumable, UserError
+from blackpoint.scripts.verbs.stoppable import stoppable
 
 
 def interrupted_in_a_library(number: int) -> None:

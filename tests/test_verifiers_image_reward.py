@@ -17,10 +17,15 @@ from transformers import (
     BlipVisionModel,
 )
 
-from sampling.errors import UserError
-from sampling.verifiers.image_reward import MAX_TOKENS, MEAN, STD, load_image_reward
-from sampling.verifiers.load import VerifierConfig, load_verifier
-from sampling.verifiers.preprocessing import CLIP_MEAN, CLIP_STD
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.sampling.verifiers.models.image_reward import (
+    MAX_TOKENS,
+    MEAN,
+    STD,
+    load_image_reward,
+)
+from blackpoint.sampling.verifiers.preprocessing import CLIP_MEAN, CLIP_STD
 from tests.tiny_vision import eight_bit_images, spread_out
 
 CPU = torch.device("cpu")

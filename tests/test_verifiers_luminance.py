@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from sampling.errors import UserError
-from sampling.verifiers.load import VerifierConfig, load_verifier
-from sampling.verifiers.luminance import Luminance
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.sampling.verifiers.luminance import Luminance
 
 CPU = torch.device("cpu")
 unit = st.floats(0, 1, width=32)

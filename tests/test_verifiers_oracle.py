@@ -12,10 +12,15 @@ from torch.testing import assert_close
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-from sampling.errors import UserError
-from sampling.verifiers.image_model import ImageModel
-from sampling.verifiers.load import VerifierConfig, load_verifier
-from sampling.verifiers.oracle import Oracle, frechet_distance, gaussian_of, inception_score
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.verifiers.image_model import ImageModel
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.sampling.verifiers.oracle import (
+    Oracle,
+    frechet_distance,
+    gaussian_of,
+    inception_score,
+)
 from tests.tiny_vision import eight_bit_images, make_tiny_vit
 
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from sampling.errors import UserError
-from sampling.verifiers.preprocessing import (
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.verifiers.preprocessing import (
     Preprocessing,
     from_processor,
     load_preprocessing,

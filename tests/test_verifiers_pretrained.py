@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from sampling.errors import RunFailed, UserError
-from sampling.verifiers.image_model import load_classifier, load_features
-from sampling.verifiers.pretrained import NEEDED_FILES, find_folder
+from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.sampling.verifiers.image_model import load_classifier, load_features
+from blackpoint.sampling.verifiers.pretrained import NEEDED_FILES, find_folder
 
 
 def fetched(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception) -> Any:

@@ -17,10 +17,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from sampling.errors import RunFailed, UserError
-from sampling.verifiers.load import VerifierConfig, load_verifier
-from sampling.verifiers.preprocessing import load_preprocessing
-from sampling.verifiers.self_supervised import DEFAULT_LOG_SNR
+from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.sampling.verifiers.models.self_supervised import DEFAULT_LOG_SNR
+from blackpoint.sampling.verifiers.preprocessing import load_preprocessing
 from tests.tiny_vision import (
     IMAGE_PX,
     eight_bit_images,

@@ -8,24 +8,24 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sampling.errors import UserError
-from sampling.guidance import Guidance
-from sampling.inversion import Inverter, invert
-from sampling.noise import seeded_noise
-from sampling.samplers import SampleState, run
-from sampling.search.algorithm_configs import (
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.guidance import Guidance
+from blackpoint.sampling.inversion import Inverter, invert
+from blackpoint.sampling.noise import seeded_noise
+from blackpoint.sampling.samplers import SampleState, run
+from blackpoint.sampling.search.algorithm_configs import (
     HalvingConfig,
     RandomSearchConfig,
     ZeroOrderConfig,
 )
-from sampling.search.config import SearchConfig
-from sampling.search.halving import halving
-from sampling.search.random_search import random_search
-from sampling.search.run import search_to_folder
-from sampling.search.runner import SearchSampling, TrialRunner
-from sampling.search.zero_order import zero_order
-from sampling.verifiers.load import VerifierConfig
-from sampling.verifiers.stability import Stability
+from blackpoint.sampling.search.algorithms.halving import halving
+from blackpoint.sampling.search.algorithms.random_search import random_search
+from blackpoint.sampling.search.algorithms.zero_order import zero_order
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.run import search_to_folder
+from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
+from blackpoint.sampling.verifiers.load import VerifierConfig
+from blackpoint.sampling.verifiers.stability import Stability
 from tests.search_problems import GaussianModel, Scored, search
 from tests.toy_denoisers import ZERO_SNR, reader
 
@@ -192,7 +192,7 @@ def test_a_rate_needs_iterates() -> None:
 
 
 def test_a_picture_has_no_noise() -> None:
-    from sampling.errors import RunFailed
+    from blackpoint.sampling.errors import RunFailed
 
     with pytest.raises(RunFailed, match="scores runs from their noise"):
         Stability(Inverter("ddim")).score(torch.zeros(1, 3, 4, 4), ["a"])

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from sampling.conditioning import Conditioning
-from sampling.model import DiffusionModel
-from sampling.prediction import add_noise, training_target
-from train.config import TrainConfig
-from train.draws import Draws, draw
-from train.dropout import add_dropout
-from train.loss import scale_errors, scale_weights, squared_error
-from train.optimizer import build_optimizer, learning_rate_factor
-from train.uncertainty import LearnedUncertainty
-from train.weighting import loss_weights
+from blackpoint.sampling.conditioning import Conditioning
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.prediction import add_noise, training_target
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.draws import Draws, draw
+from blackpoint.train.dropout import add_dropout
+from blackpoint.train.loss import scale_errors, scale_weights, squared_error
+from blackpoint.train.optimizer import build_optimizer, learning_rate_factor
+from blackpoint.train.uncertainty import LearnedUncertainty
+from blackpoint.train.weighting import loss_weights
 
 Batch = dict[str, Any]
 CAPTION_CACHE_BYTES = 64 * 2**20

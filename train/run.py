@@ -12,21 +12,25 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from data.module import CaptionedImages
-from data.summary import bucket_rows, write_buckets
-from sampling.errors import FORBIDDEN, NOT_WRITABLE, NotExportable, Resumable, RunFailed, UserError
-from sampling.export import export
-from sampling.precision import set_tf32
-from sampling.speed import prepare_unet
-from train.checkpoint_size import check_side
-from train.checkpoints import (
-    checkpoint_steps,
-    newest_whole,
-    remove_torn,
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.summary import bucket_rows, write_buckets
+from blackpoint.sampling.errors import (
+    FORBIDDEN,
+    NOT_WRITABLE,
+    NotExportable,
+    Resumable,
+    RunFailed,
+    UserError,
 )
-from train.cluster import as_launched, cluster_environment, num_started
-from train.config import TrainConfig
-from train.device import (
+from blackpoint.sampling.export.export import export
+from blackpoint.sampling.runtime.precision import set_tf32
+from blackpoint.sampling.runtime.speed import prepare_unet
+from blackpoint.train.callbacks.checkpoints import checkpoint_steps, newest_whole, remove_torn
+from blackpoint.train.callbacks.interruption import lost_process
+from blackpoint.train.callbacks.metrics import CsvMetrics, is_first_process
+from blackpoint.train.callbacks.trainer import build_callbacks, build_trainer
+from blackpoint.train.cluster.cluster import as_launched, cluster_environment, num_started
+from blackpoint.train.cluster.device import (
     COMPUTE_DTYPE,
     check_count,
     check_device,
@@ -34,14 +38,19 @@ from train.device import (
     take_device,
     training_device,
 )
-from train.dropout import dropout_levels
-from train.encoders import ready_encoders
-from train.interruption import lost_process
-from train.metrics import CsvMetrics, is_first_process
-from train.module import FineTuner
-from train.optimizer import warmup_note
-from train.run_checks import check_renamed, checked_identity, is_finished, keep_earlier_export
-from train.run_directory import (
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.dropout import dropout_levels
+from blackpoint.train.encode.encoders import ready_encoders
+from blackpoint.train.module import FineTuner
+from blackpoint.train.optimizer import warmup_note
+from blackpoint.train.records.checkpoint_size import check_side
+from blackpoint.train.records.run_checks import (
+    check_renamed,
+    checked_identity,
+    is_finished,
+    keep_earlier_export,
+)
+from blackpoint.train.records.run_directory import (
     as_started,
     check_continues,
     describe_batch,
@@ -49,12 +58,11 @@ from train.run_directory import (
     write_config,
     write_records,
 )
-from train.run_identity import begun_decoder, write_identity
-from train.run_lock import RunLock
-from train.sizes import check_sizes, sized
-from train.start import hold_encoders, keep_base, starting_model
-from train.tracking import finish, sent_rows, wandb_logger
-from train.trainer import build_callbacks, build_trainer
+from blackpoint.train.records.run_identity import begun_decoder, write_identity
+from blackpoint.train.records.run_lock import RunLock
+from blackpoint.train.records.sizes import check_sizes, sized
+from blackpoint.train.records.tracking import finish, sent_rows, wandb_logger
+from blackpoint.train.start import hold_encoders, keep_base, starting_model
 
 
 def fit(config: TrainConfig) -> int:

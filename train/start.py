@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from sampling.export import moved_into_place
-from sampling.model import DiffusionModel
-from sampling.process import Process
-from sampling.schedule import NoiseSchedule
-from train.config import TrainConfig
-from train.pixel_model import build_pixel_model
-from train.process import fine_tuned_process
+from blackpoint.sampling.export.export import moved_into_place
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.pixel_model import build_pixel_model
+from blackpoint.train.target_process import fine_tuned_process
 
 BASE = "base"
 

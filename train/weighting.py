@@ -23,10 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sampling.choices import PredictionType
-from sampling.errors import UserError
-from sampling.schedule import NoiseSchedule
-from train.loss_config import LossConfig
+from blackpoint.sampling.choices import PredictionType
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.loss_config import LossConfig
 
 # Of runs whose floor holds everywhere: about a third of min-SNR's mean on SD's rescaled schedule.
 FLOOR_EVERYWHERE = 0.1

@@ -21,10 +21,10 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from data.files.paths import OutputText, PathText
-from sampling.choices import check_seed
-from sampling.errors import UserError
-from sampling.evaluation.rows import DATA
+from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.sampling.choices import check_seed
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.report.rows import DATA
 
 
 @dataclass

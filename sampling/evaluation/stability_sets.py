@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sampling.evaluation.kernel_distance import kernel_distance, kernel_mean
-from sampling.evaluation.stability import StabilityStudyConfig
-from sampling.evaluation.stability_pictures import painted
-from sampling.evaluation.stability_rows import Found
-from sampling.evaluation.statistics import FEWEST_GROUPS, Estimate, jackknife
-from sampling.sample import find_device
-from sampling.verifiers.image_model import ImageModel, load_classifier, load_features
-from sampling.verifiers.oracle import (
+from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
+from blackpoint.sampling.evaluation.stability_pictures import painted
+from blackpoint.sampling.evaluation.stability_rows import Found
+from blackpoint.sampling.sample import find_device
+from blackpoint.sampling.statistics.estimates import FEWEST_GROUPS, Estimate, jackknife
+from blackpoint.sampling.statistics.kernel_distance import kernel_distance, kernel_mean
+from blackpoint.sampling.verifiers.image_model import ImageModel, load_classifier, load_features
+from blackpoint.sampling.verifiers.oracle import (
     Gaussian,
     frechet_distance,
     gaussian_of,
@@ -33,7 +33,7 @@ from sampling.verifiers.oracle import (
     picture_features,
     reference_pictures,
 )
-from sampling.whole_file import write_whole
+from blackpoint.sampling.whole_file import write_whole
 
 FEATURES, LOGITS = "features", "logits"
 RANDOM = "random"

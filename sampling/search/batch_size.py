@@ -8,8 +8,8 @@ import time
 
 import torch
 
-from sampling.search.runner import TrialRunner
-from sampling.search.trial import Seeded, Trial
+from blackpoint.sampling.search.runner import TrialRunner
+from blackpoint.sampling.search.trial import Seeded, Trial
 
 LARGEST, LEAST_GAIN = 128, 1.05
 

@@ -5,10 +5,11 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from data.files.paths import OutputText, PathText
-from sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
-from sampling.errors import UserError
-from sampling.search.algorithm_configs import (
+from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.runtime.tracking import WandbConfig
+from blackpoint.sampling.search.algorithm_configs import (
     FkSteeringConfig,
     HalvingConfig,
     NoiseOptimisationConfig,
@@ -16,8 +17,7 @@ from sampling.search.algorithm_configs import (
     RandomSearchConfig,
     ZeroOrderConfig,
 )
-from sampling.verifiers.load import VerifierConfig
-from sampling.wandb_run import WandbConfig
+from blackpoint.sampling.verifiers.load import VerifierConfig
 
 Algorithm = Literal["random", "zero_order", "paths", "halving", "fk_steering", "noise_optimisation"]
 EnsembleRule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
@@ -186,7 +186,9 @@ class SearchConfig:
                     f"ensemble={self.ensemble}: algorithm=fk_steering weighs particles by a score, "
                     "which a rank is not; use ensemble=weighted_sum"
                 )
-        from sampling.samplers import check_sampler  # torch: for a config, not for its help
+        from blackpoint.sampling.samplers import (
+            check_sampler,  # torch: for a config, not for its help
+        )
 
         check_sampler(self.sampler, self.eta)
 

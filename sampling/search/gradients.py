@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sampling.conditioning import Conditioning
-from sampling.guidance import Guidance
-from sampling.samplers import Denoise, Prediction, SampleState, run
-from sampling.search.trial import Outcome, Result, Trial, rounded
-from sampling.verifiers.stability import Stability
+from blackpoint.sampling.conditioning import Conditioning
+from blackpoint.sampling.guidance import Guidance
+from blackpoint.sampling.samplers import Denoise, Prediction, SampleState, run
+from blackpoint.sampling.search.trial import Outcome, Result, Trial, rounded
+from blackpoint.sampling.verifiers.stability import Stability
 
 if TYPE_CHECKING:
-    from sampling.search.runner import TrialRunner
+    from blackpoint.sampling.search.runner import TrialRunner
 
 
 def gradient_batch(runner: "TrialRunner", batch: Sequence[tuple[int, Trial]]) -> list[Result]:

@@ -5,7 +5,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sampling.search.search import PromptSearch
+from blackpoint.sampling.search.search import PromptSearch
 
 EVERY_S = 5.0
 

@@ -16,22 +16,31 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sampling.errors import UserError
-from sampling.evaluation.plain import recorded
-from sampling.prompts import Prompt, read_prompt_set
-from sampling.sample import find_device
-from sampling.search.batch_size import find_batch_size
-from sampling.search.calibration import (
-    FOLDER as CALIBRATION,
+from blackpoint.data.files.plain import recorded
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.prompts.prompt_set import Prompt, read_prompt_set
+from blackpoint.sampling.runtime.sharing import (
+    forget_stop,
+    own_folder,
+    remove_parts,
+    share_of,
+    tell_stop,
+    wait_until,
 )
-from sampling.search.calibration import (
+from blackpoint.sampling.runtime.tasks import Task, this_task
+from blackpoint.sampling.sample import find_device
+from blackpoint.sampling.search.algorithms.halving import pruning_levels, scores_of, spent
+from blackpoint.sampling.search.algorithms.random_search import random_search
+from blackpoint.sampling.search.batch_size import find_batch_size
+from blackpoint.sampling.search.calibration import FOLDER as CALIBRATION
+from blackpoint.sampling.search.calibration import (
     calibrate,
     calibration_line,
     is_calibrated,
     read_kendall,
 )
-from sampling.search.config import WHOLE, SearchConfig
-from sampling.search.folder import (
+from blackpoint.sampling.search.config import WHOLE, SearchConfig
+from blackpoint.sampling.search.folder import (
     SETTINGS,
     check_folder,
     decoder_note,
@@ -42,21 +51,18 @@ from sampling.search.folder import (
     spent_in,
     spent_on,
 )
-from sampling.search.halving import pruning_levels, scores_of, spent
-from sampling.search.journal import ROWS, STATES, FolderInUse, Journal, join_rows, read_rows
-from sampling.search.judgement import HACKING, alarms, extractor, judge
-from sampling.search.parts import (
-    forget_stop,
-    own_folder,
-    remove_parts,
-    share_of,
-    tell_stop,
-    wait_until,
+from blackpoint.sampling.search.journal import (
+    ROWS,
+    STATES,
+    FolderInUse,
+    Journal,
+    join_rows,
+    read_rows,
 )
-from sampling.search.progress import SearchProgress
-from sampling.search.random_search import random_search
-from sampling.search.search import PromptSearch, check_budget, drive, open_search
-from sampling.search.set_up import (
+from blackpoint.sampling.search.judge import HACKING, alarms, extractor, judge
+from blackpoint.sampling.search.progress import SearchProgress
+from blackpoint.sampling.search.search import PromptSearch, check_budget, drive, open_search
+from blackpoint.sampling.search.setup import (
     Loaded,
     algorithm,
     is_reproducible,
@@ -65,11 +71,10 @@ from sampling.search.set_up import (
     note,
     rank_values,
 )
-from sampling.search.tables import send_tables
-from sampling.search.trial import Outcome, Problem
-from sampling.search.winners import BESTS, WINNERS, Winners, read_winners
-from sampling.tasks import Task, this_task
-from sampling.whole_file import write_whole
+from blackpoint.sampling.search.tables import send_tables
+from blackpoint.sampling.search.trial import Outcome, Problem
+from blackpoint.sampling.search.winners import BESTS, WINNERS, Winners, read_winners
+from blackpoint.sampling.whole_file import write_whole
 
 BASELINES = "baselines"
 PLAIN_FIRST = (*WHOLE, "noise_optimisation")

@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sampling.conditioning import Conditioning, joined
-from sampling.guidance import Guidance
-from sampling.inversion import Inversion
-from sampling.model import DiffusionModel
-from sampling.noise import step_noise
-from sampling.samplers import Denoise, SampleState, renoise, run
-from sampling.search.gradients import gradient_batch
-from sampling.search.ledger import BACKWARD_NFE, Ledger
-from sampling.search.trial import (
+from blackpoint.sampling.conditioning import Conditioning, joined
+from blackpoint.sampling.guidance import Guidance
+from blackpoint.sampling.inversion import Inversion
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.noise import step_noise
+from blackpoint.sampling.samplers import Denoise, SampleState, renoise, run
+from blackpoint.sampling.search.gradients import gradient_batch
+from blackpoint.sampling.search.ledger import BACKWARD_NFE, Ledger
+from blackpoint.sampling.search.trial import (
     Noise,
     Outcome,
     Renoised,
@@ -31,8 +31,8 @@ from sampling.search.trial import (
     rounded,
     slice_state,
 )
-from sampling.verifiers.stability import RoundTrip, Stability
-from sampling.verifiers.verifier import Verifier, checked_scores
+from blackpoint.sampling.verifiers.stability import RoundTrip, Stability
+from blackpoint.sampling.verifiers.verifier import Verifier, checked_scores
 
 
 @dataclass(frozen=True)

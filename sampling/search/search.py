@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sampling.errors import RunFailed, UserError
-from sampling.search.journal import Journal
-from sampling.search.runner import TrialRunner
-from sampling.search.trial import Outcome, Problem, Result, Search, Trial, by_score
+from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.sampling.search.journal import Journal
+from blackpoint.sampling.search.runner import TrialRunner
+from blackpoint.sampling.search.trial import Outcome, Problem, Result, Search, Trial, by_score
 
 MakeSearch = Callable[[Problem], Search]
 

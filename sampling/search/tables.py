@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sampling.evaluation.hacking_alarm import HackingAlarm
-from sampling.evaluation.plain import finite, number
-from sampling.search.folder import LEDGER, SETTINGS
-from sampling.wandb_run import WandbConfig, start_run
+from blackpoint.data.files.plain import finite, number
+from blackpoint.sampling.runtime.tracking import WandbConfig, start_run
+from blackpoint.sampling.search.folder import LEDGER, SETTINGS
+from blackpoint.sampling.statistics.hacking_alarm import HackingAlarm
 
 MAX_ROWS = 1000
 

@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sampling.noise import derive_seed, seeded_noise
-from sampling.samplers import SampleState, SamplingGrid
-from sampling.search.ledger import Ledger
-from sampling.verifiers.verifier import SCORE_DECIMALS
+from blackpoint.sampling.noise import derive_seed, seeded_noise
+from blackpoint.sampling.samplers import SampleState, SamplingGrid
+from blackpoint.sampling.search.ledger import Ledger
+from blackpoint.sampling.verifiers.verifier import SCORE_DECIMALS
 
 Goal = Literal["final", "preview", "gradient"]
 """gradient: a whole run like final, and the gradient of its score at the noise."""

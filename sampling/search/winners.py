@@ -16,13 +16,13 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sampling.evaluation.plain import recorded
-from sampling.pictures import caption_grid, read_picture, to_picture
-from sampling.samplers import SampleState
-from sampling.search.journal import read_rows
-from sampling.search.parts import files_of
-from sampling.search.search import PromptSearch
-from sampling.search.trial import Given, Neighbour, Noise, Outcome, Result
+from blackpoint.data.files.plain import recorded
+from blackpoint.sampling.runtime.pictures import caption_grid, read_picture, to_picture
+from blackpoint.sampling.runtime.sharing import files_of
+from blackpoint.sampling.samplers import SampleState
+from blackpoint.sampling.search.journal import read_rows
+from blackpoint.sampling.search.search import PromptSearch
+from blackpoint.sampling.search.trial import Given, Neighbour, Noise, Outcome, Result
 
 BESTS, IMAGES, WINNERS = "bests", "images", "winners.jsonl"
 BASELINE = "baseline"

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sampling.errors import RunFailed, UserError
-from sampling.verifiers.import_path import built_object
-from sampling.verifiers.pretrained import frozen
-from sampling.verifiers.verifier import Images, Verifier
+from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.sampling.verifiers.import_path import built_object
+from blackpoint.sampling.verifiers.pretrained import frozen
+from blackpoint.sampling.verifiers.verifier import Images, Verifier
 
 
 class Custom:

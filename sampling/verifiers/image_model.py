@@ -13,15 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sampling.errors import RunFailed, UserError
-from sampling.verifiers.import_path import built_object
-from sampling.verifiers.preprocessing import (
+from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.sampling.verifiers.import_path import built_object
+from blackpoint.sampling.verifiers.preprocessing import (
     LibraryPreprocessing,
     Preprocessing,
     load_preprocessing,
 )
-from sampling.verifiers.pretrained import ANYTHING, find_folder, frozen, load_model
-from sampling.verifiers.verifier import Images
+from blackpoint.sampling.verifiers.pretrained import ANYTHING, find_folder, frozen, load_model
+from blackpoint.sampling.verifiers.verifier import Images
 
 EXAMPLE = "facebook/dinov2-base"
 POOLER = r"(.*\.)?pooler\."

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sampling.errors import UserError
+from blackpoint.sampling.errors import UserError
 
 
 def import_object(path: str, field: str) -> Any:

@@ -6,16 +6,16 @@ No import of torch at the top, so that the help of a verb that has verifiers is 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from data.files.paths import PathText
-from sampling.choices import Dtype
-from sampling.errors import UserError
+from blackpoint.data.files.paths import PathText
+from blackpoint.sampling.choices import Dtype
+from blackpoint.sampling.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from sampling.verifiers.verifier import Verifier
+    from blackpoint.sampling.verifiers.verifier import Verifier
 
 Kind = Literal[
     "clip_score",
@@ -157,7 +157,7 @@ def load_verifiers(
     configs: "Mapping[str, VerifierConfig]", device: "torch.device"
 ) -> "dict[str, Verifier]":
     """Loads every verifier, by name; those of one CLIP folder share its towers."""
-    from sampling.verifiers.clip import shared_clips
+    from blackpoint.sampling.verifiers.models.clip import shared_clips
 
     found: dict[str, Verifier] = {}
     with shared_clips():
@@ -173,54 +173,57 @@ def load_verifier(config: VerifierConfig, device: "torch.device") -> "Verifier":
     """Loads what the config names; raises UserError naming the file that is missing."""
     import torch
 
-    from sampling.precision import check_dtype
+    from blackpoint.sampling.runtime.precision import check_dtype
 
     dtype = getattr(torch, config.dtype)
     check_dtype(device, config.dtype)
     name, batch_size, checkpoint = config.column, config.batch_size, config.checkpoint or ""
     match config.kind:
         case "clip_score":
-            from sampling.verifiers import clip_score
-            from sampling.verifiers.clip import load_clip
+            from blackpoint.sampling.verifiers.models import clip_score
+            from blackpoint.sampling.verifiers.models.clip import load_clip
 
             clip = load_clip(checkpoint, clip_score.EXAMPLE, device, dtype)
             return clip_score.ClipScore(clip, name, batch_size)
         case "pick_score":
-            from sampling.verifiers import pick_score
-            from sampling.verifiers.clip import load_clip
+            from blackpoint.sampling.verifiers.models import pick_score
+            from blackpoint.sampling.verifiers.models.clip import load_clip
 
             clip = load_clip(checkpoint, pick_score.EXAMPLE, device, dtype)
             return pick_score.PickScore(clip, name, batch_size)
         case "aesthetic":
-            from sampling.verifiers import aesthetic, image_model
+            from blackpoint.sampling.verifiers import image_model
+            from blackpoint.sampling.verifiers.models import aesthetic
 
             head = aesthetic.load_head(checkpoint, device)
             base = config.base or aesthetic.BASE
             features = image_model.load_features(base, None, device, dtype, field="base")
             return aesthetic.Aesthetic(features, head, name, batch_size)
         case "hpsv2":
-            from sampling.verifiers.hpsv2 import load_hpsv2
+            from blackpoint.sampling.verifiers.models.hpsv2 import load_hpsv2
 
             return load_hpsv2(checkpoint, device, dtype, name, batch_size)
         case "image_reward":
-            from sampling.verifiers.image_reward import load_image_reward
+            from blackpoint.sampling.verifiers.models.image_reward import load_image_reward
 
             return load_image_reward(checkpoint, config.base, device, dtype, name, batch_size)
         case "classifier":
-            from sampling.verifiers import classifier, image_model
+            from blackpoint.sampling.verifiers import image_model
+            from blackpoint.sampling.verifiers.models import classifier
 
             model = image_model.load_classifier(config.checkpoint, config.module, device, dtype)
             chosen = (config.labels, config.label, config.output)
             return classifier.Classifier(model, *chosen, name, batch_size)
         case "self_supervised":
-            from sampling.verifiers import image_model, self_supervised
+            from blackpoint.sampling.verifiers import image_model
+            from blackpoint.sampling.verifiers.models import self_supervised
 
             features = image_model.load_features(config.checkpoint, config.module, device, dtype)
             return self_supervised.SelfSupervised(
                 features, config.preview_log_snr, name, batch_size
             )
         case "oracle":
-            from sampling.verifiers import image_model, oracle
+            from blackpoint.sampling.verifiers import image_model, oracle
 
             source = (config.checkpoint, config.module, device, dtype)
             if config.reference is None:
@@ -229,12 +232,12 @@ def load_verifier(config: VerifierConfig, device: "torch.device") -> "Verifier":
             reference = oracle.load_reference(config.reference, features)
             return oracle.Oracle(features, reference, name, batch_size)
         case "luminance":
-            from sampling.verifiers.luminance import Luminance
+            from blackpoint.sampling.verifiers.luminance import Luminance
 
             return Luminance(config.target, config.where, name, batch_size)
         case "stability":
-            from sampling.inversion import Inverter
-            from sampling.verifiers.stability import Stability
+            from blackpoint.sampling.inversion import Inverter
+            from blackpoint.sampling.verifiers.stability import Stability
 
             assert config.inversion != "bdia"
             inverter = Inverter(
@@ -246,7 +249,7 @@ def load_verifier(config: VerifierConfig, device: "torch.device") -> "Verifier":
             settings = (config.measure, config.inversion_guidance_scale, config.partial_steps)
             return Stability(inverter, *settings, name)
         case "custom":
-            from sampling.verifiers.custom import load_custom
+            from blackpoint.sampling.verifiers.custom import load_custom
 
             path = config.module or ""
             return load_custom(path, config.checkpoint, config.name, device, batch_size)

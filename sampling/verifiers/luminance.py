@@ -2,7 +2,8 @@
 
     score = -|mean luminance - target|
 
-0 is best. Luminance as in `sampling.evaluation.luminance`; exact, cheap, and without a model.
+0 is best. Luminance as in `blackpoint.sampling.evaluation.luminance`; exact, cheap, and without a
+model.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sampling.errors import UserError
-from sampling.evaluation.luminance import border_luminance, image_luminance
-from sampling.evaluation.prompt_luminance import LuminanceTarget, luminance_target
-from sampling.verifiers.batching import in_batches
-from sampling.verifiers.verifier import Images
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
+from blackpoint.sampling.prompts.brightness_target import LuminanceTarget, luminance_target
+from blackpoint.sampling.verifiers.batching import in_batches
+from blackpoint.sampling.verifiers.verifier import Images
 
 
 class Luminance:

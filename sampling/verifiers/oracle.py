@@ -25,13 +25,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.images.decode import IMAGE_SUFFIXES, BadImage
-from data.images.pictures import picture_files
-from sampling.errors import UserError
-from sampling.pictures import read_picture
-from sampling.verifiers.image_model import ImageModel
-from sampling.verifiers.pretrained import load_weights
-from sampling.verifiers.verifier import Images
+from blackpoint.data.images.decode import IMAGE_SUFFIXES, BadImage
+from blackpoint.data.images.pictures import picture_files
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.runtime.pictures import read_picture
+from blackpoint.sampling.verifiers.image_model import ImageModel
+from blackpoint.sampling.verifiers.pretrained import load_weights
+from blackpoint.sampling.verifiers.verifier import Images
 
 Metric = Literal["fid", "is"]
 

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sampling.errors import RunFailed, UserError
-from sampling.inversion import Inversion, Inverter, invert
-from sampling.samplers import Denoise, SamplingGrid
-from sampling.verifiers.verifier import Images
+from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.sampling.inversion import Inversion, Inverter, invert
+from blackpoint.sampling.samplers import Denoise, SamplingGrid
+from blackpoint.sampling.verifiers.verifier import Images
 
 Measure = Literal["cosine", "residual", "contraction"]
 FEWEST_ITERATIONS = {"residual": 2, "contraction": 3}

@@ -1,0 +1,273 @@
+"""`blackpoint data pack`: an image folder with captions -> WebDataset shards and their index.
+
+Image bytes are kept as they are; each becomes `key.jpg` (or .png, ...) beside `key.txt`, and a
+.json of the same name beside the image comes along. Several captions go into `key.json`, no .txt
+(data/caption_text.py). Every image is decoded once: what training could not use is left out here,
+counted and named.
+
+Names and sizes alone decide which image goes into which shard (data/pack/shard_list.py). Processes
+then write whole shards (data/pack/pack_shard.py), and the same bytes come out for any number of
+them. A run that was stopped is continued by the same command (data/work/partial.py).
+"""
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from blackpoint.data.bad_samples import BadSample, refusal, too_many
+from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
+from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.data.images.decode import MAX_IMAGE_PIXELS
+from blackpoint.data.index.index import IndexWriter
+from blackpoint.data.pack.captions import (
+    CaptionFields,
+    CaptionForm,
+    CaptionSource,
+    captioned_files,
+    find_captions,
+)
+from blackpoint.data.pack.image_folder import count_files
+from blackpoint.data.pack.pack_shard import ShardRules, is_hopeless, pack_shard
+from blackpoint.data.pack.shard_list import ShardList, shard_lists
+from blackpoint.data.shards.shard_digest import ShardContent
+from blackpoint.data.shards.shard_file import shard_name
+from blackpoint.data.work.part import Part, finished_part, part_path, read_part, shard_content_of
+from blackpoint.data.work.partial import Partial, refuse_used_output
+from blackpoint.data.work.progress import progress
+from blackpoint.data.work.workers import run_in_processes, usable_cores
+
+
+@dataclass
+class PackConfig:
+    """An image folder with captions, and the shards that it becomes."""
+
+    source: PathText = MISSING
+    """Folder of images (jpg, png, webp, bmp, gif, tiff, avif), or of Parquet files with images
+    inside; searched recursively."""
+    output: OutputText = MISSING
+    """Folder for the shards and the index; must be absent or empty. A run that was stopped is
+    continued by the same command."""
+    captions: CaptionForm = "auto"
+    """Where captions are: in a .txt (sidecar), .caption or .json beside each image, in a table, or
+    in kohya's meta_cap.json; auto finds the one kind there is and says which."""
+    captions_file: PathText | None = None
+    """Table of captions, relative to source, or a pattern such as 'train-*.parquet' for several
+    that are one; null: the one there is."""
+    file_column: str = "file_name"
+    """Column of a captions table that names the image, relative to the table's folder, or to
+    source where the table lies outside it."""
+    caption_column: str = "text"
+    """Column of a captions table that holds the caption, or a list of captions; of a .json beside
+    an image the field, where it has no "caption"."""
+    image_column: str = "image"
+    """Column of Parquet files that holds the images themselves."""
+    caption_lines: bool = False
+    """Takes every line of a text for a caption of its own, as kohya's enable_wildcard and
+    SimpleTuner do; training draws one an epoch. Lists in JSON and Parquet are that in any case."""
+    samples_per_shard: int = 10_000
+    """Most samples in one shard."""
+    shard_megabytes: float = 1000.0
+    """Size at which a shard is full, in 10^6 bytes."""
+    max_bad_share: float = 0.01
+    """Share of samples that may be left out before the run stops, 0 to 1."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Images with more pixels are refused as decompression bombs."""
+    num_processes: int = 0
+    """Processes that decode and write, each a shard at a time; 0: one a CPU core that it may use.
+    The output does not depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise UserError(f"samples_per_shard={self.samples_per_shard}: must be at least 1.")
+        if not self.shard_megabytes > 0:
+            raise UserError(f"shard_megabytes={self.shard_megabytes}: must be above 0.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1.")
+        if self.max_image_pixels < 1:
+            raise UserError(f"max_image_pixels={self.max_image_pixels}: must be at least 1.")
+        if self.num_processes < 0:
+            raise UserError(f"num_processes={self.num_processes}: must be 0 (all) or more.")
+
+
+@dataclass
+class PackResult:
+    """What was packed and what was not."""
+
+    caption_source: str
+    num_samples: int = 0
+    num_shards: int = 0
+    num_bytes: int = 0
+    """Of all shards."""
+    num_kept_shards: int = 0
+    """Shards that an earlier run had finished."""
+    num_read: int = 0
+    """Samples that this run read, good or bad."""
+    seconds: float = 0.0
+    bad: list[BadSample] = field(default_factory=list)
+    ignored_suffixes: dict[str, int] = field(default_factory=dict)
+
+
+def pack(config: PackConfig) -> PackResult:
+    """Packs `config.source` into `config.output`, which appears when it is whole.
+
+    Raises UserError, and RunFailed for a full disk or a killed process; finished shards are kept
+    beside the output for the next call.
+    """
+    start = time.monotonic()
+    source, output = Path(config.source), Path(config.output)
+    if not source.is_dir():
+        what = "is a file" if source.exists() else "does not exist"
+        raise UserError(f"source={source}: {what}. Name a folder of images.")
+    refuse_used_output(output)
+    count = count_files(source)
+    fields = CaptionFields(
+        config.file_column, config.caption_column, config.image_column, config.caption_lines
+    )
+    captions = None
+    if count.num_images or "parquet" in count.other_suffixes or config.captions_file:
+        captions = find_captions(source, config.captions, fields, count, config.captions_file)
+    num_images = captions.num_embedded() if captions and captions.is_embedded else count.num_images
+    if captions is None or not num_images:
+        found = ", ".join(f"{num} .{suffix}" for suffix, num in count.other_suffixes.items())
+        raise UserError(
+            f"source={source}: holds no images (found {found or 'nothing'}). "
+            "Images are jpg, jpeg, png, webp, bmp, gif, tif, tiff or avif files, or inside Parquet."
+        )
+    ignored = {name: num for name, num in count.other_suffixes.items() if name != captions.form}
+    result = PackResult(str(captions), ignored_suffixes=ignored)
+    with Partial(output, _settings(config, captions)) as partial:
+        rules = ShardRules(
+            source,
+            partial.shards,
+            partial.parts,
+            partial.working,
+            config.max_image_pixels,
+            config.max_bad_share,
+            num_images,
+            config.image_column,
+        )
+        try:
+            with progress("packing", num_images) as advance:
+                num_shards = _write_shards(config, captions, rules, result, advance)
+            _write_index(rules, num_shards, result)
+            partial.finish()
+        except (WriteFailed, RunFailed) as error:
+            raise _failure(error, config, partial) from error
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def _settings(config: PackConfig, captions: CaptionSource) -> dict[str, object]:
+    """Returns what a continued run must have in common with the one that was stopped."""
+    return {
+        "source": os.path.realpath(config.source),
+        "captions": str(captions),
+        "samples_per_shard": config.samples_per_shard,
+        "shard_megabytes": config.shard_megabytes,
+        "max_image_pixels": config.max_image_pixels,
+    }
+
+
+def _write_shards(
+    config: PackConfig,
+    captions: CaptionSource,
+    rules: ShardRules,
+    result: PackResult,
+    advance: Callable[[int], None],
+) -> int:
+    """Writes every shard that is not finished and returns how many there are."""
+    num_shards, num_seen = 0, 0
+    bad: dict[int, list[BadSample]] = {}
+
+    def unfinished() -> Iterator[ShardList]:
+        nonlocal num_shards
+        entries = captioned_files(captions)
+        limits = (config.samples_per_shard, config.shard_megabytes * 1e6)
+        for listed in shard_lists(entries, rules.source, rules.working, *limits):
+            num_shards += 1
+            part = finished_part(rules.parts, rules.shards, listed.number, listed.digest)
+            if part is None:
+                with disk_writes():
+                    part_path(rules.parts, listed.number).unlink(missing_ok=True)
+                yield listed
+                continue
+            listed.path.unlink()
+            result.num_kept_shards += 1
+            advance(part.num_entries)
+            count_in(part)
+
+    def count_in(part: Part) -> None:
+        nonlocal num_seen
+        num_seen += part.num_entries
+        if part.bad:
+            bad[part.number] = part.bad
+        num_bad = sum(map(len, bad.values()))
+        if not part.is_whole or (part.bad and is_hopeless(num_bad, rules)):
+            raise refused()
+
+    def refused() -> UserError:
+        return refusal(
+            f"source={config.source}", in_order(), num_seen, rules.max_bad_share, "max_bad_share"
+        )
+
+    def in_order() -> list[BadSample]:
+        return [sample for number in sorted(bad) for sample in bad[number]]
+
+    work = functools.partial(pack_shard, rules)
+    num_processes = config.num_processes or usable_cores()
+    parts = run_in_processes(work, unfinished(), num_processes, advance)
+    with contextlib.closing(parts):
+        for part in parts:
+            result.num_read += part.num_entries
+            count_in(part)
+    result.bad = in_order()
+    is_empty = num_seen == len(result.bad)
+    if is_empty or too_many(len(result.bad), num_seen, rules.max_bad_share):
+        for number, samples in bad.items():
+            # A shard that is too much by itself is not worth keeping: it must be repaired.
+            if is_empty or too_many(len(samples), num_seen, rules.max_bad_share):
+                part_path(rules.parts, number).unlink(missing_ok=True)
+        raise refused()
+    return num_shards
+
+
+def _write_index(rules: ShardRules, num_shards: int, result: PackResult) -> None:
+    """Numbers the shards that hold samples without gaps and writes their index."""
+    with disk_writes(), IndexWriter(rules.shards, rules.working) as index:
+        paths, contents = list[Path](), list[ShardContent]()
+        for number in range(num_shards):
+            part, records = read_part(part_path(rules.parts, number))
+            path = rules.shards / shard_name(number)
+            if not part.num_samples:
+                path.unlink(missing_ok=True)
+                continue
+            index.append(len(paths), records)
+            contents.append(shard_content_of(part, path, records))
+            paths.append(rules.shards / shard_name(len(paths)))
+            if path != paths[-1]:
+                # Stopped from here on, the shards after the gap are written anew.
+                part_path(rules.parts, number).unlink()
+                path.replace(paths[-1])
+            result.num_bytes += part.num_bytes
+        for path in set(rules.shards.glob("*.tar")) - set(paths):
+            path.unlink()  # of a source that held more when the run began
+        index.close(paths, result.bad, contents)
+        result.num_samples, result.num_shards = index.num_samples, len(paths)
+
+
+def _failure(error: Exception, config: PackConfig, partial: Partial) -> RunFailed:
+    """Says what stopped the pack, how much of it is done and how to go on."""
+    num_shards, megabytes = partial.num_finished(), partial.megabytes()
+    reason, remedy = str(error), "Run the same command again; num_processes=1 needs least memory."
+    if isinstance(error, WriteFailed):
+        reason = f"can't be written: {error}"
+        remedy = "Make room and run the same command again, or name another output."
+    done = f"{num_shards} shards ({megabytes:.1f} MB) were finished and are kept"
+    done = done if num_shards else "no shard was finished, nothing is left behind"
+    return RunFailed(f"output={config.output}: {reason}; {done}. {remedy}")

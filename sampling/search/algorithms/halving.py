@@ -1,0 +1,116 @@
+"""Successive halving on previews: many noises start, the worse share is dropped at each level.
+
+Jamieson and Talwalkar 2016, with the verifier's score of the x0-prediction in place of a partial
+training's. A preview that does not tell what the final score will be prunes at random, so a level
+prunes only where the rank correlation (Kendall's tau) of preview and final score, measured
+beforehand on whole runs (`measured_kendall`), is high enough.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from scipy import stats
+
+from blackpoint.sampling.search.algorithm_configs import HalvingConfig
+from blackpoint.sampling.search.trial import Goal, Outcome, Problem, Search, Seeded, Trial
+
+
+def pruning_levels(
+    config: HalvingConfig, num_steps: int, kendall: Mapping[int, float] | None
+) -> list[int]:
+    """Returns the levels that prune: those of the config that the measurement allows.
+
+    `kendall` maps a level to its rank correlation; None takes all levels (it is what the
+    measurement itself runs with).
+    """
+    nearest = (round(share * num_steps) for share in config.levels)
+    levels = sorted({min(max(level, 1), num_steps - 1) for level in nearest})
+    if kendall is None:
+        return levels
+    return [level for level in levels if kendall.get(level, -1.0) >= config.min_kendall]
+
+
+def num_candidates(problem: Problem, levels: Sequence[int], keep: float) -> int:
+    """Returns how many noises can start so that the survivors complete inside the budget."""
+    count = 0
+    while spent(problem, levels, keep, count + 1) <= problem.budget_nfe:
+        count += 1
+    return count
+
+
+def spent(problem: Problem, levels: Sequence[int], keep: float, count: int) -> int:
+    """Returns the NFE of `count` noises that are halved at `levels`."""
+    total, before = 0, 0
+    for level in (*levels, problem.grid.num_steps):
+        total += count * problem.cost(before, level)
+        count, before = max(1, round(count * keep)), level
+    return total
+
+
+def halving(
+    problem: Problem, config: HalvingConfig, kendall: Mapping[int, float] | None = None
+) -> Search:
+    """Starts as many noises as the budget completes; without pruning levels it is best-of-N."""
+    levels = pruning_levels(config, problem.grid.num_steps, kendall)
+    count = num_candidates(problem, levels, config.keep)
+    return walk(problem, levels, count, config.keep)
+
+
+def walk(problem: Problem, levels: Sequence[int], count: int, keep: float) -> Search:
+    """Runs `count` noises from level to level and keeps a share at each; 1 keeps all of them.
+
+    A continuation is a candidate of its own, whose parent is what it continues.
+    """
+    last, number = problem.grid.num_steps, 0
+    seeds = [problem.draw_seed("candidate", place) for place in range(count)]
+    kept: list[Outcome] = []
+    for round_number, level in enumerate((*levels, last)):
+        goal: Goal = "final" if level == last else "preview"
+        trials = []
+        for place in range(len(kept) or count):
+            if kept:
+                before, seed = kept[place], kept[place].trial.seed
+                assert before.state is not None
+                start, parent = before.state, before.trial.candidate
+                trials.append(Trial(round_number, number, start, level, goal, seed, parent))
+            else:
+                seed = seeds[place]
+                trials.append(Trial(round_number, number, Seeded(seed), level, goal, seed))
+            number += 1
+        outcomes = yield trials
+        best = problem.best_first(outcomes)[: max(1, round(len(outcomes) * keep))]
+        kept = sorted(best, key=lambda outcome: outcome.trial.candidate)
+
+
+def scores_of(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Ranks rows by their score."""
+    return [row["score"] for row in rows]
+
+
+def measured_kendall(
+    rows: Iterable[Mapping[str, Any]],
+    values: Callable[[Sequence[Mapping[str, Any]]], list[float]] = scores_of,
+) -> dict[int, float]:
+    """Returns Kendall's tau-b of preview and final score for each level, the mean over prompts.
+
+    `rows` are those of candidates.jsonl after `walk` with keep 1, `values` what those of one prompt
+    and level are ranked by; prompts whose values are all equal say nothing and are left out.
+    """
+    by_key = {(row["prompt_index"], row["candidate"]): row for row in rows}
+    pairs: dict[tuple[int, int], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for (prompt, _), row in by_key.items():
+        if row["goal"] != "final" or row["score"] is None:
+            continue
+        before = row
+        while before["parent"] is not None:
+            before = by_key[prompt, before["parent"]]
+            if before["score"] is not None:
+                pairs.setdefault((before["stop"], prompt), []).append((before, row))
+    taus: dict[int, list[float]] = {}
+    for (level, _), found in pairs.items():
+        previews, finals = zip(*found, strict=True)
+        tau = float(stats.kendalltau(values(previews), values(finals)).statistic)
+        if not math.isnan(tau):
+            taus.setdefault(level, []).append(tau)
+    return {level: sum(each) / len(each) for level, each in taus.items()}

@@ -1,0 +1,81 @@
+"""Search over paths: N samples are taken back a little, M ways each, and the best N go on.
+
+Ma et al. 2025, section 3.1, Paths-N. From each of N survivors at noise level sigma, M fresh
+re-noisings by delta_f, each denoised by delta_b > delta_f, so that a round gains delta_b - delta_f;
+x0-predictions are verified and the best N kept, until the noise is used up. Their levels are times
+tau of a linear flow, x = (1 - tau) x0 + tau eps; here a tau is the level of the sampling grid whose
+sigma / (sigma + alpha) is nearest. The survivors of the last round are sampled to the end.
+"""
+
+from blackpoint.sampling.samplers import SamplingGrid
+from blackpoint.sampling.search.algorithm_configs import PathsConfig
+from blackpoint.sampling.search.trial import Outcome, Problem, Renoised, Search, Seeded, Trial
+
+
+def level_of(grid: SamplingGrid, tau: float) -> int:
+    """Returns the level whose sigma / (sigma + alpha) is nearest to tau."""
+    taus = [s / (s + a) for a, s in zip(grid.alpha, grid.sigma, strict=True)]
+    return min(range(len(taus)), key=lambda level: abs(taus[level] - tau))
+
+
+def rounds_of(grid: SamplingGrid, config: PathsConfig) -> list[tuple[int, int, int]]:
+    """Returns (from, re-noised, denoised) levels of each round; the first is from tau sigma.
+
+    Round k goes from sigma - k (delta_b - delta_f). On a coarse grid several have the same levels;
+    none reaches clean data, which nothing is left to choose from.
+    """
+    found, tau, gain = [], config.sigma, config.delta_b - config.delta_f
+    while tau > 0:
+        after = tau - gain
+        level, forth = _noisy_level(grid, tau), _noisy_level(grid, max(after, 0.0))
+        back = min(level_of(grid, min(tau + config.delta_f, 1.0)), level)
+        found.append((level, back, forth))
+        tau = after
+    return found
+
+
+def _noisy_level(grid: SamplingGrid, tau: float) -> int:
+    """Returns the level nearest to tau that a step leads to and a step leads on from."""
+    return min(max(level_of(grid, tau), 1), grid.num_steps - 1)
+
+
+def paths(problem: Problem, config: PathsConfig) -> Search:
+    """Runs whole rounds while the budget allows it and completes the best survivors."""
+    grid, cost, last = problem.grid, problem.cost, problem.grid.num_steps
+    first = _noisy_level(grid, config.sigma)
+    count = min(config.num_paths, problem.budget_nfe // problem.full_cost)
+    seeds = [problem.draw_seed("candidate", number) for number in range(count)]
+    survivors = yield [
+        Trial(0, number, Seeded(seed), first, "preview", seed) for number, seed in enumerate(seeds)
+    ]
+    left = problem.budget_nfe - sum(outcome.nfe for outcome in survivors)
+    number, round_number = count, 1
+    for level, back, forth in rounds_of(grid, config):
+        price = cost(back, forth)
+        expansions = len(survivors) * config.num_expansions
+        if left < expansions * price + len(survivors) * cost(forth, last):
+            break
+        trials = []
+        for survivor in survivors:
+            assert survivor.state is not None and survivor.state.step == level
+            for _ in range(config.num_expansions):
+                seed = problem.draw_seed("candidate", number)
+                start = Renoised(survivor.state, back, seed)
+                parent = survivor.trial.candidate
+                trials.append(Trial(round_number, number, start, forth, "preview", seed, parent))
+                number += 1
+        outcomes: list[Outcome] = yield trials
+        left -= sum(outcome.nfe for outcome in outcomes)
+        survivors = problem.best_first(outcomes)[: config.num_paths]
+        round_number += 1
+    finals = []
+    for survivor in problem.best_first(survivors):
+        assert survivor.state is not None
+        price = cost(survivor.state.step, last)
+        if left < price:
+            break
+        left -= price
+        seed, parent = survivor.trial.seed, survivor.trial.candidate
+        finals.append(Trial(round_number, number, survivor.state, last, "final", seed, parent))
+        number += 1
+    yield finals

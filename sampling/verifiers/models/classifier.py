@@ -1,0 +1,130 @@
+"""Classifier: how sure a network is that an image shows a class.
+
+    score = logit_y                                   (output = "logit")
+    score = logit_y - log sum_k exp(logit_k)          (output = "log_prob", 0 is best)
+    score = 1 where y is the likeliest class, else 0  (output = "top1": its mean is the accuracy)
+
+with the class y given, or found in the prompt by the names of the classes (Ma et al. 2025 search
+with DINO's logits).
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.verifiers.batching import in_batches
+from blackpoint.sampling.verifiers.image_model import ImageModel
+from blackpoint.sampling.verifiers.verifier import Images
+
+Output = Literal["logit", "log_prob", "top1"]
+
+
+class Classifier:
+    """Verifier of an image classifier; `label` is the name or number of the wanted class."""
+
+    preview_log_snr: float | None = None
+
+    def __init__(
+        self,
+        model: ImageModel,
+        labels: Sequence[str] = (),
+        label: str | None = None,
+        output: Output = "log_prob",
+        name: str = "classifier",
+        batch_size: int = 16,
+    ) -> None:
+        self.name = name
+        self.differentiable = model.differentiable
+        self._model = model
+        self._output = output
+        self._batch_size = batch_size
+        self._labels = list(labels or model.labels)
+        self._given = None if label is None else self._number(label)
+        if self._given is None and not self._labels:
+            raise UserError(
+                "labels: the classifier does not name its classes, so none can be found in a "
+                "prompt; give labels in the order of its outputs, or label, the number of one"
+            )
+
+    def score(
+        self, images: Images, prompts: Sequence[str], previews: Images | None = None
+    ) -> Float[Tensor, " n"]:
+        """Returns what `output` names of each image's class."""
+        return in_batches(self._score, images, prompts, self._batch_size)
+
+    def label_of(self, prompt: str) -> int:
+        """Returns the class that a prompt asks for; raises UserError unless it names just one."""
+        return self._given if self._given is not None else label_in(prompt, self._labels)
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raises UserError where a prompt has no class."""
+        self.label_of(prompt)
+
+    def _score(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
+        classes = [self.label_of(prompt) for prompt in prompts]
+        logits = self._model(images)
+        num_classes = logits.shape[1]
+        if self._labels and len(self._labels) != num_classes:
+            raise UserError(
+                f"labels: {len(self._labels)} names for a classifier with {num_classes} outputs; "
+                "give one name an output, in their order"
+            )
+        if max(classes) >= num_classes:
+            raise UserError(
+                f"label={max(classes)} is not one of the classifier's {num_classes} classes, "
+                f"0 to {num_classes - 1}"
+            )
+        wanted = torch.tensor(classes, device=logits.device)
+        if self._output == "top1":
+            return (logits.argmax(dim=1) == wanted).to(logits.dtype)
+        values = logits if self._output == "logit" else logits.log_softmax(dim=1)
+        return values.gather(1, wanted[:, None])[:, 0]
+
+    def _number(self, label: str) -> int:
+        if label in self._labels:
+            return self._labels.index(label)
+        if label.isdigit() and (not self._labels or int(label) < len(self._labels)):
+            return int(label)
+        raise UserError(
+            f"label={label} is not a class of this classifier; its {len(self._labels)} classes "
+            f"are {_shown(self._labels)}"
+        )
+
+
+def label_in(prompt: str, labels: Sequence[str]) -> int:
+    """Returns the number of the only class that the prompt names, as whole words, in any case.
+
+    A label may list names ("tabby, tabby cat"); a name inside a longer one does not count ("cat"
+    in "tiger cat").
+    """
+    text = _words(prompt)
+    found: list[tuple[int, int, int]] = []  # start, end, class
+    for number, label in enumerate(labels):
+        for name in filter(None, map(_words, label.split(","))):
+            matches = re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text)
+            found += [(match.start(), match.end(), number) for match in matches]
+    outer = {
+        number
+        for start, end, number in found
+        if not any(a <= start and end <= b and b - a > end - start for a, b, _ in found)
+    }
+    if len(outer) == 1:
+        return outer.pop()
+    what = f"several classes, {_shown([labels[n] for n in sorted(outer)])}" if outer else "no class"
+    raise UserError(
+        f"label: the prompt {prompt!r:.60} names {what} of {_shown(labels)}; give the verifier a "
+        "label, or prompts that name one class"
+    )
+
+
+def _words(text: str) -> str:
+    return " ".join(re.sub(r"[_\-\s]+", " ", text.lower()).split())
+
+
+def _shown(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")

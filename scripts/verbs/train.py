@@ -1,0 +1,25 @@
+"""`blackpoint train`: fine-tunes a checkpoint as its config says."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from blackpoint.data.files.errors import Unreachable
+from blackpoint.sampling.errors import Resumable
+from blackpoint.train.config.config import TrainConfig
+
+
+def config_class() -> type[TrainConfig]:
+    return TrainConfig
+
+
+def run(config: TrainConfig) -> int:
+    from blackpoint.train.run import fit
+
+    try:
+        return fit(config)
+    except Unreachable as error:
+        if "BLACKPOINT_UNREACHABLE" in os.environ:  # a mark for scripts/cluster/slurm_job.py
+            with contextlib.suppress(OSError):
+                Path(os.environ["BLACKPOINT_UNREACHABLE"]).touch()
+        raise Resumable(str(error)) from error

@@ -1,0 +1,100 @@
+"""Preview grids: the training model's pictures at fixed prompts and seeds, as it learns.
+
+Their luminance is logged beside them, so that a run shows its black point moving: of each prompt
+preview/luminance_<prompt> (whole image) and preview/border_luminance_<prompt>, and as one number
+preview/luminance_error, the mean distance to what the prompts ask for, where they do.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
+from blackpoint.sampling.prompts.brightness_target import luminance_target, prompt_slugs
+from blackpoint.sampling.runtime.pictures import caption_grid, to_picture
+from blackpoint.train.callbacks.metrics import log_metrics
+from blackpoint.train.callbacks.watch import Watch
+from blackpoint.train.config.config import PreviewConfig
+from blackpoint.train.ema import Ema
+from blackpoint.train.module import FineTuner
+
+CAPTION_LENGTH = 100
+
+
+class Previews(Callback):
+    """Writes previews/step_00000500.png, with the averaged weights if there are any."""
+
+    def __init__(self, folder: Path, config: PreviewConfig, watch: Watch, ema: Ema | None) -> None:
+        self.folder, self.config, self.watch, self.ema = folder, config, watch, ema
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = step % self.config.every_steps == 0 or step == trainer.max_steps
+        if not (due and self.watch.at_step_end and trainer.is_global_zero):
+            return
+        assert isinstance(pl_module, FineTuner)
+        with self.watch.paused():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"step_{step:08d}.png"
+            images = self._sample(trainer, pl_module)
+            pictures = [to_picture(image) for image in images]
+            metrics, captions = measure(images, self.config.prompts)
+            columns = self.config.num_images
+            rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+            titles = [f"step {step}, seed {seed}" for seed in range(columns)]
+            caption_grid(captions, rows, titles).save(path)
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    caption = "; ".join(captions)
+                    logger.log_image("previews", [str(path)], step=step, caption=[caption])
+            log_metrics(trainer, metrics)  # last: what metrics.csv holds has been shown
+
+    def _sample(self, trainer: Trainer, module: FineTuner) -> Tensor:
+        prompts, columns = self.config.prompts, range(self.config.num_images)
+        swap = self.ema.swapped_in(module) if self.ema else contextlib.nullcontext()
+        with torch.no_grad(), swap, trainer.precision_plugin.forward_context():
+            module.unet.eval()
+            images = module.model.sample(
+                [prompt for prompt in prompts for _ in columns],
+                seeds=[seed for _ in prompts for seed in columns],
+                num_steps=self.config.num_steps,
+                guidance_scale=self.config.guidance_scale,
+                guidance_rescale=self.config.guidance_rescale,
+                height=module.config.data.resolution,
+                width=module.config.data.resolution,
+                allow_unsound=module.config.allow_unsound,
+            )
+            module.unet.train()
+        return images
+
+
+def measure(images: Tensor, prompts: Sequence[str]) -> tuple[dict[str, float], list[str]]:
+    """Returns the metrics of images (N, 3, H, W) in [0, 1], as many for each prompt in turn, and
+    the prompts with their luminance as captions."""
+    by_prompt = images.float().cpu().unflatten(0, (len(prompts), -1))
+    metrics: dict[str, float] = {}
+    captions, errors = [], []
+    for prompt, slug, own in zip(prompts, prompt_slugs(prompts), by_prompt, strict=True):
+        luminance = {"image": image_luminance(own), "border": border_luminance(own)}
+        metrics[f"preview/luminance_{slug}"] = luminance["image"].mean().item()
+        metrics[f"preview/border_luminance_{slug}"] = luminance["border"].mean().item()
+        target = luminance_target(prompt)
+        where = target.where if target else "image"
+        caption = f"{shorten(prompt, CAPTION_LENGTH)}: {where} luminance "
+        caption += f"{luminance[where].mean():.3f}"
+        if target:
+            errors.append((luminance[where] - target.value).abs().mean().item())
+            caption += f", wanted {target.value:g}"
+        captions.append(caption)
+    if errors:
+        metrics["preview/luminance_error"] = sum(errors) / len(errors)
+    return metrics, captions
