@@ -7,6 +7,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Where mypy and editors find blackpoint.*, whose folders lie at the top.
+LINKS := .venv/src/blackpoint
 
 # Importing compiles what our commands use: a quarter of what is installed, while pip would compile
 # all of it, for two minutes.
@@ -39,6 +41,9 @@ $(INSTALLED): pyproject.toml
 	@echo "installing into .venv: once, a few minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --no-compile --editable '.[demo,dev]'
+	@mkdir -p $(LINKS)
+	@for folder in assets configs data sampling scripts train; do \
+	  ln -sfn ../../../$$folder $(LINKS)/$$folder; done
 	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -W ignore -c "$(IMPORTED)"
 	@touch $@
 

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
-from blackpoint.data.files.paths import BadPath, Holds, expanded, obstacle
+from blackpoint.data.files.paths import BadPath, Holds, expanded, obstacle, shipped
 from blackpoint.data.files.yaml_text import read_yaml_file
 from blackpoint.data.files.yaml_text import to_yaml as to_yaml
 from blackpoint.sampling.errors import UserError
@@ -81,7 +81,7 @@ def check_outputs(config: object) -> None:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a YAML mapping as plain containers; an empty file is an empty mapping."""
     try:
-        path = expanded(str(path))
+        path = shipped(expanded(str(path)))
     except BadPath as error:
         raise UserError(f"{path}: {error}") from None
     if not Path(path).is_file():

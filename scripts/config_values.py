@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from omegaconf import MISSING
 
-from blackpoint.data.files.paths import BadPath, Holds, expanded, is_verbatim
+from blackpoint.data.files.paths import BadPath, Holds, expanded, is_verbatim, shipped
 from blackpoint.data.files.yaml_text import read_yaml
 from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.prompts.prompt_set import prompts_path
@@ -149,7 +149,10 @@ class Texts:
         if not isinstance(value, str) or is_number(hint):
             return value
         if holds(hint, Holds.PATH):
-            return self._token(value) if is_verbatim(value) else _path(expanded, value, where)
+            if is_verbatim(value):
+                return self._token(value)
+            path = _path(expanded, value, where)
+            return path if holds(hint, Holds.OUTPUT) else shipped(path)
         if holds(hint, Holds.PROMPTS):
             value = _path(prompts_path, value, where)
         try:

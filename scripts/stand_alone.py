@@ -1,4 +1,4 @@
-"""Commands of their own, `python -m scripts.NAME [key=value ...]`: what they do with an error."""
+"""Commands of their own, `python -m blackpoint.scripts.ROOM.NAME [key=value ...]`."""
 
 import sys
 from collections.abc import Callable

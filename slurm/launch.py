@@ -4,9 +4,8 @@ Runs from the repository at a job's first start, and from the run's frozen copy 
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import this_code  # noqa: F401
 
 if __name__ == "__main__":
     from blackpoint.scripts.cluster.slurm_job import main

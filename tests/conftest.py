@@ -22,7 +22,7 @@ from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 CORE = ("schedule", "prediction", "noise", "guidance", "samplers", "conditioning", "model")
-install_import_hook([f"sampling.{name}" for name in CORE], "beartype.beartype")
+install_import_hook([f"blackpoint.sampling.{name}" for name in CORE], "beartype.beartype")
 
 
 # The same examples everywhere, and none too slow: a busy machine must not fail a law.

@@ -81,7 +81,9 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_verb_has_its_module() -> None:
     for module, _ in cli.VERBS.values():
-        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+        assert (ROOT / (module.removeprefix("blackpoint.").replace(".", "/") + ".py")).is_file(), (
+            module
+        )
 
 
 def test_the_installed_command_runs() -> None:

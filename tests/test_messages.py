@@ -72,7 +72,8 @@ def imported(path: Path) -> frozenset[Path]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-        found |= {ROOT / f"{name.replace('.', '/')}.py" for name in names}
+        ours = (name.removeprefix("blackpoint.") for name in names)
+        found |= {ROOT / f"{name.replace('.', '/')}.py" for name in ours}
     return frozenset(file for file in found if file.exists())
 
 
@@ -129,10 +130,14 @@ def last_words(verb: str) -> set[str]:
     return found | ({"mine"} if verb == "evaluate" else set())  # checkpoints.mine: any name
 
 
+def module_of(verb: str) -> Path:
+    return ROOT / (VERBS[verb][0].removeprefix("blackpoint.").replace(".", "/") + ".py")
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_keys_of_messages_exist_in_the_verb_that_prints_them(verb: str) -> None:
     known, wrong = last_words(verb), set()
-    for path in reachable(ROOT / f"{VERBS[verb][0].replace('.', '/')}.py"):
+    for path in reachable(module_of(verb)):
         name = str(path.relative_to(ROOT))
         if name in WRITES_CODE or (verb in READS_ONLY and not name.startswith("scripts/")):
             continue

@@ -10,6 +10,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+CODE = Path(__file__).resolve().parents[2]
+"""The folder of the packages: a checkout, a run's frozen copy or an installed blackpoint."""
+SHIPPED = ("assets", "configs")
+"""Folders beside the packages that commands and configs name; they install with them."""
+
 _REMOTE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 _COMMAND = re.compile(r"(pipe|exec|cmd|popen|sh|bash|shell):|[|!]", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
@@ -60,6 +65,16 @@ def expanded(path: str) -> str:
         user = path.split("/", 1)[0]
         raise BadPath(f"no home folder of {user} is known here; write the whole path")
     return home
+
+
+def shipped(path: str) -> str:
+    """Returns where a file of assets/ or configs/ lies that the working folder does not hold.
+
+    Any other path is returned as it is: what the working folder holds comes first.
+    """
+    there = CODE / path
+    is_ours = path.startswith(tuple(f"{name}/" for name in SHIPPED))
+    return str(there) if is_ours and not _exists(Path(path)) and _exists(there) else path
 
 
 def _value(match: re.Match[str]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blackpoint.sampling.checkpoints.loading import save_tokenizer
-from blackpoint.sampling.pixels.folder import CODE
+from blackpoint.sampling.pixels.folder import CODE, CODE_FOLDER
 
 if TYPE_CHECKING:
     from blackpoint.sampling.model import DiffusionModel
@@ -44,7 +44,7 @@ def save_model(model: "DiffusionModel", folder: Path) -> None:
     if model.pixels is not None:
         index = model.pixels.to_index()
         for name in CODE:
-            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+            shutil.copyfile(CODE_FOLDER / name, folder / name)
     index = index | {"scheduler": ["diffusers", scheduler["_class_name"]]}
     write_json(folder / "model_index.json", index)
 

@@ -9,6 +9,7 @@ from blackpoint.sampling.pixels.pixel_codec import PixelCodec
 
 PIPELINE = ["pixel_pipeline", "PixelPipeline"]
 CODE = ("pixel_pipeline.py", "pixel_codec.py")
+CODE_FOLDER = Path(__file__).parent
 """Files of this package that diffusers reads beside an export."""
 
 

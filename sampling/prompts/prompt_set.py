@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blackpoint.data.files.paths import BadPath, expanded
+from blackpoint.data.files.paths import BadPath, expanded, shipped
 from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.prompts.files import (
     NO_METADATA,
@@ -95,10 +95,12 @@ def _given_texts(prompts: object) -> list[str]:
 
 
 def prompts_path(text: str) -> str:
-    """Returns the text; where it names a file or folder by ~ or a variable, that is expanded.
+    """Returns the text; where it names a file or folder by ~ or a variable, that is expanded, and
+    a file of configs/ that the working folder lacks is the one that came with the package.
 
     Raises BadPath.
     """
+    text = shipped(text)
     if not text.startswith(("~", "$")) or not ("/" in text or text.lower().endswith(SUFFIXES)):
         return text
     try:

@@ -2,16 +2,34 @@
 
 import importlib
 import inspect
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
+from blackpoint.data.files.notes import first
 from blackpoint.sampling.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MOVED = {
+    f"sampling.evaluation.{name}": f"blackpoint.scripts.miniature.{name}"
+    for name in ("digit_perceptron", "digit_reader")
+} | {"sampling.evaluation.imagenet_features": "blackpoint.sampling.evaluation.imagenet_features"}
+"""Where modules lie that YAMLs name by where they lay before."""
+
+
+def current_path(path: str) -> str:
+    """Returns the import path under which there is today what `path` named when it was written."""
+    module_name, colon, name = path.partition(":")
+    return MOVED.get(module_name, module_name) + colon + name
 
 
 def import_object(path: str, field: str) -> Any:
     """Returns what "package.module:name" names; raises UserError where there is no such thing."""
-    module_name, _, name = path.partition(":")
+    if current_path(path) != path and first(f"verifiers named as {path}"):
+        log.warning("note: %s=%s is %s now; write that", field, path, current_path(path))
+    module_name, _, name = current_path(path).partition(":")
     if not module_name or not name:
         raise UserError(
             f"{field}={path} must be an import path, package.module:name, such as my_scores:sharp"

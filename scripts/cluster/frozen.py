@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from blackpoint.data.files.paths import CODE as ROOT
 from blackpoint.sampling.errors import UserError
 from blackpoint.train.records.run_directory import GIT_RECORD, git_state
 from blackpoint.train.records.run_lock import JOB_LOCK, LOCK, RunLock
 
-ROOT = Path(__file__).resolve().parents[1]
 CODE = ("data", "sampling", "train", "scripts", "slurm")
 SUFFIXES = (".py", ".j2", ".css", ".js", ".sbatch")
 CONFIG = "config.yaml"

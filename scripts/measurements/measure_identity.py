@@ -179,7 +179,8 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# What identity costs",
         "",
-        f"`python -m blackpoint.scripts.measurements.measure_identity` on {found['date']} ({found['machine']}), "
+        f"`python -m blackpoint.scripts.measurements.measure_identity` on "
+        f"{found['date']} ({found['machine']}), "
         f"beside other work: a load of {found['load']:.0f}.",
         "",
         f"The start of a run on {settings['num_shards']:,} unchanged shards, on a local disk; "

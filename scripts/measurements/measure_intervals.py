@@ -150,7 +150,8 @@ def measure(config: IntervalsConfig) -> str:
     torch.set_num_threads(1)  # several that wait for each other take CPU time beside other work
     page = f"""# How often the intervals hold the truth
 
-`python -m blackpoint.scripts.measurements.measure_intervals`, {machine["date"]}, {machine["machine"]}. Share of 95 %
+`python -m blackpoint.scripts.measurements.measure_intervals`, {machine["date"]},
+{machine["machine"]}. Share of 95 %
 intervals that hold the known value: {config.num_samples} samples a line for means and standard
 deviations, {config.num_sets} sets a line for FID.
 

@@ -124,7 +124,8 @@ def markdown(config: PixelCostConfig, found: dict[str, Any]) -> str:
     lines = [
         "# What early down-sampling saves",
         "",
-        f"`python -m blackpoint.scripts.measurements.measure_pixel_cost` on {found['date']} ({found['machine']}): one "
+        f"`python -m blackpoint.scripts.measurements.measure_pixel_cost` on "
+        f"{found['date']} ({found['machine']}): one "
         f"training step of the same UNet, {settings['channels']} wide, {settings['blocks']} "
         f"residual blocks, attention at the lowest level, batch {settings['batch_size']}, float32, "
         f"{settings['num_threads']} thread(s) of torch; on pixels (patch 1) and on patches. "

@@ -164,7 +164,8 @@ def page(config: SchedulerStudyConfig, rows: list[Row]) -> str:
     lines = [
         "# diffusers' schedulers on a zero-SNR model, measured",
         "",
-        f"`python -m blackpoint.scripts.measurements.measure_schedulers` on {machine['date']} ({machine['machine']}; "
+        f"`python -m blackpoint.scripts.measurements.measure_schedulers` on "
+        f"{machine['date']} ({machine['machine']}; "
         f"diffusers {machine['versions']['diffusers']}): the export of "
         f"`configs/tiny_zero_snr.yaml` (64 px) in stock diffusers, {config.num_steps} steps, "
         f"pictures i = 0 to n - 1 of seed {config.seed} + i. Border: the outer two rows and "

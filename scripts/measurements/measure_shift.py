@@ -149,7 +149,8 @@ def page(config: ShiftStudyConfig, rows: list[Ratio], machine: dict[str, str]) -
     lines = [
         "# The resolution shift, measured",
         "",
-        f"`python -m blackpoint.scripts.measurements.measure_shift` on {machine['date']}: {len(CAPTIONS)} photographs "
+        f"`python -m blackpoint.scripts.measurements.measure_shift` on "
+        f"{machine['date']}: {len(CAPTIONS)} photographs "
         f"of scikit-image at {config.resolution_px} px, seed {config.seed}, noised by Stable "
         f"Diffusion's schedule (zero terminal SNR) shifted from {config.base_px} to "
         f"{config.resolution_px} px, then averaged to {config.base_px} px and regressed on the "

@@ -191,7 +191,8 @@ def page(content: dict[str, Any]) -> str:
         "",
         f"{sum(row['hung'] for row in rows)} of {len(rows)} requeues hung.{ended}",
         "",
-        f"`python -m blackpoint.scripts.measurements.requeue_study` on {content['date']}: {content['machine']}; "
+        f"`python -m blackpoint.scripts.measurements.requeue_study` on "
+        f"{content['date']}: {content['machine']}; "
         f"{content['slurm']}, {versions}.",
         f"The job: `sbatch {settings['options']} slurm/train.sbatch "
         f"{arguments}`. Each time it has made a step it gets SIGUSR1, as at a "

@@ -86,7 +86,7 @@ def _bars(axis: Axes, names: list[str], rows: list[dict[str, str]], metric: str)
 def _read(path: str) -> list[dict[str, str]]:
     if not Path(path).is_file():
         raise UserError(
-            f"{path} is not there; python -m blackpoint.scripts.studies.ablation and comparison make it"
+            f"{path} is not there; blackpoint.scripts.studies.ablation and comparison make it"
         )
     return list(csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8"))))
 

@@ -242,7 +242,7 @@ def describe_environment() -> dict[str, Any]:
 
 def git_state() -> dict[str, str | None]:
     """Returns the commit and the changed files of the code that runs; None outside a repository."""
-    frozen = Path(__file__).resolve().parents[1] / GIT_RECORD
+    frozen = Path(__file__).resolve().parents[2] / GIT_RECORD
     if frozen.exists():
         return json.loads(frozen.read_text(encoding="utf-8"))
     return {
