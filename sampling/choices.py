@@ -3,8 +3,8 @@
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import Holds
-from blackpoint.sampling.errors import UserError
 
 MAX_SEED = 2**64 - 1
 """torch.Generator takes no larger one."""

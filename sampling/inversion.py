@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.samplers import Denoise, Prediction, SamplingGrid
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.architecture import check_architecture, sample_size_of
 from blackpoint.sampling.checkpoints.encoders import Encoders, dtype_of
 from blackpoint.sampling.checkpoints.loading import (
@@ -31,7 +32,6 @@ from blackpoint.sampling.checkpoints.loading import (
 from blackpoint.sampling.checkpoints.resolve import Weights, resolve
 from blackpoint.sampling.checkpoints.saving import save_model
 from blackpoint.sampling.conditioning import Conditioning, encode_classes, encode_text
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.guidance import NO_GUIDANCE, Guidance, guided_output
 from blackpoint.sampling.noise import initial_noise, step_noise
 from blackpoint.sampling.pixels.folder import PixelForm

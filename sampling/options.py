@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.sampling.choices import (
     Attention,
@@ -19,7 +20,6 @@ from blackpoint.sampling.choices import (
     Weights,
     check_seed,
 )
-from blackpoint.sampling.errors import UserError
 
 if TYPE_CHECKING:
     from blackpoint.sampling.guidance import Guidance

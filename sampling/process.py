@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.scheduler_config import (
     ABOVE_THE_CLEANEST,
     read_scheduler_config,
 )
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.prediction import PredictionType, to_eps, to_x0
 from blackpoint.sampling.samplers import END_AT_FINAL_ALPHA_BAR, Prediction, SamplingGrid
 from blackpoint.sampling.schedule import NoiseSchedule, Spacing

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.inversion import Inverter, bdia_invert, bdia_resample, invert
 from blackpoint.sampling.model import DiffusionModel

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.images.decode import BadImage
 from blackpoint.data.images.pictures import open_picture
 from blackpoint.sampling.checkpoints.fingerprint import sampling_digest
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.options import SampleConfig
 from blackpoint.sampling.prompts.prompt_set import read_prompts

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.choices import recorded_formats
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.export.export import require_empty
 from blackpoint.sampling.options import SampleConfig
 from blackpoint.sampling.runtime.precision import settle

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.schedule import NoiseSchedule
 
 

@@ -14,10 +14,8 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-from blackpoint.data.files.errors import RunFailed as DataRunFailed
-from blackpoint.data.files.errors import UserError as DataUserError
+from blackpoint.data.files.errors import NOT_WRITABLE, Resumable, RunFailed, UserError
 from blackpoint.data.files.notes import tell_counts
-from blackpoint.sampling.errors import NOT_WRITABLE, Resumable, RunFailed, UserError
 from blackpoint.train.cluster import signals
 
 # verb: (module with config_class() and run(config) -> int, purpose)
@@ -88,13 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
-    except (UserError, DataUserError) as error:
+    except UserError as error:
         _complain(str(error))
         return 2
     except Resumable as error:
         _complain(str(error))
         return 75
-    except (RunFailed, DataRunFailed) as error:
+    except RunFailed as error:
         _complain(str(error))
         return 1
     except OSError as error:

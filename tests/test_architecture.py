@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from tests.pixel_models import pixel_model
 from tests.tiny_pipeline import make_tiny_pipeline

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.scripts.bench import memory as bench_memory
 from blackpoint.scripts.bench import reader as bench_reader
 from blackpoint.scripts.bench.bench import PARTS, BenchConfig, main, table

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.fingerprint import vae_digest
 from blackpoint.sampling.checkpoints.resolve import resolve, weight_files
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.scripts.cli import main
 from tests.tiny_pipeline import make_tiny_pipeline

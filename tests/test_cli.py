@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blackpoint.data.files.errors import UserError as DataUserError
-from blackpoint.sampling.errors import Resumable, RunFailed, UserError
+from blackpoint.data.files.errors import Resumable, RunFailed, UserError
 from blackpoint.scripts import cli
 from blackpoint.scripts.config import load
 from blackpoint.scripts.config_fields import fields_of, nested_class
@@ -122,7 +121,7 @@ def test_a_verb_gets_its_config_and_gives_its_status(toy: Install) -> None:
     ("error", "status"),
     [
         (UserError("seed = -1: must be 0 or more"), 2),
-        (DataUserError("shards: none found"), 2),
+        (UserError("shards: none found"), 2),
         (RunFailed("loss is nan at step 3"), 1),
         (Resumable("stopped by the time limit"), 75),
     ],

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.config import MetricsConfig
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.search.config import SearchConfig

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 from omegaconf import MISSING
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.scripts.config import load, to_yaml
 from blackpoint.scripts.config_fields import describe, fields_of
 

@@ -23,7 +23,6 @@ from blackpoint.data.order.buckets import Buckets, BucketsConfig, bucket_of, buc
 from blackpoint.data.order.order import BucketOrder
 from blackpoint.data.pack.pack import PackConfig, pack
 from blackpoint.data.transform import resized
-from blackpoint.sampling.errors import UserError as SamplingUserError
 from tests.data_images import encoded, picture
 from tests.test_data_module import damage, samples, take
 from tests.tiny_run import tiny_config
@@ -360,7 +359,7 @@ def test_a_bucket_that_the_autoencoder_cannot_halve_is_refused(
         rectangles,
         **{"data.buckets.enabled": True, "data.buckets.step_px": 5},
     )
-    with pytest.raises(SamplingUserError, match="data.buckets.step_px=5 makes .* multiple of 2 px"):
+    with pytest.raises(UserError, match="data.buckets.step_px=5 makes .* multiple of 2 px"):
         blackpoint.train.run.fit(config)
     assert not (tmp_path / "run").exists()
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import blackpoint.train.run
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.data.images.decode import DECODER_VERSION, STORED_COLORS
 from blackpoint.data.index.index import Index
 from blackpoint.data.latents import Encoding
 from blackpoint.data.module import CaptionedImages
 from blackpoint.data.pack.pack import PackConfig, pack
 from blackpoint.data.shards.listing import ENCODING_FILE
-from blackpoint.sampling.errors import RunFailed
 from blackpoint.train.records.run_identity import FILE, begun_decoder, write_identity
 from tests.data_images import encoded as image_bytes
 from tests.data_images import picture

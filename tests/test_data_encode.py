@@ -13,7 +13,7 @@ import torch
 from torch.testing import assert_close
 
 import blackpoint.train.run
-from blackpoint.data.files.errors import UserError as DataUserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.data.index.contents import DIGESTS_FILE, STAMPS_FILE
 from blackpoint.data.index.index import Index
 from blackpoint.data.latents import Encoding
@@ -21,7 +21,6 @@ from blackpoint.data.module import CaptionedImages
 from blackpoint.data.pack.pack import PackConfig, pack
 from blackpoint.sampling.checkpoints.encoders import Encoders
 from blackpoint.sampling.checkpoints.fingerprint import text_encoder_digest, vae_digest
-from blackpoint.sampling.errors import RunFailed, UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.scripts.cli import main
 from blackpoint.train.encode.encode import EncodeConfig, encode
@@ -225,7 +224,7 @@ def test_digests_are_of_values_and_not_of_files(pipeline: Path, tmp_path: Path) 
 def test_what_a_cache_excludes_is_refused(
     pipeline: Path, cache: Path, tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(DataUserError, match=message):
+    with pytest.raises(UserError, match=message):
         blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, cache, **overrides))
     assert not (tmp_path / "run").exists()
 
@@ -254,7 +253,7 @@ def test_bad_samples_are_left_out_and_named(pipeline: Path, tmp_path: Path) -> N
         start, size = int(record["image_offset"]), int(record["image_size"])
         content[start : start + size] = bytes(size)
     path.write_bytes(content)
-    with pytest.raises(DataUserError, match="has changed since the index"):
+    with pytest.raises(UserError, match="has changed since the index"):
         encode(config_for(tmp_path / "shards", pipeline, tmp_path / "out"))
     (tmp_path / "shards" / "index" / DIGESTS_FILE).unlink()  # from before there were any
     options = {"samples_per_shard": 4, "max_bad_share": 0.6}
@@ -266,7 +265,7 @@ def test_bad_samples_are_left_out_and_named(pipeline: Path, tmp_path: Path) -> N
     listed = (tmp_path / "out" / "index" / "bad_samples.jsonl").read_text()
     assert listed.count("not an image") == 5
     options["max_bad_share"] = 0.01
-    with pytest.raises(DataUserError, match="5 of 9 samples .*max_bad_share=0.01"):
+    with pytest.raises(UserError, match="5 of 9 samples .*max_bad_share=0.01"):
         encode(config_for(tmp_path / "shards", pipeline, tmp_path / "strict", **options))
     assert not (tmp_path / "strict").exists()  # its shards wait for a larger share
     options["max_bad_share"] = 0.6
@@ -342,7 +341,7 @@ def test_damaged_cache_says_so(pipeline: Path, cache: Path, tmp_path: Path) -> N
         ("empty.safetensors", None, "empty.safetensors: cannot be read"),
         ("index", None, "index is missing"),
     ):
-        with pytest.raises(DataUserError, match=f"{message}.*blackpoint data encode"):
+        with pytest.raises(UserError, match=f"{message}.*blackpoint data encode"):
             batches(tiny_config(tmp_path, pipeline, folder_without(name, content)))
 
 

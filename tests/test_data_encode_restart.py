@@ -11,8 +11,7 @@ import pytest
 
 import blackpoint.train.encode.encode
 import blackpoint.train.encode.shards
-from blackpoint.data.files.errors import UserError as DataUserError
-from blackpoint.sampling.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed, UserError
 from tests.interrupted_verb import interrupted
 from tests.tiny_encode import arguments, encoded, nothing_beside, stop_after, tree
 from tests.tiny_pipeline import make_tiny_pipeline
@@ -89,7 +88,7 @@ def test_another_command_is_refused_where_shards_are_kept(
         (pipeline, {"resolution": 32}, r"resolution=16 \(now 32\)"),
         (pipeline, {"batch_size": 4}, r"batch_size=2 \(now 4\)"),
     ):
-        with pytest.raises(DataUserError, match=f"{message}.*remove that folder to begin anew"):
+        with pytest.raises(UserError, match=f"{message}.*remove that folder to begin anew"):
             encoded(shards, checkpoint, tmp_path / "out", **options)
     moved = shutil.copytree(shards, tmp_path / "elsewhere")
     assert encoded(moved, pipeline, tmp_path / "out").num_kept_shards == 2
@@ -119,7 +118,7 @@ def test_an_encoding_that_was_changed_is_refused(unbroken: Path, tmp_path: Path)
     folder = shutil.copytree(unbroken, tmp_path / "changed")
     path = folder / "encoding.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vae": "0" * 32}))
-    with pytest.raises(DataUserError, match=r"have the key \w{12}, but .* with the key \w{12}"):
+    with pytest.raises(UserError, match=r"have the key \w{12}, but .* with the key \w{12}"):
         blackpoint.train.encode.encode.Encoding.read(folder)
 
 

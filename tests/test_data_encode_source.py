@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image, ImageOps
 
-from blackpoint.data.files.errors import UserError as DataUserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.data.index.contents import DIGESTS_FILE, STAMPS_FILE
 from blackpoint.data.index.index import INDEX_FOLDER, Index, build_index
 from blackpoint.data.latents import DEFAULT_FORMATS, Encoding
 from blackpoint.data.module import CaptionedImages
 from blackpoint.data.shards.shard_file import ShardFile
-from blackpoint.sampling.errors import RunFailed, UserError
 from blackpoint.sampling.runtime.tasks import Task
 from tests.damaged_data import OddSample, write_tar
 from tests.data_images import encoded as image_bytes
@@ -58,7 +57,7 @@ def test_latents_of_a_source_that_changed_are_not_taken_for_its_own(
     assert encoded(source, pipeline, output).num_kept_shards == 0
     assert encoded(source, pipeline, output).num_kept_shards == 2
     change(source)  # with the times of before: only their bytes tell
-    with pytest.raises(DataUserError, match="a.tar has changed since the index"):
+    with pytest.raises(UserError, match="a.tar has changed since the index"):
         encoded(source, pipeline, output)
     reindex(source)
     with pytest.raises(UserError, match="it holds latents that were made with source_digest="):
@@ -77,10 +76,10 @@ def test_shards_that_are_kept_of_another_source_are_not_continued(
         encoded(source, pipeline, output)
     monkeypatch.undo()
     change(source)
-    with pytest.raises(DataUserError, match="a.tar has changed since the index"):
+    with pytest.raises(UserError, match="a.tar has changed since the index"):
         encoded(source, pipeline, output)
     reindex(source)
-    with pytest.raises(DataUserError, match="1 finished shards of a run with source_digest="):
+    with pytest.raises(UserError, match="1 finished shards of a run with source_digest="):
         encoded(source, pipeline, output)
 
 
@@ -100,7 +99,7 @@ def test_a_source_that_changes_meanwhile_is_found_before_the_output_is_whole(
         return write(self, key, members)
 
     monkeypatch.setattr(ShardFile, "write", changing)
-    with pytest.raises(DataUserError, match="a.tar has changed since the index"):
+    with pytest.raises(UserError, match="a.tar has changed since the index"):
         encoded(source, pipeline, output)
     assert not output.exists()
 

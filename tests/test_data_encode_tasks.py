@@ -17,12 +17,11 @@ import torch
 
 import blackpoint.train.encode.encode
 import blackpoint.train.encode.shards
-from blackpoint.data.files.errors import UserError as DataUserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.index.index import IndexWriter
 from blackpoint.data.latents import Encoding
 from blackpoint.data.shards.shard_file import ShardFile
 from blackpoint.data.work.shared_partial import SharedPartial
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.runtime.tasks import Task, this_task
 from blackpoint.train.encode.encode import EncodeConfig, EncodeResult
 from blackpoint.train.encode.tasks import process_devices
@@ -179,7 +178,7 @@ def test_a_task_that_is_killed_at_the_index_leaves_no_trace(
 def test_another_command_does_not_join(pipeline: Path, shards: Path, tmp_path: Path) -> None:
     with SharedPartial(tmp_path / "out", {}):
         encoded(shards, pipeline, tmp_path / "elsewhere")
-        with pytest.raises(DataUserError, match="another process is at work there with"):
+        with pytest.raises(UserError, match="another process is at work there with"):
             encoded(shards, pipeline, tmp_path / "out")
         assert (tmp_path / ".out.partial" / "lock").exists()
     assert not (tmp_path / ".out.partial").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.report.rows import read_rows
 from blackpoint.scripts.miniature.demo_steps import EXPECTED, outcome
 from blackpoint.scripts.miniature.digit_perceptron import DigitPerceptron

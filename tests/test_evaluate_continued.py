@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation import measures as metrics_measures
 from blackpoint.sampling.evaluation import rows as metrics_rows
 from blackpoint.sampling.evaluation.rows import read_images, read_rows, write_rows

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation import black_point_study
 from blackpoint.sampling.evaluation.black_point import BlackPointConfig, Captions, study_cells
 from blackpoint.sampling.evaluation.black_point_study import (

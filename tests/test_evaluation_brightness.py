@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.metrics.brightness import (
     LuminanceRange,
     luminance_error,

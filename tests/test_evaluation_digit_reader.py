@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.scripts.miniature.digit_reader import DigitReader, contrast_map, save_weights
 from blackpoint.scripts.miniature.train_digit_reader import train_reader
 

@@ -6,7 +6,7 @@ import torch
 from scipy.spatial.distance import pdist
 from torch import nn
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.statistics import diversity
 from blackpoint.sampling.statistics.diversity import (
     diversity_change,

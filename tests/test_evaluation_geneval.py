@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.metrics.geneval import TASKS, read_geneval
 from blackpoint.sampling.statistics.estimates import proportion
 

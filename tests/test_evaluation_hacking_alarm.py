@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.statistics.diversity import diversity_change
 from blackpoint.sampling.statistics.estimates import Estimate, smallest_detectable_effect
 from blackpoint.sampling.statistics.hacking_alarm import PairedScores, fewest_prompts, hacking_alarm

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.metrics.noise_invariance import noise_dependence
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.process import Process

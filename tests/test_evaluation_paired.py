@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.statistics.estimates import mean, smallest_detectable_effect
 from blackpoint.sampling.statistics.paired import compare, count_outcomes, holm, mean_difference
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.statistics import rank_correlation
 from blackpoint.sampling.statistics.estimates import bca_interval, influences
 from blackpoint.sampling.statistics.rank_correlation import kendall, spearman

@@ -12,7 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.config import SetsConfig
 from blackpoint.sampling.evaluation.metrics.set_metrics import (
     SetMetric,

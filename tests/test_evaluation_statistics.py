@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.statistics import estimates as statistics
 from blackpoint.scripts.measurements.measure_intervals import DISTRIBUTIONS
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import CLIPTokenizer
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.export.export import export, moved_into_place
 from blackpoint.sampling.export.model_card import model_card
 from blackpoint.sampling.model import DiffusionModel

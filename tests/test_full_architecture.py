@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from lightning.pytorch import LightningModule
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.export.export import moved_into_place
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.scripts.measurements import full_architecture, make_random_base

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.inversion import Inverter, bdia_invert, bdia_resample, bdia_sample, invert
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.samplers import Prediction, SampleState, SamplingGrid, run

@@ -11,9 +11,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints import encoders
 from blackpoint.sampling.checkpoints.loading import Part
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.schedule import NoiseSchedule

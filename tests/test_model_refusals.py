@@ -14,7 +14,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.schedule import NoiseSchedule
@@ -189,7 +189,7 @@ def test_a_hub_that_does_not_answer_is_said_and_not_a_traceback(tmp_path):
     code = (
         "import time\ntime.sleep = lambda seconds: None  # between the tries\n"
         "from blackpoint.sampling.model import DiffusionModel\n"
-        "from blackpoint.sampling.errors import UserError\n"
+        "from blackpoint.data.files.errors import UserError\n"
         "try:\n    DiffusionModel.load('someone/something')\n"
         "except UserError as error:\n    print(error)"
     )

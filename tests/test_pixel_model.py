@@ -11,7 +11,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.export.export import export
 from blackpoint.sampling.export.verify import check_against_diffusers
 from blackpoint.sampling.model import DiffusionModel

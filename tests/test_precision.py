@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.choices import PLAIN_FORMATS
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.options import SampleConfig
 from blackpoint.sampling.runtime.precision import current, settle
 from blackpoint.scripts.cli import main

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import blackpoint.train.run
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.fingerprint import text_encoder_digest
-from blackpoint.sampling.errors import UserError
 from blackpoint.scripts.cli import main
 from blackpoint.train.cluster.device import check_count, settled, training_device
 from blackpoint.train.draws import draw

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.inversion import Inverter
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.reconstruction import reconstruct

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.black_point import BlackPointConfig
 from blackpoint.sampling.evaluation.black_point_study import Identity, reference_rows, run_study
 from blackpoint.sampling.evaluation.black_point_summary import write_summary

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.pictures import caption_grid, to_picture
 from blackpoint.sampling.sample import SampleConfig, read_prompts, sample_to_folder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.noise import derive_seed, initial_noise, step_noise
 from blackpoint.sampling.prediction import training_target
 from blackpoint.sampling.samplers import (

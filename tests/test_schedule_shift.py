@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.train.config.schedule_config import ScheduleConfig, ShiftConfig

@@ -11,7 +11,7 @@ import torch
 from scipy import integrate, stats
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.noise import seeded_noise
 from blackpoint.sampling.search.algorithm_configs import (

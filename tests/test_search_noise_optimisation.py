@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.inversion import Inverter, invert
 from blackpoint.sampling.model import DiffusionModel

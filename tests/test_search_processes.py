@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.runtime.sharing import (
     forget_stop,
     share_of,

@@ -2,8 +2,8 @@
 
 import pytest
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.choices import MAX_SEED, check_seed
-from blackpoint.sampling.errors import UserError
 from blackpoint.scripts.cli import main
 
 VERIFIER = "verifiers.a.kind=luminance"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.scripts.cluster import slurm_allocation, slurm_job
 from blackpoint.scripts.cluster.frozen import (
     CODE,

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.testing import assert_close
 
 import blackpoint.train.run
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.speed import prepare_unet
 from blackpoint.train.module import FineTuner

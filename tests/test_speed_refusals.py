@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import blackpoint.train.run
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.precision import check_dtype, check_tf32, set_tf32
 from blackpoint.sampling.runtime.speed import head_widths, prepare_unet

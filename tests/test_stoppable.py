@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from blackpoint.sampling.errors import Resumable, UserError
+from blackpoint.data.files.errors import Resumable, UserError
 from blackpoint.scripts.verbs.stoppable import stoppable
 
 

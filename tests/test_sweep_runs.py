@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.scripts.cli import main
 from blackpoint.scripts.sweep import runner as sweep_runner
 from blackpoint.scripts.sweep.runner import LOCK, read_cell

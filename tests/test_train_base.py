@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import blackpoint.train.records.base_identity
 import blackpoint.train.run
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.records.base_identity import base_differences, base_identity, check_same_base

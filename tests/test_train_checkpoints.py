@@ -17,8 +17,8 @@ import torch
 from omegaconf import OmegaConf
 
 import blackpoint.train.run
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.checkpoints.resolve import last_checkpoint
-from blackpoint.sampling.errors import RunFailed, UserError
 from blackpoint.train.callbacks.checkpoints import (
     AtomicCheckpointIO,
     checkpoint_steps,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.train.config.config import TrainConfig

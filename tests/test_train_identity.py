@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 import blackpoint.train.run
-from blackpoint.data.files.errors import UserError as DataUserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.index.contents import DIGESTS_FILE, STAMPS_FILE
 from blackpoint.data.index.index import INDEX_FOLDER
-from blackpoint.sampling.errors import UserError
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.records.run_directory import check_continues
 from blackpoint.train.records.run_identity import (
@@ -81,7 +80,7 @@ def test_rewritten_shards_that_were_not_indexed_anew_are_refused(
 ) -> None:
     (shard,) = (tmp_path / "shards").glob("*.tar")
     shard.write_bytes(shard.read_bytes().replace(b"white background", b"green background"))
-    with pytest.raises(DataUserError, match="shard-000000.tar has changed since the index"):
+    with pytest.raises(UserError, match="shard-000000.tar has changed since the index"):
         blackpoint.train.run.fit(stopped)
 
 

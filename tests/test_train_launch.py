@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import blackpoint.train.run
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.scripts.cli import main
 from blackpoint.train.cluster.cluster import as_launched
 from blackpoint.train.records.metrics_file import read_metrics

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import blackpoint.train.run
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.prediction import add_noise, training_target, v_to_x0
 from blackpoint.sampling.schedule import NoiseSchedule

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import blackpoint.train.run
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.train.loss import scale_errors, scale_weights, squared_error
 from blackpoint.train.loss_config import LossConfig
 from blackpoint.train.records.metrics_file import read_metrics

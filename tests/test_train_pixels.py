@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.export.export import export
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.model_config import DropoutConfig

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 import blackpoint.train.run
 from blackpoint.data.files.dotted import flat
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.yaml_text import read_yaml_file
-from blackpoint.sampling.errors import UserError
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.records.resume_keys import RULES, Rule, When, rule_of
 from blackpoint.train.records.run_directory import check_continues, write_records

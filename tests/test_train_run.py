@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import blackpoint.train.run
-from blackpoint.sampling.errors import Resumable, RunFailed, UserError
+from blackpoint.data.files.errors import Resumable, RunFailed, UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.module import FineTuner

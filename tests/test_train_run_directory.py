@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.images.decode import DECODER_VERSION
-from blackpoint.sampling.errors import UserError
 from blackpoint.scripts.config import load
 from blackpoint.train.config.config import PreviewConfig, TrainConfig
 from blackpoint.train.records.run_directory import check_continues, write_records

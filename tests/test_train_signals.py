@@ -17,11 +17,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
 import blackpoint.train.run
-from blackpoint.data.files.errors import Unreachable
-from blackpoint.data.files.errors import UserError as DataUserError
+from blackpoint.data.files.errors import Resumable, Unreachable, UserError
 from blackpoint.data.index.index import INDEX_FOLDER, has_index
 from blackpoint.data.module import CaptionedImages
-from blackpoint.sampling.errors import Resumable, UserError
 from blackpoint.scripts.cli import main
 from blackpoint.train.callbacks.checkpoints import checkpoint_steps
 from blackpoint.train.callbacks.interruption import lost_process
@@ -169,7 +167,7 @@ def test_tasks_that_would_wait_for_an_index_are_told_how_to_make_it(
     first = tmp_path / "shards" / "shard-{000000..000000}.tar"
     shutil.copyfile(tmp_path / "shards" / "shard-000000.tar", tmp_path / "shards" / "other.tar")
     config = tiny_config(tmp_path / "run", pipeline, first, **options)
-    with pytest.raises(DataUserError, match="has no index, and 2 processes") as error:
+    with pytest.raises(UserError, match="has no index, and 2 processes") as error:
         blackpoint.train.run.fit(config)
     assert not has_index(tmp_path / "shards") and not (tmp_path / "run").exists()
     program, *arguments = shlex.split(str(error.value).partition("Make it first: ")[2])

@@ -10,13 +10,13 @@ from diffusers import StableDiffusionPipeline
 
 import blackpoint.data.summary
 import blackpoint.train.run
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.yaml_text import read_yaml_file
 from blackpoint.data.index.index import Index
 from blackpoint.data.latents import Encoding
 from blackpoint.data.reader import Reader
 from blackpoint.data.shards.listing import find_shards
 from blackpoint.data.summary import enlarged_lines
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.config import OptimizerConfig
 from blackpoint.train.encode.config import EncodeConfig

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import blackpoint.train.run
 from blackpoint.data.batches import TrainingBatches
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.prompts.brightness_target import (
     LuminanceTarget,
     luminance_target,

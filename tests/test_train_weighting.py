@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.prediction import add_noise, to_eps, to_x0
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.schedule import NoiseSchedule

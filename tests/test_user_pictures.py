@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.images.decode import decode
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.evaluation.config import MetricsConfig, SetsConfig
 from blackpoint.sampling.evaluation.metrics import reference_set
 from blackpoint.sampling.evaluation.metrics.reference_set import Reference

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.verifiers.ensemble import combined
 
 RULES = ["mean_rank", "z_score", "minimum", "weighted_sum"]

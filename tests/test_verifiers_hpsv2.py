@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torchvision.transforms import InterpolationMode
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
 from blackpoint.sampling.verifiers.models.hpsv2 import HpsV2, load_hpsv2
 from tests.tiny_vision import eight_bit_images, spread_out

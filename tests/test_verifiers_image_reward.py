@@ -17,7 +17,7 @@ from transformers import (
     BlipVisionModel,
 )
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
 from blackpoint.sampling.verifiers.models.image_reward import (
     MAX_TOKENS,

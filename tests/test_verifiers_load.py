@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.verifiers.import_path import import_object
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
 from blackpoint.sampling.verifiers.verifier import checked_scores

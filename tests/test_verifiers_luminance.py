@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
 from blackpoint.sampling.verifiers.luminance import Luminance
 

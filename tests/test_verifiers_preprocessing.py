@@ -18,7 +18,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.verifiers.preprocessing import (
     Preprocessing,
     from_processor,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.verifiers.image_model import load_classifier, load_features
 from blackpoint.sampling.verifiers.pretrained import NEEDED_FILES, find_folder
 

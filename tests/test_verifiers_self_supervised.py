@@ -17,7 +17,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
 from blackpoint.sampling.verifiers.models.self_supervised import DEFAULT_LOG_SNR
 from blackpoint.sampling.verifiers.preprocessing import load_preprocessing

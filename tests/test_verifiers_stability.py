@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.inversion import Inverter, invert
 from blackpoint.sampling.noise import seeded_noise
@@ -192,7 +192,7 @@ def test_a_rate_needs_iterates() -> None:
 
 
 def test_a_picture_has_no_noise() -> None:
-    from blackpoint.sampling.errors import RunFailed
+    from blackpoint.data.files.errors import RunFailed
 
     with pytest.raises(RunFailed, match="scores runs from their noise"):
         Stability(Inverter("ddim")).score(torch.zeros(1, 3, 4, 4), ["a"])

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.noise import derive_seed
 from blackpoint.train.config.model_config import DropoutConfig
 

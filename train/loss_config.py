@@ -7,8 +7,8 @@ and eps in train/draws.py.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.choices import PredictionType
-from blackpoint.sampling.errors import UserError
 from blackpoint.train.config.ranges import check_range
 
 Weighting = Literal["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"]

@@ -11,8 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.conditioning import NO_TEXT_WIDTH
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.pixels.folder import PixelForm
 from blackpoint.sampling.pixels.pixel_codec import PixelCodec

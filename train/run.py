@@ -12,9 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from blackpoint.data.module import CaptionedImages
-from blackpoint.data.summary import bucket_rows, write_buckets
-from blackpoint.sampling.errors import (
+from blackpoint.data.files.errors import (
     FORBIDDEN,
     NOT_WRITABLE,
     NotExportable,
@@ -22,6 +20,8 @@ from blackpoint.sampling.errors import (
     RunFailed,
     UserError,
 )
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.summary import bucket_rows, write_buckets
 from blackpoint.sampling.export.export import export
 from blackpoint.sampling.runtime.precision import set_tf32
 from blackpoint.sampling.runtime.speed import prepare_unet

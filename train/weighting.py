@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.choices import PredictionType
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.train.loss_config import LossConfig
 

@@ -1,21 +1,28 @@
-"""What stops a data command on purpose: each class is one exit status of the command line."""
+"""What stops a command on purpose: each class is one exit status of the command line."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+NOT_WRITABLE = (*FULL, *FORBIDDEN)
+"""What the system says of a disk that takes no more, for a reason that the user can mend."""
+
 
 class UserError(ValueError):
-    """Says which field or file is wrong, what the rule is and what to do about it.
-
-    The command line prints it without a traceback and exits with status 2.
-    """
+    """The user's input is wrong (exit status 2); names field or file, value, rule and remedy."""
 
     def __init__(self, message: str) -> None:
         super().__init__(_without_traceback(message, type(self)))
 
 
+class NotExportable(UserError):
+    """No diffusers folder can hold the model and be sampled as it is sampled here."""
+
+
 class RunFailed(RuntimeError):
-    """Says what failed on the way, such as a full disk, and how to go on (exit status 1)."""
+    """The work failed in a foreseen way (exit status 1), such as a full disk; says how to go on."""
 
     def __init__(self, message: str) -> None:
         super().__init__(_without_traceback(message, type(self)))
@@ -23,6 +30,10 @@ class RunFailed(RuntimeError):
 
 class Unreachable(RunFailed):
     """A server did not answer: the same command goes on when it does (`train`: exit status 75)."""
+
+
+class Resumable(RuntimeError):
+    """The run stopped early and the same command continues it (exit status 75)."""
 
 
 class WriteFailed(Exception):

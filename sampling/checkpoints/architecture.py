@@ -16,8 +16,8 @@ from typing import Any
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.loading import read_json
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.pixels.folder import PixelForm
 
 LEGACY_SIDE = 64

@@ -19,8 +19,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.resolve import Resolved, variant_of
-from blackpoint.sampling.errors import UserError
 
 CLIP_POSITIONS = 77
 """Of a CLIP text encoder whose config does not say it."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from blackpoint.data.files.errors import FULL, NOT_WRITABLE, RunFailed, UserError
 from blackpoint.sampling.choices import Weights
-from blackpoint.sampling.errors import FULL, NOT_WRITABLE, RunFailed, UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MODELS = ("unet", "vae", "text_encoder")

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 
 log = logging.getLogger(__name__)
 

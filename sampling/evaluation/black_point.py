@@ -21,9 +21,9 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.sampling.choices import check_seed
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.report.rows import DATA
 
 

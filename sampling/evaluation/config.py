@@ -9,6 +9,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.sampling.choices import (
     Attention,
@@ -19,7 +20,6 @@ from blackpoint.sampling.choices import (
     Weights,
     check_seed,
 )
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.verifiers.load import ImageModelConfig, VerifierConfig
 
 OF_RUNS = ("stability", "self_supervised", "oracle")

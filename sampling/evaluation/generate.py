@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.fingerprint import model_digest
 from blackpoint.sampling.choices import check_seed
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.evaluation.config import MAX_STORED_SEED, MetricsConfig
 from blackpoint.sampling.evaluation.metrics.set_models import Pixels, to_pixels
 from blackpoint.sampling.evaluation.rows import SETTINGS, Key

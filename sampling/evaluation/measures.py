@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.config import MetricsConfig
 from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
 from blackpoint.sampling.evaluation.metrics.brightness import luminance_error, luminance_range

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.whole_file import write_whole
 
 SETTINGS, REFERENCE, REFERENCES = "evaluation.json", "reference.json", "references"

@@ -29,8 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.choices import PLAIN_FORMATS
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.evaluation.config import FREE, MetricsConfig
 from blackpoint.sampling.evaluation.generate import Job, Painter, jobs_of
 from blackpoint.sampling.evaluation.measures import (

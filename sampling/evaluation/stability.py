@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.search.algorithm_configs import NoiseOptimisationConfig
 from blackpoint.sampling.verifiers.load import ImageModelConfig, VerifierConfig
 

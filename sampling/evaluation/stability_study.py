@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.data.files.plain import csv_text, finite
-from blackpoint.sampling.errors import RunFailed, UserError
 from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
 from blackpoint.sampling.evaluation.stability_arms import Arm, arms, places
 from blackpoint.sampling.evaluation.stability_findings import methods, rivals

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from blackpoint.data.files.errors import NOT_WRITABLE, NotExportable, RunFailed, UserError
 from blackpoint.sampling.choices import Dtype, Weights
-from blackpoint.sampling.errors import NOT_WRITABLE, NotExportable, RunFailed, UserError
 from blackpoint.sampling.export.clients import Architecture
 from blackpoint.sampling.export.model_card import model_card
 from blackpoint.sampling.export.verify import check_against_diffusers

@@ -30,7 +30,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from blackpoint.sampling.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.noise import initial_noise

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.pixels.pixel_codec import PixelCodec
 
 PIPELINE = ["pixel_pipeline", "PixelPipeline"]

@@ -17,8 +17,8 @@ from pathlib import Path
 from sys import intern
 from typing import Any
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.tables import BadTable, Rows, csv_rows, tsv_rows
-from blackpoint.sampling.errors import UserError
 
 TEXT_FIELDS = ("prompt", "prompts", "caption", "text")
 CATEGORY_FIELDS = ("category", "tag")

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blackpoint.data.files.paths import BadPath, expanded, shipped
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import BadPath, expanded
 from blackpoint.sampling.prompts.files import (
     NO_METADATA,
     SUFFIXES,

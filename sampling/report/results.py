@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.plain import number
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.evaluation.rows import IMAGES, REFERENCE, SETTINGS, Row, read_images
 from blackpoint.sampling.evaluation.summary import (
     ERROR,

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.choices import PLAIN_FORMATS
-from blackpoint.sampling.errors import UserError
 
 TF32_CAPABILITY = (8, 0)
 Formats = dict[str, Any]

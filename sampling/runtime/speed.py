@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.choices import Attention
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.runtime.precision import current
 
 if TYPE_CHECKING:  # importing it takes seconds

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.whole_file import write_whole
 
 NOT_IN_PROJECT, MAX_PROJECT_CHARACTERS = "/\\#?%:", 128

@@ -5,9 +5,9 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.runtime.tracking import WandbConfig
 from blackpoint.sampling.search.algorithm_configs import (
     FkSteeringConfig,

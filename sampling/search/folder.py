@@ -11,9 +11,9 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.images.decode import DECODER_VERSION
 from blackpoint.sampling.choices import recorded_formats
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.prompts.prompt_set import Prompt
 from blackpoint.sampling.runtime.precision import settle
 from blackpoint.sampling.runtime.sharing import files_of

@@ -20,8 +20,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.plain import number, recorded
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.runtime.sharing import files_of
 from blackpoint.sampling.samplers import SampleState
 from blackpoint.sampling.search.ledger import Ledger

@@ -16,8 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.plain import recorded
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.prompts.prompt_set import Prompt, read_prompt_set
 from blackpoint.sampling.runtime.sharing import (
     forget_stop,

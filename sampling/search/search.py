@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.search.journal import Journal
 from blackpoint.sampling.search.runner import TrialRunner
 from blackpoint.sampling.search.trial import Outcome, Problem, Result, Search, Trial, by_score

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.precision import set_tf32

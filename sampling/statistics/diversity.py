@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.statistics.estimates import (
     LEVEL,
     NUM_RESAMPLES,

@@ -22,7 +22,7 @@ from statistics import NormalDist
 import numpy as np
 from scipy import optimize, stats
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2000

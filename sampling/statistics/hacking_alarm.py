@@ -16,7 +16,7 @@ from math import ceil, log2
 
 import numpy as np
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.statistics.estimates import (
     LEVEL,
     Estimate,

@@ -15,7 +15,7 @@ import math
 import numpy as np
 from scipy import stats
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.statistics.estimates import (
     LEVEL,
     NUM_RESAMPLES,

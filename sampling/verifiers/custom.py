@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.verifiers.import_path import built_object
 from blackpoint.sampling.verifiers.pretrained import frozen
 from blackpoint.sampling.verifiers.verifier import Images, Verifier

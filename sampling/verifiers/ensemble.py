@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.verifiers.verifier import SCORE_DECIMALS
 
 Rule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]

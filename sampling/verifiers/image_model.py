@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.verifiers.import_path import built_object
 from blackpoint.sampling.verifiers.preprocessing import (
     LibraryPreprocessing,

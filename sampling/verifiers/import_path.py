@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blackpoint.data.files.notes import first
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ No import of torch at the top, so that the help of a verb that has verifiers is 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import PathText
 from blackpoint.sampling.choices import Dtype
-from blackpoint.sampling.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
 from blackpoint.sampling.prompts.brightness_target import LuminanceTarget, luminance_target
 from blackpoint.sampling.verifiers.batching import in_batches

@@ -25,9 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.images.decode import IMAGE_SUFFIXES, BadImage
 from blackpoint.data.images.pictures import picture_files
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.runtime.pictures import read_picture
 from blackpoint.sampling.verifiers.image_model import ImageModel
 from blackpoint.sampling.verifiers.pretrained import load_weights

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.verifiers.verifier import Images
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.inversion import Inversion, Inverter, invert
 from blackpoint.sampling.samplers import Denoise, SamplingGrid
 from blackpoint.sampling.verifiers.verifier import Images

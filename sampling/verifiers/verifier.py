@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.sampling.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed
 
 SCORE_DECIMALS = 4
 """Scores that agree in so many decimals are tied."""

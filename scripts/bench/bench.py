@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.scripts.bench import inputs, memory, reader, sampling, search, startup, training
 from blackpoint.scripts.bench.timing import Row
 from blackpoint.scripts.cli import VERBS

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.data.images.decode import IMAGE_SUFFIXES, decode
 from blackpoint.data.shards.listing import find_shards
 from blackpoint.data.transform import transform
-from blackpoint.sampling.errors import RunFailed
 from blackpoint.scripts import cli
 from blackpoint.scripts.config import load
 from blackpoint.train.config.config import TrainConfig

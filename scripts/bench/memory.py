@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from blackpoint.sampling.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.sampling.runtime.memory import process_peak_bytes
 from blackpoint.scripts.bench.inputs import Inputs, training_config
 from blackpoint.scripts.bench.timing import Row, ratio_row, row

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.data.index.index import Index
 from blackpoint.data.reader import Reader
 from blackpoint.data.shards.listing import find_shards
 from blackpoint.data.transform import crop_box
-from blackpoint.sampling.errors import RunFailed
 from blackpoint.scripts.bench.inputs import Inputs, training_config
 from blackpoint.scripts.bench.timing import Row, Seconds, ratio_row, row, time_round
 from blackpoint.train.config.config import TrainConfig

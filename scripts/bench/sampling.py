@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from blackpoint.sampling.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.noise import initial_noise

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from blackpoint.sampling.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.search.algorithm_configs import RandomSearchConfig
 from blackpoint.sampling.search.algorithms.random_search import random_search

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from blackpoint.sampling.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.scripts.bench.timing import Row, Seconds, row, time_round
 from blackpoint.scripts.cli import VERBS
 from blackpoint.scripts.config_fields import fields_of

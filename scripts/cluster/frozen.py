@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from blackpoint.data.files.paths import CODE as ROOT
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.train.records.run_directory import GIT_RECORD, git_state
 from blackpoint.train.records.run_lock import JOB_LOCK, LOCK, RunLock
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 
 INTERACTIVE_NAMES = ("bash", "interactive")
 MIN_PORT, NUM_PORTS = 15_000, 10_000

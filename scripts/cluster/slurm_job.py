@@ -14,8 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from blackpoint.data.files.errors import UserError as DataUserError
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.scripts.cluster.frozen import (
     CONFIG,
     ROOT,
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         if verb == ["train"]:
             return train_job(allocation, arguments)
         return plain_job(allocation, verb, arguments)
-    except (UserError, DataUserError) as error:
+    except UserError as error:
         say(str(error))
         return 2
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 
 WEIGHTS_NAME = "model.safetensors"
 Reader = TypeVar("Reader", bound=nn.Module)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.scripts.miniature.digit_reader import SIDE_PX, Reader, contrast_map
 
 

@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.data.pack.pack import PackConfig, pack
-from blackpoint.sampling.errors import RunFailed
 from blackpoint.sampling.report.results import Results, read_results
 from blackpoint.sampling.report.results_tables import seed_difference, settings_of
 from blackpoint.sampling.statistics.estimates import Estimate

@@ -16,7 +16,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.report.plots import COLORS, STYLE
 from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load

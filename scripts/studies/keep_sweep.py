@@ -21,8 +21,8 @@ from typing import Any
 
 import matplotlib
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.plain import csv_text
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.evaluation.summary import WORDS
 from blackpoint.sampling.report.plots import COLORS, STYLE, panels
 from blackpoint.sampling.report.results import CELL, SWEEP, Results, read_results, title_of

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.plain import csv_text
 from blackpoint.data.pack.pack import PackConfig, pack
 from blackpoint.data.transform import transform
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.pictures import caption_grid, to_picture
 from blackpoint.sampling.whole_file import write_whole

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from blackpoint.sampling.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
 from blackpoint.sampling.evaluation.stability_page import RESULTS
 from blackpoint.sampling.evaluation.stability_study import CHOSEN, PAIRS, PEAKS, SETS

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blackpoint.sampling.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.sampling.report.results import CELL, Cell, read_results
 from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from blackpoint.data.files.dotted import flat
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.config import FREE as FREE_OF_EVALUATION
 from blackpoint.sampling.evaluation.config import OF_MEASURES
 from blackpoint.sampling.report import results

@@ -6,8 +6,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from blackpoint.data.files.dotted import flat
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.evaluation.config import MetricsConfig
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.train.config.config import TrainConfig

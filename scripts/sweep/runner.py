@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blackpoint.data.files.dotted import nested
+from blackpoint.data.files.errors import Resumable, UserError
 from blackpoint.data.files.yaml_text import to_yaml
-from blackpoint.sampling.errors import Resumable, UserError
 from blackpoint.sampling.evaluation.rows import REFERENCES
 from blackpoint.sampling.report.results import CELL, FOLDERS, SWEEP, VERSION
 from blackpoint.sampling.whole_file import write_whole

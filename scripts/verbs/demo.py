@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.sampling.choices import check_seed
-from blackpoint.sampling.errors import UserError
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.black_point import BlackPointConfig
 from blackpoint.sampling.evaluation.config import MetricsConfig
 from blackpoint.sampling.evaluation.stability import StabilityStudyConfig

@@ -14,7 +14,7 @@ def config_class() -> type[ExportConfig]:
 
 def run(config: ExportConfig) -> int:
     """Exports and returns the exit status."""
-    from blackpoint.sampling.errors import NotExportable
+    from blackpoint.data.files.errors import NotExportable
     from blackpoint.sampling.export.export import export
 
     # Killed by a scheduler, we leave through the finally blocks that remove what is half-written.

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.yaml_text import read_yaml_file
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.evaluation.black_point_summary import summary
 from blackpoint.sampling.report.report import Control, ReportContent, write_report
 from blackpoint.sampling.report.rows import DATA, Row, read_rows

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from blackpoint.sampling.errors import Resumable, RunFailed
+from blackpoint.data.files.errors import Resumable, RunFailed
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.scripts.verbs.stoppable import stoppable
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TypeVar
 
-from blackpoint.sampling.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.scripts.sweep.config import SweepConfig
 from blackpoint.scripts.verbs.stoppable import stoppable
 

@@ -4,8 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from blackpoint.data.files.errors import Unreachable
-from blackpoint.sampling.errors import Resumable
+from blackpoint.data.files.errors import Resumable, Unreachable
 from blackpoint.train.config.config import TrainConfig
 
 

@@ -22,7 +22,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from blackpoint.sampling.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.whole_file import write_whole
 from blackpoint.train.callbacks.validation import ValidationLoss
 from blackpoint.train.callbacks.watch import Watch

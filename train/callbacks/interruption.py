@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from blackpoint.data.files.errors import Unreachable
-from blackpoint.sampling.errors import Resumable, RunFailed
+from blackpoint.data.files.errors import Resumable, RunFailed, Unreachable
 from blackpoint.train.callbacks.watch import Watch
 from blackpoint.train.cluster import signals
 

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from blackpoint.sampling.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.sampling.runtime.memory import memory_metrics
 from blackpoint.train.callbacks.loader_clock import LoaderClock
 from blackpoint.train.callbacks.metrics import log_metrics

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.runtime.precision import computes_in_bfloat16, settle
 from blackpoint.train.config.config import Precision, TrainConfig
 from blackpoint.train.optimizer import eight_bit_problem

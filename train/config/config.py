@@ -9,9 +9,9 @@ from typing import Literal
 from omegaconf import MISSING
 
 from blackpoint.data.config import DataConfig
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.sampling.choices import Attention, AutoDtype, Tf32, check_seed
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.runtime.tracking import WandbConfig
 from blackpoint.train.config.model_config import DropoutConfig, ModelConfig
 from blackpoint.train.config.ranges import check_range

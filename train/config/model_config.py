@@ -9,9 +9,9 @@ for the U-ViT form (`transformer_blocks`).
 from dataclasses import dataclass, field
 from typing import Literal
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import PathText
 from blackpoint.sampling.choices import check_seed
-from blackpoint.sampling.errors import UserError
 from blackpoint.train.config.ranges import check_range
 
 Codec = Literal["space_to_depth", "wavelet"]

@@ -2,7 +2,7 @@
 
 import math
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 
 
 def check_range(

@@ -6,8 +6,8 @@ Order: betas, then the rescale to zero terminal SNR, then the shift (train/targe
 from dataclasses import dataclass, field
 from typing import Literal
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.choices import Spacing
-from blackpoint.sampling.errors import UserError
 from blackpoint.train.config.ranges import check_range
 
 Betas = Literal["checkpoint", "scaled_linear", "linear", "cosine_discrete", "cosine_continuous"]

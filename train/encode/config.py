@@ -5,11 +5,11 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.data.images.decode import MAX_IMAGE_PIXELS
 from blackpoint.data.shards.listing import check_cache_fields
 from blackpoint.sampling.choices import Dtype, Tf32
-from blackpoint.sampling.errors import UserError
 
 
 @dataclass

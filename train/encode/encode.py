@@ -24,9 +24,7 @@ from pathlib import Path
 import torch
 
 from blackpoint.data.bad_samples import BadSample, read_list, refusal, too_many
-from blackpoint.data.files.errors import RunFailed as DataRunFailed
-from blackpoint.data.files.errors import UserError as DataUserError
-from blackpoint.data.files.errors import WriteFailed, disk_writes
+from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
 from blackpoint.data.index.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from blackpoint.data.index.shard_set import index_shards, indexing_command, open_shards
 from blackpoint.data.index.verify import compare_bytes, verify
@@ -42,7 +40,6 @@ from blackpoint.data.work.scratch import scratch_folder
 from blackpoint.data.work.shared_partial import SharedPartial
 from blackpoint.data.work.workers import run_in_processes
 from blackpoint.sampling.checkpoints.fingerprint import text_encoder_digest, vae_digest
-from blackpoint.sampling.errors import RunFailed, UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.tasks import Task, this_task
 from blackpoint.train.encode.config import EncodeConfig
@@ -88,7 +85,7 @@ def encode(config: EncodeConfig) -> EncodeResult:
     if not is_encoded(output):
         try:
             refuse_used_output(output)
-        except DataUserError:
+        except UserError:
             if not is_encoded(output):  # by another task, since the look before
                 raise
     if is_encoded(output):
@@ -112,10 +109,10 @@ def encode(config: EncodeConfig) -> EncodeResult:
                 if not partial.is_whole:
                     compared_source(reader, stamps)
                     _finish(rules)
-        except (WriteFailed, DataRunFailed, DataUserError, OSError) as error:
+        except (WriteFailed, RunFailed, UserError, OSError) as error:
             if partial.becomes_whole():  # another process was first, and moved what was in use here
                 pass
-            elif isinstance(error, WriteFailed | DataRunFailed):
+            elif isinstance(error, WriteFailed | RunFailed):
                 raise _failure(error, config, partial) from error
             else:
                 raise

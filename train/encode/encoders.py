@@ -7,8 +7,8 @@ and to no use. So the digests in a cache are compared with the checkpoint's befo
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.latents import Encoding
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.records.base_identity import TEXT_ENCODER, VAE
 

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from blackpoint.data.bad_samples import BadSample
 from blackpoint.data.caption_text import Captions, caption_members
-from blackpoint.data.files.errors import disk_writes
+from blackpoint.data.files.errors import UserError, disk_writes
 from blackpoint.data.images.decode import BadImage
 from blackpoint.data.images.luminance import luminance
 from blackpoint.data.latents import to_bytes
@@ -23,7 +23,6 @@ from blackpoint.data.reader import Reader
 from blackpoint.data.record import JSON, TEXT, ShardRecords
 from blackpoint.data.shards.shard_digest import ShardContent
 from blackpoint.data.shards.shard_file import ShardFile
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 
 

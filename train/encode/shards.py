@@ -15,9 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from blackpoint.data.bad_samples import BadSample, refusal, too_many
-from blackpoint.data.files.errors import RunFailed as DataRunFailed
-from blackpoint.data.files.errors import UserError as DataUserError
-from blackpoint.data.files.errors import WriteFailed, disk_writes
+from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
 from blackpoint.data.latents import EMPTY_FILE, Encoding, write_empty
 from blackpoint.data.reader import Reader
 from blackpoint.data.shards.shard_file import shard_name
@@ -25,7 +23,6 @@ from blackpoint.data.work.part import Part, write_part
 from blackpoint.data.work.shared_partial import SharedPartial
 from blackpoint.data.work.worker_signals import leave_signals_to_parent
 from blackpoint.data.work.workers import signals_held_back
-from blackpoint.sampling.errors import RunFailed, UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.precision import set_tf32
 from blackpoint.train.encode.config import EncodeConfig
@@ -79,7 +76,7 @@ def encode_share(rules: EncodeRules, share: Share, advance: Advance) -> Exceptio
     """Encodes shards until all are finished, by whomever; returns what stopped it on purpose."""
     try:
         _encode_share(rules, share, advance)
-    except (UserError, DataUserError, RunFailed, DataRunFailed, WriteFailed) as error:
+    except (UserError, RunFailed, WriteFailed) as error:
         return error
     return None
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.shards.shard_digest import file_stamp, settled
 from blackpoint.sampling.checkpoints.fingerprint import (
     text_encoder_digest,
@@ -24,7 +25,6 @@ from blackpoint.sampling.checkpoints.fingerprint import (
 from blackpoint.sampling.checkpoints.loading import read_json, read_scheduler
 from blackpoint.sampling.checkpoints.resolve import Resolved, resolve, weight_files
 from blackpoint.sampling.checkpoints.scheduler_config import read_scheduler_config
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.pixels.folder import PixelForm
 from blackpoint.sampling.schedule import NoiseSchedule

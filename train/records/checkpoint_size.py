@@ -3,10 +3,10 @@
 import torch
 from diffusers import AutoencoderKL
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.architecture import sample_size_of
 from blackpoint.sampling.checkpoints.loading import Part, read_json
 from blackpoint.sampling.checkpoints.resolve import resolve
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.pixels.folder import PixelForm
 

@@ -5,8 +5,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.module import CaptionedImages
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.encode.encoders import check_encodings

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.identity import differences, is_certain
 from blackpoint.data.images.decode import DECODER_VERSION, STORED_COLORS
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.whole_file import write_whole
 
 FILE = "identity.json"

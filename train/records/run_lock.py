@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 
 LOCK, JOB_LOCK = ".lock", ".job.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from blackpoint.data.files.dotted import value_at
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.yaml_text import read_yaml_file
 from blackpoint.data.latents import Encoding
 from blackpoint.data.module import CaptionedImages
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.loss import check_scales

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
 from blackpoint.sampling.prompts.brightness_target import luminance_target
 from blackpoint.sampling.prompts.prompt_set import Prompt

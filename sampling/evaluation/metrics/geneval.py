@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.statistics.estimates import (
     LEVEL,
     NUM_RESAMPLES,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.config import SetsConfig
 from blackpoint.sampling.statistics.estimates import FEWEST_GROUPS, Estimate, jackknife, proportion
 from blackpoint.sampling.statistics.frechet import frechet_estimates

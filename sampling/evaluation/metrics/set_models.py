@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.images.decode import BadImage
 from blackpoint.data.images.pictures import open_picture
 from blackpoint.sampling.checkpoints.resolve import HUB_ID
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.evaluation.config import SetsConfig
 from blackpoint.sampling.evaluation.rows import FEATURE_COLUMN, LOGIT_COLUMN
 from blackpoint.sampling.verifiers.image_model import load_classifier, load_features

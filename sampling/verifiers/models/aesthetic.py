@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.verifiers.batching import in_batches
 from blackpoint.sampling.verifiers.image_model import ImageModel
 from blackpoint.sampling.verifiers.models.linear_head import linear_chain

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.verifiers.batching import in_batches
 from blackpoint.sampling.verifiers.image_model import ImageModel
 from blackpoint.sampling.verifiers.verifier import Images

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.sampling.errors import UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.verifiers.batching import in_batches
 from blackpoint.sampling.verifiers.models.clip import MAX_REMEMBERED, warn_if_cut
 from blackpoint.sampling.verifiers.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.loading import require_tokenizer
-from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.verifiers.batching import in_batches
 from blackpoint.sampling.verifiers.models.clip import warn_if_cut
 from blackpoint.sampling.verifiers.models.linear_head import linear_chain

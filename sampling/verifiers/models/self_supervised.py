@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.sampling.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.sampling.verifiers.batching import cosine
 from blackpoint.sampling.verifiers.image_model import ImageModel
 from blackpoint.sampling.verifiers.verifier import Images
