@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 
+import blackpoint.data.work.partial
 import blackpoint.train.encode.encode
 import blackpoint.train.encode.shards
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.index.index import IndexWriter
 from blackpoint.data.latents import Encoding
 from blackpoint.data.shards.shard_file import ShardFile
-from blackpoint.data.work.shared_partial import SharedPartial
+from blackpoint.data.work.partial import Partial
 from blackpoint.sampling.runtime.tasks import Task, this_task
 from blackpoint.train.encode.encode import EncodeConfig, EncodeResult
 from blackpoint.train.encode.tasks import process_devices
@@ -135,9 +136,12 @@ def test_without_locks_the_bytes_are_the_same(
     [
         (blackpoint.train.encode.encode, "compared_source"),
         (blackpoint.train.encode.encode, "refuse_used_output"),
-        (SharedPartial, "_join"),
-        (SharedPartial, "_check_settings"),
-        (Path, "write_text"),  # of the settings, when the folders are there
+        (Partial, "_join"),
+        (Partial, "_check_settings"),
+        (
+            blackpoint.data.work.partial,
+            "write_whole",
+        ),  # of the settings, when the folders are there
         (blackpoint.train.encode.shards, "write_part"),
         (blackpoint.train.encode.encode, "read_part"),
         (blackpoint.train.encode.encode, "shard_content_of"),
@@ -146,7 +150,7 @@ def test_without_locks_the_bytes_are_the_same(
         (blackpoint.train.encode.encode, "read_empty"),
         (Encoding, "write"),
         (os, "fsync"),
-        (SharedPartial, "__exit__"),
+        (Partial, "__exit__"),
     ],
 )
 def test_without_locks_another_task_may_finish_at_any_point(
@@ -156,7 +160,7 @@ def test_without_locks_another_task_may_finish_at_any_point(
         return encoded(shards, pipeline, tmp_path / "out")
 
     if name == "_check_settings":
-        with killed_at(SharedPartial, "claim"):
+        with killed_at(Partial, "claim"):
             encode_all()
     with other_process_at(owner, name, encode_all):
         assert encode_all().num_samples == 12
@@ -176,11 +180,11 @@ def test_a_task_that_is_killed_at_the_index_leaves_no_trace(
 
 
 def test_another_command_does_not_join(pipeline: Path, shards: Path, tmp_path: Path) -> None:
-    with SharedPartial(tmp_path / "out", {}):
+    with Partial(tmp_path / "out", {}, shared=True):
         encoded(shards, pipeline, tmp_path / "elsewhere")
         with pytest.raises(UserError, match="another process is at work there with"):
             encoded(shards, pipeline, tmp_path / "out")
-        assert (tmp_path / ".out.partial" / "lock").exists()
+        assert (tmp_path / ".out.partial").exists()
     assert not (tmp_path / ".out.partial").exists()
 
 
@@ -190,7 +194,7 @@ def test_a_task_that_comes_late_finds_the_output(
     first = encoded(shards, pipeline, tmp_path / "out")
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    monkeypatch.setattr(blackpoint.train.encode.encode, "SharedPartial", None)
+    monkeypatch.setattr(blackpoint.train.encode.encode, "Partial", None)
     late = encoded(shards, pipeline, tmp_path / "out")
     assert (first.num_kept_shards, late.num_kept_shards) == (0, 4)
     assert late.num_samples == first.num_samples

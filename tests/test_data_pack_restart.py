@@ -129,7 +129,7 @@ def test_a_stopped_pack_is_continued(
     shards = list((tmp_path / ".out.partial" / "shards").glob("*.tar"))
     identities = {path.name: path.stat().st_ino for path in shards}
     assert sorted(identities) == ["shard-000000.tar", "shard-000001.tar"]
-    assert not list((tmp_path / ".out.partial").glob("working-*"))
+    assert not list((tmp_path / ".out.partial").glob("working*"))
     monkeypatch.undo()
     result = packed(source, tmp_path / "out", num_processes=2, max_bad_share=0.5)
     assert "found 2 finished shards" in capsys.readouterr().err
@@ -184,9 +184,9 @@ def test_other_settings_are_refused_where_shards_are_kept(tmp_path: Path, stop_a
 def test_two_packs_do_not_meet(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "in", 5)
     with Partial(tmp_path / "out", {}):
-        with pytest.raises(UserError, match="another process is packing there"):
+        with pytest.raises(UserError, match=f'packing there .*"process": {os.getpid()}'):
             packed(source, tmp_path / "out")
-        assert (tmp_path / ".out.partial" / "lock").exists()
+        assert (tmp_path / ".out.partial").exists()
     assert not (tmp_path / ".out.partial").exists()
     assert packed(source, tmp_path / "out").num_samples == 5
 

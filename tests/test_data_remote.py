@@ -14,8 +14,9 @@ import pytest
 
 import blackpoint.data.shards.remote
 from blackpoint.data.files.errors import RunFailed, Unreachable, UserError
+from blackpoint.data.files.lock import locked
 from blackpoint.data.shards.remote import Changed, TooLarge, fetch, read_range
-from blackpoint.data.shards.shard_cache import ShardCache, locked
+from blackpoint.data.shards.shard_cache import ShardCache
 from tests.shard_server import (
     ShardServer,
     answers,

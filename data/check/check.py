@@ -6,7 +6,6 @@ none it is written, as training would do at its start.
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from blackpoint.data.bad_samples import BadSample, too_many, write_list
 from blackpoint.data.check.report import CheckReport, IndexState, summarize
 from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
 from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.data.files.whole_file import scratch_folder, whole_file, whole_folder, write_whole
 from blackpoint.data.images.decode import MAX_IMAGE_PIXELS
 from blackpoint.data.index.contents import ShardDigests, add_stamps, read_stamps, write_digests
 from blackpoint.data.index.index import INDEX_FOLDER, Index, IndexWriter, has_index
@@ -32,7 +32,6 @@ from blackpoint.data.shards.remote_address import shown
 from blackpoint.data.shards.sample_keys import SampleKeys
 from blackpoint.data.shards.shard_digest import ShardContent, samples_digest
 from blackpoint.data.work.progress import progress
-from blackpoint.data.work.scratch import scratch_folder
 from blackpoint.data.work.workers import usable_cores
 
 REPORT_FILE = "report.json"
@@ -163,16 +162,11 @@ def _prepared(output: str | None) -> Path | None:
 
 
 def _write(output: Path, report: CheckReport) -> None:
-    """Writes both files beside their names first, so that neither is ever half there."""
     try:
-        partial = output / f".{BAD_FILE}.partial-{os.getpid()}"
-        write_list(partial, report.bad)
-        partial.rename(output / BAD_FILE)
-        partial = output / f".{REPORT_FILE}.partial-{os.getpid()}"
-        partial.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
-        partial.rename(output / REPORT_FILE)
+        with whole_file(output / BAD_FILE) as path:
+            write_list(path, report.bad)
+        write_whole(output / REPORT_FILE, json.dumps(report.as_json(), indent=1) + "\n")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RunFailed(f"output={output}: can't be written: {error.strerror}.") from None
 
 
@@ -310,9 +304,8 @@ def _keep(scratch: Path, shards: ShardSet, state: IndexState, reason: str | None
     place = shards.kept / INDEX_FOLDER
     try:
         shards.kept.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(shards.kept) as partial:
-            shutil.copytree(scratch / INDEX_FOLDER, partial / INDEX_FOLDER)
-            (partial / INDEX_FOLDER).rename(place)
+        with whole_folder(place) as folder:
+            shutil.copytree(scratch / INDEX_FOLDER, folder, dirs_exist_ok=True)
     except OSError:
         if not has_index(shards.kept):
             state.notes.append(f"not written: {shards.folder} can't be written to ({reason})")

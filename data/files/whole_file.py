@@ -1,20 +1,28 @@
-"""Files that are whole or as they were before, whatever stops the process that writes them."""
+"""Files and folders that are whole or as they were before, whatever stops who writes them.
+
+They are written beside their place and renamed. What is half-written bears the machine and the
+process that writes it; the next process of that machine that writes there removes what killed ones
+have left:
+
+    .NAME.<random>.<host>.<process id>.tmp      a file
+    .partial-<host>-<process id>-<random>/      a folder
+"""
 
 import contextlib
 import os
 import re
-from collections.abc import Callable
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+FOLDER_PREFIX = ".partial-"
 _UNFINISHED = re.compile(rf"\..+\.{re.escape(os.uname().nodename)}\.(\d+)\.tmp")
 _cleared: set[str] = set()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes beside `path` and renames; text as UTF-8. Makes the folder where it is absent.
-
-    The first time that a process writes in a folder, it removes what killed ones left there.
-    """
+    """Writes a file; text as UTF-8. Makes the folder where it is absent."""
     _write(path, content, os.replace)
 
 
@@ -23,26 +31,70 @@ def write_new(path: Path, content: str | bytes) -> None:
     _write(path, content, _move_to_new)
 
 
-def _move_to_new(unfinished: Path, path: Path) -> None:
+@contextlib.contextmanager
+def whole_file(path: Path, sync: bool = False) -> Iterator[Path]:
+    """Yields where to write what becomes the file `path`; removed where the block raises.
+
+    `sync`: it is on the disk before it has its name.
+    """
+    unfinished = _beside(path)
     try:
-        os.link(unfinished, path)
-    except FileExistsError:
-        raise
-    except OSError as error:  # a file system without links
-        if path.exists():
-            raise FileExistsError(str(path)) from error
+        yield unfinished
+        if sync:
+            flush_to_disk([unfinished])
         os.replace(unfinished, path)
-    else:
-        unfinished.unlink()
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, sync: bool = False) -> Iterator[Path]:
+    """Yields a folder that becomes `path`, absent or empty; removed where the block raises."""
+    with scratch_folder(path.parent) as scratch:
+        folder = scratch / path.name
+        folder.mkdir()
+        yield folder
+        if sync:
+            flush_to_disk(folder.rglob("*"))
+        os.replace(folder, path)
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Yields a new folder in `parent`, removed afterwards; raises OSError if it can't be made."""
+    prefix = f"{FOLDER_PREFIX}{os.uname().nodename}-"
+    for left in parent.glob(f"{prefix}*"):
+        process = left.name[len(prefix) :].partition("-")[0]
+        if process.isdecimal() and not _is_alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = parent / f"{prefix}{os.getpid()}-{uuid.uuid4().hex}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def flush_to_disk(paths: Iterable[Path]) -> None:
+    """Waits until files are on the disk, so that a crash after a rename leaves no empty ones."""
+    for path in sorted(paths):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes the files in `folder` that processes of this machine were killed in writing."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for match in [_UNFINISHED.fullmatch(entry.name) for entry in entries]:
+            if match and not _is_alive(int(match[1])):
+                (folder / match[0]).unlink(missing_ok=True)
 
 
 def _write(path: Path, content: str | bytes, move: Callable[[Path, Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.path.abspath(path.parent)
-    if folder not in _cleared:
-        _cleared.add(folder)
-        remove_unfinished(path.parent)
-    unfinished = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    unfinished = _beside(path)
     try:
         for is_last in (False, True):
             unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -58,12 +110,27 @@ def _write(path: Path, content: str | bytes, move: Callable[[Path, Path], None])
         raise
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Removes the files in `folder` that processes of this machine were killed in writing."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for match in [_UNFINISHED.fullmatch(entry.name) for entry in entries]:
-            if match and not _is_alive(int(match[1])):
-                (folder / match[0]).unlink(missing_ok=True)
+def _beside(path: Path) -> Path:
+    """Returns where `path` grows; removes what killed ones left there, once per process."""
+    folder = os.path.abspath(path.parent)
+    if folder not in _cleared:
+        _cleared.add(folder)
+        remove_unfinished(path.parent)
+    process = f"{os.uname().nodename}.{os.getpid()}"
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{process}.tmp")
+
+
+def _move_to_new(unfinished: Path, path: Path) -> None:
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a file system without links
+        if path.exists():
+            raise FileExistsError(str(path)) from error
+        os.replace(unfinished, path)
+    else:
+        unfinished.unlink()
 
 
 def _is_alive(process: int) -> bool:

@@ -6,14 +6,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from blackpoint.data.files.errors import RunFailed, Unreachable, UserError, WriteFailed, disk_writes
-from blackpoint.data.files.whole_file import write_whole
+from blackpoint.data.files.lock import locked
+from blackpoint.data.files.whole_file import scratch_folder, whole_file, write_whole
 from blackpoint.data.index.contents import DIGESTS_FILE
 from blackpoint.data.index.index import INDEX_FOLDER, Index, has_index
 from blackpoint.data.shards.listing import EMPTY_FILE, ENCODING_FILE
 from blackpoint.data.shards.remote import Refused, facts, fetch, read_bytes, shown
 from blackpoint.data.shards.remote_shards import server_stamp
-from blackpoint.data.shards.shard_cache import locked
-from blackpoint.data.work.scratch import scratch_folder
 
 RECORDS_STAMP = "records.stamp"
 INDEX_FILES = ("records.npy", "keys.bin")
@@ -95,18 +94,14 @@ def _optional(source: str, tries: int | None) -> bytes | None:
 
 
 def _fetch(source: str, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        fetch(source, partial)
-        with disk_writes():
-            partial.replace(path)
+        with whole_file(path) as partial:
+            fetch(source, partial)
     except FileNotFoundError:
         raise UserError(
             f"{shown(source)} is missing, though other files of the index are there. Copy the "
             "whole index there, or remove it."
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: bytes) -> None:

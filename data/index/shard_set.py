@@ -19,6 +19,7 @@ from pathlib import Path
 
 from blackpoint.data.bad_samples import BadSample
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.lock import locked
 from blackpoint.data.index.index import INDEX_FOLDER, Index, NotWritable, build_index, has_index
 from blackpoint.data.index.remote_index import fetch_index
 from blackpoint.data.shards.listing import (
@@ -33,7 +34,7 @@ from blackpoint.data.shards.listing import (
 from blackpoint.data.shards.remote import COMMAND, facts, list_names, shown
 from blackpoint.data.shards.remote_shards import RemoteShards
 from blackpoint.data.shards.sample_keys import AUTOMATIC, SampleKeys
-from blackpoint.data.shards.shard_cache import GIGABYTE, ShardCache, locked
+from blackpoint.data.shards.shard_cache import GIGABYTE, ShardCache
 
 _SHELL = re.compile(r"(pipe|exec|cmd|popen|sh|bash|shell):|[|!]", re.IGNORECASE)
 

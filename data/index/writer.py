@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from blackpoint.data.bad_samples import BadSample, write_list
+from blackpoint.data.files.whole_file import scratch_folder
 from blackpoint.data.index.contents import (
     DIGESTS_FILE,
     INDEX_FOLDER,
@@ -23,7 +24,6 @@ from blackpoint.data.index.contents import (
 from blackpoint.data.record import RECORD, ShardRecords
 from blackpoint.data.shards.sample_keys import AUTOMATIC, SampleKeys
 from blackpoint.data.shards.shard_digest import ShardContent, samples_digest, shard_content
-from blackpoint.data.work.scratch import scratch_folder
 
 FORMAT_VERSION = 1
 

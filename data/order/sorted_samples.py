@@ -9,7 +9,6 @@ samples.
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import whole_file
 from blackpoint.data.index.index import INDEX_FOLDER, Index
 from blackpoint.data.order.buckets import Buckets
 from blackpoint.data.shards.listing import cache_folder
@@ -96,23 +96,16 @@ def _write(path: Path, index: Index, chosen: Sequence[range], buckets: Buckets) 
         header[:, 0] += np.bincount(numbers, minlength=len(header))
         header[:, 1] += np.bincount(numbers[enlarged], minlength=len(header))
     following = np.cumsum([0, *header[:-1, 0]]).tolist()
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(header.tobytes())
-            for start, numbers, _ in _chunks(index, chosen, buckets):
-                order = np.argsort(numbers, kind="stable")
-                indices = (start + order).astype(INDEX)
-                counts = np.bincount(numbers, minlength=len(header)).tolist()
-                for bucket, own in enumerate(np.split(indices, np.cumsum(counts[:-1]))):
-                    file.seek(_header_bytes(buckets) + INDEX.itemsize * following[bucket])
-                    file.write(own.tobytes())
-                    following[bucket] += len(own)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        file.write(header.tobytes())
+        for start, numbers, _ in _chunks(index, chosen, buckets):
+            order = np.argsort(numbers, kind="stable")
+            indices = (start + order).astype(INDEX)
+            counts = np.bincount(numbers, minlength=len(header)).tolist()
+            for bucket, own in enumerate(np.split(indices, np.cumsum(counts[:-1]))):
+                file.seek(_header_bytes(buckets) + INDEX.itemsize * following[bucket])
+                file.write(own.tobytes())
+                following[bucket] += len(own)
 
 
 def _chunks(

@@ -142,23 +142,23 @@ def pack(config: PackConfig) -> PackResult:
     ignored = {name: num for name, num in count.other_suffixes.items() if name != captions.form}
     result = PackResult(str(captions), ignored_suffixes=ignored)
     with Partial(output, _settings(config, captions)) as partial:
-        rules = ShardRules(
-            source,
-            partial.shards,
-            partial.parts,
-            partial.working,
-            config.max_image_pixels,
-            config.max_bad_share,
-            num_images,
-            config.image_column,
-        )
         try:
+            rules = ShardRules(
+                source,
+                partial.shards,
+                partial.parts,
+                partial.own_folder(),
+                config.max_image_pixels,
+                config.max_bad_share,
+                num_images,
+                config.image_column,
+            )
             with progress("packing", num_images) as advance:
                 num_shards = _write_shards(config, captions, rules, result, advance)
             _write_index(rules, num_shards, result)
             partial.finish()
         except (WriteFailed, RunFailed) as error:
-            raise _failure(error, config, partial) from error
+            raise partial.failure(error, "num_processes=1 needs least memory") from error
     result.seconds = time.monotonic() - start
     return result
 
@@ -259,15 +259,3 @@ def _write_index(rules: ShardRules, num_shards: int, result: PackResult) -> None
             path.unlink()  # of a source that held more when the run began
         index.close(paths, result.bad, contents)
         result.num_samples, result.num_shards = index.num_samples, len(paths)
-
-
-def _failure(error: Exception, config: PackConfig, partial: Partial) -> RunFailed:
-    """Says what stopped the pack, how much of it is done and how to go on."""
-    num_shards, megabytes = partial.num_finished(), partial.megabytes()
-    reason, remedy = str(error), "Run the same command again; num_processes=1 needs least memory."
-    if isinstance(error, WriteFailed):
-        reason = f"can't be written: {error}"
-        remedy = "Make room and run the same command again, or name another output."
-    done = f"{num_shards} shards ({megabytes:.1f} MB) were finished and are kept"
-    done = done if num_shards else "no shard was finished, nothing is left behind"
-    return RunFailed(f"output={config.output}: {reason}; {done}. {remedy}")

@@ -14,7 +14,6 @@ take no lock: a shard that is removed while it is open can be read to its end.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
+from blackpoint.data.files.lock import locked
 from blackpoint.data.shards.remote import Fetched, TooLarge, facts, fetch, shown
 from blackpoint.data.shards.shard_digest import file_digest
 
@@ -190,20 +190,6 @@ class ShardCache:
                 status = path.stat()
                 found.append((status.st_mtime_ns, status.st_size, path))
         return found
-
-
-@contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Holds the lock file `path`, alone among all processes and threads of the machine.
-
-    Without `wait` it raises BlockingIOError if another one has it. A killed holder frees it.
-    """
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _size(path: Path) -> int | None:

@@ -9,7 +9,6 @@ again. Rows are found by (prompt_index, candidate), never by their place in the 
 Several processes write a file each (sampling/runtime/sharing.py) and read all of them.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.lock import Lock
 from blackpoint.data.files.plain import number, recorded
 from blackpoint.sampling.runtime.sharing import files_of
 from blackpoint.sampling.samplers import SampleState
@@ -48,7 +48,13 @@ class Journal:
         self.rows: dict[int, Rows] = {}
         own.mkdir(parents=True, exist_ok=True)
         self._file = (own / ROWS).open("a", encoding="utf-8")
-        _lock(self._file, own)
+        self._lock = Lock(own / ROWS)
+        if not self._lock.acquire(holder=""):  # the file is the rows
+            self._file.close()
+            raise FolderInUse(
+                f"output={own}: another process is searching there; wait for it, or choose another "
+                "output"
+            )
         wanted = None if prompts is None else set(prompts)
         for path in files_of(folder, ROWS):
             is_own = path.samefile(own / ROWS)
@@ -61,6 +67,7 @@ class Journal:
     def close(self) -> None:
         """Closes the file; every row is in it already."""
         self._file.close()
+        self._lock.release()
 
     def find(self, prompt_index: int, trial: Trial) -> Outcome | None:
         """Returns the outcome of a trial that was recorded, or None where it must be run.
@@ -171,16 +178,3 @@ def join_rows(
 
 class FolderInUse(UserError):
     """Another process writes there."""
-
-
-def _lock(file: Any, folder: Path) -> None:
-    """Refuses a folder that another process is writing to; file systems without locks let it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FolderInUse(
-            f"output={folder}: another process is searching there; wait for it, or choose another "
-            "output"
-        ) from None
-    except OSError:
-        return

@@ -25,6 +25,7 @@ import torch
 
 from blackpoint.data.bad_samples import BadSample, read_list, refusal, too_many
 from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
+from blackpoint.data.files.whole_file import scratch_folder
 from blackpoint.data.index.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from blackpoint.data.index.shard_set import index_shards, indexing_command, open_shards
 from blackpoint.data.index.verify import compare_bytes, verify
@@ -34,10 +35,8 @@ from blackpoint.data.shards.listing import is_encoded
 from blackpoint.data.shards.shard_digest import file_stamp
 from blackpoint.data.shards.shard_file import shard_name
 from blackpoint.data.work.part import part_path, read_part, shard_content_of
-from blackpoint.data.work.partial import refuse_used_output
+from blackpoint.data.work.partial import Partial, refuse_used_output
 from blackpoint.data.work.progress import progress
-from blackpoint.data.work.scratch import scratch_folder
-from blackpoint.data.work.shared_partial import SharedPartial
 from blackpoint.data.work.workers import run_in_processes
 from blackpoint.sampling.checkpoints.fingerprint import text_encoder_digest, vae_digest
 from blackpoint.sampling.model import DiffusionModel
@@ -97,7 +96,7 @@ def encode(config: EncodeConfig) -> EncodeResult:
     if not is_recorded:  # what is kept there knows nothing of them
         for name in DEFAULT_FORMATS:
             del settings[name], earlier_settings[name]
-    with SharedPartial(output, settings, earlier_settings) as partial:
+    with Partial(output, settings, earlier_settings, shared=True) as partial:
         rules = EncodeRules(config, encoding, reader, partial, earlier.key, uuid.uuid4().hex)
         kept = sum(rules.is_finished(number) for number in range(rules.num_shards))
         try:
@@ -113,7 +112,7 @@ def encode(config: EncodeConfig) -> EncodeResult:
             if partial.becomes_whole():  # another process was first, and moved what was in use here
                 pass
             elif isinstance(error, WriteFailed | RunFailed):
-                raise _failure(error, config, partial) from error
+                raise partial.failure(error, "fewer num_processes need less memory") from error
             else:
                 raise
     return result_of(output, kept)
@@ -287,10 +286,6 @@ def _finish(rules: EncodeRules) -> None:
             f"source={config.source}", bad, num_samples, config.max_bad_share, "max_bad_share"
         )
     with disk_writes():
-        if partial.has_locks:  # of a process that was killed here
-            shutil.rmtree(partial.shards / INDEX_FOLDER, ignore_errors=True)
-        for folder in partial.shards.glob(".*"):  # of the time when an index grew there
-            shutil.rmtree(folder, ignore_errors=True)
         paths = [partial.shards / shard_name(number) for number in range(rules.num_shards)]
         contents = [
             shard_content_of(part, path, records)
@@ -305,18 +300,6 @@ def _finish(rules: EncodeRules) -> None:
         with scratch_folder(partial.working) as working:
             encoding.write(partial.shards, working)
     partial.finish()
-
-
-def _failure(error: Exception, config: EncodeConfig, partial: SharedPartial) -> RunFailed:
-    """Says what stopped the encoding, how much of it is done and how to go on."""
-    num_shards, megabytes = partial.num_finished(), partial.megabytes()
-    reason, remedy = str(error), "Run the same command again; fewer num_processes need less memory."
-    if isinstance(error, WriteFailed):
-        reason = f"can't be written: {error}"
-        remedy = "Make room and run the same command again, or name another output."
-    done = f"{num_shards} shards ({megabytes:.1f} MB) were finished and are kept"
-    done = done if num_shards else "no shard was finished, nothing was kept"
-    return RunFailed(f"output={config.output}: {reason}; {done}. {remedy}")
 
 
 def _silent(count: int) -> None:

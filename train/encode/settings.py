@@ -15,7 +15,7 @@ from blackpoint.data.latents import DEFAULT_FORMATS
 from blackpoint.data.reader import Reader
 from blackpoint.data.shards.listing import ENCODING_FILE
 from blackpoint.data.summary import enlarged_lines
-from blackpoint.data.work.shared_partial import folder_beside
+from blackpoint.data.work.partial import folder_beside
 from blackpoint.sampling.choices import recorded_formats
 from blackpoint.sampling.runtime.precision import settle
 from blackpoint.train.encode.config import EncodeConfig

@@ -1,14 +1,13 @@
-"""The shards that one process encodes, of an output that several fill
-(data/work/shared_partial.py).
+"""The shards that one process encodes, of an output that several fill (data/work/partial.py).
 
 A process takes shards that nobody has, from its own place in their order on, until all are
 finished; while others are at work it waits, and takes over what they leave unfinished.
 """
 
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from blackpoint.data.latents import EMPTY_FILE, Encoding, write_empty
 from blackpoint.data.reader import Reader
 from blackpoint.data.shards.shard_file import shard_name
 from blackpoint.data.work.part import Part, write_part
-from blackpoint.data.work.shared_partial import SharedPartial
+from blackpoint.data.work.partial import Partial
 from blackpoint.data.work.worker_signals import leave_signals_to_parent
 from blackpoint.data.work.workers import signals_held_back
 from blackpoint.sampling.model import DiffusionModel
@@ -40,7 +39,7 @@ class EncodeRules:
     config: EncodeConfig
     encoding: Encoding
     reader: Reader
-    partial: SharedPartial
+    partial: Partial
     earlier_key: str
     """Of the same encoding, its source known by sizes and places alone, as before digests."""
     command: str
@@ -90,7 +89,7 @@ def _encode_share(rules: EncodeRules, share: Share, advance: Advance) -> None:
     # On a CPU the last bits of a matrix product depend on the number of threads: with one each,
     # the same bytes come out on any number of processes and cores.
     torch.set_num_threads(1 if share.device == "cpu" else num_threads)
-    working = partial.working / uuid.uuid4().hex
+    working: Path | None = None
     try:
         while todo:
             before = len(todo)
@@ -102,8 +101,7 @@ def _encode_share(rules: EncodeRules, share: Share, advance: Advance) -> None:
                             continue
                         if not rules.is_finished(number) and not partial.is_whole:
                             encoder = encoder or _encoder(rules.config, share.device)
-                            with disk_writes():
-                                working.mkdir(exist_ok=True)
+                            working = working or partial.own_folder()
                             _make(rules, number, encoder, working, bad, advance)
                 todo.remove(number)
             advance(0)
@@ -133,7 +131,7 @@ def _make(
     rules: EncodeRules,
     number: int,
     encoder: SampleEncoder,
-    working: Any,
+    working: Path,
     bad: list[BadSample],
     advance: Advance,
 ) -> None:
