@@ -23,6 +23,7 @@ from blackpoint.data.batches import TrainingBatches, ValidationBatches, slice_si
 from blackpoint.data.config import DataConfig
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.notes import first
+from blackpoint.data.files.signals import leave_signals_to_parent
 from blackpoint.data.identity import identity
 from blackpoint.data.images.decode import DECODER_VERSION
 from blackpoint.data.index.index import INDEX_FOLDER, Index, has_index
@@ -36,7 +37,6 @@ from blackpoint.data.order.sorted_samples import sorted_samples
 from blackpoint.data.reader import Reader
 from blackpoint.data.shards.listing import is_encoded
 from blackpoint.data.summary import bucket_rows, summary_lines
-from blackpoint.data.work.worker_signals import leave_signals_to_parent
 
 VALIDATION = "data.validation_shards"
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.signals import stop_if_asked
 from blackpoint.sampling.checkpoints.architecture import check_architecture, sample_size_of
 from blackpoint.sampling.checkpoints.encoders import Encoders, dtype_of
 from blackpoint.sampling.checkpoints.loading import (
@@ -289,6 +290,8 @@ class DiffusionModel:
         both = None if unconditional is None else unconditional.followed_by(conditioning)
 
         def denoise(x_t: Tensor, t: int) -> Prediction:
+            stop_if_asked()
+
             def predict(x: Tensor, condition: Conditioning) -> Tensor:
                 steps = torch.full((len(x),), t, device=x.device)
                 return self.network(x.to(dtype), steps, condition)

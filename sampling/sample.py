@@ -13,6 +13,7 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.signals import stop_if_asked
 from blackpoint.data.images.decode import BadImage
 from blackpoint.data.images.pictures import open_picture
 from blackpoint.sampling.checkpoints.fingerprint import sampling_digest
@@ -149,6 +150,7 @@ def _sample(
                     row = {"prompt": prompts[job[0]], "seed": job[1], "file": files[job]}
                     rows.write(json.dumps(row) + "\n")
             progress.advance(task, len(batch))
+            stop_if_asked()
 
 
 def find_device(name: str, task: Task | None = None) -> torch.device:

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from blackpoint.data.files.errors import NOT_WRITABLE, Resumable, RunFailed, UserError
 from blackpoint.data.files.notes import tell_counts
-from blackpoint.train.cluster import signals
+from blackpoint.data.files.signals import RESUMABLE_STATUS, Stopped, listen
 
 # verb: (module with config_class() and run(config) -> int, purpose)
 VERBS: dict[str, tuple[str, str]] = {
@@ -89,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _complain(str(error))
         return 2
-    except Resumable as error:
+    except (Resumable, Stopped) as error:
         _complain(str(error))
-        return 75
+        return RESUMABLE_STATUS
     except RunFailed as error:
         _complain(str(error))
         return 1
@@ -121,7 +121,7 @@ def entry() -> None:
     """Is the console script."""
     if sys.argv[1:2] == ["train"]:
         # Seconds before a trainer listens: a signal during the imports must not be a crash.
-        signals.listen()
+        listen()
     sys.exit(main())
 
 

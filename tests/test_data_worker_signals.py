@@ -10,10 +10,10 @@ from tests.waiting import PATIENCE_S
 
 ORPHAN = """
 import os, sys, time
-from blackpoint.data.work import worker_signals
-worker_signals.LOOK_EVERY_S = 0.05
+from blackpoint.data.files import signals
+signals.LOOK_EVERY_S = 0.05
 parent = os.getpid()
-init = worker_signals.leave_signals_to_parent()
+init = signals.leave_signals_to_parent()
 if os.fork():
     os._exit(0)  # killed before its worker has begun
 while os.getppid() == parent:

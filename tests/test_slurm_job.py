@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.signals import RESUMABLE_STATUS
 from blackpoint.scripts.cluster import slurm_allocation, slurm_job
 from blackpoint.scripts.cluster.frozen import (
     CODE,
@@ -34,7 +35,6 @@ from blackpoint.scripts.cluster.requeue import (
 from blackpoint.scripts.cluster.slurm_allocation import expand, read_allocation, rendezvous
 from blackpoint.scripts.cluster.slurm_job import config_of_job, train_job
 from blackpoint.scripts.measurements.requeue_study import Requeue, RequeueStudyConfig, page
-from blackpoint.train.cluster.signals import RESUMABLE_STATUS
 from tests.tiny_run import tiny_config
 
 JOB = {

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
 import blackpoint.train.run
+from blackpoint.data.files import signals
 from blackpoint.data.files.errors import Resumable, Unreachable, UserError
 from blackpoint.data.index.index import INDEX_FOLDER, has_index
 from blackpoint.data.module import CaptionedImages
@@ -24,7 +25,6 @@ from blackpoint.scripts.cli import main
 from blackpoint.train.callbacks.checkpoints import checkpoint_steps
 from blackpoint.train.callbacks.interruption import lost_process
 from blackpoint.train.callbacks.metrics import CsvMetrics, log_metrics
-from blackpoint.train.cluster import signals
 from blackpoint.train.cluster.cluster import cluster_environment, num_started
 from blackpoint.train.records.metrics_file import read_metrics
 from tests.tiny_run import tiny_config
@@ -60,7 +60,7 @@ def test_signal_during_the_imports_is_resumable_and_leaves_nothing(
     process = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     error = process.stderr
     assert process.returncode == 75, error
-    assert f"{signal.Signals(number).name}: stopping here; the same command continues" in error
+    assert f"stopped by {signal.Signals(number).name}; the same command continues" in error
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
 
@@ -68,7 +68,7 @@ def test_signal_during_the_imports_is_resumable_and_leaves_nothing(
 def test_a_signal_that_a_library_swallowed_stops_the_run_before_its_first_step(
     pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signals, "_received", ["SIGTERM"])
+    monkeypatch.setattr(signals._flag, "received", "SIGTERM")
     with pytest.raises(Resumable, match="step 0 of 6, nothing to save"):
         blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards))
     assert not checkpoint_steps(tmp_path / "run" / "checkpoints")

@@ -7,8 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import blackpoint.data.shards.remote
+from blackpoint.data.files.signals import RESUMABLE_STATUS
 from blackpoint.scripts.cli import main
-from blackpoint.train.cluster.signals import RESUMABLE_STATUS
 from tests.shard_server import serving
 from tests.tiny_run import stop_in_step, tiny_config
 

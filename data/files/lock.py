@@ -18,6 +18,8 @@ from pathlib import Path
 
 from filelock import lock_descriptor, unlock_descriptor
 
+from blackpoint.data.files.signals import sleep
+
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 POLL_S = 0.05
 
@@ -99,14 +101,16 @@ class Lock:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Holds the lock on `path` inside the block.
+    """Holds the lock on `path` inside the block; waiting for it is a safe point for signals.
 
     Raises BlockingIOError where another has it and `wait` is not set, and OSError where the file
     system has no locks: for work that must never be done twice at once.
     """
     lock = Lock(path)
-    if not lock.acquire(wait=wait):
-        raise BlockingIOError(errno.EWOULDBLOCK, "is locked", str(path))
+    while not lock.acquire():
+        if not wait:
+            raise BlockingIOError(errno.EWOULDBLOCK, "is locked", str(path))
+        sleep(POLL_S)
     try:
         if lock.missing:
             raise OSError(errno.ENOLCK, lock.missing, str(path))

@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from blackpoint.data.files.errors import Unreachable, UserError, disk_writes
+from blackpoint.data.files.signals import sleep
 from blackpoint.data.shards.remote_address import (
     COMMAND,
     http_version,
@@ -290,7 +290,7 @@ class _Patience:
         pause_s = PAUSES_S[min(self.failures, len(PAUSES_S)) - 1]
         what = f"{shown(self.source)}: {_reason(error)}; trying again in {pause_s:g} s"
         print(what, file=sys.stderr, flush=True)
-        time.sleep(pause_s)
+        sleep(pause_s)
 
 
 def _until_it_works(source: str, read: Callable[[], ResultT], tries: int | None = None) -> ResultT:

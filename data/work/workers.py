@@ -2,7 +2,9 @@
 
 No queue and no lock is shared: a process that is killed can't leave the others waiting, its pipe
 just ends, and a process whose parent was killed finds the end of its own pipe and stops. Processes
-are spawned, not forked, and import only what the function needs.
+are spawned, not forked, and import only what the function needs. `concurrent.futures` keeps neither
+law: its processes hold both ends of their queue and outlive a killed parent for ever, and before
+Python 3.14 it can end none that is at work.
 """
 
 import itertools
@@ -11,18 +13,17 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed
+from blackpoint.data.files.signals import POLL_S, signals_held_back, stop_if_asked
 
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 Advance = Callable[[int], None]
 
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 ENDS_WITHIN_S = 5
 JOBS_AHEAD = 2
 """Jobs that a process has at most: one at work, one waiting, so that it never waits itself."""
@@ -59,11 +60,11 @@ def run_in_processes(
             if len(workers) < num_processes and all(worker.num_jobs for worker in workers):
                 workers.append(_Worker(function, may_start_others))
             while min(worker.num_jobs for worker in workers) >= JOBS_AHEAD:
-                yield from _collect(workers, advance, None)
+                yield from _collect(workers, advance, POLL_S)
             min(workers, key=lambda worker: worker.num_jobs).give(job)
             yield from _collect(workers, advance, 0)
         while any(worker.num_jobs for worker in workers):
-            yield from _collect(workers, advance, None)
+            yield from _collect(workers, advance, POLL_S)
     finally:
         for worker in workers:
             worker.stop()
@@ -110,8 +111,9 @@ class _Worker:
         self.process.join()
 
 
-def _collect(workers: list[_Worker], advance: Advance, timeout_s: float | None) -> Iterator[Any]:
-    """Reads what the processes have sent and yields the results among it."""
+def _collect(workers: list[_Worker], advance: Advance, timeout_s: float) -> Iterator[Any]:
+    """Reads what the processes have sent and yields the results among it; a safe point."""
+    stop_if_asked()
     by_connection = {worker.connection: worker for worker in workers}
     for connection in wait(list(by_connection), timeout_s):
         worker = by_connection[connection]  # type: ignore[index]
@@ -126,20 +128,6 @@ def _collect(workers: list[_Worker], advance: Advance, timeout_s: float | None) 
         else:
             worker.num_jobs -= 1
             yield content
-
-
-@contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Blocks what stops a run, in the processes started here for good: their parent ends them.
-
-    Here it comes after the block. Within a fork Python would lose an interrupt: what is
-    raised in a hook of `os.fork` is printed and ignored.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(function: Callable[[Any, Advance], Any], connection: Connection) -> None:

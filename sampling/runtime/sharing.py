@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from blackpoint.data.files.errors import RunFailed
+from blackpoint.data.files.signals import sleep
 from blackpoint.sampling.runtime.tasks import Task
 from blackpoint.sampling.whole_file import write_whole
 
@@ -51,7 +52,7 @@ def wait_until(is_done: Callable[[], bool], output: Path, since: float) -> None:
         if not has_told and time.monotonic() - started_s > TELL_AFTER_S:
             has_told = True
             log.warning("output=%s: waiting for the other processes", output)
-        time.sleep(POLL_S)
+        sleep(POLL_S)
 
 
 def stopped(output: Path, since: float) -> str:

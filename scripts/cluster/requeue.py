@@ -13,8 +13,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from blackpoint.data.files.signals import RESUMABLE_STATUS
 from blackpoint.scripts.cluster.slurm_allocation import Allocation, scontrol
-from blackpoint.train.cluster.signals import RESUMABLE_STATUS
 
 MAX_RESTARTS = 200
 MAX_FRUITLESS = 3

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.signals import RESUMABLE_STATUS
 from blackpoint.scripts.cluster.frozen import (
     CONFIG,
     ROOT,
@@ -39,7 +40,6 @@ from blackpoint.scripts.cluster.slurm_allocation import (
     rendezvous,
 )
 from blackpoint.scripts.config import load, read_yaml, to_yaml
-from blackpoint.train.cluster.signals import RESUMABLE_STATUS
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.records.run_directory import check_continues, newest_step
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from blackpoint.data.files.errors import RunFailed
+from blackpoint.data.files.signals import stoppable
 from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
 from blackpoint.sampling.evaluation.stability_page import RESULTS
 from blackpoint.sampling.evaluation.stability_study import CHOSEN, PAIRS, PEAKS, SETS
@@ -25,7 +26,6 @@ from blackpoint.scripts.config import load
 from blackpoint.scripts.miniature.digits import digit_samples
 from blackpoint.scripts.stand_alone import run_script
 from blackpoint.scripts.verb_process import verb_command
-from blackpoint.scripts.verbs.stoppable import stoppable
 
 SETS_OF_DIGITS = (
     "sets.features.module=blackpoint.scripts.miniature.digit_reader:DigitReader",

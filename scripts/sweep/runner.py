@@ -19,14 +19,15 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from blackpoint.data.files.dotted import nested
 from blackpoint.data.files.errors import Resumable, UserError
+from blackpoint.data.files.signals import RESUMABLE_STATUS, stop_if_asked
 from blackpoint.data.files.yaml_text import to_yaml
 from blackpoint.sampling.evaluation.rows import REFERENCES
 from blackpoint.sampling.report.results import CELL, FOLDERS, SWEEP, VERSION
@@ -38,7 +39,7 @@ from blackpoint.train.records.run_lock import RunLock
 
 LOG, LOCK = "log.txt", ".sweep.lock"
 CACHE = "reference_cache"
-RESUMABLE, POLL_S, GRACE_S = 75, 1.0, 60.0
+POLL_S, GRACE_S = 1.0, 60.0
 NUM_POLLS = 10
 """How often a cell whose lock is held is tried again, after all others: of a verb that was killed
 with its sweep, worker processes may live for some seconds."""
@@ -81,7 +82,7 @@ class Runner:
             try:
                 for polls_left in reversed(range(1 + NUM_POLLS)):
                     futures = [pool.submit(self._run_cell, cell) for cell in todo]
-                    for future in as_completed(futures):
+                    for future in _as_completed(futures):
                         outcome = future.result()
                         outcomes[outcome.cell.folder] = outcome
                         if outcome.state != "elsewhere" or not polls_left:
@@ -151,7 +152,7 @@ class Runner:
             lock = RunLock(training.folder, LOCK)
             while not is_trained(training):
                 if self._is_stopping:
-                    return RESUMABLE
+                    return RESUMABLE_STATUS
                 if training.folder in self._untrained:
                     return self._untrained[training.folder]
                 try:
@@ -185,7 +186,7 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file, self._guard:
             if self._is_stopping:
-                return RESUMABLE
+                return RESUMABLE_STATUS
             process = subprocess.Popen(
                 verb_command(verb, str(path)),
                 stdout=file,
@@ -208,7 +209,7 @@ class Runner:
 
     def _ended(self, cell: Cell, status: int, reason: str, seconds: float) -> Outcome:
         """Keeps the outcome; what was stopped has none yet."""
-        if status == RESUMABLE or self._is_stopping:
+        if status == RESUMABLE_STATUS or self._is_stopping:
             return Outcome(cell, "stopped")
         if status < 0:
             name = signal.Signals(-status).name
@@ -228,6 +229,15 @@ class Runner:
         digest = cell.digest if is_whole else ""
         content = {"name": cell.name, "digest": digest, "state": state, **record}
         write_whole(cell.folder / CELL, json.dumps(content, indent=1) + "\n")
+
+
+def _as_completed(futures: Iterable["Future[Outcome]"]) -> Iterator["Future[Outcome]"]:
+    """Yields what is done as it ends; waiting is a safe point."""
+    pending = set(futures)
+    while pending:
+        stop_if_asked()
+        done, pending = wait(pending, POLL_S, FIRST_COMPLETED)
+        yield from done
 
 
 def with_own_keys(verb: str, settings: Settings, folder: Path, run_dir: Path) -> Settings:

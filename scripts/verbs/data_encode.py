@@ -1,7 +1,7 @@
 """blackpoint data encode: encodes shards into latents and prompt embeddings."""
 
 from blackpoint.data.bad_samples import listing
-from blackpoint.scripts.verbs.stoppable import stoppable
+from blackpoint.data.files.signals import stoppable
 from blackpoint.train.encode.config import EncodeConfig
 
 

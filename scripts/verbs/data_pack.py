@@ -1,11 +1,9 @@
 """blackpoint data pack: packs an image folder with captions into shards with an index."""
 
 import os
-import signal
-import sys
-from typing import Any
 
 from blackpoint.data.bad_samples import listing
+from blackpoint.data.files.signals import left_by_sigterm
 from blackpoint.data.pack.pack import PackConfig, pack
 
 
@@ -16,11 +14,10 @@ def config_class() -> type[PackConfig]:
 
 def run(config: PackConfig) -> int:
     """Packs, says what was found, packed and left out, and returns the exit status."""
-    # Killed by a scheduler, we leave through the finally blocks that remove what is half-written.
-    signal.signal(signal.SIGTERM, _stop)
     # Each process computes alone: threads of numpy's own would only crowd a large machine.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    result = pack(config)
+    with left_by_sigterm():
+        result = pack(config)
     print(f"captions from {result.caption_source}")
     if result.num_kept_shards:
         print(f"kept {result.num_kept_shards} shards that an earlier run had finished")
@@ -41,7 +38,3 @@ def run(config: PackConfig) -> int:
         kinds = ", ".join(f"{number} .{suffix}" for suffix, number in sorted(ignored.items()))
         print(f"ignored files that are no images: {kinds}")
     return 0
-
-
-def _stop(signal_number: int, _frame: Any) -> None:
-    sys.exit(128 + signal_number)

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.signals import stoppable
 from blackpoint.sampling.evaluation.black_point import BlackPointConfig
 from blackpoint.sampling.evaluation.config import MetricsConfig
 from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
 from blackpoint.scripts.config import KEY_VALUE, read_yaml
-from blackpoint.scripts.verbs.stoppable import stoppable
 
 StudyConfig = MetricsConfig | BlackPointConfig | StabilityStudyConfig
 STUDIES: dict[str, type[StudyConfig]] = {

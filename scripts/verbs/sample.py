@@ -1,7 +1,7 @@
 """blackpoint sample: samples prompts to a folder of pictures."""
 
+from blackpoint.data.files.signals import stoppable
 from blackpoint.sampling.options import SampleConfig
-from blackpoint.scripts.verbs.stoppable import stoppable
 
 
 def config_class() -> type[SampleConfig]:

@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 
 from blackpoint.data.files.errors import Resumable, RunFailed
+from blackpoint.data.files.signals import stoppable
 from blackpoint.sampling.search.config import SearchConfig
-from blackpoint.scripts.verbs.stoppable import stoppable
 
 
 def config_class() -> type[SearchConfig]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from blackpoint.data.files.errors import RunFailed
+from blackpoint.data.files.signals import stoppable
 from blackpoint.scripts.sweep.config import SweepConfig
-from blackpoint.scripts.verbs.stoppable import stoppable
 
 T = TypeVar("T")
 ELEMENT, FIRST, LAST, STEP, COUNT = (

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from blackpoint.data.files.errors import Resumable, Unreachable
+from blackpoint.data.files.signals import stoppable
 from blackpoint.train.config.config import TrainConfig
 
 
@@ -13,10 +14,11 @@ def config_class() -> type[TrainConfig]:
 
 
 def run(config: TrainConfig) -> int:
-    from blackpoint.train.run import fit
-
     try:
-        return fit(config)
+        with stoppable():
+            from blackpoint.train.run import fit
+
+            return fit(config)
     except Unreachable as error:
         if "BLACKPOINT_UNREACHABLE" in os.environ:  # a mark for scripts/cluster/slurm_job.py
             with contextlib.suppress(OSError):

@@ -6,22 +6,17 @@ process inside a handler: a process that waits for this one would wait for ever.
 """
 
 import contextlib
-import os
 import re
-import signal
-import sys
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from blackpoint.data.files import signals
 from blackpoint.data.files.errors import Resumable, RunFailed, Unreachable
 from blackpoint.train.callbacks.watch import Watch
-from blackpoint.train.cluster import signals
 
-SIGNALS = (*signals.SIGNALS, signal.SIGINT)
 # What gloo and NCCL say of a process that is gone.
 LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|gloo.*[Tt]imeout")
 
@@ -36,18 +31,14 @@ class StopOnSignal(Callback):
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
         self.stopped_step: int | None = None
-        self._received = False
-        self._process = os.getpid()
         self._group: Any = None  # of all processes, over the CPU
-        self._previous = {number: signal.getsignal(number) for number in SIGNALS}
+        self._signals = contextlib.ExitStack()
 
     def listen(self, trainer: Trainer) -> None:
         """Takes the signals over, before `trainer` starts: from then on they only set a flag."""
         # Lightning's handler for SIGTERM broadcasts to the other processes inside the handler.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
-        self._received |= signals.received()
+        self._signals.enter_context(signals.deferred("this step, then saving"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
@@ -71,8 +62,8 @@ class StopOnSignal(Callback):
     def _asked_to_stop(self) -> bool:
         """Says whether a signal has reached any of the processes."""
         if self._group is None:
-            return self._received
-        received = torch.tensor(int(self._received))
+            return bool(signals.received())
+        received = torch.tensor(int(bool(signals.received())))
         torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, self._group)
         return bool(received)
 
@@ -88,17 +79,8 @@ class StopOnSignal(Callback):
             )
 
     def restore_handlers(self) -> None:
-        """Puts back what was installed before the trainer was built."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return  # a forked worker, which SLURM signals too
-        self._received = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        name = signal.Signals(number).name
-        print(f"\n{name}: finishing this step, then saving", file=sys.stderr, flush=True)
+        """Puts back what was installed before `listen`."""
+        self._signals.close()
 
 
 @contextlib.contextmanager

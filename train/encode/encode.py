@@ -25,6 +25,7 @@ import torch
 
 from blackpoint.data.bad_samples import BadSample, read_list, refusal, too_many
 from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
+from blackpoint.data.files.signals import stop_if_asked
 from blackpoint.data.files.whole_file import scratch_folder
 from blackpoint.data.index.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from blackpoint.data.index.shard_set import index_shards, indexing_command, open_shards
@@ -106,6 +107,7 @@ def encode(config: EncodeConfig) -> EncodeResult:
                 _encode_shards(rules, task, devices, rules.num_shards - kept)
             with partial.alone():
                 if not partial.is_whole:
+                    stop_if_asked()
                     compared_source(reader, stamps)
                     _finish(rules)
         except (WriteFailed, RunFailed, UserError, OSError) as error:

@@ -4,7 +4,6 @@ A process takes shards that nobody has, from its own place in their order on, un
 finished; while others are at work it waits, and takes over what they leave unfinished.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,17 @@ from torch.utils.data import DataLoader
 
 from blackpoint.data.bad_samples import BadSample, refusal, too_many
 from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
+from blackpoint.data.files.signals import (
+    leave_signals_to_parent,
+    signals_held_back,
+    sleep,
+    stop_if_asked,
+)
 from blackpoint.data.latents import EMPTY_FILE, Encoding, write_empty
 from blackpoint.data.reader import Reader
 from blackpoint.data.shards.shard_file import shard_name
 from blackpoint.data.work.part import Part, write_part
 from blackpoint.data.work.partial import Partial
-from blackpoint.data.work.worker_signals import leave_signals_to_parent
-from blackpoint.data.work.workers import signals_held_back
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.precision import set_tf32
 from blackpoint.train.encode.config import EncodeConfig
@@ -94,6 +97,7 @@ def _encode_share(rules: EncodeRules, share: Share, advance: Advance) -> None:
         while todo:
             before = len(todo)
             for number in list(todo):
+                stop_if_asked()
                 if not partial.is_whole and not rules.is_finished(number):
                     with partial.claim(number, rules.command) as is_ours:
                         # Looked at again: who had it may just have finished it, or everything.
@@ -106,7 +110,7 @@ def _encode_share(rules: EncodeRules, share: Share, advance: Advance) -> None:
                 todo.remove(number)
             advance(0)
             if len(todo) == before:
-                time.sleep(LOOK_EVERY_S)
+                sleep(LOOK_EVERY_S)
     finally:
         torch.set_num_threads(num_threads)
 
@@ -180,6 +184,7 @@ def _watched(
     for batch in batches:
         count = len(batch.keys) + len(batch.bad)
         yield batch
+        stop_if_asked()
         own_bad += batch.bad
         bad += batch.bad
         advance(count)

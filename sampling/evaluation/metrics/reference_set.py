@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blackpoint.data.files.signals import stop_if_asked
 from blackpoint.data.images.decode import DECODER_VERSION
 from blackpoint.sampling.evaluation.config import MetricsConfig
 from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
@@ -100,6 +101,7 @@ def _measured(
     luminances, borders, features = [], [], []
     num_resized = 0
     for start in range(0, len(files), batch_size):
+        stop_if_asked()
         batch = [read_reference(file, height, width) for file in files[start:][:batch_size]]
         pixels = torch.cat([each for each, _ in batch])
         num_resized += sum(is_other for _, is_other in batch)
