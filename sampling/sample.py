@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.signals import stop_if_asked
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.images.decode import BadImage
 from blackpoint.data.images.pictures import open_picture
 from blackpoint.sampling.checkpoints.fingerprint import sampling_digest
@@ -25,7 +26,6 @@ from blackpoint.sampling.runtime.precision import set_tf32
 from blackpoint.sampling.runtime.speed import prepare_unet
 from blackpoint.sampling.runtime.tasks import Task
 from blackpoint.sampling.sample_record import SampleRecord
-from blackpoint.sampling.whole_file import write_whole
 
 log = logging.getLogger(__name__)
 

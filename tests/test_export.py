@@ -300,7 +300,7 @@ def test_killed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch):
 
     def save_and_be_killed(model, folder):
         save(model, folder)
-        assert list(tmp_path.glob(".out.*"))
+        assert list(tmp_path.glob(".partial-*"))
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(DiffusionModel, "save", save_and_be_killed)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from blackpoint.data.files.whole_file import write_new, write_whole
+from blackpoint.data.files.whole_file import whole_file, whole_folder, write_new, write_whole
+from tests.interleaved import dead_process
 
 KILLED = """
 import os, signal, sys
@@ -83,3 +84,34 @@ def test_a_new_file_never_takes_the_place_of_another(
         write_new(tmp_path / "new" / "a.json", "second")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
     assert (tmp_path / "new" / "a.json").read_text() == "first"
+
+
+def test_a_folder_appears_whole_and_what_killed_ones_left_goes(tmp_path: Path) -> None:
+    host = os.uname().nodename
+    killed = tmp_path / f".partial-{host}-{dead_process()}-x"
+    others = [tmp_path / f".partial-{host}-{os.getppid()}-x", tmp_path / ".partial-elsewhere-7-x"]
+    for folder in (killed, *others):
+        (folder / "out").mkdir(parents=True)
+    with pytest.raises(KeyError), whole_folder(tmp_path / "out") as folder:
+        (folder / "half").touch()
+        raise KeyError
+    assert set(tmp_path.iterdir()) == set(others)
+    (tmp_path / "out").mkdir()
+    with whole_folder(tmp_path / "out", sync=True) as folder:
+        (folder / "whole").touch()
+        assert not list((tmp_path / "out").iterdir())
+    assert set(tmp_path.iterdir()) == {tmp_path / "out", *others}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+
+
+def test_a_file_that_is_written_piece_by_piece_appears_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    with pytest.raises(KeyError), whole_file(path) as unfinished:
+        unfinished.write_bytes(b"half")
+        raise KeyError
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+    with whole_file(path, sync=True) as unfinished:
+        unfinished.write_bytes(b"after")
+        assert path.read_bytes() == b"before"
+    assert path.read_bytes() == b"after" and list(tmp_path.iterdir()) == [path]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.checkpoints.fingerprint import model_digest
 from blackpoint.sampling.choices import check_seed
 from blackpoint.sampling.evaluation.config import MAX_STORED_SEED, MetricsConfig
@@ -18,7 +19,6 @@ from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.prompts.prompt_set import Prompt
 from blackpoint.sampling.runtime.pictures import to_picture
 from blackpoint.sampling.runtime.speed import prepare_unet
-from blackpoint.sampling.whole_file import write_whole
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.config import MetricsConfig
 from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
 from blackpoint.sampling.evaluation.metrics.brightness import luminance_error, luminance_range
@@ -29,7 +30,6 @@ from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.prompts.prompt_set import Prompt
 from blackpoint.sampling.verifiers.load import load_verifiers
 from blackpoint.sampling.verifiers.verifier import Verifier, checked_scores
-from blackpoint.sampling.whole_file import write_whole
 
 DECIMALS, INVARIANCE = 6, "noise_invariance.json"
 MAX_CHECKED = 10_000

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.whole_file import write_whole
+from blackpoint.data.files.whole_file import write_whole
 
 SETTINGS, REFERENCE, REFERENCES = "evaluation.json", "reference.json", "references"
 IMAGES, FEATURES, PARTS = "images.parquet", "features.parquet", "parts"

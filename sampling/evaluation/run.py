@@ -30,6 +30,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.choices import PLAIN_FORMATS
 from blackpoint.sampling.evaluation.config import FREE, MetricsConfig
 from blackpoint.sampling.evaluation.generate import Job, Painter, jobs_of
@@ -65,7 +66,6 @@ from blackpoint.sampling.runtime.sharing import forget_stop, share_of, tell_stop
 from blackpoint.sampling.runtime.tasks import Task, this_task
 from blackpoint.sampling.sample import find_device
 from blackpoint.sampling.search.folder import FORMATS, settled_formats
-from blackpoint.sampling.whole_file import write_whole
 
 log = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
 from blackpoint.sampling.evaluation.stability_findings import (
     Versus,
@@ -35,7 +36,6 @@ from blackpoint.sampling.evaluation.stability_tables import (
 )
 from blackpoint.sampling.report.report import page_template
 from blackpoint.sampling.report.training_page import embedded
-from blackpoint.sampling.whole_file import write_whole
 
 TEMPLATE = Path(__file__).with_name("stability.html.j2")
 WIDEST_PX = 256

@@ -9,6 +9,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.stability_arms import POOL, arms
 from blackpoint.sampling.evaluation.stability_rows import Found
 from blackpoint.sampling.model import DiffusionModel
@@ -20,7 +21,6 @@ from blackpoint.sampling.search.folder import SETTINGS, settled_formats
 from blackpoint.sampling.search.journal import read_rows
 from blackpoint.sampling.search.setup import note
 from blackpoint.sampling.search.winners import WINNERS
-from blackpoint.sampling.whole_file import write_whole
 
 SHOWN_PROMPTS = 8
 

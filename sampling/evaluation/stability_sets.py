@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
 from blackpoint.sampling.evaluation.stability_pictures import painted
 from blackpoint.sampling.evaluation.stability_rows import Found
@@ -33,7 +34,6 @@ from blackpoint.sampling.verifiers.oracle import (
     picture_features,
     reference_pictures,
 )
-from blackpoint.sampling.whole_file import write_whole
 
 FEATURES, LOGITS = "features", "logits"
 RANDOM = "random"

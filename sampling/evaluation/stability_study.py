@@ -20,6 +20,7 @@ import torch
 
 from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.data.files.plain import csv_text, finite
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
 from blackpoint.sampling.evaluation.stability_arms import Arm, arms, places
 from blackpoint.sampling.evaluation.stability_findings import methods, rivals
@@ -38,7 +39,6 @@ from blackpoint.sampling.search.setup import MAX_CHECKED, note
 from blackpoint.sampling.verifiers.image_model import load_classifier, load_features
 from blackpoint.sampling.verifiers.load import load_verifiers
 from blackpoint.sampling.verifiers.oracle import reference_pictures
-from blackpoint.sampling.whole_file import write_whole
 
 PAIRS, CHOSEN, SETS, PEAKS = "pairs.csv.gz", "chosen.csv", "sets.json", "peaks.json"
 

@@ -20,6 +20,7 @@ import torch
 from scipy import stats
 
 from blackpoint.data.files.plain import finite
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.config import MetricsConfig
 from blackpoint.sampling.evaluation.measures import Measures
 from blackpoint.sampling.evaluation.metrics.geneval import GenEvalScores
@@ -36,7 +37,6 @@ from blackpoint.sampling.prompts.brightness_target import TONES
 from blackpoint.sampling.statistics import estimates as statistics
 from blackpoint.sampling.statistics.estimates import NUM_RESAMPLES, Estimate, expanded_interval
 from blackpoint.sampling.statistics.frechet import lack_of_images
-from blackpoint.sampling.whole_file import write_whole
 
 JSON_FILE, CSV_FILE, MARKDOWN_FILE = "metrics.json", "metrics.csv", "metrics.md"
 ERROR, LUMINANCE, INVARIANCE = "luminance error", "luminance", "noise-invariance"

@@ -7,8 +7,6 @@ export or does not exist.
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from blackpoint.data.files.errors import NOT_WRITABLE, NotExportable, RunFailed, UserError
+from blackpoint.data.files.whole_file import whole_folder
 from blackpoint.sampling.choices import Dtype, Weights
 from blackpoint.sampling.export.clients import Architecture
 from blackpoint.sampling.export.model_card import model_card
@@ -76,26 +75,25 @@ def moved_into_place(output: Path) -> Iterator[Path]:
     Raises UserError where nothing can be made there, and RunFailed where the disk takes no more.
     """
     given, output = output, output.resolve()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise UserError(
-            f"output={given} can't be written: {error.strerror}; name a folder that can be made"
-        ) from error
-    try:
-        yield folder
-        _open_to_colleagues(folder)
-        _flush_to_disk(folder)
-        os.replace(folder, output)  # also replaces an empty folder
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if reason := _reason_not_written(error):
-            raise RunFailed(
-                f"output={given} can't be written: {reason}. Nothing is left of it; make room and "
-                "run the same command again, or name another output"
+    with contextlib.ExitStack() as entered:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            folder = entered.enter_context(whole_folder(output, sync=True))
+        except OSError as error:
+            raise UserError(
+                f"output={given} can't be written: {error.strerror}; name a folder that can be made"
             ) from error
-        raise
+        try:
+            with entered.pop_all():
+                yield folder
+                _open_to_colleagues(folder)
+        except BaseException as error:
+            if reason := _reason_not_written(error):
+                raise RunFailed(
+                    f"output={given} can't be written: {reason}. Nothing is left of it; make room "
+                    "and run the same command again, or name another output"
+                ) from error
+            raise
 
 
 def _reason_not_written(error: BaseException) -> str:
@@ -108,19 +106,11 @@ def _reason_not_written(error: BaseException) -> str:
 
 
 def _open_to_colleagues(folder: Path) -> None:
-    """Gives the usual rights: mkdtemp makes folders 0700, safetensors files 0600."""
+    """Gives the usual rights: safetensors makes files 0600."""
     mask = os.umask(0)
     os.umask(mask)
     for path in (folder, *folder.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-
-
-def _flush_to_disk(folder: Path) -> None:
-    """Waits until the files are on disk, so that a crash after the rename leaves no empty ones."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def _run_dir_of(checkpoint: Path) -> Path | None:

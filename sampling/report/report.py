@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined, Template
 
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.black_point import image_path
 from blackpoint.sampling.evaluation.black_point_summary import Finding, table
 from blackpoint.sampling.report import plots
@@ -18,7 +19,6 @@ from blackpoint.sampling.report.rows import DATA, Row
 from blackpoint.sampling.report.search_page import SearchShown
 from blackpoint.sampling.report.training_page import at_a_glance, embedded, run_figures
 from blackpoint.sampling.report.training_series import Series
-from blackpoint.sampling.whole_file import write_whole
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 STYLE = Path(__file__).with_name("page.css")

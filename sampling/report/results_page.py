@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.report.report import page_template
 from blackpoint.sampling.report.results import Cell, Key, Results
 from blackpoint.sampling.report.results_plots import luminance_distributions, scaling_curves
@@ -26,7 +27,6 @@ from blackpoint.sampling.report.results_tables import (
     to_markdown,
     win_matrix,
 )
-from blackpoint.sampling.whole_file import write_whole
 
 TEMPLATE = Path(__file__).with_name("results.html.j2")
 SCRIPT = Path(__file__).with_name("results.js")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.whole_file import write_whole
+from blackpoint.data.files.whole_file import write_whole
 
 DATA = "data"
 """Checkpoint name of the rows that describe real images."""

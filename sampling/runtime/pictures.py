@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from blackpoint.data.files.errors import RunFailed
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.images.pictures import open_picture
-from blackpoint.sampling.whole_file import write_whole
 
 CAPTION_WIDTH_PX, FONT_PX, LINE_PX, GAP_PX = 200, 12, 15, 4
 LETTER_PX = 6.7

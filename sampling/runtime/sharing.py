@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from blackpoint.data.files.errors import RunFailed
 from blackpoint.data.files.signals import sleep
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.runtime.tasks import Task
-from blackpoint.sampling.whole_file import write_whole
 
 PARTS, STOPPED = "parts", "stopped"
 POLL_S, TELL_AFTER_S = 0.5, 30.0

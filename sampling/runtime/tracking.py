@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.whole_file import write_whole
+from blackpoint.data.files.whole_file import write_whole
 
 NOT_IN_PROJECT, MAX_PROJECT_CHARACTERS = "/\\#?%:", 128
 """What wandb refuses in the name of a project, when the run starts."""

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.search.algorithm_configs import HalvingConfig
 from blackpoint.sampling.search.algorithms.halving import measured_kendall, pruning_levels, walk
 from blackpoint.sampling.search.journal import ROWS, Journal, read_rows
 from blackpoint.sampling.search.runner import TrialRunner
 from blackpoint.sampling.search.search import drive, open_search
 from blackpoint.sampling.search.trial import Problem
-from blackpoint.sampling.whole_file import write_whole
 
 FOLDER, FOUND = "calibration", "kendall.json"
 

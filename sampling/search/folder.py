@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.images.decode import DECODER_VERSION
 from blackpoint.sampling.choices import recorded_formats
 from blackpoint.sampling.prompts.prompt_set import Prompt
@@ -20,7 +21,6 @@ from blackpoint.sampling.runtime.sharing import files_of
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.journal import ROWS, read_rows
 from blackpoint.sampling.search.ledger import Ledger
-from blackpoint.sampling.whole_file import write_whole
 
 SETTINGS, LEDGER, DIGEST = "search.json", "ledger.json", "prompts_digest"
 DECODER = "decoder"

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.lock import Lock
 from blackpoint.data.files.plain import number, recorded
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.runtime.sharing import files_of
 from blackpoint.sampling.samplers import SampleState
 from blackpoint.sampling.search.ledger import Ledger
 from blackpoint.sampling.search.trial import Outcome, Result, Trial
-from blackpoint.sampling.whole_file import write_whole
 
 ROWS, STATES = "candidates.jsonl", "states"
 Rows = dict[int, dict[str, Any]]

@@ -18,6 +18,7 @@ from typing import Any
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.plain import recorded
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.prompts.prompt_set import Prompt, read_prompt_set
 from blackpoint.sampling.runtime.sharing import (
     forget_stop,
@@ -74,7 +75,6 @@ from blackpoint.sampling.search.setup import (
 from blackpoint.sampling.search.tables import send_tables
 from blackpoint.sampling.search.trial import Outcome, Problem
 from blackpoint.sampling.search.winners import BESTS, WINNERS, Winners, read_winners
-from blackpoint.sampling.whole_file import write_whole
 
 BASELINES = "baselines"
 PLAIN_FIRST = (*WHOLE, "noise_optimisation")

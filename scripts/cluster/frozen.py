@@ -5,13 +5,13 @@ other code. Files that a config names, such as shards, are not copied.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import whole_folder, write_whole
 from blackpoint.train.records.run_directory import GIT_RECORD, git_state
 from blackpoint.train.records.run_lock import JOB_LOCK, LOCK, RunLock
 
@@ -27,25 +27,22 @@ def freeze(run_dir: Path, config_yaml: str) -> Path:
     the start before. Raises UserError where run_dir can't be written.
     """
     folder = run_dir / "frozen"
-    part = run_dir / f".frozen.{os.getpid()}.tmp"
     try:
-        part.mkdir(parents=True)
-        (part / CONFIG).write_text(config_yaml, encoding="utf-8")
         if folder.exists():
-            os.replace(part / CONFIG, folder / CONFIG)
+            write_whole(folder / CONFIG, config_yaml)
             return folder
-        for package in CODE:
-            for source in sorted((ROOT / package).rglob("*")):
-                if source.suffix in SUFFIXES and "__pycache__" not in source.parts:
-                    target = part / source.relative_to(ROOT)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(source, target)
-        (part / GIT_RECORD).write_text(json.dumps(git_state(), indent=2) + "\n", encoding="utf-8")
-        os.replace(part, folder)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with whole_folder(folder) as part:
+            write_whole(part / CONFIG, config_yaml)
+            write_whole(part / GIT_RECORD, json.dumps(git_state(), indent=2) + "\n")
+            for package in CODE:
+                for source in sorted((ROOT / package).rglob("*")):
+                    if source.suffix in SUFFIXES and "__pycache__" not in source.parts:
+                        target = part / source.relative_to(ROOT)
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(source, target)
     except OSError as error:
         raise _unwritable(run_dir, error) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

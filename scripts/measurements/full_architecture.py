@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blackpoint.data.files.errors import RunFailed, UserError
-from blackpoint.sampling.whole_file import write_whole
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine, markdown
 from blackpoint.scripts.measurements.full_architecture_verbs import Verb, verbs

@@ -26,6 +26,7 @@ from PIL import Image
 
 from blackpoint.data.config import DataConfig
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.identity import identity
 from blackpoint.data.index.contents import STAMPS_FILE
 from blackpoint.data.index.index import INDEX_FOLDER, Index, IndexWriter, build_index
@@ -35,7 +36,6 @@ from blackpoint.data.reader import Reader
 from blackpoint.data.record import ShardRecords
 from blackpoint.data.shards.shard_digest import file_stamp
 from blackpoint.data.shards.shard_file import ShardFile, shard_name
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.statistics import estimates as statistics
 from blackpoint.sampling.statistics.estimates import Estimate
 from blackpoint.sampling.statistics.frechet import frechet_estimates
 from blackpoint.sampling.verifiers.oracle import Gaussian
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 from blackpoint.scripts.stand_alone import run_script

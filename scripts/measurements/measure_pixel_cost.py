@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from blackpoint.data.files.errors import RunFailed, UserError
-from blackpoint.sampling.whole_file import write_whole
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 

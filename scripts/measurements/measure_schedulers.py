@@ -25,11 +25,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.luminance import border_luminance
 from blackpoint.sampling.export.client_schedulers import DROP_ZERO_SNR, RIGHT_AT_ZERO_SNR
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.statistics import estimates as statistics
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 from blackpoint.scripts.miniature.evaluation import digit_captions

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.guidance import NO_GUIDANCE
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.search import gradients
 from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
 from blackpoint.sampling.search.trial import Seeded, Trial
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 from blackpoint.scripts.stand_alone import run_script

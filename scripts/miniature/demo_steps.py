@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.pack.pack import PackConfig, pack
 from blackpoint.sampling.evaluation.black_point import BlackPointConfig
 from blackpoint.sampling.evaluation.black_point_study import is_complete
@@ -30,7 +31,6 @@ from blackpoint.sampling.export.verify import check_against_diffusers
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.run import search_to_folder
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.miniature import evaluation
 from blackpoint.scripts.miniature.digits import DIGIT_NAMES, Split, write_digit_folder

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from blackpoint.data.files.whole_file import whole_file
 from blackpoint.sampling.prediction import add_noise, training_target
 from blackpoint.sampling.schedule import NoiseSchedule
 
@@ -253,16 +254,15 @@ def train_unet(
             keep = min(ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - keep)
         if (step + 1) % save_every_steps == 0 or step + 1 == num_steps:
-            temporary = state_file.with_suffix(".tmp")
-            torch.save(
-                {
-                    "step": step + 1,
-                    "unet": unet.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                },
-                temporary,
-            )
-            temporary.replace(state_file)
+            with whole_file(state_file) as unfinished:
+                torch.save(
+                    {
+                        "step": step + 1,
+                        "unet": unet.state_dict(),
+                        "average": average.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                    },
+                    unfinished,
+                )
         yield step, loss.item()
     unet.load_state_dict(average.state_dict())

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blackpoint.data.files.errors import RunFailed
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.pack.pack import PackConfig, pack
 from blackpoint.sampling.report.results import Results, read_results
 from blackpoint.sampling.report.results_tables import seed_difference, settings_of
 from blackpoint.sampling.statistics.estimates import Estimate
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.miniature.digits import Split, write_digit_folder
 from blackpoint.scripts.stand_alone import run_script

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.report.plots import COLORS, STYLE
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.stand_alone import run_script
 

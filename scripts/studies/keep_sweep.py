@@ -23,6 +23,7 @@ import matplotlib
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.plain import csv_text
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.summary import WORDS
 from blackpoint.sampling.report.plots import COLORS, STYLE, panels
 from blackpoint.sampling.report.results import CELL, SWEEP, Results, read_results, title_of
@@ -35,7 +36,6 @@ from blackpoint.sampling.report.results_tables import (
     to_csv,
     to_markdown,
 )
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 from blackpoint.scripts.stand_alone import run_script

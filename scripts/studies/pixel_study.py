@@ -26,11 +26,11 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.plain import csv_text
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.pack.pack import PackConfig, pack
 from blackpoint.data.transform import transform
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.pictures import caption_grid, to_picture
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.miniature.digit_judge import DigitJudge, train_digit_judge
 from blackpoint.scripts.miniature.digits import DIGIT_NAMES, Split, compose, mnist_digits

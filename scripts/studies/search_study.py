@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from blackpoint.data.files.plain import csv_text
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.journal import read_rows
 from blackpoint.sampling.search.run import search_to_folder
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.stand_alone import run_script
 from blackpoint.scripts.studies.search_study_arms import (

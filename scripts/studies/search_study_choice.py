@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from blackpoint.data.files.plain import csv_text
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.statistics.estimates import proportion
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.miniature.digit_perceptron import DigitPerceptron
 from blackpoint.scripts.miniature.digit_reader import DigitReader

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.statistics.estimates import (
     NUM_RESAMPLES,
     Estimate,
@@ -20,7 +21,6 @@ from blackpoint.sampling.statistics.estimates import (
     smallest_detectable_effect,
 )
 from blackpoint.sampling.statistics.paired import count_outcomes, holm, mean_difference
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 from blackpoint.scripts.studies.search_study_arms import (
     FEWEST_NFE,

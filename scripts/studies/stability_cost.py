@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from blackpoint.data.files.errors import RunFailed
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
 from blackpoint.sampling.evaluation.stability_arms import (
     BEST_OF,
@@ -31,7 +32,6 @@ from blackpoint.sampling.sample import find_device
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.run import search_to_folder
 from blackpoint.sampling.verifiers.load import VerifierConfig
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load, to_yaml
 
 log = logging.getLogger(__name__)

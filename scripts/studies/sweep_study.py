@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from blackpoint.data.files.errors import RunFailed
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.report.results import CELL, Cell, read_results
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 from blackpoint.scripts.stand_alone import run_script

@@ -28,10 +28,10 @@ from typing import Any, Literal
 from blackpoint.data.files.dotted import nested
 from blackpoint.data.files.errors import Resumable, UserError
 from blackpoint.data.files.signals import RESUMABLE_STATUS, stop_if_asked
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.files.yaml_text import to_yaml
 from blackpoint.sampling.evaluation.rows import REFERENCES
 from blackpoint.sampling.report.results import CELL, FOLDERS, SWEEP, VERSION
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.sweep.cells import OWN_KEYS, Cell, Training, trainings_of
 from blackpoint.scripts.sweep.config import Settings, SweepConfig
 from blackpoint.scripts.verb_process import verb_command

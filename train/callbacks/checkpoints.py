@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from blackpoint.data.files.errors import RunFailed, UserError
-from blackpoint.sampling.whole_file import write_whole
+from blackpoint.data.files.whole_file import whole_file, write_whole
 from blackpoint.train.callbacks.validation import ValidationLoss
 from blackpoint.train.callbacks.watch import Watch
 
@@ -101,13 +101,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            with temporary.open("wb") as file:
+            with whole_file(path, sync=True) as unfinished, unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
             _flush_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch turns the system's error into its own
             reason = error if isinstance(error, OSError) else error.__cause__ or error.__context__
@@ -119,8 +115,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 + (f"Step {kept} is kept there. " if kept is not None else "")
                 + "Make room or restore the rights; the same command continues"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: Any = True

@@ -6,8 +6,9 @@ again. No import of Lightning: a report reads the file too.
 """
 
 import csv
-import os
 from pathlib import Path
+
+from blackpoint.data.files.whole_file import whole_file
 
 HEADER = ("step", "name", "value")
 
@@ -28,12 +29,13 @@ def rows_after(path: Path, step: int) -> set[tuple[int, str]]:
 def drop_rows_after(path: Path, step: int) -> None:
     """Keeps the whole rows up to `step`, or starts the file with its header."""
     kept = [row for row in _whole_rows(path) if row[0] <= step] if path.exists() else []
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="ascii", newline="") as file:
+    with (
+        whole_file(path) as unfinished,
+        unfinished.open("w", encoding="ascii", newline="") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(HEADER)
         writer.writerows((row_step, name, f"{value:.8g}") for row_step, name, value in kept)
-    os.replace(temporary, path)
 
 
 def _whole_rows(path: Path) -> list[tuple[int, str, float]]:

@@ -23,9 +23,9 @@ from omegaconf import OmegaConf
 from blackpoint.data.files.dotted import flat, value_at
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import is_remote
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.files.yaml_text import read_yaml, read_yaml_file, to_yaml
 from blackpoint.sampling.choices import recorded_formats
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.records.resume_keys import When, images_per_step, may_change, rule_of
 from blackpoint.train.records.run_identity import begun_decoder, read_identity

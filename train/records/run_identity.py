@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.identity import differences, is_certain
 from blackpoint.data.images.decode import DECODER_VERSION, STORED_COLORS
-from blackpoint.sampling.whole_file import write_whole
 
 FILE = "identity.json"
 

@@ -17,8 +17,8 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.runtime.tracking import start_run
-from blackpoint.sampling.whole_file import write_whole
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.records.metrics_file import rows_after
 

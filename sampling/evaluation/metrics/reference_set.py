@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blackpoint.data.files.signals import stop_if_asked
+from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.images.decode import DECODER_VERSION
 from blackpoint.sampling.evaluation.config import MetricsConfig
 from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
@@ -23,7 +24,6 @@ from blackpoint.sampling.evaluation.measures import Measures
 from blackpoint.sampling.evaluation.metrics.set_models import SetModel, read_reference
 from blackpoint.sampling.evaluation.rows import FEATURE_COLUMN, REFERENCES, column_digest
 from blackpoint.sampling.verifiers.oracle import reference_pictures
-from blackpoint.sampling.whole_file import write_whole
 
 TOLERANCE = 1e-4
 """Within which measurements of the same pictures count as equal."""
