@@ -96,29 +96,10 @@ def check(config: CheckConfig) -> CheckReport:
     shards, folder = chosen.paths, chosen.folder
     output = _prepared(config.output)
     latents = is_encoded(folder)
-    num_processes = config.num_processes or usable_cores()
-    bad: list[BadSample] = []
     try:
         with _scratch(folder) as scratch:
-            with ExitStack() as stack:
-                keys = _keys(chosen)
-                with disk_writes():
-                    writer = stack.enter_context(IndexWriter(scratch, keys=keys))
-                advance = stack.enter_context(progress("checking", len(shards)))
-                remote = chosen.remote and replace(chosen.remote, anew=config.full)
-                limits = (config.max_image_pixels, num_processes, latents)
-                scans = scan_shards(shards, *limits, advance, remote, keys)
-                contents: list[ShardContent] = []
-                for number, scan in enumerate(scans):
-                    with disk_writes(), (scratch / "facts").open("ab") as facts_file:
-                        facts_file.write(scan.facts.tobytes())
-                        writer.append(number, scan.records)
-                    bad += scan.bad
-                    contents.append(scan.content)
-                with disk_writes():
-                    writer.close(shards, bad, contents)
-            found = Index(scratch)
-            facts = np.fromfile(scratch / "facts", FACT)
+            bad = _read_shards(config, chosen, scratch)
+            found, facts = Index(scratch), np.fromfile(scratch / "facts", FACT)
             state = _index_state(found, chosen, latents)
             # The size and luminance of what was encoded stand only in the index that it came with.
             measured = Index(folder) if latents and state.state == "valid" else found
@@ -135,6 +116,28 @@ def check(config: CheckConfig) -> CheckReport:
     if output:
         _write(output, report)
     return report
+
+
+def _read_shards(config: CheckConfig, chosen: ShardSet, scratch: Path) -> list[BadSample]:
+    """Reads the shards into an index and a file of FACT in `scratch`; returns what is bad."""
+    shards, keys = chosen.paths, _keys(chosen)
+    remote = chosen.remote and replace(chosen.remote, anew=config.full)
+    num_processes = config.num_processes or usable_cores()
+    limits = (config.max_image_pixels, num_processes, is_encoded(chosen.folder))
+    bad, contents = list[BadSample](), list[ShardContent]()
+    with ExitStack() as stack:
+        with disk_writes():
+            writer = stack.enter_context(IndexWriter(scratch, keys=keys))
+        advance = stack.enter_context(progress("checking", len(shards)))
+        for number, scan in enumerate(scan_shards(shards, *limits, advance, remote, keys)):
+            with disk_writes(), (scratch / "facts").open("ab") as facts_file:
+                facts_file.write(scan.facts.tobytes())
+                writer.append(number, scan.records)
+            bad += scan.bad
+            contents.append(scan.content)
+        with disk_writes():
+            writer.close(shards, bad, contents)
+    return bad
 
 
 def _keys(shards: ShardSet) -> SampleKeys:

@@ -32,7 +32,7 @@ from blackpoint.data.pack.captions import (
     captioned_files,
     find_captions,
 )
-from blackpoint.data.pack.image_folder import count_files
+from blackpoint.data.pack.image_folder import FolderCount, count_files
 from blackpoint.data.pack.pack_shard import ShardRules, is_hopeless, pack_shard
 from blackpoint.data.pack.shard_list import ShardList, shard_lists
 from blackpoint.data.shards.shard_digest import ShardContent
@@ -125,20 +125,8 @@ def pack(config: PackConfig) -> PackResult:
         what = "is a file" if source.exists() else "does not exist"
         raise UserError(f"source={source}: {what}. Name a folder of images.")
     refuse_used_output(output)
-    count = count_files(source)
-    fields = CaptionFields(
-        config.file_column, config.caption_column, config.image_column, config.caption_lines
-    )
-    captions = None
-    if count.num_images or "parquet" in count.other_suffixes or config.captions_file:
-        captions = find_captions(source, config.captions, fields, count, config.captions_file)
-    num_images = captions.num_embedded() if captions and captions.is_embedded else count.num_images
-    if captions is None or not num_images:
-        found = ", ".join(f"{num} .{suffix}" for suffix, num in count.other_suffixes.items())
-        raise UserError(
-            f"source={source}: holds no images (found {found or 'nothing'}). "
-            "Images are jpg, jpeg, png, webp, bmp, gif, tif, tiff or avif files, or inside Parquet."
-        )
+    count, captions = _found(config)
+    num_images = captions.num_embedded() if captions.is_embedded else count.num_images
     ignored = {name: num for name, num in count.other_suffixes.items() if name != captions.form}
     result = PackResult(str(captions), ignored_suffixes=ignored)
     with Partial(output, _settings(config, captions)) as partial:
@@ -153,14 +141,33 @@ def pack(config: PackConfig) -> PackResult:
                 num_images,
                 config.image_column,
             )
+            shards = _Shards(config, rules, result)
             with progress("packing", num_images) as advance:
-                num_shards = _write_shards(config, captions, rules, result, advance)
-            _write_index(rules, num_shards, result)
+                shards.write(captions, advance)
+            _write_index(rules, shards.count, result)
             partial.finish()
         except (WriteFailed, RunFailed) as error:
             raise partial.failure(error, "num_processes=1 needs least memory") from error
     result.seconds = time.monotonic() - start
     return result
+
+
+def _found(config: PackConfig) -> tuple[FolderCount, CaptionSource]:
+    """Returns what the source holds; raises UserError where there are no images."""
+    source = Path(config.source)
+    count = count_files(source)
+    if count.num_images or "parquet" in count.other_suffixes or config.captions_file:
+        fields = CaptionFields(
+            config.file_column, config.caption_column, config.image_column, config.caption_lines
+        )
+        captions = find_captions(source, config.captions, fields, count, config.captions_file)
+        if captions.num_embedded() if captions.is_embedded else count.num_images:
+            return count, captions
+    found = ", ".join(f"{num} .{suffix}" for suffix, num in count.other_suffixes.items())
+    raise UserError(
+        f"source={source}: holds no images (found {found or 'nothing'}). "
+        "Images are jpg, jpeg, png, webp, bmp, gif, tif, tiff or avif files, or inside Parquet."
+    )
 
 
 def _settings(config: PackConfig, captions: CaptionSource) -> dict[str, object]:
@@ -174,23 +181,33 @@ def _settings(config: PackConfig, captions: CaptionSource) -> dict[str, object]:
     }
 
 
-def _write_shards(
-    config: PackConfig,
-    captions: CaptionSource,
-    rules: ShardRules,
-    result: PackResult,
-    advance: Callable[[int], None],
-) -> int:
-    """Writes every shard that is not finished and returns how many there are."""
-    num_shards, num_seen = 0, 0
-    bad: dict[int, list[BadSample]] = {}
+class _Shards:
+    """The shards of a pack: those that are finished, those that are written, what was bad."""
 
-    def unfinished() -> Iterator[ShardList]:
-        nonlocal num_shards
-        entries = captioned_files(captions)
-        limits = (config.samples_per_shard, config.shard_megabytes * 1e6)
+    def __init__(self, config: PackConfig, rules: ShardRules, result: PackResult) -> None:
+        self.config, self.rules, self.result = config, rules, result
+        self.count, self.num_seen = 0, 0
+        self._bad: dict[int, list[BadSample]] = {}
+
+    def write(self, captions: CaptionSource, advance: Callable[[int], None]) -> None:
+        """Writes every shard that is not finished; raises UserError where too much is bad."""
+        work = functools.partial(pack_shard, self.rules)
+        num_processes = self.config.num_processes or usable_cores()
+        parts = run_in_processes(work, self._unfinished(captions, advance), num_processes, advance)
+        with contextlib.closing(parts):
+            for part in parts:
+                self.result.num_read += part.num_entries
+                self._count(part)
+        self.result.bad = self._bad_in_order()
+        self._refuse_too_many()
+
+    def _unfinished(
+        self, captions: CaptionSource, advance: Callable[[int], None]
+    ) -> Iterator[ShardList]:
+        rules, entries = self.rules, captioned_files(captions)
+        limits = (self.config.samples_per_shard, self.config.shard_megabytes * 1e6)
         for listed in shard_lists(entries, rules.source, rules.working, *limits):
-            num_shards += 1
+            self.count += 1
             part = finished_part(rules.parts, rules.shards, listed.number, listed.digest)
             if part is None:
                 with disk_writes():
@@ -198,43 +215,35 @@ def _write_shards(
                 yield listed
                 continue
             listed.path.unlink()
-            result.num_kept_shards += 1
+            self.result.num_kept_shards += 1
             advance(part.num_entries)
-            count_in(part)
+            self._count(part)
 
-    def count_in(part: Part) -> None:
-        nonlocal num_seen
-        num_seen += part.num_entries
+    def _count(self, part: Part) -> None:
+        self.num_seen += part.num_entries
         if part.bad:
-            bad[part.number] = part.bad
-        num_bad = sum(map(len, bad.values()))
-        if not part.is_whole or (part.bad and is_hopeless(num_bad, rules)):
-            raise refused()
+            self._bad[part.number] = part.bad
+        num_bad = sum(map(len, self._bad.values()))
+        if not part.is_whole or (part.bad and is_hopeless(num_bad, self.rules)):
+            raise self._refusal()
 
-    def refused() -> UserError:
-        return refusal(
-            f"source={config.source}", in_order(), num_seen, rules.max_bad_share, "max_bad_share"
-        )
+    def _bad_in_order(self) -> list[BadSample]:
+        return [sample for number in sorted(self._bad) for sample in self._bad[number]]
 
-    def in_order() -> list[BadSample]:
-        return [sample for number in sorted(bad) for sample in bad[number]]
+    def _refusal(self) -> UserError:
+        share, source = self.rules.max_bad_share, f"source={self.config.source}"
+        return refusal(source, self._bad_in_order(), self.num_seen, share, "max_bad_share")
 
-    work = functools.partial(pack_shard, rules)
-    num_processes = config.num_processes or usable_cores()
-    parts = run_in_processes(work, unfinished(), num_processes, advance)
-    with contextlib.closing(parts):
-        for part in parts:
-            result.num_read += part.num_entries
-            count_in(part)
-    result.bad = in_order()
-    is_empty = num_seen == len(result.bad)
-    if is_empty or too_many(len(result.bad), num_seen, rules.max_bad_share):
-        for number, samples in bad.items():
+    def _refuse_too_many(self) -> None:
+        share, num_bad = self.rules.max_bad_share, len(self.result.bad)
+        is_empty = self.num_seen == num_bad
+        if not is_empty and not too_many(num_bad, self.num_seen, share):
+            return
+        for number, samples in self._bad.items():
             # A shard that is too much by itself is not worth keeping: it must be repaired.
-            if is_empty or too_many(len(samples), num_seen, rules.max_bad_share):
-                part_path(rules.parts, number).unlink(missing_ok=True)
-        raise refused()
-    return num_shards
+            if is_empty or too_many(len(samples), self.num_seen, share):
+                part_path(self.rules.parts, number).unlink(missing_ok=True)
+        raise self._refusal()
 
 
 def _write_index(rules: ShardRules, num_shards: int, result: PackResult) -> None:

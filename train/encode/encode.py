@@ -82,42 +82,58 @@ def encode(config: EncodeConfig) -> EncodeResult:
     places = reader.index.places_digest(reader.shards)
     earlier = dataclasses.replace(encoding, source_digest=places)
     stamps = compared_source(reader) if task.count == 1 else {}
-    if not is_encoded(output):
-        try:
-            refuse_used_output(output)
-        except UserError:
-            if not is_encoded(output):  # by another task, since the look before
-                raise
-    if is_encoded(output):
+    if _is_made(output):
         if task.count > 1 and task.rank == 0:
             compared_source(reader)
         check_output(output, encoding, earlier)
         return result_of(output, None)
-    settings, earlier_settings = encoding.settings(), earlier.settings()
-    if not is_recorded:  # what is kept there knows nothing of them
-        for name in DEFAULT_FORMATS:
-            del settings[name], earlier_settings[name]
+    # What is kept there may know nothing of formats.
+    left_out = () if is_recorded else DEFAULT_FORMATS
+    settings, earlier_settings = (
+        {name: value for name, value in one.settings().items() if name not in left_out}
+        for one in (encoding, earlier)
+    )
     with Partial(output, settings, earlier_settings, shared=True) as partial:
         rules = EncodeRules(config, encoding, reader, partial, earlier.key, uuid.uuid4().hex)
-        kept = sum(rules.is_finished(number) for number in range(rules.num_shards))
+        num_kept = sum(rules.is_finished(number) for number in range(rules.num_shards))
         try:
-            if kept < rules.num_shards and task.rank == 0:
-                warn_of_enlarged(config, reader)
-            if kept < rules.num_shards or not rules.is_finished(rules.num_shards):
-                _encode_shards(rules, task, devices, rules.num_shards - kept)
-            with partial.alone():
-                if not partial.is_whole:
-                    stop_if_asked()
-                    compared_source(reader, stamps)
-                    _finish(rules)
+            _fill(rules, task, devices, num_kept, stamps)
         except (WriteFailed, RunFailed, UserError, OSError) as error:
-            if partial.becomes_whole():  # another process was first, and moved what was in use here
-                pass
-            elif isinstance(error, WriteFailed | RunFailed):
-                raise partial.failure(error, "fewer num_processes need less memory") from error
-            else:
+            # Another process may have been first, and moved what was in use here.
+            if not partial.becomes_whole():
+                if isinstance(error, WriteFailed | RunFailed):
+                    raise partial.failure(error, "fewer num_processes need less memory") from error
                 raise
-    return result_of(output, kept)
+    return result_of(output, num_kept)
+
+
+def _is_made(output: Path) -> bool:
+    """Tells whether the output is there; raises UserError where something else is."""
+    if is_encoded(output):
+        return True
+    try:
+        refuse_used_output(output)
+    except UserError:
+        if not is_encoded(output):  # by another task, since the look before
+            raise
+        return True
+    return False
+
+
+def _fill(
+    rules: EncodeRules, task: Task, devices: list[str], num_kept: int, stamps: Mapping[Path, str]
+) -> None:
+    """Encodes what is not finished, and gives the output its name unless another task has."""
+    num_left = rules.num_shards - num_kept
+    if num_left and task.rank == 0:
+        warn_of_enlarged(rules.config, rules.reader)
+    if num_left or not rules.is_finished(rules.num_shards):
+        _encode_shards(rules, task, devices, num_left)
+    with rules.partial.alone():
+        if not rules.partial.is_whole:
+            stop_if_asked()
+            compared_source(rules.reader, stamps)
+            _finish(rules)
 
 
 def open_source(config: EncodeConfig, task: Task) -> Reader:
