@@ -4,12 +4,12 @@ No import of torch at the top, so that their help is instant.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.data.files.rules import require
 from blackpoint.sampling.choices import (
     Attention,
     AutoDtype,
@@ -91,8 +91,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size", "num_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         check_seed("seed", self.seed, 1 if self.seeds else self.num_images)
         for seed in self.seeds:
             check_seed("seeds", seed)
@@ -101,11 +100,19 @@ class SampleConfig:
         )
 
         check_sampler(self.sampler, self.eta)
-        if self.guidance_interval is not None and len(self.guidance_interval) != 2:
-            raise UserError(
-                f"guidance_interval={self.guidance_interval} must be two timesteps, [low, high]"
-            )
+        interval = self.guidance_interval
+        is_pair = interval is None or len(interval) == 2
+        require(is_pair, "guidance_interval", interval, "two timesteps, [low, high]")
         self.guidance()
+
+    def sampling_options(self) -> dict[str, Any]:
+        """Returns what DiffusionModel.sample is given beside prompts and seeds."""
+        names = (
+            *("num_steps", "guidance_scale", "guidance_rescale", "sampler", "eta", "height"),
+            *("width", "negative_prompt", "batch_size", "allow_unsound", "clip_skip"),
+        )
+        options = {name: getattr(self, name) for name in names}
+        return options | {"guidance_interval": self.guidance().interval}
 
     def guidance(self) -> "Guidance":
         """Returns the guidance that these fields ask for; raises UserError where they cannot be."""

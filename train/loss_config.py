@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.rules import check_range
 from blackpoint.sampling.choices import PredictionType
-from blackpoint.train.config.ranges import check_range
 
 Weighting = Literal["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"]
 Timesteps = Literal["uniform", "stratified"]

@@ -8,7 +8,6 @@ instead of latents, and classes by design.
 
 import inspect
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.rules import is_number, require
 from blackpoint.sampling.checkpoints.loading import read_json
 from blackpoint.sampling.pixels.folder import PixelForm
 
@@ -70,7 +70,7 @@ def check_architecture(
     _check_class(unet, "UNet2DConditionModel", f"checkpoint={checkpoint}: unet")
     for key in ("in_channels", "out_channels"):
         _check_whole(unet, key, folder / "unet")
-    _check_sample_size(unet["sample_size"], folder / "unet")
+    _check_sample_size(unet["sample_size"], f"in {folder / 'unet' / 'config.json'}")
     kind = _other_kind(unet, may_have_classes=pixels is not None)
     if kind is not None:
         raise UserError(f"checkpoint={checkpoint} is {kind}; {REMEDY}")
@@ -78,7 +78,7 @@ def check_architecture(
         vae = _config(folder, "vae", AutoencoderKL)
         _check_class(vae, "AutoencoderKL", f"checkpoint={checkpoint}: vae")
         _check_whole(vae, "latent_channels", folder / "vae")
-        _check_factors(vae, folder / "vae")
+        _check_factors(vae, f"in {folder / 'vae' / 'config.json'}")
         channels, source = vae["latent_channels"], "the autoencoder's latents have"
     else:
         channels, source = pixels.codec.channels, "its codec makes"
@@ -98,7 +98,7 @@ def _config(folder: Path, name: str, kind: Any) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} is incomplete: {name}/config.json is missing")
     parameters = inspect.signature(kind.__init__).parameters
-    return {key: each.default for key, each in parameters.items()} | read_json(path)
+    return {key: parameter.default for key, parameter in parameters.items()} | read_json(path)
 
 
 def _check_class(config: Config, expected: str, what: str) -> None:
@@ -134,39 +134,31 @@ def _other_kind(unet: Config, may_have_classes: bool) -> str | None:
     return None
 
 
-def _check_whole(config: Config, key: str, folder: Path) -> None:
-    if not _is_whole(value := config[key]):
-        raise UserError(
-            f"{key}={value!r:.60} in {folder / 'config.json'} must be a positive number, whole and "
-            "without quotes"
-        )
-
-
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return is_number(value, int) and value > 0
 
 
-def _check_sample_size(size: Any, folder: Path) -> None:
+def _check_whole(config: Config, key: str, folder: Path) -> None:
+    rule = "a positive number, whole and without quotes"
+    require(_is_whole(config[key]), key, config[key], rule, f"in {folder / 'config.json'}")
+
+
+def _check_sample_size(size: Any, where: str) -> None:
     sides = size if isinstance(size, list | tuple) else [size, size]
-    if len(sides) != 2 or not all(map(_is_whole, sides)):
-        raise UserError(
-            f"sample_size={size!r} in {folder / 'config.json'} must be the side of the latents "
-            "that the model was made for, or [height, width]: write 64 for images of 512 px"
-        )
+    rule = (
+        "the side of the latents that the model was made for, or [height, width]: write 64 for "
+        "images of 512 px"
+    )
+    require(len(sides) == 2 and all(map(_is_whole, sides)), "sample_size", size, rule, where)
 
 
-def _check_factors(vae: Config, folder: Path) -> None:
+def _check_factors(vae: Config, where: str) -> None:
     """Checks what the size and the scale of latents are computed from."""
     levels, factor = vae["block_out_channels"], vae["scaling_factor"]
-    if not isinstance(levels, list | tuple) or not levels:
-        raise UserError(
-            f"block_out_channels={levels!r} in {folder / 'config.json'} must be a list of widths"
-        )
-    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
-    if not (is_number and 0 < factor <= sys.float_info.max):
-        raise UserError(
-            f"scaling_factor={factor!r:.60} in {folder / 'config.json'} must be a number above 0"
-        )
+    is_list = isinstance(levels, list | tuple) and levels
+    require(is_list, "block_out_channels", levels, "a list of widths", where)
+    is_scale = is_number(factor) and factor > 0
+    require(is_scale, "scaling_factor", factor, "a number above 0", where)
 
 
 def _check_text(folder: Path, width: Any, checkpoint: str | Path) -> None:
@@ -188,11 +180,13 @@ def _check_text(folder: Path, width: Any, checkpoint: str | Path) -> None:
             _check_whole(text, key, path.parent)
     hidden = text.get("hidden_size", CLIPTextConfig().hidden_size)
     widths = list(width) if isinstance(width, list | tuple) else [width]
-    if not widths or not all(map(_is_whole, widths)):
-        raise UserError(
-            f"cross_attention_dim={width!r:.60} in {folder / 'unet' / 'config.json'} must be the "
-            "width of the text encoder, a positive number, or a list of it"
-        )
+    require(
+        widths and all(map(_is_whole, widths)),
+        "cross_attention_dim",
+        width,
+        "the width of the text encoder, a positive number, or a list of it",
+        f"in {folder / 'unet' / 'config.json'}",
+    )
     if set(widths) != {hidden}:
         raise UserError(
             f"checkpoint={checkpoint}: the UNet attends to texts of width {width} "

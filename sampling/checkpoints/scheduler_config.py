@@ -9,12 +9,12 @@ it decides on the noise.
 import inspect
 import logging
 import math
-import sys
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.rules import is_number, require
 
 log = logging.getLogger(__name__)
 
@@ -122,29 +122,29 @@ def _defaults(name: str) -> dict[str, Any]:
 
     kind = getattr(diffusers, SAME_DEFAULTS.get(name, name))
     parameters = inspect.signature(kind.__init__).parameters
-    return {key: each.default for key, each in parameters.items() if key != "self"}
+    return {key: parameter.default for key, parameter in parameters.items() if key != "self"}
 
 
 def _check_values(settings: Mapping[str, Any]) -> None:
     """Raises UserError for what is no number, list or word where one belongs."""
-    total = settings["num_train_timesteps"]
-    if not (_is_number(total, int) and 2 <= total <= MAX_TRAIN_TIMESTEPS):
-        _refuse("num_train_timesteps", total, f"a whole number from 2 to {MAX_TRAIN_TIMESTEPS}")
+    total, offset = settings["num_train_timesteps"], settings.get("steps_offset", 0)
+    is_total = is_number(total, int) and 2 <= total <= MAX_TRAIN_TIMESTEPS
+    whole = f"a whole number from 2 to {MAX_TRAIN_TIMESTEPS}"
+    _require(is_total, "num_train_timesteps", total, whole)
     for key in ("beta_start", "beta_end"):
-        if not (_is_number(settings[key]) and 0 < settings[key] <= 1):
-            _refuse(key, settings[key], "a number above 0 and up to 1")
-    offset = settings.get("steps_offset", 0)
-    if not (_is_number(offset, int) and offset >= 0):
-        _refuse("steps_offset", offset, "a whole number from 0 on")
+        is_beta = is_number(settings[key]) and 0 < settings[key] <= 1
+        _require(is_beta, key, settings[key], "a number above 0 and up to 1")
+    is_offset = is_number(offset, int) and offset >= 0
+    _require(is_offset, "steps_offset", offset, "a whole number from 0 on")
     for key in ("rescale_betas_zero_snr", "set_alpha_to_one"):
-        if not isinstance(settings.get(key, False), bool):
-            _refuse(key, settings[key], "true or false")
+        value = settings.get(key, False)
+        _require(isinstance(value, bool), key, value, "true or false")
     betas = settings["trained_betas"]
     if betas is not None:
-        if not (isinstance(betas, list | tuple) and all(_is_number(beta) for beta in betas)):
-            _refuse("trained_betas", betas, "null or a list of numbers")
-        if len(betas) != total:
-            _refuse("trained_betas", betas, f"a list of num_train_timesteps={total} numbers")
+        are_numbers = isinstance(betas, list | tuple) and all(map(is_number, betas))
+        _require(are_numbers, "trained_betas", betas, "null or a list of numbers")
+        many = f"a list of num_train_timesteps={total} numbers"
+        _require(len(betas) == total, "trained_betas", betas, many)
     for key, words in (("prediction_type", PREDICTION_TYPES), ("timestep_spacing", SPACINGS)):
         if settings[key] not in words:
             raise UserError(
@@ -152,17 +152,9 @@ def _check_values(settings: Mapping[str, Any]) -> None:
             )
 
 
-def _is_number(value: Any, kind: Any = (int, float)) -> bool:
-    largest = sys.float_info.max  # a whole number may be beyond it
-    is_number = isinstance(value, kind) and not isinstance(value, bool)
-    return is_number and -largest <= value <= largest
-
-
-def _refuse(key: str, value: Any, rule: str) -> None:
-    raise UserError(
-        f"{key}={value!r:.60} in the scheduler config must be {rule}; correct it in "
-        "scheduler_config.json (numbers stand there without quotes)"
-    )
+def _require(holds: bool, key: str, value: Any, rule: str) -> None:
+    remedy = "correct it in scheduler_config.json (numbers stand there without quotes)"
+    require(holds, key, value, f"{rule}; {remedy}", "in the scheduler config")
 
 
 def _tell(

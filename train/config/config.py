@@ -11,10 +11,10 @@ from omegaconf import MISSING
 from blackpoint.data.config import DataConfig
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.data.files.rules import check_range
 from blackpoint.sampling.choices import Attention, AutoDtype, Tf32, check_seed
 from blackpoint.sampling.runtime.tracking import WandbConfig
 from blackpoint.train.config.model_config import DropoutConfig, ModelConfig
-from blackpoint.train.config.ranges import check_range
 from blackpoint.train.config.schedule_config import ScheduleConfig
 from blackpoint.train.loss_config import LossConfig
 

@@ -11,8 +11,8 @@ from typing import Literal
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import PathText
+from blackpoint.data.files.rules import check_range
 from blackpoint.sampling.choices import check_seed
-from blackpoint.train.config.ranges import check_range
 
 Codec = Literal["space_to_depth", "wavelet"]
 Condition = Literal["none", "class", "text"]

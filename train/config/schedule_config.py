@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.rules import check_range
 from blackpoint.sampling.choices import Spacing
-from blackpoint.train.config.ranges import check_range
 
 Betas = Literal["checkpoint", "scaled_linear", "linear", "cosine_discrete", "cosine_continuous"]
 

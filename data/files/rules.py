@@ -1,8 +1,26 @@
-"""The range check that every numeric field of the training config goes through."""
+"""What values must be: whatever breaks a rule is refused with its name, its value and the rule.
+
+Free of torch. A rule of several fields is said where it is known.
+"""
 
 import math
+import sys
+from typing import Any
 
 from blackpoint.data.files.errors import UserError
+
+
+def require(holds: object, name: str, value: object, rule: str, where: str = "") -> None:
+    """Raises UserError "NAME=VALUE WHERE must be RULE" unless it holds."""
+    if not holds:
+        place = f" {where}" if where else ""
+        raise UserError(f"{name}={value!r:.60}{place} must be {rule}")
+
+
+def is_number(value: Any, kind: Any = (int, float)) -> bool:
+    """Whether a value from a file is a finite number, or one of that kind; true is none."""
+    largest = sys.float_info.max  # a whole number may be beyond it
+    return isinstance(value, kind) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def check_range(
