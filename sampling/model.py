@@ -94,24 +94,24 @@ class DiffusionModel:
         a Stable Diffusion 1.x / 2.x nor a pixel-space model of ours, or only a pickle; what the
         configs tell, before weights are read.
         """
-        found = resolve(checkpoint, weights, variant)
-        folder = found.folder
+        resolved = resolve(checkpoint, weights, variant)
+        folder = resolved.folder
         index = read_json(folder / "model_index.json")
         pixels = PixelForm.of(index, checkpoint)
         check_architecture(folder, index, pixels, checkpoint)
-        scheduler = found.scheduler_config or read_scheduler(folder, index)
+        scheduler = resolved.scheduler_config or read_scheduler(folder, index)
         try:
             process = Process.from_diffusers(scheduler)
         except UserError as error:
             raise UserError(f"checkpoint={checkpoint}: {error}") from None
-        if process.unsound():
-            log.warning("note: %s: %s", checkpoint, process.unsound())
+        if process.incompatibility():
+            log.warning("note: %s: %s", checkpoint, process.incompatibility())
         vae = None if pixels else Part(AutoencoderKL, folder, "vae", dtype, variant)
         text_encoder, tokenizer = None, None
         if pixels is None or pixels.has_text:
             text_encoder = Part(CLIPTextModel, folder, "text_encoder", dtype, variant)
             tokenizer = load_tokenizer(folder)
-        unet = load_unet(found, dtype) if with_unet else empty_unet(folder)
+        unet = load_unet(resolved, dtype) if with_unet else empty_unet(folder)
         source = str(checkpoint)
         return cls(unet, vae, text_encoder, tokenizer, process, source, folder, pixels).to(device)
 
@@ -160,7 +160,7 @@ class DiffusionModel:
         return self._device if device.type == "meta" else device
 
     @property
-    def factor(self) -> int:
+    def downsampling_factor(self) -> int:
         """Pixels to a position of what the UNet sees, along one side."""
         return self.pixels.codec.patch if self.pixels else self.vae_scale
 
@@ -169,7 +169,7 @@ class DiffusionModel:
         """The height and width that the model was made for, in pixels."""
         size = sample_size_of(self.unet.config)
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        return height * self.factor, width * self.factor
+        return height * self.downsampling_factor, width * self.downsampling_factor
 
     @property
     def image_size(self) -> int:
@@ -184,16 +184,16 @@ class DiffusionModel:
         size to upsample to on. In pixel space it must.
         """
         halvings = len(self.unet.config.block_out_channels) - 1 if self.pixels else 0
-        return self.factor * 2**halvings
+        return self.downsampling_factor * 2**halvings
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """Returns the shape of x0, (C, H/f, W/f), or (3, H, W) of a pixel-space model.
 
         Raises UserError for a side that is not a multiple of `size_multiple`.
         """
-        own_height, own_width = self.image_sides
-        height = own_height if height is None else height
-        width = own_width if width is None else width
+        default_height, default_width = self.image_sides
+        height = default_height if height is None else height
+        width = default_width if width is None else width
         multiple = self.size_multiple
         for name, side in (("height", height), ("width", width)):
             if side < multiple or side % multiple:
@@ -338,22 +338,18 @@ class DiffusionModel:
             guidance = NO_GUIDANCE  # both branches would be the same
         empty = self.encode_prompts([negative_prompt])
         conditioning = self.encode_prompts(prompts, clip_skip)
-        images = []
-        for start in range(0, len(seeds), batch_size):
-            rows = slice(start, start + batch_size)
+
+        def sample_batch(rows: slice) -> Tensor:
             batch_seeds = list(seeds[rows])
             state = SampleState(initial_noise(batch_seeds, shape).to(self.device))
-            denoise = self.denoiser(
-                conditioning[rows],
-                empty[torch.zeros(len(batch_seeds), dtype=torch.long)],
-                guidance,
-            )
-
-            def noise(step: int, batch_seeds: list[int] = batch_seeds) -> Tensor:
-                return step_noise(batch_seeds, step, shape)
-
+            unconditional = empty[torch.zeros(len(batch_seeds), dtype=torch.long)]
+            denoise = self.denoiser(conditioning[rows], unconditional, guidance)
+            noise = partial(step_noise, batch_seeds, shape=shape)
             final = run(sampler, denoise, grid, state, eta=eta, noise=noise)
-            images.append(self.decode(final.x).cpu())
             if on_batch is not None:
                 on_batch(len(batch_seeds))
+            return self.decode(final.x).cpu()
+
+        starts = range(0, len(seeds), batch_size)
+        images = [sample_batch(slice(start, start + batch_size)) for start in starts]
         return torch.cat(images) if images else torch.empty(0, 3, *shape[1:])

@@ -42,7 +42,7 @@ class Process:
     """Whether dpmpp_2m's leading or linspace list of S timesteps is one of S + 1 without the
     cleanest, as the multistep solvers of diffusers (DPM++, UniPC, DEIS, SA) make it."""
 
-    def unsound(self) -> str | None:
+    def incompatibility(self) -> str | None:
         """Names what cannot work at zero terminal SNR, with the remedy; None where all is well."""
         if not self.schedule.is_zero_terminal_snr:
             return None
@@ -60,7 +60,7 @@ class Process:
 
     def check_sound(self, allow_unsound: bool = False) -> None:
         """Raises UserError for an unsound process unless it is allowed."""
-        reason = self.unsound()
+        reason = self.incompatibility()
         if reason and not allow_unsound:
             raise UserError(f"{reason}. allow_unsound=true runs it all the same, for a comparison")
 
@@ -80,9 +80,9 @@ class Process:
         T - 1 diffusers has a stand-in of its own.
         """
         exact = self.schedule.alpha_bar[:-1]
-        found = torch.cumprod(1 - self.schedule.betas.float(), 0)[:-1].double()
-        error = ((found - exact) / exact).abs().max().item()
-        if not (error <= EXPORT_TOLERANCE and found[0] < 1 and (found.diff() < 0).all()):
+        rounded = torch.cumprod(1 - self.schedule.betas.float(), 0)[:-1].double()
+        error = ((rounded - exact) / exact).abs().max().item()
+        if not (error <= EXPORT_TOLERANCE and rounded[0] < 1 and (rounded.diff() < 0).all()):
             raise UserError(
                 "this noise schedule can't be exported: diffusers multiplies betas in float32, and "
                 f"its alpha_bar would be {error:.1g} off or stand still; choose a shift nearer to "

@@ -15,7 +15,7 @@ from blackpoint.data.latents import Encoding
 from blackpoint.data.module import CaptionedImages
 from blackpoint.data.pack.pack import PackConfig, pack
 from blackpoint.data.shards.listing import ENCODING_FILE
-from blackpoint.train.records.run_identity import FILE, begun_decoder, write_identity
+from blackpoint.train.records.run_directory import IDENTITY, RunRecord, write_identity
 from tests.data_images import encoded as image_bytes
 from tests.data_images import picture
 from tests.icc_profiles import ADOBE_RGB, gamma, rgb_profile
@@ -41,15 +41,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def earlier_decoder(patch: pytest.MonkeyPatch) -> None:
     """Makes new runs and encodings those of the version before."""
-    for module in ("blackpoint.train.records.run_identity", "blackpoint.train.encode.settings"):
+    for module in ("blackpoint.train.records.run_directory", "blackpoint.train.encode.settings"):
         patch.setattr(f"{module}.DECODER_VERSION", STORED_COLORS)
 
 
 def forget_decoder(run_dir: Path) -> None:
-    identity = json.loads((run_dir / FILE).read_text())
+    identity = json.loads((run_dir / IDENTITY).read_text())
     for data_set in identity["data"].values():
         del data_set["decoder"]
-    (run_dir / FILE).write_text(json.dumps(identity))
+    (run_dir / IDENTITY).write_text(json.dumps(identity))
 
 
 def test_an_index_is_the_same_for_both_but_for_its_luminance(wide: Path) -> None:
@@ -76,16 +76,16 @@ def test_a_training_image_is_in_srgb_unless_the_run_began_otherwise(
 
 
 def test_the_decoder_of_a_run_is_the_recorded_one(tmp_path: Path) -> None:
-    assert begun_decoder(tmp_path) == DECODER_VERSION
+    assert RunRecord.read(tmp_path).decoder == DECODER_VERSION
     (tmp_path / "config.yaml").write_text("seed: 0")
-    assert begun_decoder(tmp_path) == STORED_COLORS
+    assert RunRecord.read(tmp_path).decoder == STORED_COLORS
     for version in (STORED_COLORS, DECODER_VERSION):
         write_identity(tmp_path, data={"data.shards": {"shards": [], "decoder": version}})
-        assert begun_decoder(tmp_path) == version
+        assert RunRecord.read(tmp_path).decoder == version
     (tmp_path / "identity.json").unlink()
-    assert begun_decoder(tmp_path) == STORED_COLORS
+    assert RunRecord.read(tmp_path).decoder == STORED_COLORS
     (tmp_path / "environment.json").write_text(f'{{"starts": [{{"decoder": {DECODER_VERSION}}}]}}')
-    assert begun_decoder(tmp_path) == DECODER_VERSION
+    assert RunRecord.read(tmp_path).decoder == DECODER_VERSION
 
 
 @pytest.mark.slow
@@ -108,17 +108,17 @@ def test_a_run_from_before_goes_on_as_it_was(
         with pytest.raises(Killed):
             blackpoint.train.run.fit(config)
     forget_decoder(tmp_path / "run")
-    assert begun_decoder(tmp_path / "run") == STORED_COLORS
-    assert begun_decoder(tmp_path / "new") == DECODER_VERSION
+    assert RunRecord.read(tmp_path / "run").decoder == STORED_COLORS
+    assert RunRecord.read(tmp_path / "new").decoder == DECODER_VERSION
     capfd.readouterr()
     assert blackpoint.train.run.fit(config) == 0
     assert NOTE in capfd.readouterr().err
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")
-    recorded = json.loads((tmp_path / "run" / FILE).read_text())["data"]
+    recorded = json.loads((tmp_path / "run" / IDENTITY).read_text())["data"]
     assert recorded["data.shards"]["decoder"] == STORED_COLORS
     blackpoint.train.run.fit(tiny_config(tmp_path / "new", pipeline, wide))
     assert NOTE not in capfd.readouterr().err
-    assert begun_decoder(tmp_path / "new") == DECODER_VERSION
+    assert RunRecord.read(tmp_path / "new").decoder == DECODER_VERSION
 
 
 def test_latents_from_before_are_finished_as_they_were_begun(

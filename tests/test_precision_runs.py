@@ -10,13 +10,15 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import blackpoint.train.run
+import blackpoint.train.start
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.fingerprint import text_encoder_digest
 from blackpoint.scripts.cli import main
 from blackpoint.train.cluster.device import check_count, settled, training_device
 from blackpoint.train.draws import draw
 from blackpoint.train.module import FineTuner
-from blackpoint.train.records.run_directory import check_continues, write_records
+from blackpoint.train.records.continuing import check_continues
+from blackpoint.train.records.run_directory import RunRecord, write_records
 from blackpoint.train.start import starting_model
 from tests.devices import auto_takes_bfloat16, fake_gpus
 from tests.pixel_models import pixel_train_config
@@ -41,7 +43,7 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tuner_of(pipeline: Path, shards: Path, dtype: str) -> FineTuner:
     config = tiny_config(Path("run"), pipeline, shards, **{"trainer.encoder_dtype": dtype})
-    return FineTuner(starting_model(config), config)
+    return FineTuner(starting_model(config, torch.device("cpu")), config)
 
 
 def batch() -> dict[str, Any]:
@@ -188,19 +190,18 @@ def test_an_old_run_is_not_forced_into_other_formats(tmp_path: Path) -> None:
 
 
 def test_what_gpus_take_is_settled_for_a_new_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake_gpus(monkeypatch)
     config = tiny_config(tmp_path / "run", Path("base"), Path("shards"))
-    said: list[str] = []
-    found = settled(config, tmp_path / "run", torch.device("cuda"), said.append)
+    found = settled(config, RunRecord.read(tmp_path / "run"), torch.device("cuda"))
     assert found.trainer.encoder_dtype == "bfloat16" and found.trainer.tf32 is True
-    assert config.trainer.tf32 == "auto" and len(said) == 1
-    write_records(tmp_path / "run", found, device="cuda")
-    again = settled(config, tmp_path / "run", torch.device("cuda"), said.append)
+    assert config.trainer.tf32 == "auto" and capsys.readouterr().err.count("note: ") == 1
+    write_records(RunRecord.read(tmp_path / "run"), found, device="cuda")
+    again = settled(config, RunRecord.read(tmp_path / "run"), torch.device("cuda"))
     assert again == found
     with pytest.raises(UserError, match="device that computes with trainer.encoder_dtype=bfloat16"):
-        settled(config, tmp_path / "run", torch.device("cpu"), said.append)
+        settled(config, RunRecord.read(tmp_path / "run"), torch.device("cpu"))
 
 
 LAUNCHED = {"NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -242,7 +243,7 @@ def test_each_process_probes_its_own_gpu(
         raise Killed
 
     monkeypatch.setattr("blackpoint.train.cluster.device.eight_bit_problem", probe)
-    monkeypatch.setattr(blackpoint.train.run, "prepare_unet", prepare_unet)
+    monkeypatch.setattr(blackpoint.train.start, "prepare_unet", prepare_unet)
     options = {"trainer.devices": 4, "optimizer.name": "adamw_8bit"}
     with pytest.raises(Killed):
         blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **options))

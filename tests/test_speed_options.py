@@ -247,7 +247,7 @@ def test_fp16_training_scales_and_unscales_once(
         plugin = MixedPrecision("16-mixed", "cpu")  # type: ignore[arg-type]
         return lightning.pytorch.Trainer(plugins=[*plugins, plugin], **others)
 
-    monkeypatch.setattr(blackpoint.train.run, "check_device", lambda config, device: None)
+    monkeypatch.setattr("blackpoint.train.cluster.device.check_device", lambda config, device: None)
     monkeypatch.setattr("blackpoint.train.callbacks.trainer.Trainer", trainer)
     options = {"optimizer.name": name, "trainer.precision": "16-mixed"}
     found = two_steps(tmp_path, pipeline, shards, **options)

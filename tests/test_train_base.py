@@ -15,9 +15,16 @@ import blackpoint.train.run
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.records.base_identity import base_differences, base_identity, check_same_base
-from blackpoint.train.records.run_directory import check_continues, write_records
-from blackpoint.train.records.run_identity import FILE, read_identity, write_identity
+from blackpoint.train.records.base_identity import base_differences, base_identity
+from blackpoint.train.records.continuing import check_continues
+from blackpoint.train.records.run_directory import (
+    IDENTITY,
+    RunRecord,
+    read_identity,
+    write_identity,
+    write_records,
+)
+from blackpoint.train.records.run_identity import check_same_base
 from tests.pixel_models import pixel_model
 from tests.tiny_run import Killed, assert_same_run, kill, stop_in_step, tiny_config
 
@@ -87,9 +94,9 @@ def test_a_base_is_read_again_only_where_its_files_look_otherwise(
     for name in ("unet_digest", "vae_digest", "text_encoder_digest", "tokenizer_digest"):
         real = getattr(blackpoint.train.records.base_identity, name)
 
-        def count(of: Any, name: str = name, real: Any = real) -> str:
+        def count(*of: Any, name: str = name, real: Any = real, **more: Any) -> str:
             read.append(name)
-            return real(of)
+            return real(*of, **more)
 
         monkeypatch.setattr(blackpoint.train.records.base_identity, name, count)
     base, said = copied(pipeline, tmp_path / "base"), list[str]()
@@ -155,7 +162,7 @@ def test_a_run_without_a_record_is_adopted_once_where_its_base_was(
     pipeline: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(tmp_path / "run", pipeline, Path("shards"))
-    write_records(tmp_path / "run", config)
+    write_records(RunRecord.read(tmp_path / "run"), config)
     write_identity(tmp_path / "run", data={})
     config.checkpoint = str(copied(pipeline, tmp_path / "copy"))
     with pytest.raises(UserError, match="did not record what its base hold.* continue it once"):
@@ -163,11 +170,13 @@ def test_a_run_without_a_record_is_adopted_once_where_its_base_was(
     config.checkpoint = os.path.relpath(pipeline)
     check_continues(tmp_path / "run", config)
     base = base_identity(config)
-    assert "did not record what its base hold" in check_same_base(tmp_path / "run", base, config)
+    assert "did not record what its base hold" in check_same_base(
+        RunRecord.read(tmp_path / "run"), base, config
+    )
     write_identity(tmp_path / "run", base=base)
     assert read_identity(tmp_path / "run").keys() == {"data", "base"}
-    assert check_same_base(tmp_path / "run", base, config) == ""
-    assert (tmp_path / "run" / FILE).is_file()
+    assert check_same_base(RunRecord.read(tmp_path / "run"), base, config) == ""
+    assert (tmp_path / "run" / IDENTITY).is_file()
 
 
 def test_bases_of_pixel_space_models(pipeline: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import blackpoint.train.run
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.train.loss_config import LossConfig
 from blackpoint.train.module import FineTuner
-from blackpoint.train.records.run_directory import as_started, check_continues
+from blackpoint.train.records.continuing import as_started, check_continues
+from blackpoint.train.records.run_directory import RunRecord
 from blackpoint.train.weighting import (
     check_sound,
     floor_of,
@@ -179,22 +180,22 @@ def test_the_rule_of_an_older_run_is_named_only_where_it_matters(tmp_path: Path)
 
     weighted = {"loss.weighting": "p2"}
     config = written(**weighted)
-    assert as_started(tmp_path, config) == (config, [])  # of this version
+    assert as_started(RunRecord.read(tmp_path), config) == (config, [])  # of this version
     make_old(tmp_path)
-    started, notes = as_started(tmp_path, config)
+    started, notes = as_started(RunRecord.read(tmp_path), config)
     assert started.loss.floor_where == "everywhere" and len(notes) == 1
     check_continues(tmp_path, config)
     check_continues(tmp_path, started)  # said by the user himself
-    assert as_started(tmp_path, started) == (started, [])
+    assert as_started(RunRecord.read(tmp_path), started) == (started, [])
 
     config = written()
     make_old(tmp_path)
-    assert as_started(tmp_path, config) == (config, [])  # uniform has no floor
+    assert as_started(RunRecord.read(tmp_path), config) == (config, [])  # uniform has no floor
 
     of_x0 = {"loss.prediction_type": "sample", "data.validation_shards": "held_out"}
     config = written(**of_x0)
     make_old(tmp_path)
-    started, notes = as_started(tmp_path, config)
+    started, notes = as_started(RunRecord.read(tmp_path), config)
     assert started == config and len(notes) == 1
     assert "goes on as validation/sample_loss" in notes[0]
     assert math.isclose(floor_of(started.loss, SD), 0)

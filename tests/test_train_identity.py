@@ -12,13 +12,14 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.index.contents import DIGESTS_FILE, STAMPS_FILE
 from blackpoint.data.index.index import INDEX_FOLDER
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.records.run_directory import check_continues
-from blackpoint.train.records.run_identity import (
-    FILE,
-    check_same_data,
+from blackpoint.train.records.continuing import check_continues
+from blackpoint.train.records.run_directory import (
+    IDENTITY,
+    RunRecord,
     read_identity,
     write_identity,
 )
+from blackpoint.train.records.run_identity import check_same_data
 from tests.tiny_run import Killed, assert_same_run, kill, stop_in_step, tiny_config
 
 
@@ -101,7 +102,7 @@ def test_a_run_without_a_record_is_adopted_once_where_its_data_were(
     stopped: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recorded = read_identity(tmp_path / "run")
-    (tmp_path / "run" / FILE).unlink()
+    (tmp_path / "run" / IDENTITY).unlink()
     for name in (DIGESTS_FILE, STAMPS_FILE):
         (tmp_path / "shards" / INDEX_FOLDER / name).unlink()
     shutil.copytree(tmp_path / "shards", tmp_path / "moved")
@@ -118,7 +119,7 @@ def test_a_run_without_a_record_is_adopted_once_where_its_data_were(
 def test_other_sections_are_left_as_they_are(tmp_path: Path) -> None:
     write_identity(tmp_path, base={"unet": "x"})
     write_identity(tmp_path, data={})
-    assert json.loads((tmp_path / FILE).read_text()) == {"base": {"unet": "x"}, "data": {}}
+    assert json.loads((tmp_path / IDENTITY).read_text()) == {"base": {"unet": "x"}, "data": {}}
 
 
 def test_what_is_known_by_places_alone_is_adopted_when_its_content_is(tmp_path: Path) -> None:
@@ -127,10 +128,10 @@ def test_what_is_known_by_places_alone_is_adopted_when_its_content_is(tmp_path: 
 
     (tmp_path / "config.yaml").touch()
     write_identity(tmp_path, data=data_of(""))
-    assert "now by their content" in check_same_data(tmp_path, data_of("w"))
-    assert check_same_data(tmp_path, data_of("")) == ""
+    assert "now by their content" in check_same_data(RunRecord.read(tmp_path), data_of("w"))
+    assert check_same_data(RunRecord.read(tmp_path), data_of("")) == ""
     with pytest.raises(UserError, match="other content in a.tar"):
-        check_same_data(tmp_path, data_of("w", "t"))
+        check_same_data(RunRecord.read(tmp_path), data_of("w", "t"))
     write_identity(tmp_path, data=data_of("v"))
     with pytest.raises(UserError, match="other content in a.tar"):
-        check_same_data(tmp_path, data_of("w"))
+        check_same_data(RunRecord.read(tmp_path), data_of("w"))

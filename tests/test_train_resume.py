@@ -17,8 +17,9 @@ from blackpoint.data.files.dotted import flat
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.yaml_text import read_yaml_file
 from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.records.continuing import check_continues
 from blackpoint.train.records.resume_keys import RULES, Rule, When, rule_of
-from blackpoint.train.records.run_directory import check_continues, write_records
+from blackpoint.train.records.run_directory import RunRecord, write_records
 from tests.tiny_run import Killed, kill, load_checkpoint, stop_in_step, tiny_config
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "resume.md"
@@ -197,7 +198,7 @@ def test_a_step_of_other_images_is_another_run(
     before: dict[str, Any], after: dict[str, Any], tmp_path: Path
 ) -> None:
     paths = tmp_path, Path("sd"), Path("shards")
-    write_records(tmp_path, tiny_config(*paths, **before))
+    write_records(RunRecord.read(tmp_path), tiny_config(*paths, **before))
     with pytest.raises(UserError, match="another config") as error:
         check_continues(tmp_path, tiny_config(*paths, **before, **after))
     assert all(key in str(error.value) for key in after)
@@ -236,7 +237,7 @@ def test_a_run_may_end_at_the_step_that_it_has_saved(
 
 def test_without_its_checkpoints_a_finished_run_cannot_go_on(tmp_path: Path) -> None:
     paths = tmp_path, Path("sd"), Path("shards")
-    write_records(tmp_path, tiny_config(*paths))
+    write_records(RunRecord.read(tmp_path), tiny_config(*paths))
     (tmp_path / "export").mkdir()
     check_continues(tmp_path, tiny_config(*paths))
     with pytest.raises(UserError, match=r"holds no checkpoints .* start another run from its exp"):
@@ -247,7 +248,7 @@ def test_without_its_checkpoints_a_finished_run_cannot_go_on(tmp_path: Path) -> 
 def test_a_decay_to_the_last_step_keeps_it_where_it_is(decay: str, tmp_path: Path) -> None:
     paths = tmp_path, Path("sd"), Path("shards")
     values = {"optimizer.decay": decay, "optimizer.warmup_steps": 2}
-    write_records(tmp_path, tiny_config(*paths, **values))
+    write_records(RunRecord.read(tmp_path), tiny_config(*paths, **values))
     longer = tiny_config(*paths, **values, **{"trainer.max_steps": 12})
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()

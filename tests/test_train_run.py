@@ -19,8 +19,8 @@ from blackpoint.data.files.errors import Resumable, RunFailed, UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.module import FineTuner
+from blackpoint.train.records.continuing import check_continues
 from blackpoint.train.records.metrics_file import read_metrics
-from blackpoint.train.records.run_directory import check_continues
 from tests.tiny_run import (
     Killed,
     assert_same_run,

@@ -12,7 +12,8 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.images.decode import DECODER_VERSION
 from blackpoint.scripts.config import load
 from blackpoint.train.config.config import PreviewConfig, TrainConfig
-from blackpoint.train.records.run_directory import check_continues, write_records
+from blackpoint.train.records.continuing import check_continues
+from blackpoint.train.records.run_directory import RunRecord, write_records
 from blackpoint.train.run import batches_note
 from tests.tiny_run import tiny_config
 
@@ -25,10 +26,10 @@ def test_every_start_tells_its_global_batch_and_number_formats(tmp_path: Path) -
     settings = {"batch_size": 8, "trainer.accumulate_grad_batches": 3, "trainer.devices": 2}
     settings |= {"trainer.encoder_dtype": "bfloat16", "trainer.tf32": True}
     config = tiny_config(tmp_path, Path("base"), Path("shards"), **settings)
-    write_records(tmp_path, config, device="cuda")
+    write_records(RunRecord.read(tmp_path), config, device="cuda")
     first = read_environment(tmp_path)
     config.trainer.devices, config.trainer.num_nodes = 4, 2
-    write_records(tmp_path, config, resume_step=500, device="cuda")
+    write_records(RunRecord.read(tmp_path), config, resume_step=500, device="cuda")
     second = read_environment(tmp_path)
     assert second["starts"][0] == first["starts"][0]
     assert {**second, "starts": None} == {**first, "starts": None}
@@ -51,9 +52,9 @@ def test_every_start_tells_its_global_batch_and_number_formats(tmp_path: Path) -
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_text("")])
 def test_a_lost_record_does_not_stop_a_run(tmp_path: Path, spoil: Any) -> None:
     config = tiny_config(tmp_path, Path("base"), Path("shards"))
-    write_records(tmp_path, config)
+    write_records(RunRecord.read(tmp_path), config)
     spoil(tmp_path / "environment.json")
-    write_records(tmp_path, config, resume_step=3)
+    write_records(RunRecord.read(tmp_path), config, resume_step=3)
     environment = read_environment(tmp_path)
     assert environment["versions"]
     assert [start["step"] for start in environment["starts"]] == [3]
@@ -61,7 +62,7 @@ def test_a_lost_record_does_not_stop_a_run(tmp_path: Path, spoil: Any) -> None:
 
 def test_a_directory_that_is_no_run_yet_takes_nothing_over(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text('{"command": "another"}')
-    write_records(tmp_path, tiny_config(tmp_path, Path("base"), Path("shards")))
+    write_records(RunRecord.read(tmp_path), tiny_config(tmp_path, Path("base"), Path("shards")))
     assert read_environment(tmp_path)["command"] != "another"
 
 
@@ -88,6 +89,6 @@ def test_prompts_of_any_characters_are_kept_and_continued(tmp_path: Path) -> Non
     prompts = ["a ${ cat", "${b}", "???", "#3", "null"]
     config = tiny_config(tmp_path, Path("sd"), Path("shards"))
     config = dataclasses.replace(config, preview=PreviewConfig(prompts=prompts))
-    write_records(tmp_path, config)
+    write_records(RunRecord.read(tmp_path), config)
     check_continues(tmp_path, config)
     assert load(TrainConfig, [str(tmp_path / "config.yaml")]) == config

@@ -23,7 +23,7 @@ from blackpoint.train.encode.config import EncodeConfig
 from blackpoint.train.encode.encode import encode
 from blackpoint.train.optimizer import warmup_note
 from blackpoint.train.records.checkpoint_size import checkpoint_size
-from blackpoint.train.records.run_directory import write_records
+from blackpoint.train.records.run_directory import RunRecord, write_records
 from blackpoint.train.records.sizes import sized
 from tests.pixel_models import pixel_model, pixel_train_config
 from tests.tiny_encode import encoded
@@ -90,13 +90,13 @@ def test_latents_of_another_size_go_on_and_train_at_theirs(
     assert encoded(shards, pipeline, output, resolution=0).num_kept_shards > 0
     assert "resolution=32, that of the latents in" in capsys.readouterr().err
     config = tiny_config(tmp_path / "run", pipeline, output, **{"data.resolution": 0})
-    said: list[str] = []
-    assert sized(config, tmp_path / "run", said.append).data.resolution == 32
-    assert said == [f"data.resolution=32, the size of the latents of data.shards={output}"]
+    assert sized(config, RunRecord(tmp_path / "run")).data.resolution == 32
+    told = capsys.readouterr().err
+    assert told == f"note: data.resolution=32, the size of the latents of data.shards={output}\n"
 
 
 def test_pixel_space_models_have_their_own_size(
-    pipeline: Path, shards: Path, tmp_path: Path
+    pipeline: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pixel_model("text", pipeline).save(tmp_path / "pixels")
     assert checkpoint_size(str(tmp_path / "pixels"), "x") == 16
@@ -104,8 +104,11 @@ def test_pixel_space_models_have_their_own_size(
     config = pixel_train_config(tmp_path / "run", shards, "none", **{"data.resolution": 0})
     with pytest.raises(UserError, match="data.resolution=0: a model that is made for the run has"):
         blackpoint.train.run.fit(config)
-    write_records(tmp_path / "run", pixel_train_config(tmp_path / "run", shards, "none"))
-    assert sized(config, tmp_path / "run", pytest.fail).data.resolution == 16
+    write_records(
+        RunRecord.read(tmp_path / "run"), pixel_train_config(tmp_path / "run", shards, "none")
+    )
+    assert sized(config, RunRecord.read(tmp_path / "run")).data.resolution == 16
+    assert "data.resolution" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("side", [None, [8, 16], 0])

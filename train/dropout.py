@@ -78,7 +78,7 @@ def dropout_levels(unet: UNet2DConditionModel, config: DropoutConfig, side: int)
             f"dropout.max_resolution={largest}: no level of this UNet has feature maps of that "
             f"side; theirs are {', '.join(map(str, sides))}"
         )
-    return [level for level, own in enumerate(sides) if own <= largest]
+    return [level for level, width in enumerate(sides) if width <= largest]
 
 
 def add_dropout(unet: UNet2DConditionModel, config: DropoutConfig, side: int) -> SampleSeeds | None:
@@ -87,8 +87,8 @@ def add_dropout(unet: UNet2DConditionModel, config: DropoutConfig, side: int) ->
         return None
     chosen, last = dropout_levels(unet, config, side), len(unet.down_blocks) - 1
     levels = [*enumerate(unet.down_blocks), (last, unet.mid_block)]
-    levels += [(last - place, block) for place, block in enumerate(unet.up_blocks)]
-    places = [
+    levels += [(last - step, block) for step, block in enumerate(unet.up_blocks)]
+    layers = [
         (level, parent, name)
         for level, block in levels
         for parent in block.modules()
@@ -96,7 +96,7 @@ def add_dropout(unet: UNet2DConditionModel, config: DropoutConfig, side: int) ->
         if isinstance(child, nn.Dropout)
     ]
     seeds = SampleSeeds()
-    for layer, (level, parent, name) in enumerate(places):
+    for layer, (level, parent, name) in enumerate(layers):
         if level in chosen:
             new = SampleDropout(config.probability, layer, seeds).train(parent.training)
             parent.register_module(name, new)

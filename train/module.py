@@ -45,7 +45,7 @@ class FineTuner(LightningModule):
         self.model = model
         self.unet = model.unet
         self.unet.requires_grad_(True).train()
-        side = config.data.resolution // model.factor
+        side = config.data.resolution // model.downsampling_factor
         self.dropout_seeds = add_dropout(self.unet, config.dropout, side)
         if config.trainer.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -73,8 +73,8 @@ class FineTuner(LightningModule):
         scales = scale_errors(output, target, self.config.loss.pool_factors)  # (S, B)
         weighted = torch.stack([w * x for w, x in zip(self.scale_weights, scales, strict=True)])
         loss = self.objective(weighted.sum(dim=0), draws.t).mean()
-        found = {"losses": scales[0].detach(), "scales": scales.detach(), "t": draws.t}
-        return {"loss": loss, "objective": loss.detach(), **found}
+        watched = {"losses": scales[0].detach(), "scales": scales.detach(), "t": draws.t}
+        return {"loss": loss, "objective": loss.detach(), **watched}
 
     def draws(self, batch: Batch) -> Draws:
         """Returns what the batch's samples draw in their epochs, on the CPU."""
@@ -158,20 +158,20 @@ class FineTuner(LightningModule):
         On a CPU captions are encoded one by one: a matrix product's last bit depends on the number
         of its rows, and a resumed run, whose cache starts empty, must repeat every bit.
         """
-        found = {c: self._captions[c] for c in captions if c in self._captions}
-        new = list(dict.fromkeys(c for c in captions if c not in found))
+        embeds = {c: self._captions[c] for c in captions if c in self._captions}
+        new = list(dict.fromkeys(c for c in captions if c not in embeds))
         size = 1 if self.device.type == "cpu" else max(len(new), 1)
         for start in range(0, len(new), size):
             chunk = new[start : start + size]
             rows = self.model.encode_prompts(chunk).prompt_embeds
-            found |= {c: row.clone() for c, row in zip(chunk, rows, strict=True)}
+            embeds |= {c: row.clone() for c, row in zip(chunk, rows, strict=True)}
         for caption in captions:
-            self._captions[caption] = found[caption]
+            self._captions[caption] = embeds[caption]
             self._captions.move_to_end(caption)
-        largest = CAPTION_CACHE_BYTES // found[captions[0]].nbytes
+        largest = CAPTION_CACHE_BYTES // embeds[captions[0]].nbytes
         while len(self._captions) > largest:
             self._captions.popitem(last=False)
-        return torch.stack([found[caption] for caption in captions])
+        return torch.stack([embeds[caption] for caption in captions])
 
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int

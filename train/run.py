@@ -3,14 +3,14 @@
 import contextlib
 import errno
 import gc
-import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
+import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from blackpoint.data.files.errors import (
     FORBIDDEN,
@@ -23,46 +23,34 @@ from blackpoint.data.files.errors import (
 from blackpoint.data.module import CaptionedImages
 from blackpoint.data.summary import bucket_rows, write_buckets
 from blackpoint.sampling.export.export import export
-from blackpoint.sampling.runtime.precision import set_tf32
-from blackpoint.sampling.runtime.speed import prepare_unet
-from blackpoint.train.callbacks.checkpoints import checkpoint_steps, newest_whole, remove_torn
-from blackpoint.train.callbacks.interruption import lost_process
-from blackpoint.train.callbacks.metrics import CsvMetrics, is_first_process
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.train.callbacks.checkpoints import (
+    checkpoint_steps,
+    latest_valid_checkpoint,
+    remove_partial_files,
+)
+from blackpoint.train.callbacks.interruption import StopOnSignal, lost_process
+from blackpoint.train.callbacks.metrics import CsvMetrics
 from blackpoint.train.callbacks.trainer import build_callbacks, build_trainer
 from blackpoint.train.cluster.cluster import as_launched, cluster_environment, num_started
-from blackpoint.train.cluster.device import (
-    COMPUTE_DTYPE,
-    check_count,
-    check_device,
-    settled,
-    take_device,
-    training_device,
-)
+from blackpoint.train.cluster.device import prepare_device
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.dropout import dropout_levels
-from blackpoint.train.encode.encoders import ready_encoders
 from blackpoint.train.module import FineTuner
 from blackpoint.train.optimizer import warmup_note
-from blackpoint.train.records.checkpoint_size import check_side
-from blackpoint.train.records.run_checks import (
-    check_renamed,
-    checked_identity,
-    is_finished,
-    keep_earlier_export,
-)
+from blackpoint.train.records.continuing import as_started, check_continues
+from blackpoint.train.records.first_process import is_first_process, note, say
 from blackpoint.train.records.run_directory import (
-    as_started,
-    check_continues,
+    RunRecord,
     describe_batch,
-    steps_done,
     write_config,
+    write_identity,
     write_records,
 )
-from blackpoint.train.records.run_identity import begun_decoder, write_identity
+from blackpoint.train.records.run_identity import check_renamed, checked_identity
 from blackpoint.train.records.run_lock import RunLock
 from blackpoint.train.records.sizes import check_sizes, sized
 from blackpoint.train.records.tracking import finish, sent_rows, wandb_logger
-from blackpoint.train.start import hold_encoders, keep_base, starting_model
+from blackpoint.train.start import hold_encoders, keep_base, load_encoders, starting_model
 
 
 def fit(config: TrainConfig) -> int:
@@ -72,42 +60,35 @@ def fit(config: TrainConfig) -> int:
     finite or the disk takes no more; Resumable where a signal stopped the run after saving it.
     """
     config = as_launched(config)
-    run_dir = Path(config.run_dir)
+    run_dir, max_steps = Path(config.run_dir), config.trainer.max_steps
     with at_the_start(run_dir):
-        check_continues(run_dir, config)
-        if is_finished(run_dir, config.trainer.max_steps):
+        record = check_continues(run_dir, config)
+        if record.is_finished(max_steps):
             if is_first_process():
-                check_renamed(config, run_dir)
-            say_finished(run_dir)
-            return 0
-        config, notes = as_started(run_dir, config)
-        for note in notes:
-            say(f"note: {note}")
+                check_renamed(record, config)
+            return say_finished(record)
+        config, notes = as_started(record, config)
+        for text in notes:
+            note(text)
     lock = RunLock(run_dir)
     try:
         if run_dir.exists() and is_first_process():
             with at_the_start(run_dir):
                 lock.acquire()
-            if is_finished(run_dir, config.trainer.max_steps):  # by the process that held the lock
-                say_finished(run_dir)
-                return 0
-        last_step = newest_whole(run_dir / "checkpoints")
-        if last_step < config.trainer.max_steps:
+            record = RunRecord.read(run_dir)
+            if record.is_finished(max_steps):  # by the process that held the lock
+                return say_finished(record)
+        last_step = latest_valid_checkpoint(run_dir / "checkpoints")
+        if last_step < max_steps:
             train(config, run_dir, last_step, lock=lock)
             # Trainer, module and callbacks hold each other: only this frees weights, moments and
             # average, before the export loads the model anew.
             gc.collect()
-        elif is_first_process():
-            check_renamed(config, run_dir)
+        elif is_first_process():  # of a run that ends sooner than it was to
+            check_renamed(record, config)
+            write_config(record, config)
         if is_first_process():
-            write_config(run_dir, config)  # of a run that ends sooner than it was to
-            newest = checkpoint_steps(run_dir / "checkpoints")[config.trainer.max_steps]
-            say(f"exporting to {run_dir / 'export'} and checking it against diffusers")
-            try:
-                export(newest, run_dir / "export", weights="ema" if config.ema.enabled else "raw")
-                say(f"done: {run_dir / 'export'}")
-            except NotExportable as error:
-                say(f"done, without an export: {error}")
+            export_run(config, run_dir)
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
@@ -134,9 +115,11 @@ def at_the_start(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def say_finished(run_dir: Path) -> None:
-    """Says that there is nothing left to do."""
-    say(f"{run_dir} is finished: {steps_done(run_dir)} steps, exported to {run_dir / 'export'}")
+def say_finished(record: RunRecord) -> int:
+    """Says that there is nothing left to do; returns the exit status 0."""
+    folder = record.run_dir
+    say(f"{folder} is finished: {record.steps_done} steps, exported to {folder / 'export'}")
+    return 0
 
 
 def train(
@@ -151,67 +134,89 @@ def train(
     `watchers` are called after the run's own callbacks, such as a benchmark's clock. `lock` is
     taken, if it is not held yet, when the input has proved right and the run is about to write.
     """
-    device = training_device()
-    check_count(config, device)
-    take_device(device)
-    config = settled(config, run_dir, device, lambda text: say(f"note: {text}"))
-    config = sized(config, run_dir, lambda text: say(f"note: {text}"))
-    check_device(config, device)
+    record = RunRecord.read(run_dir)
+    config, device = prepare_device(config, record)
+    config = sized(config, record)
     environment = cluster_environment(config)
-    set_tf32(config.trainer.tf32 is True)
-    model = starting_model(config)
-    if reason := model.process.not_exported():
-        say(f"note: {reason}; sample the checkpoints of {run_dir} with allow_unsound=true")
-    check_side(model, "data.resolution", config.data.resolution)
-    dropout_levels(model.unet, config.dropout, config.data.resolution // model.factor)
-    choice = prepare_unet(
-        model.unet,
-        config.trainer.attention,
-        config.trainer.channels_last,
-        config.trainer.compile,
-        device=device,
-        dtype=COMPUTE_DTYPE[config.trainer.precision],
-        training=True,
-    )
-    if choice:
-        say(f"note: {choice}")
-    images = CaptionedImages(
-        config.data, config.seed, config.batch_size, decoder=begun_decoder(run_dir)
-    )
+    model = starting_model(config, device)
+    images = CaptionedImages(config.data, config.seed, config.batch_size, decoder=record.decoder)
     images.require_index(num_started(config))
-    identity: dict[str, Any] = {}
-    if is_first_process():
-        images.prepare_data()
-        images.setup("fit")
-        identity = checked_identity(
-            config, run_dir, model, images, lambda text: say(f"note: {text}")
-        )
-        check_sizes(model, images, config.loss.pool_factors)
-        for line in images.summary():
-            say(line)
-    previews = bool(config.preview.every_steps and config.preview.prompts)
-    if previews and model.tokenizer is None:
-        model.encode_prompts(config.preview.prompts)  # refuses what it does not know
-    note = ready_encoders(model, images.encodings(), previews)
-    if note:
-        say(f"note: {note}")
+    identity = check_input(config, record, model, images) if is_first_process() else {}
+    load_encoders(model, images, config.preview)
     with at_the_start(run_dir):
-        loggers = start_records(config, run_dir, resume_step, images, identity, lock, device.type)
         if is_first_process():
+            open_records(config, record, resume_step, images, identity, lock, device)
             keep_base(model, config)
+        loggers = open_loggers(config, run_dir, resume_step)
     hold_encoders(model, config)
     say(batches_note(config))
-    if note := warmup_note(config.optimizer, config.trainer.max_steps):
-        say(f"note: {note}")
+    note(warmup_note(config.optimizer, config.trainer.max_steps))
     stop, callbacks = build_callbacks(config, run_dir, resume_step)
     trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers], environment)
+    checkpoint = checkpoint_steps(run_dir / "checkpoints").get(resume_step)
     if resume_step:
         say(f"resuming {run_dir} at step {resume_step}")
-    checkpoint = checkpoint_steps(run_dir / "checkpoints").get(resume_step)
+    run_trainer(trainer, stop, FineTuner(model, config), images, checkpoint)
+
+
+def check_input(
+    config: TrainConfig, record: RunRecord, model: DiffusionModel, images: CaptionedImages
+) -> dict[str, Any]:
+    """Opens the data; returns the sections of identity.json, or raises UserError."""
+    images.prepare_data()
+    images.setup("fit")
+    identity = checked_identity(record, config, model, images)
+    check_sizes(model, images, config.loss.pool_factors)
+    for line in images.summary():
+        say(line)
+    return identity
+
+
+def open_records(
+    config: TrainConfig,
+    record: RunRecord,
+    resume_step: int,
+    images: CaptionedImages,
+    identity: Mapping[str, Any],
+    lock: RunLock | None,
+    device: torch.device,
+) -> None:
+    """Writes what a run directory holds before the first step."""
+    if lock is not None:
+        lock.acquire()
+    run_dir = record.run_dir
+    remove_partial_files(run_dir / "checkpoints")
+    keep_earlier_export(record)
+    write_identity(run_dir, **identity)
+    write_records(record, config, resume_step, device.type)
+    if rows := list(bucket_rows(images.readers())):
+        write_buckets(run_dir / "buckets.csv", rows)
+
+
+def open_loggers(config: TrainConfig, run_dir: Path, resume_step: int) -> list[Logger]:
+    """Returns the run's loggers; metrics.csv is cut back to `resume_step`."""
+    is_first = is_first_process()
+    sent = sent_rows(run_dir, resume_step) if is_first else set()  # before it is cut back
+    loggers: list[Logger] = [CsvMetrics(run_dir / "metrics.csv", resume_step)]
+    if is_first and config.wandb.enabled:
+        # Before the other: a row that is in metrics.csv has reached wandb.
+        loggers.insert(0, wandb_logger(config, run_dir, sent))
+    return loggers
+
+
+def run_trainer(
+    trainer: Trainer,
+    stop: StopOnSignal,
+    module: FineTuner,
+    images: CaptionedImages,
+    checkpoint: Path | None,
+) -> None:
+    """Trains to the end; raises Resumable, in the first process, where a signal stopped it."""
+    loggers = list(trainer.loggers)  # one that fails is taken out on the way
     stop.listen(trainer)
     try:
         with lost_process(trainer):
-            trainer.fit(FineTuner(model, config), datamodule=images, ckpt_path=checkpoint)
+            trainer.fit(module, datamodule=images, ckpt_path=checkpoint)
     finally:
         stop.restore_handlers()
         for logger in loggers:
@@ -220,41 +225,12 @@ def train(
     # The other processes have ended well: whoever started them would take another status for a
     # failure, and end this one while it still finishes its records.
     if stop.stopped_step is not None and is_first_process():
-        saved = f"saved in {run_dir / 'checkpoints'}" if stop.stopped_step else "nothing to save"
+        folder = Path(module.config.run_dir) / "checkpoints"
+        saved = f"saved in {folder}" if stop.stopped_step else "nothing to save"
         raise Resumable(
-            f"stopped at step {stop.stopped_step} of {config.trainer.max_steps}, {saved}; the same "
+            f"stopped at step {stop.stopped_step} of {trainer.max_steps}, {saved}; the same "
             "command continues"
         )
-
-
-def start_records(
-    config: TrainConfig,
-    run_dir: Path,
-    resume_step: int,
-    images: CaptionedImages,
-    identity: Mapping[str, Any],
-    lock: RunLock | None,
-    device: str,
-) -> list[Logger]:
-    """Writes what a run directory holds before the first step, and returns the run's loggers."""
-    if not is_first_process():
-        return [CsvMetrics(run_dir / "metrics.csv", resume_step)]
-    if lock is not None:
-        lock.acquire()
-    remove_torn(run_dir / "checkpoints")
-    if note := keep_earlier_export(run_dir):
-        say(f"note: {note}")
-    write_identity(run_dir, **identity)
-    write_records(run_dir, config, resume_step, device)
-    rows = list(bucket_rows(images.readers()))
-    if rows:
-        write_buckets(run_dir / "buckets.csv", rows)
-    sent = sent_rows(run_dir, resume_step)
-    loggers: list[Logger] = [CsvMetrics(run_dir / "metrics.csv", resume_step)]
-    if config.wandb.enabled:
-        # Before the other: a row that is in metrics.csv has reached wandb.
-        loggers.insert(0, wandb_logger(config, run_dir, sent))
-    return loggers
 
 
 def batches_note(config: TrainConfig) -> str:
@@ -267,7 +243,28 @@ def batches_note(config: TrainConfig) -> str:
     )
 
 
-@rank_zero_only
-def say(text: str) -> None:
-    """Tells the user where the run stands, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+def keep_earlier_export(record: RunRecord) -> None:
+    """Puts the export of a run that goes on aside, for another follows."""
+    export_dir = record.run_dir / "export"
+    if not export_dir.exists():
+        return
+    steps = record.steps_done
+    name = f"export_step_{steps:08d}"
+    names = (name if number == 1 else f"{name}_{number}" for number in count(1))
+    earlier = next(p for name in names if not (p := record.run_dir / name).exists())
+    export_dir.rename(earlier)
+    note(
+        f"{record.run_dir} was finished and goes on; its export of step {steps} is kept in "
+        f"{earlier}"
+    )
+
+
+def export_run(config: TrainConfig, run_dir: Path) -> None:
+    """Writes the run's last checkpoint to run_dir/export, where an export can hold it."""
+    last = checkpoint_steps(run_dir / "checkpoints")[config.trainer.max_steps]
+    say(f"exporting to {run_dir / 'export'} and checking it against diffusers")
+    try:
+        export(last, run_dir / "export", weights="ema" if config.ema.enabled else "raw")
+        say(f"done: {run_dir / 'export'}")
+    except NotExportable as error:
+        say(f"done, without an export: {error}")

@@ -4,36 +4,77 @@ from pathlib import Path
 
 import torch
 
+from blackpoint.data.module import CaptionedImages
 from blackpoint.sampling.export.export import moved_into_place
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.process import Process
+from blackpoint.sampling.runtime.speed import prepare_unet
 from blackpoint.sampling.schedule import NoiseSchedule
-from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.cluster.device import COMPUTE_DTYPE
+from blackpoint.train.config.config import PreviewConfig, TrainConfig
+from blackpoint.train.dropout import dropout_levels
 from blackpoint.train.pixel_model import build_pixel_model
+from blackpoint.train.records.checkpoint_size import check_side
+from blackpoint.train.records.first_process import note
 from blackpoint.train.target_process import fine_tuned_process
 
 BASE = "base"
 
 
-def starting_model(config: TrainConfig) -> DiffusionModel:
-    """Loads or builds the model, with the process that it is to be trained to; writes nothing.
+def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
+    """Returns the model, ready to train on `device` to the process of the config; writes nothing.
 
-    The encoders of a checkpoint are held in trainer.encoder_dtype, which is settled.
+    Its encoders are held in trainer.encoder_dtype, which is settled, and read when they are needed;
+    those of a model made for the run only after `keep_base`. Raises UserError for a model that
+    cannot be trained as the config says.
     """
     if config.checkpoint is not None:
         model = DiffusionModel.load(config.checkpoint)
         hold_encoders(model, config)
         model.process = fine_tuned_process(config, model.process)
-        return model
-    process = fine_tuned_process(config, Process(NoiseSchedule.scaled_linear()))
-    model = build_pixel_model(config.model, config.data.resolution, process)
-    model.source = str(Path(config.run_dir) / BASE)
+    else:
+        process = fine_tuned_process(config, Process(NoiseSchedule.scaled_linear()))
+        model = build_pixel_model(config.model, config.data.resolution, process)
+        model.source = str(Path(config.run_dir) / BASE)
+    if reason := model.process.not_exported():
+        note(f"{reason}; sample the checkpoints of {config.run_dir} with allow_unsound=true")
+    check_side(model, "data.resolution", config.data.resolution)
+    side = config.data.resolution // model.downsampling_factor
+    dropout_levels(model.unet, config.dropout, side)  # raises
+    trainer = config.trainer
+    note(
+        prepare_unet(
+            model.unet,
+            trainer.attention,
+            trainer.channels_last,
+            trainer.compile,
+            device=device,
+            dtype=COMPUTE_DTYPE[trainer.precision],
+            training=True,
+        )
+    )
     return model
 
 
 def hold_encoders(model: DiffusionModel, config: TrainConfig) -> None:
     """Holds the encoders in trainer.encoder_dtype; a model made for the run is kept before that."""
     model.set_encoder_dtype(getattr(torch, config.trainer.encoder_dtype))
+
+
+def load_encoders(model: DiffusionModel, images: CaptionedImages, preview: PreviewConfig) -> None:
+    """Loads the encoders if images or previews need them, and says where few or none are."""
+    previews = bool(preview.every_steps and preview.prompts)
+    if previews and model.tokenizer is None:
+        model.encode_prompts(preview.prompts)  # refuses what it does not know
+    if all(encoding is not None for _, encoding in images.encodings()):
+        if not previews:
+            note("cached latents: the VAE and the text encoder are not loaded")
+            return
+        note(
+            "cached latents: the VAE and the text encoder are loaded for previews alone; "
+            "preview.every_steps=0 saves their memory"
+        )
+    model.load_encoders()
 
 
 def keep_base(model: DiffusionModel, config: TrainConfig) -> None:

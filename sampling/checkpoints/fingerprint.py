@@ -56,18 +56,31 @@ def vae_digest(folder: Path, variant: str | None = None) -> str:
     return _digest(_tensors(weight_files(folder, "vae", variant)), settings)
 
 
-def text_encoder_digest(folder: Path, variant: str | None = None) -> str:
-    """Returns the digest of folder/text_encoder and folder/tokenizer."""
+def text_encoder_digest(
+    folder: Path, variant: str | None = None, tokenizer: dict[str, Any] | None = None
+) -> str:
+    """Returns the digest of folder/text_encoder and of folder/tokenizer, whose settings may be read
+    already."""
     config, defaults = read_json(folder / "text_encoder" / "config.json"), CLIPTextConfig()
     settings = {key: config.get(key, getattr(defaults, key)) for key in TEXT_SETTINGS}
     settings["use_attention_mask"] = config.get("use_attention_mask") or False
-    settings |= _tokenizer_settings(folder)
+    settings |= tokenizer or tokenizer_settings(folder)
     return _digest(_tensors(weight_files(folder, "text_encoder", variant)), settings)
 
 
-def tokenizer_digest(folder: Path) -> str:
-    """Returns the digest of folder/tokenizer, which that of the text encoder takes in."""
-    return _digest([], _tokenizer_settings(folder))
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """Returns what folder/tokenizer makes tokens by: vocabulary, merges, length and padding."""
+    tokenizer = load_tokenizer(folder)
+    return {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "merges": json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"],
+        "tokens": [tokenizer.model_max_length, tokenizer.pad_token_id],
+    }
+
+
+def tokenizer_digest(settings: dict[str, Any]) -> str:
+    """Returns the digest of a tokenizer's settings, which that of the text encoder takes in."""
+    return _digest([], settings)
 
 
 def model_digest(model: DiffusionModel) -> str:
@@ -91,15 +104,6 @@ def sampling_digest(model: DiffusionModel, variant: str | None = None) -> str:
     if model.tokenizer is not None:
         parts.append(text_encoder_digest(model.folder, variant))
     return blake2b(" ".join(parts).encode(), digest_size=MODEL_DIGEST_BYTES).hexdigest()
-
-
-def _tokenizer_settings(folder: Path) -> dict[str, Any]:
-    tokenizer = load_tokenizer(folder)
-    return {
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "merges": json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"],
-        "tokens": [tokenizer.model_max_length, tokenizer.pad_token_id],
-    }
 
 
 def _tensors(files: Iterable[Path]) -> Iterator[Tensor]:

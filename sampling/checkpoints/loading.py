@@ -88,18 +88,18 @@ class Part:
         return model
 
 
-def load_unet(found: Resolved, dtype: torch.dtype) -> UNet2DConditionModel:
+def load_unet(resolved: Resolved, dtype: torch.dtype) -> UNet2DConditionModel:
     """Loads the UNet of a folder, or of a .ckpt by the config of its base alone."""
-    if found.unet_state is None:
-        return Part(UNet2DConditionModel, found.folder, "unet", dtype, found.variant).load()
-    unet = empty_unet(found.folder)
-    state = {name: weight.to(dtype) for name, weight in found.unet_state.items()}
+    if resolved.unet_state is None:
+        return Part(UNet2DConditionModel, resolved.folder, "unet", dtype, resolved.variant).load()
+    unet = empty_unet(resolved.folder)
+    state = {name: weight.to(dtype) for name, weight in resolved.unet_state.items()}
     try:
         unet.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise UserError(
-            f"checkpoint={found.checkpoint} does not fit the UNet of its base {found.folder}: "
-            f"{error}"
+            f"checkpoint={resolved.checkpoint} does not fit the UNet of its base "
+            f"{resolved.folder}: {error}"
         ) from error
     return unet
 

@@ -85,8 +85,10 @@ class Painter:
         process.check_sound(config.allow_unsound)
         respaced = own.respacing_note(config.timestep_spacing)
         notes = [respaced] if respaced else []
-        if process.unsound():
-            notes.append(f"unsound, and sampled all the same (allow_unsound): {process.unsound()}")
+        if process.incompatibility():
+            notes.append(
+                f"unsound, and sampled all the same (allow_unsound): {process.incompatibility()}"
+            )
         self.notes = tuple(notes)
         own_height, own_width = model.image_sides
         self.size = (config.height or own_height, config.width or own_width)

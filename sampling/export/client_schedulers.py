@@ -52,13 +52,13 @@ def scheduler_facts(process: Process) -> list[str]:
 
 def unsound(process: Process) -> str:
     """A process can be allowed that cannot work."""
-    reason = process.unsound()
+    reason = process.incompatibility()
     return f"This model cannot be sampled right: {reason}." if reason else ""
 
 
 def keep_zero_snr(process: Process) -> str:
     """Some schedulers act on the flag."""
-    if not process.schedule.is_zero_terminal_snr or process.unsound():
+    if not process.schedule.is_zero_terminal_snr or process.incompatibility():
         return ""
     names = ", ".join(f"`{name}`" for name in right_at_zero_snr(process))
     return f"Take one of these, which keep the zero terminal SNR: {names}."
@@ -146,14 +146,14 @@ def nan_steps(process: Process, most: int = MOST_STEPS) -> list[int]:
     if not process.schedule.is_zero_terminal_snr or process.timestep_spacing == "leading":
         return []
     scheduler = DDIMScheduler.from_config(process.to_diffusers())
-    total, found = process.schedule.num_steps, []
+    total, nan = process.schedule.num_steps, []
     first_number = 2 if process.timestep_spacing == "linspace" else 1  # linspace(1) is t = 0
     for steps in range(first_number, min(most, total) + 1):
         level = total - 1 - total // steps
         bar = scheduler.alphas_cumprod[level] if level >= 0 else scheduler.final_alpha_cumprod
         if 1 - bar - ((1 - bar) ** 0.5) ** 2 < 0:
-            found.append(steps)
-    return found
+            nan.append(steps)
+    return nan
 
 
 def final_alpha_bar(process: Process) -> str:

@@ -128,27 +128,19 @@ def _settings(process: Process) -> str:
 is lost:
 `pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)`.
 """
-    bullets = _bullets([_guidance_rescale(process), _spacing(process)])
-    return f"{text}\n{bullets}\n" if bullets else text
-
-
-def _guidance_rescale(process: Process) -> str:
     if not process.schedule.is_zero_terminal_snr:
-        return ""
-    return (
+        return text
+    facts = [
         "**guidance_rescale**: 0.7 at guidance_scale 7.5 (useful range 0.5 to 0.75). Without it "
         "high guidance overexposes a zero-terminal-SNR model."
-    )
-
-
-def _spacing(process: Process) -> str:
-    if process.unsound() or not process.schedule.is_zero_terminal_snr:
-        return ""
-    return (
-        f"**timestep_spacing** is `{process.timestep_spacing}`: sampling starts at the last "
-        "timestep, where the SNR is zero. Spacing `leading` never visits it. The key is "
-        "`timestep_spacing`; diffusers ignores `timestep_scaling` silently."
-    )
+    ]
+    if not process.incompatibility():
+        facts.append(
+            f"**timestep_spacing** is `{process.timestep_spacing}`: sampling starts at the last "
+            "timestep, where the SNR is zero. Spacing `leading` never visits it. The key is "
+            "`timestep_spacing`; diffusers ignores `timestep_scaling` silently."
+        )
+    return f"{text}\n{_bullets(facts)}\n"
 
 
 def _section(title: str, facts: Sequence[str]) -> str:

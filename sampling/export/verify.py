@@ -218,7 +218,7 @@ def _stock_latents(
 def _noise(model: DiffusionModel) -> Tensor:
     """Draws noise for an image as small as the check can do with and the model can take."""
     multiple = model.size_multiple
-    small = max(MAX_LATENT_SIZE * model.factor // multiple, 1) * multiple
+    small = max(MAX_LATENT_SIZE * model.downsampling_factor // multiple, 1) * multiple
     side = min(model.image_size, small)
     return initial_noise([SEED], model.latent_shape(side, side)).to(model.device)
 

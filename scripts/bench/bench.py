@@ -29,7 +29,7 @@ from blackpoint.scripts.bench.timing import Row
 from blackpoint.scripts.cli import VERBS
 from blackpoint.scripts.config import load
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.records.run_directory import describe_environment
+from blackpoint.train.records.environment import describe_environment
 
 READER_BATCHES = 50
 PEERS = ("accelerate", "diffusers", "torch", "lightning", "transformers", "torchvision")

@@ -143,7 +143,7 @@ def _run(task: dict) -> None:
     """Trains and notes images/s and the waiting of the second half of the steps."""
     from lightning.pytorch import Callback
 
-    from blackpoint.train.callbacks.metrics import is_first_process
+    from blackpoint.train.records.first_process import is_first_process
     from blackpoint.train.run import train
 
     yaml, run_dir, steps = task.pop("yaml"), Path(task.pop("run_dir")), task.pop("steps")

@@ -41,7 +41,8 @@ from blackpoint.scripts.cluster.slurm_allocation import (
 )
 from blackpoint.scripts.config import load, read_yaml, to_yaml
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.records.run_directory import check_continues, newest_step
+from blackpoint.train.records.continuing import check_continues
+from blackpoint.train.records.run_directory import newest_step
 
 LOGS = Path("slurm/logs")
 LAUNCH = Path("slurm/launch.py")

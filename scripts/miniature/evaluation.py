@@ -67,4 +67,4 @@ def identify(checkpoint: str, allow_unsound: bool = False) -> Identity:
     process."""
     model = DiffusionModel.load(checkpoint)
     model.process.check_sound(allow_unsound)
-    return Identity(model_digest(model), model.process.unsound())
+    return Identity(model_digest(model), model.process.incompatibility())

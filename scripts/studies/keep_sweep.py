@@ -39,7 +39,7 @@ from blackpoint.sampling.report.results_tables import (
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 from blackpoint.scripts.stand_alone import run_script
-from blackpoint.train.records.run_directory import describe_environment
+from blackpoint.train.records.environment import describe_environment
 
 DIGITS, TITLE_LETTERS = 6, 26
 COLUMNS = ("cell", "prompt_index", "image")

@@ -33,30 +33,30 @@ BEST = "best.json"
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
     """Returns the checkpoints in `folder` by their step, ascending."""
-    found = {}
+    paths = {}
     for path in folder.glob("step_*.ckpt"):
         match = NAME.fullmatch(path.name)
         if match:
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+            paths[int(match[1])] = path
+    return dict(sorted(paths.items()))
 
 
 def read_best(folder: Path) -> tuple[int, float] | None:
     """Returns step and validation loss of the best checkpoint so far, or None."""
     try:
-        found = json.loads((folder / BEST).read_text(encoding="ascii"))
-        return int(found["step"]), float(found["validation_loss"])
+        best = json.loads((folder / BEST).read_text(encoding="ascii"))
+        return int(best["step"]), float(best["validation_loss"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def remove_torn(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Removes what a kill left half-written; for the process that has the run directory."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
-def newest_whole(folder: Path) -> int:
+def latest_valid_checkpoint(folder: Path) -> int:
     """Returns the step of the newest checkpoint that is not damaged; 0 without any.
 
     Says which ones are damaged; raises UserError if all are.
@@ -170,9 +170,9 @@ class SaveCheckpoints(Checkpoint):
 
     def _remove_old(self, step: int) -> None:
         """Removes all but the newest, up to `step`, and the best; later ones are damaged."""
-        found = checkpoint_steps(self.folder)
-        newest = [saved for saved in found if saved <= step][-self.keep :]
-        for saved, path in found.items():
+        paths = checkpoint_steps(self.folder)
+        newest = [saved for saved in paths if saved <= step][-self.keep :]
+        for saved, path in paths.items():
             if saved not in newest and (self.best is None or saved != self.best[0]):
                 path.unlink(missing_ok=True)
 

@@ -9,12 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from blackpoint.train.records.first_process import is_first_process
 from blackpoint.train.records.metrics_file import drop_rows_after
-
-
-def is_first_process() -> bool:
-    """Whether this process writes; known from the environment before a trainer exists."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class CsvMetrics(Logger):

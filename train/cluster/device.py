@@ -1,17 +1,17 @@
 """What the device that trains must be able to do, checked before a run writes anything."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.runtime.precision import computes_in_bfloat16, settle
+from blackpoint.sampling.runtime.precision import computes_in_bfloat16, set_tf32, settle
 from blackpoint.train.config.config import Precision, TrainConfig
 from blackpoint.train.optimizer import eight_bit_problem
-from blackpoint.train.records.run_directory import FORMATS, kept_formats
+from blackpoint.train.records.first_process import note
+from blackpoint.train.records.run_directory import FORMATS, RunRecord
 
 # The format that the UNet's products are computed in; weights are held in float32 in every case.
 COMPUTE_DTYPE: dict[Precision, torch.dtype] = {
@@ -36,32 +36,37 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or 0)
 
 
-def take_device(device: torch.device) -> None:
-    """Makes a GPU the process's own: nothing that is probed or loaded takes memory of another."""
+def prepare_device(config: TrainConfig, record: RunRecord) -> tuple[TrainConfig, torch.device]:
+    """Returns the config as it is settled on the device of this process, and that device.
+
+    A GPU becomes the process's own: nothing that is probed or loaded takes memory of another.
+    Raises UserError for what the device lacks, or what the run in `record` was not begun in.
+    """
+    device = training_device()
+    check_count(config, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    config = settled(config, record, device)
+    check_device(config, device)
+    set_tf32(config.trainer.tf32 is True)
+    return config, device
 
 
-def settled(
-    config: TrainConfig, run_dir: Path, device: torch.device, say: Callable[[str], None]
-) -> TrainConfig:
+def settled(config: TrainConfig, record: RunRecord, device: torch.device) -> TrainConfig:
     """Returns the config with what `auto` takes on `device` as its tf32 and encoder_dtype.
 
-    Raises UserError where the run in `run_dir` was begun in others. One without a record of them
-    goes on as it was.
+    Raises UserError where the run was begun in others. One without a record of them goes on as it
+    was.
     """
     asked = {name: getattr(config.trainer, name) for name in FORMATS}
-    kept, is_recorded = kept_formats(run_dir)
-    formats = settle(f"run_dir={run_dir}", asked, device, say, kept, is_recorded, "trainer.")
+    kept, is_recorded = record.formats
+    where = f"run_dir={record.run_dir}"
+    formats = settle(where, asked, device, note, kept, is_recorded, "trainer.")
     return replace(config, trainer=replace(config.trainer, **formats))
 
 
 def check_device(config: TrainConfig, device: torch.device) -> None:
-    """Raises UserError for more devices than there are, or what `device` lacks.
-
-    That may be a precision or an optimizer.
-    """
-    check_count(config, device)
+    """Raises UserError for a precision or an optimizer that `device` lacks."""
     precision = config.trainer.precision
     if precision == "16-mixed" and device.type != "cuda":
         raise UserError(

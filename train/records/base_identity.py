@@ -8,17 +8,18 @@ where those of all files of a part are as they were, its digest is taken to be, 
 read once.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blackpoint.data.files.errors import UserError
 from blackpoint.data.shards.shard_digest import file_stamp, settled
 from blackpoint.sampling.checkpoints.fingerprint import (
     text_encoder_digest,
     tokenizer_digest,
+    tokenizer_settings,
     unet_digest,
     vae_digest,
 )
@@ -29,7 +30,6 @@ from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.pixels.folder import PixelForm
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.records.run_identity import adopted, read_identity
 
 UNET, VAE, TEXT_ENCODER, TOKENIZER = "UNet", "VAE", "text encoder", "tokenizer"
 BETAS, SCALE, PIXELS = "betas", "scaling_factor", "pixels"
@@ -60,44 +60,24 @@ def base_identity(
         return {}
     folder = model.folder if model else None
     resolved = resolve(name if folder is None or Path(name).exists() else folder)  # not the hub
-    found, before = dict[str, Any](), before or {}
+    identity, before = dict[str, Any](), before or {}
     start_s, num_bytes = time.perf_counter(), 0
-    parts = _parts(resolved, with_unet=config.checkpoint is not None)
-    for part, (files, digest) in parts.items():
-        stamps = {f"{p.parent.name}/{p.name}": settled(file_stamp(p.stat())) for p in files}
-        then = before.get(part, {})
-        if then.get("stamps") == stamps and all(stamps.values()):
-            found[part] = then
+    for name_of_part, part in _parts(resolved, with_unet=config.checkpoint is not None).items():
+        stamps = {f"{p.parent.name}/{p.name}": settled(file_stamp(p.stat())) for p in part.files}
+        recorded = before.get(name_of_part, {})
+        if recorded.get("stamps") == stamps and all(stamps.values()):
+            identity[name_of_part] = recorded
             continue
-        num_bytes += sum(path.stat().st_size for path in files)
-        found[part] = {"digest": digest(), "stamps": stamps}
+        num_bytes += sum(path.stat().st_size for path in part.files)
+        identity[name_of_part] = {"digest": part.digest(), "stamps": stamps}
     if num_bytes:
         say(
             f"read the base to know it by its content, {num_bytes / 1e9:.3g} GB in "
             f"{time.perf_counter() - start_s:.1f} s; not again while its files keep size and time"
         )
     if config.checkpoint is not None:
-        found |= _values(resolved, name)
-    return found
-
-
-def check_same_base(run_dir: Path, base: Mapping[str, Any], config: TrainConfig) -> str:
-    """Returns a note for the user, or ""; raises UserError where a run began with another base."""
-    if not (run_dir / "config.yaml").exists():
-        return ""
-    before = read_identity(run_dir).get("base")
-    if before is None:
-        return adopted(run_dir, "base") if base else ""
-    found = base_differences(before, base)
-    if found:
-        key = "model.text_encoder" if config.checkpoint is None else "checkpoint"
-        name = config.checkpoint or config.model.text_encoder
-        raise UserError(
-            f"run_dir={run_dir} holds a run of another base: {key}={name} now has another "
-            f"{', another '.join(found)}; put back the base that it began with, wherever it lies, "
-            "or choose another run_dir"
-        )
-    return ""
+        identity |= _values(resolved, name)
+    return identity
 
 
 def base_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -119,25 +99,25 @@ def base_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def _parts(resolved: Resolved, with_unet: bool) -> dict[str, Part]:
-    folder, found = resolved.folder, dict[str, Part]()
-    index = read_json(folder / "model_index.json")
-    pixels = PixelForm.of(index, folder)
+    folder, parts = resolved.folder, dict[str, Part]()
+    pixels = PixelForm.of(read_json(folder / "model_index.json"), folder)
     if with_unet:
         weights = (
             [Path(resolved.checkpoint)] if resolved.checkpoint else weight_files(folder, "unet")
         )
         files = [*weights, folder / "unet" / "config.json"]
-        found[UNET] = Part(files, lambda: unet_digest(resolved))
+        parts[UNET] = Part(files, lambda: unet_digest(resolved))
     if with_unet and pixels is None:
         files = [*weight_files(folder, "vae"), folder / "vae" / "config.json"]
-        found[VAE] = Part(files, lambda: vae_digest(folder))
+        parts[VAE] = Part(files, lambda: vae_digest(folder))
     if pixels is None or pixels.has_text:
         words = [folder / "text_encoder" / "config.json"]
         words += sorted(path for path in (folder / "tokenizer").iterdir() if path.is_file())
+        settings = functools.cache(lambda: tokenizer_settings(folder))
         files = [*weight_files(folder, "text_encoder"), *words]
-        found[TEXT_ENCODER] = Part(files, lambda: text_encoder_digest(folder))
-        found[TOKENIZER] = Part(words, lambda: tokenizer_digest(folder))
-    return found
+        parts[TEXT_ENCODER] = Part(files, lambda: text_encoder_digest(folder, tokenizer=settings()))
+        parts[TOKENIZER] = Part(words, lambda: tokenizer_digest(settings()))
+    return parts
 
 
 def _values(resolved: Resolved, name: str) -> dict[str, Any]:

@@ -5,10 +5,9 @@ step N, rows beyond N and a last line that a kill left torn are dropped, and the
 again. No import of Lightning: a report reads the file too.
 """
 
-import csv
 from pathlib import Path
 
-from blackpoint.data.files.whole_file import whole_file
+from blackpoint.data.files.whole_file import write_whole
 
 HEADER = ("step", "name", "value")
 
@@ -28,14 +27,12 @@ def rows_after(path: Path, step: int) -> set[tuple[int, str]]:
 
 def drop_rows_after(path: Path, step: int) -> None:
     """Keeps the whole rows up to `step`, or starts the file with its header."""
-    kept = [row for row in _whole_rows(path) if row[0] <= step] if path.exists() else []
-    with (
-        whole_file(path) as unfinished,
-        unfinished.open("w", encoding="ascii", newline="") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
-        writer.writerows((row_step, name, f"{value:.8g}") for row_step, name, value in kept)
+    rows = [row for row in _whole_rows(path) if row[0] <= step] if path.exists() else []
+    lines = [
+        ",".join(HEADER),
+        *(f"{row_step},{name},{value:.8g}" for row_step, name, value in rows),
+    ]
+    write_whole(path, "\n".join([*lines, ""]))
 
 
 def _whole_rows(path: Path) -> list[tuple[int, str, float]]:

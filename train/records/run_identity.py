@@ -1,84 +1,130 @@
-"""What a run was made of, known by content: run_dir/identity.json, a section for each kind.
+"""Whether what a run is made of, by its content, is what it began with: its data and its base.
 
-    data    what each data set holds, by the config's field: data/identity.py
-    base    what the run started from, by its parts: train/records/base_identity.py
-
-It is written at the first start. A run from before there was such a record is given it at its next
-start, which is said.
+Both are recorded in run_dir/identity.json at the first start: data by data/identity.py, the base by
+train/records/base_identity.py. A run from before there was such a record is given it at its next
+start, which is said. Latents must come from the encoders of the base: those of another autoencoder,
+or embeddings of another text encoder, would train without an error and to no use.
 """
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.identity import differences, is_certain
-from blackpoint.data.images.decode import DECODER_VERSION, STORED_COLORS
+from blackpoint.data.latents import Encoding
+from blackpoint.data.module import CaptionedImages
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.records.base_identity import (
+    TEXT_ENCODER,
+    VAE,
+    base_differences,
+    base_identity,
+)
+from blackpoint.train.records.first_process import note
+from blackpoint.train.records.resume_keys import When
+from blackpoint.train.records.run_directory import RunRecord
+from blackpoint.train.records.sizes import sized
 
-FILE = "identity.json"
+
+def checked_identity(
+    record: RunRecord, config: TrainConfig, model: DiffusionModel, images: CaptionedImages
+) -> dict[str, Any]:
+    """Returns the sections of identity.json; raises UserError where a run began with others.
+
+    Also for latents that the encoders of the base would not make. `images` are set up.
+    """
+    base = base_identity(config, model, record.identity.get("base"), note)
+    data = images.identity()
+    note(check_same_data(record, data))
+    note(check_same_base(record, base, config))
+    check_encodings(model, images.encodings(), base)
+    return {"data": data, "base": base}
 
 
-def read_identity(run_dir: Path) -> dict[str, Any]:
-    """Returns the sections that are recorded; {} for a run from before there was a record."""
-    try:
-        found = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def check_renamed(record: RunRecord, config: TrainConfig) -> None:
+    """Raises UserError where what a run names otherwise now is not what it began with."""
+    config = sized(config, record)
+    if record.renames(config, When.SAME_DATA):
+        images = CaptionedImages(config.data, config.seed, config.batch_size)
+        images.prepare_data()
+        images.setup("fit")
+        check_same_data(record, images.identity())
+    if record.renames(config, When.SAME_BASE):
+        try:
+            base = base_identity(config)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{error.filename} is missing: checkpoint={config.checkpoint} is no whole base; "
+                "name the one that the run began with"
+            ) from None
+        check_same_base(record, base, config)
 
 
-def check_same_data(run_dir: Path, data: Mapping[str, Any]) -> str:
+def check_same_data(record: RunRecord, data: Mapping[str, Any]) -> str:
     """Returns a note for the user, or ""; raises UserError where a run began with other data."""
-    if not (run_dir / "config.yaml").exists():
+    if record.is_new:
         return ""
-    before = read_identity(run_dir).get("data")
+    before = record.identity.get("data")
     if before is None:
-        return adopted(run_dir, "data")
-    found = differences(before, data)
-    if found:
-        rows = "\n".join(f"  {row}" for row in found)
+        return _adopted(record, "what its data hold; they are")
+    if others := differences(before, data):
+        rows = "\n".join(f"  {row}" for row in others)
         raise UserError(
-            f"run_dir={run_dir} holds a run of other data:\n{rows}\nput back the data that it "
-            "began with, wherever they lie, or choose another run_dir"
+            f"run_dir={record.run_dir} holds a run of other data:\n{rows}\nput back the data that "
+            "it began with, wherever they lie, or choose another run_dir"
         )
     if is_certain(data) and not is_certain(before):
-        return f"{run_dir} knew its data by sizes and places alone; now by their content"
+        return f"{record.run_dir} knew its data by sizes and places alone; now by their content"
     return ""
 
 
-def begun_decoder(run_dir: Path) -> int:
-    """Returns the version of the decoder of images that a run began with; today's for a new run."""
-    if not (run_dir / "config.yaml").exists():
-        return DECODER_VERSION
-    data_sets = read_identity(run_dir).get("data", {}).values()
-    versions = [each.get("decoder", STORED_COLORS) for each in data_sets]
-    return min(versions, default=_first_start(run_dir).get("decoder", STORED_COLORS))
+def check_same_base(record: RunRecord, base: Mapping[str, Any], config: TrainConfig) -> str:
+    """Returns a note for the user, or ""; raises UserError where a run began with another base."""
+    if record.is_new:
+        return ""
+    before = record.identity.get("base")
+    if before is None:
+        return _adopted(record, "what its base holds; it is") if base else ""
+    if others := base_differences(before, base):
+        key = "model.text_encoder" if config.checkpoint is None else "checkpoint"
+        name = config.checkpoint or config.model.text_encoder
+        raise UserError(
+            f"run_dir={record.run_dir} holds a run of another base: {key}={name} now has another "
+            f"{', another '.join(others)}; put back the base that it began with, wherever it lies, "
+            "or choose another run_dir"
+        )
+    return ""
 
 
-def _first_start(run_dir: Path) -> dict[str, Any]:
-    """Returns what environment.json says of the first start: it is there where identity.json was
-    removed."""
-    try:
-        record = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
-        return dict(record["starts"][0])
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
+def _adopted(record: RunRecord, what: str) -> str:
+    return f"{record.run_dir} did not record {what} taken to be what is there now, and recorded"
 
 
-def adopted(run_dir: Path, what: str) -> str:
-    """Returns the note on a run from before its data, or its base, were recorded."""
-    holds, they = ("holds", "it is") if what == "base" else ("hold", "they are")
-    return (
-        f"{run_dir} did not record what its {what} {holds}; {they} taken to be what is there now, "
-        "and recorded"
-    )
+def check_encodings(
+    model: DiffusionModel,
+    data_sets: Sequence[tuple[str, Encoding | None]],
+    base: Mapping[str, Any],
+) -> None:
+    """Raises UserError for latents that the encoders of `model` would not make.
 
-
-def write_identity(run_dir: Path, **sections: Mapping[str, Any]) -> None:
-    """Records sections, and leaves others as they are."""
-    before = read_identity(run_dir)
-    if before | sections != before:
-        text = json.dumps(before | sections, separators=(",", ":"))
-        write_whole(run_dir / FILE, text + "\n")
+    `data_sets` are ("field=value", Encoding or None for images); `base` holds the digests.
+    """
+    for where, encoding in data_sets:
+        if encoding is None:
+            continue
+        if model.pixels:
+            raise UserError(
+                f"{where}: holds latents, and a pixel-space model is trained on images; name the "
+                f"shards that they were encoded from ({encoding.source})"
+            )
+        for part, stored in ((VAE, encoding.vae), (TEXT_ENCODER, encoding.text_encoder)):
+            digest = base[part]["digest"]
+            if stored != digest:
+                raise UserError(
+                    f"{where}: was encoded with the {part} {stored:.12} of "
+                    f"checkpoint={encoding.checkpoint}, but checkpoint={model.source} has the "
+                    f"{part} {digest:.12}. Encode the images for it: blackpoint data encode "
+                    f"source={encoding.source} checkpoint={model.source} output=... "
+                    f"resolution={encoding.resolution}"
+                )
