@@ -9,10 +9,9 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from blackpoint.sampling.evaluation.luminance import border_luminance, image_lum
 from blackpoint.sampling.prompts.brightness_target import luminance_target, prompt_slugs
 from blackpoint.sampling.runtime.pictures import caption_grid, to_picture
 from blackpoint.train.callbacks.metrics import log_metrics
-from blackpoint.train.callbacks.watch import Watch
+from blackpoint.train.callbacks.watch import EverySteps, Watch
 from blackpoint.train.config.config import PreviewConfig
 from blackpoint.train.ema import Ema
 from blackpoint.train.module import FineTuner
@@ -28,35 +27,29 @@ from blackpoint.train.module import FineTuner
 CAPTION_LENGTH = 100
 
 
-class Previews(Callback):
+class Previews(EverySteps):
     """Writes previews/step_00000500.png, with the averaged weights if there are any."""
 
     def __init__(self, folder: Path, config: PreviewConfig, watch: Watch, ema: Ema | None) -> None:
-        self.folder, self.config, self.watch, self.ema = folder, config, watch, ema
+        super().__init__(config.every_steps, watch)
+        self.folder, self.config, self.ema = folder, config, ema
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        due = step % self.config.every_steps == 0 or step == trainer.max_steps
-        if not (due and self.watch.at_step_end and trainer.is_global_zero):
+    def at_step(self, trainer: Trainer, module: FineTuner, step: int) -> None:
+        if not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, FineTuner)
-        with self.watch.paused():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"step_{step:08d}.png"
-            images = self._sample(trainer, pl_module)
-            pictures = [to_picture(image) for image in images]
-            metrics, captions = measure(images, self.config.prompts)
-            columns = self.config.num_images
-            rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-            titles = [f"step {step}, seed {seed}" for seed in range(columns)]
-            caption_grid(captions, rows, titles).save(path)
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    caption = "; ".join(captions)
-                    logger.log_image("previews", [str(path)], step=step, caption=[caption])
-            log_metrics(trainer, metrics)  # last: what metrics.csv holds has been shown
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step_{step:08d}.png"
+        images = self._sample(trainer, module)
+        pictures = [to_picture(image) for image in images]
+        metrics, captions = measure(images, self.config.prompts)
+        columns = self.config.num_images
+        rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+        titles = [f"step {step}, seed {seed}" for seed in range(columns)]
+        caption_grid(captions, rows, titles).save(path)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("previews", [str(path)], step=step, caption=["; ".join(captions)])
+        log_metrics(trainer, metrics)  # last: what metrics.csv holds has been shown
 
     def _sample(self, trainer: Trainer, module: FineTuner) -> Tensor:
         prompts, columns = self.config.prompts, range(self.config.num_images)
@@ -83,8 +76,8 @@ def measure(images: Tensor, prompts: Sequence[str]) -> tuple[dict[str, float], l
     by_prompt = images.float().cpu().unflatten(0, (len(prompts), -1))
     metrics: dict[str, float] = {}
     captions, errors = [], []
-    for prompt, slug, own in zip(prompts, prompt_slugs(prompts), by_prompt, strict=True):
-        luminance = {"image": image_luminance(own), "border": border_luminance(own)}
+    for prompt, slug, rows in zip(prompts, prompt_slugs(prompts), by_prompt, strict=True):
+        luminance = {"image": image_luminance(rows), "border": border_luminance(rows)}
         metrics[f"preview/luminance_{slug}"] = luminance["image"].mean().item()
         metrics[f"preview/border_luminance_{slug}"] = luminance["border"].mean().item()
         target = luminance_target(prompt)

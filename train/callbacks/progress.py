@@ -53,8 +53,9 @@ class Progress(Callback):
             self._bar.close()
 
     def _numbers(self) -> str:
-        if self.watch.loss is None:
+        metrics = self.watch.metrics
+        if not metrics:
             return ""
-        numbers = f"loss {self.watch.loss:.4f}, {self.watch.images_per_s:.1f} images/s"
-        waiting = self.watch.data_wait_share or 0.0
+        waiting = metrics["train/data_wait_share"]
+        numbers = f"loss {metrics['train/loss']:.4f}, {metrics['train/images_per_s']:.1f} images/s"
         return numbers + (f", {waiting:.0%} waiting for data" if waiting >= SLOW_DATA else "")

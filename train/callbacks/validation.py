@@ -17,14 +17,16 @@ sigma^2 the cleanest of an x0 model; so the best checkpoint is chosen by the err
 own output, validation/epsilon_loss or validation/sample_loss.
 """
 
+import contextlib
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from blackpoint.train.callbacks.metrics import log_metrics
-from blackpoint.train.callbacks.watch import Watch, sum_over_processes
+from blackpoint.train.callbacks.step_metrics import sum_over_processes
+from blackpoint.train.callbacks.watch import EverySteps, Watch
 from blackpoint.train.draws import draw_validation
 from blackpoint.train.ema import Ema
 from blackpoint.train.module import FineTuner
@@ -32,14 +34,15 @@ from blackpoint.train.snr_bins import snr_bins
 from blackpoint.train.weighting import error_per_v_error
 
 
-class ValidationLoss(Callback):
+class ValidationLoss(EverySteps):
     """Logs validation/loss and validation/loss_<range>, of v and of the averaged weights if any.
 
     Beside them validation/epsilon_loss or validation/sample_loss, of a network that predicts those.
     """
 
     def __init__(self, every_steps: int, watch: Watch, ema: Ema | None) -> None:
-        self.every_steps, self.watch, self.ema = every_steps, watch, ema
+        super().__init__(every_steps, watch)
+        self.ema = ema
         self.measured: tuple[int, float] | None = None
         """The step of the last validation, and its loss, of the network's own output."""
         self._loader: Any = None
@@ -47,68 +50,67 @@ class ValidationLoss(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        due = step % self.every_steps == 0 or step == trainer.max_steps
-        if self._loader is None or not (due and self.watch.at_step_end):
+    def at_step(self, trainer: Trainer, module: FineTuner, step: int) -> None:
+        if self._loader is None:
             return
-        assert isinstance(pl_module, FineTuner)
-        with self.watch.paused():
-            metrics = self.measure(trainer, pl_module)
-            log_metrics(trainer, metrics)
-            kind = pl_module.model.process.prediction_type
-            own = "validation/loss" if kind == "v_prediction" else f"validation/{kind}_loss"
-            if own in metrics:
-                self.measured = step, metrics[own]
+        metrics = self.measure(trainer, module)
+        log_metrics(trainer, metrics)
+        kind = module.model.process.prediction_type
+        name = "validation/loss" if kind == "v_prediction" else f"validation/{kind}_loss"
+        if name in metrics:
+            self.measured = step, metrics[name]
 
-    @torch.no_grad()
     def measure(self, trainer: Trainer, module: FineTuner) -> dict[str, float]:
         """Returns the metrics over the whole validation loader."""
         process = module.model.process
         bins = snr_bins(process.schedule)
-        ranges = list(bins.values())
+        of_v, of_output = sum_over_processes(trainer, self._totals(trainer, module)).split(2)
+        metrics = {
+            f"validation/loss_{name}": total / count
+            for name, total, count in zip(bins, *of_v.tolist(), strict=True)
+            if count
+        }
+        kinds = {"validation/loss": of_v}
+        if process.prediction_type != "v_prediction":
+            kinds[f"validation/{process.prediction_type}_loss"] = of_output
+        shares = [high - low for low, high in bins.values()]
+        return metrics | {
+            name: _overall(sums, counts, shares)
+            for name, (sums, counts) in kinds.items()
+            if counts.any()
+        }
+
+    @torch.no_grad()
+    def _totals(self, trainer: Trainer, module: FineTuner) -> Tensor:
+        """Returns this process's sums of losses and counts, of v and of the network's own output,
+        by range of SNR: float64 (4, ranges)."""
+        process = module.model.process
+        ranges = list(snr_bins(process.schedule).values())
         per_v = error_per_v_error(process.prediction_type, process.schedule)
-        # Of v and of the network's own output: sums of losses, counts.
         totals = torch.zeros(4, len(ranges), dtype=torch.float64)
-        swap = self.ema.swapped_in(module) if self.ema else torch.no_grad()
+        swap = self.ema.swapped_in(module) if self.ema else contextlib.nullcontext()
         module.unet.eval()  # nothing is dropped out of a measurement
         with swap, trainer.precision_plugin.forward_context():
             for batch in self._loader:
                 trainer.datamodule.account(batch["replaced"], training=False)  # type: ignore[attr-defined]
                 indices = batch["index"].tolist()
-                which = torch.tensor([index % len(ranges) for index in indices])
-                shape = module.latent_shape(batch)
-                chosen = [ranges[row] for row in which.tolist()]
+                which = [index % len(ranges) for index in indices]
                 draws = draw_validation(
-                    module.config.seed, indices, chosen, shape, module.has_posterior
+                    module.config.seed,
+                    indices,
+                    [ranges[row] for row in which],
+                    module.latent_shape(batch),
+                    module.has_posterior,
                 )
                 batch = module.transfer_batch_to_device(batch, module.device, 0)
                 losses = module.losses(batch, draws).cpu().double()
                 scale = per_v[draws.t]
                 has_v = scale > 0
                 of_v = torch.where(has_v, losses / scale, 0.0)
-                counts = has_v.double(), torch.ones_like(losses)
-                rows = torch.stack([of_v, counts[0], losses, counts[1]])
-                totals.index_add_(1, which, rows)
+                rows = torch.stack([of_v, has_v.double(), losses, torch.ones_like(losses)])
+                totals.index_add_(1, torch.tensor(which), rows)
         module.unet.train()
-        totals = sum_over_processes(trainer, totals)
-        means = (totals[0] / totals[1]).tolist()
-        metrics = {
-            f"validation/loss_{name}": mean
-            for name, mean, count in zip(bins, means, totals[1].tolist(), strict=True)
-            if count
-        }
-        shares = [high - low for low, high in ranges]
-        kinds = {"validation/loss": totals[:2]}
-        if process.prediction_type != "v_prediction":
-            kinds[f"validation/{process.prediction_type}_loss"] = totals[2:]
-        return metrics | {
-            name: _overall(sums, counts, shares)
-            for name, (sums, counts) in kinds.items()
-            if counts.any()
-        }
+        return totals
 
 
 def _overall(sums: Tensor, counts: Tensor, shares: list[int]) -> float:
