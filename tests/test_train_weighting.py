@@ -16,8 +16,9 @@ from blackpoint.sampling.process import Process
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.scripts.measurements import plot_loss_weights
 from blackpoint.train.loss_config import LossConfig
+from blackpoint.train.loss_weights import sigmoid
 from blackpoint.train.target_process import fine_tuned_process
-from blackpoint.train.weighting import check_sound, floor_of, loss_weights, sigmoid, v_weights
+from blackpoint.train.weighting import check_sound, floor_of, loss_weights, v_weights
 from tests.tiny_run import tiny_config
 
 SD = NoiseSchedule.scaled_linear()

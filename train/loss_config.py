@@ -1,17 +1,21 @@
 """What the fine-tune minimises, as its config says it; free of torch.
 
-The weightings are in train/weighting.py, the learned one in train/uncertainty.py, the draws of t
+The weights are in train/loss_weights.py, the learned one in train/uncertainty.py, the draws of t
 and eps in train/draws.py.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.rules import check_range
 from blackpoint.sampling.choices import PredictionType
+from blackpoint.train.loss_weights import WEIGHTS
 
-Weighting = Literal["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid"]
+if TYPE_CHECKING:
+    Weighting = str
+else:
+    Weighting = Literal[tuple(WEIGHTS)]
 Timesteps = Literal["uniform", "stratified"]
 ScaleWeights = Literal["inverse_resolution", "uniform"]
 FloorWhere = Literal["noisy", "everywhere"]

@@ -1,11 +1,9 @@
-"""The weight w(t) of every timestep, written for an error in v, in float64.
+"""The weight of every timestep: a published one with its floor, for the network's own output.
 
-    eps error = alpha * (v error),   x0 error = sigma * (v error)
-
-so a weight W published for an eps error is w = alpha^2 W here, one for an x0 error w = sigma^2 W,
-and w becomes the weight of the network's own output by the same law read backwards. With zero
-terminal SNR alpha is 0 at t = T - 1: every published weight but the uniform one is 0 there, on the
-one timestep that the rescale adds and that decides an image's mean. Hence a floor at the noisy end,
+Published weights are written for an error in v (train/loss_weights.py), and w becomes the weight of
+the network's own output by the same law read backwards. With zero terminal SNR alpha is 0 at
+t = T - 1: every published weight but the uniform one is 0 there, on the one timestep that the
+rescale adds and that decides an image's mean. Hence a floor at the noisy end,
 
     max(w, floor) where SNR < 1,   w elsewhere,   floor = min(mean(w) / 3, w at SNR 1)
 
@@ -13,8 +11,6 @@ so that the last timestep learns at a third of the mean pace, whatever the weigh
 As the floor is at most w at SNR 1, the weight has no step there; a larger floor that is given as a
 number makes one. The clean end keeps its published weight: divided by sigma^2, which is 1 - alpha^2
 and near 0 there, a floor would be the largest weight of an x0 error.
-
-Only alpha^2, sigma^2 and SNR = alpha^2 / sigma^2 occur; sigma / alpha is infinite at T - 1.
 """
 
 import math
@@ -27,6 +23,7 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.choices import PredictionType
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.train.loss_config import LossConfig
+from blackpoint.train.loss_weights import WEIGHTS
 
 # Of runs whose floor holds everywhere: about a third of min-SNR's mean on SD's rescaled schedule.
 FLOOR_EVERYWHERE = 0.1
@@ -34,55 +31,9 @@ FLOOR_EVERYWHERE = 0.1
 Weights = Float[Tensor, " T"]
 
 
-def min_snr(schedule: NoiseSchedule, gamma: float) -> Weights:
-    """Returns min(SNR, gamma) / (SNR + 1).
-
-    For an x0 error that is min(SNR, gamma), for eps min(SNR, gamma) / SNR (Hang et al. 2023).
-    """
-    return schedule.snr.clamp(max=gamma) / (schedule.snr + 1)
-
-
-def soft_min_snr(schedule: NoiseSchedule, gamma: float) -> Weights:
-    """Returns SNR gamma / ((SNR + gamma) (SNR + 1)).
-
-    For an x0 error that is 1 / (1 / SNR + 1 / gamma) (Crowson et al. 2024, HDiT, gamma 4). It
-    equals the sigmoid weight of bias log(gamma).
-    """
-    snr = schedule.snr
-    return snr * gamma / ((snr + gamma) * (snr + 1))
-
-
-def p2(schedule: NoiseSchedule, k: float, gamma: float) -> Weights:
-    """Returns alpha^2 / (k + SNR)^gamma.
-
-    For an eps error that is 1 / (k + SNR)^gamma (Choi et al. 2022, P2).
-    """
-    return schedule.alpha_bar / (k + schedule.snr) ** gamma
-
-
-def sigmoid(schedule: NoiseSchedule, bias: float) -> Weights:
-    """Returns alpha^2 sigmoid(bias - log SNR), written as alpha^2 / (1 + SNR exp(-bias)).
-
-    For an eps error that is sigmoid(bias - log SNR) (Kingma and Gao 2023; Hoogeboom et al. 2024,
-    SiD2). Their factor d log SNR / dt, infinite at zero SNR, is left out: t is drawn uniformly.
-    """
-    return schedule.alpha_bar / (1 + schedule.snr * math.exp(-bias))
-
-
 def v_weights(loss: LossConfig, schedule: NoiseSchedule) -> Weights:
     """Returns the published weight of `loss.weighting` for an error in v, before the floor."""
-    match loss.weighting:
-        case "uniform":
-            return torch.ones(schedule.num_steps, dtype=torch.float64)
-        case "min_snr":
-            return min_snr(schedule, loss.snr_gamma)
-        case "soft_min_snr":
-            return soft_min_snr(schedule, loss.snr_gamma)
-        case "p2":
-            return p2(schedule, loss.p2_k, loss.p2_gamma)
-        case "sigmoid":
-            return sigmoid(schedule, loss.sigmoid_bias)
-    raise ValueError(f"unknown loss.weighting={loss.weighting!r}")
+    return WEIGHTS[loss.weighting](schedule, loss)
 
 
 def floor_of(loss: LossConfig, schedule: NoiseSchedule) -> float:
@@ -113,14 +64,12 @@ def error_per_v_error(prediction_type: PredictionType, schedule: NoiseSchedule) 
 
     alpha^2 for epsilon, which is 0 at zero terminal SNR, sigma^2 for sample (x0), 1 for v.
     """
-    match prediction_type:
-        case "epsilon":
-            return schedule.alpha_bar
-        case "sample":
-            return 1 - schedule.alpha_bar
-        case "v_prediction":
-            return torch.ones(schedule.num_steps, dtype=torch.float64)
-    raise ValueError(f"unknown prediction type {prediction_type!r}")
+    alpha_bar = schedule.alpha_bar
+    return {
+        "epsilon": alpha_bar,
+        "sample": 1 - alpha_bar,
+        "v_prediction": torch.ones_like(alpha_bar),
+    }[prediction_type]
 
 
 def loss_weights(loss: LossConfig, schedule: NoiseSchedule) -> Weights:

@@ -36,7 +36,7 @@ LOWEST = 1e-7  # of the picture; w(T-2) of min_snr is 2e-7
 TEXT = """# Loss weights at zero terminal SNR
 
 Made by `python -m blackpoint.scripts.measurements.plot_loss_weights`; the weights are in
-`train/weighting.py`.
+`train/loss_weights.py`.
 
 ![Every loss weight over t](loss_weights.png)
 
