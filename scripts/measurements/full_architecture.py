@@ -205,16 +205,16 @@ def main(argv: list[str]) -> int:
     """Measures, writes both files and prints the table; returns the exit status."""
     try:
         config = load(FullArchitectureConfig, argv)
-        found = measure(config)
+        figures = measure(config)
     except (UserError, RunFailed) as error:
         print(f"full_architecture: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     output = Path(config.output)
     results = _read(output.with_suffix(".json"))
     if config.only and name_of(config) in results:
-        results[name_of(config)]["verbs"] |= found["verbs"]
+        results[name_of(config)]["verbs"] |= figures["verbs"]
     else:
-        results[name_of(config)] = found
+        results[name_of(config)] = figures
     _write(output.with_suffix(".json"), results)
     text = markdown(results)
     output.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -70,7 +70,7 @@ def family(pid: int) -> list[int]:
         text = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
     except OSError:
         return [pid]
-    return [pid, *(found for child in text.split() for found in family(int(child)))]
+    return [pid, *(member for child in text.split() for member in family(int(child)))]
 
 
 def memory_of(pid: int) -> tuple[int, int]:
