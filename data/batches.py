@@ -68,8 +68,8 @@ class ValidationBatches(IterableDataset):
             return
         num_images = min(num_images, len(reader))
         num_images -= num_images % world_size
-        own = range(rank, num_images, world_size)
-        self.slices = [own[first : first + size] for first in range(0, len(own), size)]
+        numbers = range(rank, num_images, world_size)
+        self.slices = [numbers[first : first + size] for first in range(0, len(numbers), size)]
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -103,15 +103,15 @@ def even_batches(
 
 def _first_by_size(reader: Reader, num_images: int) -> list[list[int]]:
     """Returns the numbers of the first samples that are not left out, by size."""
-    found: dict[Size, list[int]] = {}
+    by_size: dict[Size, list[int]] = {}
     for number in range(len(reader)):
         size = reader.size(reader.sample_index(number))
         if size is not None:
-            found.setdefault(size, []).append(number)
+            by_size.setdefault(size, []).append(number)
             num_images -= 1
         if not num_images:
             break
-    return [found[size] for size in sorted(found)]
+    return [by_size[size] for size in sorted(by_size)]
 
 
 def _worker() -> tuple[int, int]:

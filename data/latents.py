@@ -105,13 +105,13 @@ class Encoding:
         path = folder / ENCODING_FILE
         remedy = "Encode the images again with `blackpoint data encode`."
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            version = found["version"]
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            version = fields["version"]
             if version == FORMAT_VERSION:
                 for name in ("moments_shape", "prompt_embeds_shape"):
-                    found[name] = tuple(found[name])
-                key = found.pop("key")
-                encoding = cls(**found)
+                    fields[name] = tuple(fields[name])
+                key = fields.pop("key")
+                encoding = cls(**fields)
                 if key == encoding.key:
                     return encoding
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -162,12 +162,12 @@ class LatentReader(Reader):
         """Returns moments and prompt_embeds, as stored, and their caption; raises BadImage."""
         content_bytes, captions = self.members(index)
         content = self._tensors(content_bytes, len(captions))
-        place = self.caption_place(epoch, index, training, len(captions))
-        if place is None:
+        number = self.caption_index(epoch, index, training, len(captions))
+        if number is None:
             return content | {"prompt_embeds": self._empty}, ""
         if len(captions) > 1:
-            content["prompt_embeds"] = content["prompt_embeds"][place]
-        return content, captions[place]
+            content["prompt_embeds"] = content["prompt_embeds"][number]
+        return content, captions[number]
 
     def stack(self, contents: Sequence[Any]) -> dict[str, Tensor]:
         """Returns moments (B, 2C, H/f, W/f) and prompt_embeds (B, L, D), float32."""
@@ -186,9 +186,9 @@ class LatentReader(Reader):
             content = load(content_bytes)
         except (SafetensorError, ValueError) as error:
             raise BadImage(f"damaged .safetensors: {error}") from None
-        found = {name: tuple(tensor.shape) for name, tensor in content.items()}
-        if found != shapes:
-            raise BadImage(f"holds {found}, not {shapes}")
+        held = {name: tuple(tensor.shape) for name, tensor in content.items()}
+        if held != shapes:
+            raise BadImage(f"holds {held}, not {shapes}")
         formats = {str(tensor.dtype) for tensor in content.values()}
         if formats != {f"torch.{self.encoding.dtype}"}:
             raise BadImage(f"holds {' and '.join(sorted(formats))}, not {self.encoding.dtype}")

@@ -37,8 +37,8 @@ class MixedReader:
 
     def _find(self, position: int) -> tuple[Reader, Place]:
         run, row = divmod(position, self.run_length)
-        number, own_run = self.schedule.at(run)
-        place = self.readers[number].place(own_run * self.run_length + row)
+        number, run_of_part = self.schedule.at(run)
+        place = self.readers[number].place(run_of_part * self.run_length + row)
         return self.readers[number], Place(place.epoch, place.index, position)
 
 

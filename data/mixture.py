@@ -43,8 +43,8 @@ class Schedule:
         self._cycle = _cycle(self.parts)
         before = np.zeros(len(self._cycle), np.uint32)
         for number in range(len(self.parts)):
-            own = self._cycle == number
-            before[own] = np.arange(own.sum())
+            is_here = self._cycle == number
+            before[is_here] = np.arange(is_here.sum())
         self._before = before
 
     def at(self, position: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ about a sample is a function of (seed, epoch, index).
 
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ class CaptionedImages(LightningDataModule):
         config: DataConfig,
         seed: int,
         batch_size: int,
-        start_sample: int | Callable[[], int] | None = None,
+        start_sample: int | None = None,
         decoder: int = DECODER_VERSION,
     ) -> None:
         super().__init__()
@@ -165,12 +164,12 @@ class CaptionedImages(LightningDataModule):
 
     def encodings(self) -> list[tuple[str, Encoding | None]]:
         """Returns "field=value" and the Encoding, None for images, of each data set."""
-        found: list[tuple[str, Encoding | None]] = []
+        encodings: list[tuple[str, Encoding | None]] = []
         for pattern, field in self._patterns():
             folder = open_shards(pattern, field, self.config).folder
             encoding = Encoding.read(folder) if is_encoded(folder) else None
-            found.append((f"{field}={pattern}", encoding))
-        return found
+            encodings.append((f"{field}={pattern}", encoding))
+        return encodings
 
     def readers(self) -> dict[str, Reader]:
         """Returns the reader of each data set by "field=value", those of training first."""
@@ -301,22 +300,15 @@ class CaptionedImages(LightningDataModule):
             )
 
     def _start(self) -> int:
-        start = self._start_position()
+        start, trainer = self.start_sample or 0, self.trainer
+        if self.start_sample is None and trainer is not None:
+            start = trainer.global_step * trainer.accumulate_grad_batches * self.batch_size
         if self.config.buckets.enabled and start % self.batch_size:
             raise UserError(
                 f"start_sample={start}: batches of one bucket begin at multiples of "
                 f"batch_size={self.batch_size}."
             )
         return start
-
-    def _start_position(self) -> int:
-        if callable(self.start_sample):
-            return self.start_sample()
-        if self.start_sample is not None:
-            return self.start_sample
-        if self.trainer is None:
-            return 0
-        return self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size
 
     @property
     def _rank(self) -> int:

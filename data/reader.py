@@ -161,7 +161,7 @@ class Reader:
         pixels = transform(image, size, crop.crop_x, crop.crop_y, flip)
         return pixels, captions
 
-    def caption_place(self, epoch: int, index: int, training: bool, count: int) -> int | None:
+    def caption_index(self, epoch: int, index: int, training: bool, count: int) -> int | None:
         """Returns which of `count` captions is a sample's, None where it is dropped.
 
         In validation it is the first.
@@ -174,8 +174,8 @@ class Reader:
 
     def caption(self, epoch: int, index: int, training: bool, captions: Captions) -> str:
         """Returns a sample's caption in an epoch, "" where it is dropped."""
-        place = self.caption_place(epoch, index, training, len(captions))
-        return "" if place is None else captions[place]
+        number = self.caption_index(epoch, index, training, len(captions))
+        return "" if number is None else captions[number]
 
     def members(self, index: int) -> tuple[bytes, Captions]:
         """Returns the bytes of the image (or latents), and the captions; raises BadImage."""
@@ -221,14 +221,14 @@ class Reader:
         name = self.index.shard_names[shard]
         try:
             if self.remote:
-                found = self.remote.read(name, spans)
+                contents = self.remote.read(name, spans)
             else:
-                found = [os.pread(self._file(shard), span.size, span.offset) for span in spans]
+                contents = [os.pread(self._file(shard), span.size, span.offset) for span in spans]
         except OSError as error:
             raise BadImage(f"{name}: {error.strerror}") from None
-        if any(len(content) < span.size for content, span in zip(found, spans, strict=True)):
+        if any(len(content) < span.size for content, span in zip(contents, spans, strict=True)):
             raise BadImage(f"{name} ends within the sample")
-        return found
+        return contents
 
     def _file(self, shard: int) -> int:
         descriptor = self._files.get(shard)

@@ -110,7 +110,7 @@ def write_buckets(path: Path, rows: Sequence[BucketRow]) -> None:
 
 def decoder_lines(readers: Iterable[Reader]) -> list[str]:
     """Returns what to say of a run that goes on with an earlier decoder."""
-    if not any(type(each) is Reader and each.decoder == STORED_COLORS for each in readers):
+    if not any(type(reader) is Reader and reader.decoder == STORED_COLORS for reader in readers):
         return []
     return [
         "note: the run was begun before images were converted to sRGB by their colour profiles; it "
@@ -154,8 +154,8 @@ def bucket_lines(name: str, reader: Reader, batch_size: int) -> list[str]:
     left_out = reader.order.samples.num_left_out
     if left_out:
         limit = reader.order.samples.buckets.max_upscale
-        found = reader.order.samples.left_out(NUM_NAMED)
-        names = [printable(reader.key(reader.offset + index)) for index in found]
+        left = reader.order.samples.left_out(NUM_NAMED)
+        names = [printable(reader.key(reader.offset + index)) for index in left]
         more = ", ..." if left_out > len(names) else ""
         lines.append(
             f"  left out: {left_out:,} that would be enlarged by more than "

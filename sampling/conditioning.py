@@ -76,17 +76,9 @@ def encode_text(
             f"clip_skip={clip_skip} must be from 0 to {num_layers}, the layers of the text encoder"
         )
     distinct = list(dict.fromkeys(prompts))
-    limit = tokenizer.model_max_length
     states = []
     for start in range(0, len(distinct), TEXT_BATCH):
-        texts = distinct[start : start + TEXT_BATCH]
-        tokens = tokenizer(
-            texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-        )
-        lengths = map(len, tokenizer(texts, verbose=False).input_ids)
-        for text, length in zip(texts, lengths, strict=True):
-            if length > limit and first("texts cut to what the text encoder reads"):
-                log.warning("cut to %d of %d tokens: %.60r", limit, length, text)
+        tokens = _tokens(tokenizer, distinct[start : start + TEXT_BATCH])
         uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(device) if uses_mask else None
         ids = tokens.input_ids.to(device)
@@ -96,9 +88,20 @@ def encode_text(
             states.append(inner.final_layer_norm(encoded.hidden_states[-(clip_skip + 1)]))
         else:
             states.append(encoded.last_hidden_state)
-    place = {text: row for row, text in enumerate(distinct)}
-    rows = torch.tensor([place[text] for text in prompts], device=device)
+    row_of = {text: row for row, text in enumerate(distinct)}
+    rows = torch.tensor([row_of[text] for text in prompts], device=device)
     return Conditioning(torch.cat(states)[rows])
+
+
+def _tokens(tokenizer: Any, texts: list[str]) -> Any:
+    """Returns texts as tokens, all of the text encoder's length."""
+    limit = tokenizer.model_max_length
+    for text, ids in zip(texts, tokenizer(texts, verbose=False).input_ids, strict=True):
+        if len(ids) > limit and first("texts cut to what the text encoder reads"):
+            log.warning("cut to %d of %d tokens: %.60r", limit, len(ids), text)
+    return tokenizer(
+        texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+    )
 
 
 def encode_classes(

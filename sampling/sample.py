@@ -101,6 +101,17 @@ def _load(config: SampleConfig, record: SampleRecord) -> tuple[DiffusionModel, s
     return model, digest
 
 
+def _prepare(model: DiffusionModel, config: SampleConfig) -> None:
+    """Gives the model the timesteps and the speed that are asked for, and says what that means."""
+    for note in (
+        model.process.respacing_note(config.timestep_spacing),
+        prepare_unet(model.unet, config.attention, config.channels_last, config.compile),
+    ):
+        if note:
+            log.warning("note: %s", note)
+    model.process = model.process.respaced(config.timestep_spacing)
+
+
 def _sample(
     config: SampleConfig,
     model: DiffusionModel,
@@ -112,36 +123,18 @@ def _sample(
 ) -> None:
     """Makes the missing pictures, batch by batch, and a row of each as it is there."""
     output = Path(config.output)
-    if note := model.process.respacing_note(config.timestep_spacing):
-        log.warning("note: %s", note)
-    model.process = model.process.respaced(config.timestep_spacing)
-    choice = prepare_unet(model.unet, config.attention, config.channels_last, config.compile)
-    if choice:
-        log.warning("note: %s", choice)
+    _prepare(model, config)
     if len(missing) < len(files):
         there = len(files) - len(missing)
         log.warning("note: output=%s holds %d of %d pictures", output, there, len(files))
+    options = config.sampling_options()
     columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("sampling", total=len(missing))
         for start in range(0, len(missing), config.batch_size):
             batch = missing[start : start + config.batch_size]
-            images = model.sample(
-                [prompts[index] for index, _ in batch],
-                seeds=[seed for _, seed in batch],
-                num_steps=config.num_steps,
-                guidance_scale=config.guidance_scale,
-                guidance_rescale=config.guidance_rescale,
-                sampler=config.sampler,
-                eta=config.eta,
-                guidance_interval=config.guidance().interval,
-                height=config.height,
-                width=config.width,
-                negative_prompt=config.negative_prompt,
-                batch_size=config.batch_size,
-                allow_unsound=config.allow_unsound,
-                clip_skip=config.clip_skip,
-            )
+            texts, seeds = [prompts[index] for index, _ in batch], [seed for _, seed in batch]
+            images = model.sample(texts, seeds, **options)
             pictures = [to_picture(image) for image in images]
             record.keep(digest)
             with (output / ROWS).open("a", encoding="utf-8") as rows:

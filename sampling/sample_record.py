@@ -22,7 +22,7 @@ from blackpoint.sampling.runtime.precision import settle
 
 RECORD, FORMATS, CONTENT = "sample.json", ("dtype", "tf32"), "checkpoint_digest"
 DIGEST_BYTES = 12
-FREE = ("output", "batch_size", "device", "attention", "channels_last", "compile")
+RESULT_INVARIANT_KEYS = ("output", "batch_size", "device", "attention", "channels_last", "compile")
 """Keys that change pictures by rounding alone, or not at all."""
 RESOLVED = ("seed", "num_images", "prompts")
 """Keys that are kept as what they ask for: the seeds, and a digest of the texts."""
@@ -35,11 +35,13 @@ class SampleRecord:
         """Raises UserError where the folder holds something else, or pictures of other settings."""
         self.path = Path(config.output) / RECORD
         self._checkpoint = config.checkpoint
-        own = {k: v for k, v in asdict(config).items() if k not in (*FREE, *RESOLVED)}
+        settings = {
+            k: v for k, v in asdict(config).items() if k not in (*RESULT_INVARIANT_KEYS, *RESOLVED)
+        }
         texts = json.dumps(list(prompts)).encode()
         digest = blake2b(texts, digest_size=DIGEST_BYTES).hexdigest()
-        own |= {"seeds": list(seeds), "prompts_digest": digest}
-        self.settings: dict[str, Any] = json.loads(json.dumps(own))
+        settings |= {"seeds": list(seeds), "prompts_digest": digest}
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.saved = self._read()
         if self.saved is not None:
             self._check_same(self.saved)

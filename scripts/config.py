@@ -194,8 +194,8 @@ def _check_items(config_class: type, hint: Any, value: Any, path: str, origin: s
         return
     known = fields_of(item_class)
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    for place, item in pairs:
-        shown = f"{path}.{place}" if isinstance(value, dict) else f"{path}[{place}]"
+    for name, item in pairs:
+        shown = f"{path}.{name}" if isinstance(value, dict) else f"{path}[{name}]"
         for key in item if isinstance(item, dict) else ():
             if key not in known:
                 raise UserError(_unknown(item_class, str(key), f"{origin}, {shown}"))

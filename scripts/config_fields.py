@@ -47,7 +47,7 @@ def fields_of(config_class: type, prefix: str = "") -> dict[str, Field]:
 def _walk(config_class: type, prefix: str) -> tuple[Field, ...]:
     hints = get_type_hints(config_class, include_extras=True)
     meanings = _meanings(config_class)
-    found: list[Field] = []
+    fields: list[Field] = []
     for field in dataclasses.fields(config_class):
         path, hint = f"{prefix}{field.name}", hints[field.name]
         default = field.default
@@ -57,21 +57,21 @@ def _walk(config_class: type, prefix: str) -> tuple[Field, ...]:
             default = MISSING
         unless = field.metadata.get("unless")
         unless = f"{prefix}{unless}" if unless else None
-        found.append(Field(path, hint, default, meanings.get(field.name, ""), unless))
+        fields.append(Field(path, hint, default, meanings.get(field.name, ""), unless))
         section = nested_class(hint)
         if section is not None:
-            found.extend(_walk(section, f"{path}."))
-    return tuple(found)
+            fields.extend(_walk(section, f"{path}."))
+    return tuple(fields)
 
 
 def _meanings(config_class: type) -> dict[str, str]:
     """Reads the docstrings under the fields, those of base classes included."""
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for cls in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(cls):
             for param in docstring_parser.parse_from_object(cls).params:
-                found[param.arg_name] = " ".join((param.description or "").split())
-    return found
+                meanings[param.arg_name] = " ".join((param.description or "").split())
+    return meanings
 
 
 def purpose(config_class: type) -> str:

@@ -67,7 +67,7 @@ def _text_or_list(key: str, text: str) -> str | list[Any]:
     if not text.lstrip().startswith("["):
         return text
     try:
-        found = json.loads(text, strict=False)
+        value = json.loads(text, strict=False)
     except (ValueError, RecursionError):
         if text.rstrip().endswith("]"):
             print(
@@ -75,7 +75,7 @@ def _text_or_list(key: str, text: str) -> str | list[Any]:
                 file=sys.stderr,
             )
         return text
-    return found if isinstance(found, list) else text
+    return value if isinstance(value, list) else text
 
 
 def _number(text: str) -> Any:
@@ -97,19 +97,19 @@ def _items(key: str, text: str) -> Any:
     if not (inside.startswith("[") and inside.endswith("]") and len(inside) > 1):
         return _number(text)  # no list: refused as what it is
     inside, start = inside[1:-1], 0
-    found: list[str] = []
+    items: list[str] = []
     while start < len(inside):
         match = _ITEM.match(inside, start)
         assert match is not None, "the second form takes anything"
         quoted, plain = match[1], match[2]
         item = _unquoted(quoted) if quoted else plain.strip()
         if not item and not quoted:
-            if inside[match.end() :].strip() or not (found and match.end() == len(inside)):
+            if inside[match.end() :].strip() or not (items and match.end() == len(inside)):
                 raise UserError(f'{key}={text}: an item is empty; write "" for an empty text')
         else:
-            found.append(item)
+            items.append(item)
         start = match.end()
-    return found
+    return items
 
 
 def _unquoted(text: str) -> str:

@@ -40,7 +40,7 @@ def scale_errors(
     check_scales(factors, *output.shape[-2:])
     error = output.float() - target.float()
     pooled = [F.avg_pool2d(error, p) if p > 1 else error for p in factors]
-    return torch.stack([each.square().flatten(1).mean(dim=1) for each in pooled])
+    return torch.stack([errors.square().flatten(1).mean(dim=1) for errors in pooled])
 
 
 def check_scales(factors: Sequence[int], height: int, width: int) -> None:

@@ -48,9 +48,9 @@ class BucketOrder:
     def place(self, position: int) -> Place:
         """Returns the sample at `position`; its epoch is the pass of its bucket's stream."""
         batch, row = divmod(position, self.batch_size)
-        bucket, own_batch = self.batch(batch)
+        bucket, batch_of_bucket = self.batch(batch)
         count = self.samples.counts[bucket]
-        epoch, offset = divmod(own_batch * self.batch_size + row, count)
+        epoch, offset = divmod(batch_of_bucket * self.batch_size + row, count)
         width, height = self.samples.buckets.sizes[bucket]
         stream = f"{self.stream}/{width}x{height}"
         return Place(
@@ -87,13 +87,13 @@ class BucketOrder:
         epoch = self.epoch_of(number)
         start = self.start_of(epoch)
         size = self.start_of(epoch + 1) - start
-        place = permute(number - start, size, self.seed, epoch, f"{self.stream}/batches")
+        rest = permute(number - start, size, self.seed, epoch, f"{self.stream}/batches")
         for bucket, count in enumerate(self.samples.counts):
             first = epoch * count // self.batch_size
-            own = (epoch + 1) * count // self.batch_size - first
-            if place < own:
-                return bucket, first + place
-            place -= own
+            num_batches = (epoch + 1) * count // self.batch_size - first
+            if rest < num_batches:
+                return bucket, first + rest
+            rest -= num_batches
         raise AssertionError("an epoch holds the batches of its buckets")
 
 

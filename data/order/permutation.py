@@ -15,7 +15,7 @@ NUM_ROUNDS = 8
 _MASK = 2**64 - 1
 
 
-def permute(place: int, size: int, seed: int, epoch: int, stream: str = "") -> int:
+def permute(position: int, size: int, seed: int, epoch: int, stream: str = "") -> int:
     """Returns the element of range(size) that pass `epoch` visits at `place`, in O(1).
 
     `stream` tells permutations of one run apart, such as those of its buckets.
@@ -24,15 +24,15 @@ def permute(place: int, size: int, seed: int, epoch: int, stream: str = "") -> i
     num_columns = -(-size // num_rows)
     keys = _round_keys(seed, epoch, stream)
     while True:
-        column, row = divmod(place, num_rows)
+        column, row = divmod(position, num_rows)
         for number, key in enumerate(keys):
             if number % 2 == 0:
                 row = (row + _mix(column + key)) % num_rows
             else:
                 column = (column + _mix(row + key)) % num_columns
-        place = column * num_rows + row
-        if place < size:
-            return place
+        position = column * num_rows + row
+        if position < size:
+            return position
 
 
 @lru_cache(maxsize=512)

@@ -41,14 +41,14 @@ class SortedSamples:
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_file": None}
 
-    def index(self, bucket: int, place: int) -> int:
+    def index(self, bucket: int, position: int) -> int:
         """Returns the sample at `place` of a bucket; bucket len(sizes) is what is left out.
 
         Places beyond a bucket's own are those of the buckets that follow.
         """
         if self._file is None:
             self._file = os.open(self.path, os.O_RDONLY)
-        start = _header_bytes(self.buckets) + INDEX.itemsize * (self._starts[bucket] + place)
+        start = _header_bytes(self.buckets) + INDEX.itemsize * (self._starts[bucket] + position)
         return int.from_bytes(os.pread(self._file, INDEX.itemsize, start), "little")
 
     def left_out(self, most: int) -> list[int]:
@@ -102,10 +102,10 @@ def _write(path: Path, index: Index, chosen: Sequence[range], buckets: Buckets) 
             order = np.argsort(numbers, kind="stable")
             indices = (start + order).astype(INDEX)
             counts = np.bincount(numbers, minlength=len(header)).tolist()
-            for bucket, own in enumerate(np.split(indices, np.cumsum(counts[:-1]))):
+            for bucket, samples in enumerate(np.split(indices, np.cumsum(counts[:-1]))):
                 file.seek(_header_bytes(buckets) + INDEX.itemsize * following[bucket])
-                file.write(own.tobytes())
-                following[bucket] += len(own)
+                file.write(samples.tobytes())
+                following[bucket] += len(samples)
 
 
 def _chunks(

@@ -30,11 +30,11 @@ class Encoders:
 
     def get(self, name: str, device: torch.device) -> Any:
         """Returns a part, which is read where it is not in memory yet."""
-        found = self._parts[name]
-        if isinstance(found, Part):
-            found = found.load().requires_grad_(False).eval().to(device)
-            self._parts[name] = found
-        return found
+        part = self._parts[name]
+        if isinstance(part, Part):
+            part = part.load().requires_grad_(False).eval().to(device)
+            self._parts[name] = part
+        return part
 
     def load(self, device: torch.device) -> None:
         """Reads now what would be read on first use, so that its faults show now."""

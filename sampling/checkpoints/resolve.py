@@ -3,8 +3,9 @@
 Nothing is ever unpickled: folders must hold safetensors, checkpoints load with weights_only.
 """
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,8 @@ def resolve(
 
 def last_checkpoint(run_dir: Path) -> Path | None:
     """Returns the .ckpt of a run directory with the most steps, which its name tells."""
-    found = list((run_dir / "checkpoints").glob("*.ckpt"))
-    return max(found, key=lambda file: (_number(file), file.name)) if found else None
+    files = list((run_dir / "checkpoints").glob("*.ckpt"))
+    return max(files, key=lambda file: (_number(file), file.name)) if files else None
 
 
 def _number(file: Path) -> int:
@@ -211,15 +212,9 @@ def _snapshot(folder: Path) -> Path | None:
 
 def _download(hub_id: str, variant: str | None = None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    with _hub_errors(hub_id):
         try:
             names = [item.rfilename for item in HfApi().model_info(hub_id).siblings or []]
         except Exception as error:
@@ -228,17 +223,26 @@ def _download(hub_id: str, variant: str | None = None) -> Path:
             return resolve(snapshot_download(hub_id, local_files_only=True), variant=variant).folder
         _check_variant(hub_id, [n for n in names if n.endswith(".safetensors")], variant)
         return Path(snapshot_download(hub_id, allow_patterns=_patterns(names, variant)))
-    except HFValidationError as error:
+
+
+@contextlib.contextmanager
+def _hub_errors(hub_id: str) -> Iterator[None]:
+    """Turns what the user can mend into UserError: the name, a login, the network, the cache."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HFValidationError as error:
         raise UserError(f"checkpoint={hub_id} {NOWHERE}") from error
-    except GatedRepoError as error:
-        raise UserError(_login_remedy(hub_id)) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
+        if isinstance(error, errors.GatedRepoError):
+            raise UserError(_login_remedy(hub_id)) from error
         raise UserError(
             f"checkpoint={hub_id} is neither a local folder nor a model on the hub (or it is "
             f"private: `hf auth login`). {COMMUNITY_IDS}"
         ) from error
     except Exception as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
             raise UserError(_login_remedy(hub_id)) from error
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             kind = RunFailed if error.errno in FULL else UserError
@@ -246,7 +250,7 @@ def _download(hub_id: str, variant: str | None = None) -> Path:
                 f"checkpoint={hub_id} can't be kept in the hub's cache ({error}); make room or get "
                 "the right to write there, or set HF_HOME to another folder"
             ) from error
-        if not isinstance(error, LocalEntryNotFoundError) and not is_unreachable(error):
+        if not isinstance(error, errors.LocalEntryNotFoundError) and not is_unreachable(error):
             raise
         raise UserError(
             f"checkpoint={hub_id} is not a local folder, and the hub cannot be reached from here "

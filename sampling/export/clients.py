@@ -1,7 +1,6 @@
-"""What an export's card says of clients other than diffusers: one fact each.
+"""What an export's card says of clients other than diffusers, each fact where it is so.
 
-Every function returns a statement, or "" where it is not so. Single files hold no
-scheduler config, so a client guesses the prediction type and the schedule:
+Single files hold no scheduler config, so a client guesses the prediction type and the schedule:
 
 | client | SD 1 | SD 2 | zero terminal SNR |
 |---|---|---|---|
@@ -28,6 +27,19 @@ KINDS: dict[tuple[Any, int], Kind] = {(768, 320): "SD 1", (1024, 320): "SD 2"}
 """By the width of the context and of the first block."""
 COMFYUI_SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
 LDM_CONFIGS = {"SD 1": "v1-inference.yaml", "SD 2": "v2-inference.yaml"}
+
+OWN_BETAS = (
+    "Do not use them with this model. Its betas are its own (a resolution shift, or another "
+    "scheme), and no key, node, yaml or setting of theirs takes betas: they would run Stable "
+    "Diffusion's, so that every timestep has another amount of noise than the network was trained "
+    "on. Use diffusers with the scheduler of this folder."
+)
+SINGLE_FILE = "diffusers' `from_single_file` does not restore this process: load the folder."
+SCHEDULERS = (
+    "**ComfyUI**, scheduler: `simple` or `sgm_uniform`, which are trailing. Not `ddim_uniform`, "
+    "which never visits the last timestep; `karras` and `exponential` spend many of the steps next "
+    "to it. Guidance rescale is the node `RescaleCFG`, 0.7."
+)
 
 
 @dataclass(frozen=True)
@@ -62,20 +74,44 @@ UNKNOWN = Architecture("unknown")
 
 
 def client_facts(process: Process, architecture: Architecture) -> list[str]:
-    """Lists what there is to say, "" where nothing is."""
+    """Lists what there is to say."""
     if architecture.kind not in LDM_CONFIGS:
         return ["They do not know this UNet. Use diffusers, as above."]
     if not has_sd_betas(process):
-        return [own_betas(), from_single_file(process)]
-    return [
-        statistic(process, architecture),
-        comfyui_node(process, architecture),
-        comfyui_sampler(process),
-        yaml_beside(process, architecture),
-        no_sample_prediction(process),
-        ztsnr_key(process),
-        from_single_file(process),
-    ]
+        return [OWN_BETAS, SINGLE_FILE]
+    kind, guess, zero_snr = (
+        architecture.kind,
+        architecture.guess,
+        process.schedule.is_zero_terminal_snr,
+    )
+    is_guessed = process.prediction_type == guess
+    parameterization = {"v_prediction": "v", "epsilon": "eps"}.get(process.prediction_type)
+    is_published = process.prediction_type == "epsilon" and not zero_snr
+    facts = {
+        "ComfyUI and Forge guess the prediction type of SD 2 by the standard deviation of one bias "
+        f"({architecture.statistic or 0:.3f} here; above {V_STATISTIC} means v). They take this "
+        f"model for {guess}, but it is {process.prediction_type}: tell them.": (
+            architecture.statistic is not None and not is_guessed
+        ),
+        f"**ComfyUI** reads no key for {kind}: put the node `ModelSamplingDiscrete` after the "
+        f"loader, sampling `{COMFYUI_SAMPLING[process.prediction_type]}`, zsnr "
+        f"`{str(zero_snr).lower()}`.": not is_guessed or zero_snr,
+        SCHEDULERS: zero_snr,
+        f"**A1111, Forge, reForge**: put LDM's `{LDM_CONFIGS[kind]}` beside the file, named as it "
+        f'(`NAME.yaml`), with `model.params.parameterization: "{parameterization}"`.': (
+            parameterization and not (is_guessed and guess == "epsilon")
+        ),
+        "**A1111, Forge, reForge** cannot run it: it predicts the sample.": (
+            process.prediction_type == "sample"
+        ),
+        "**A1111, Forge, reForge**, zero terminal SNR: add an empty tensor under the key `ztsnr` "
+        "to the file (Forge, reForge, A1111's dev branch); in A1111 from 1.8.0 on, set Noise "
+        "schedule for sampling to Zero Terminal SNR.": (
+            zero_snr and process.prediction_type == "v_prediction"
+        ),
+        SINGLE_FILE: not is_published,
+    }
+    return [fact for fact, is_so in facts.items() if is_so]
 
 
 def has_sd_betas(process: Process) -> bool:
@@ -90,86 +126,3 @@ def has_sd_betas(process: Process) -> bool:
         and torch.allclose(ours, schedule.alpha_bar, rtol=1e-5, atol=1e-9)
         for schedule in (published, published.zero_terminal_snr())
     )
-
-
-def own_betas() -> str:
-    """No other client can be given betas."""
-    return (
-        "Do not use them with this model. Its betas are its own (a resolution shift, or another "
-        "scheme), and no key, node, yaml or setting of theirs takes betas: they would run Stable "
-        "Diffusion's, so that every timestep has another amount of noise than the network was "
-        "trained on. Use diffusers with the scheduler of this folder."
-    )
-
-
-def statistic(process: Process, architecture: Architecture) -> str:
-    """SD 2's prediction type is guessed."""
-    if architecture.statistic is None or architecture.guess == process.prediction_type:
-        return ""
-    return (
-        "ComfyUI and Forge guess the prediction type of SD 2 by the standard deviation of one bias "
-        f"({architecture.statistic:.3f} here; above {V_STATISTIC} means v). They take this model "
-        f"for {architecture.guess}, but it is {process.prediction_type}: tell them."
-    )
-
-
-def comfyui_node(process: Process, architecture: Architecture) -> str:
-    """ComfyUI learns the process from a node alone."""
-    zero_snr = process.schedule.is_zero_terminal_snr
-    if architecture.guess == process.prediction_type and not zero_snr:
-        return ""
-    return (
-        f"**ComfyUI** reads no key for {architecture.kind}: put the node `ModelSamplingDiscrete` "
-        f"after the loader, sampling `{COMFYUI_SAMPLING[process.prediction_type]}`, zsnr "
-        f"`{str(zero_snr).lower()}`."
-    )
-
-
-def comfyui_sampler(process: Process) -> str:
-    """At zero SNR the schedulers that leave out or crowd the last timestep are wrong."""
-    if not process.schedule.is_zero_terminal_snr:
-        return ""
-    return (
-        "**ComfyUI**, scheduler: `simple` or `sgm_uniform`, which are trailing. Not "
-        "`ddim_uniform`, which never visits the last timestep; `karras` and `exponential` spend "
-        "many of the steps next to it. Guidance rescale is the node `RescaleCFG`, 0.7."
-    )
-
-
-def yaml_beside(process: Process, architecture: Architecture) -> str:
-    """A1111, Forge and reForge read LDM's config beside the file."""
-    parameterization = {"v_prediction": "v", "epsilon": "eps"}.get(process.prediction_type)
-    is_guessed = process.prediction_type == "epsilon" == architecture.guess
-    if parameterization is None or is_guessed:
-        return ""
-    return (
-        f"**A1111, Forge, reForge**: put LDM's `{LDM_CONFIGS[architecture.kind]}` beside the file, "
-        f'named as it (`NAME.yaml`), with `model.params.parameterization: "{parameterization}"`.'
-    )
-
-
-def no_sample_prediction(process: Process) -> str:
-    """A1111, Forge and reForge have epsilon and v."""
-    if process.prediction_type != "sample":
-        return ""
-    return "**A1111, Forge, reForge** cannot run it: it predicts the sample."
-
-
-def ztsnr_key(process: Process) -> str:
-    """Zero terminal SNR is a key in some, a setting in A1111."""
-    is_v = process.prediction_type == "v_prediction"
-    if not (is_v and process.schedule.is_zero_terminal_snr):
-        return ""
-    return (
-        "**A1111, Forge, reForge**, zero terminal SNR: add an empty tensor under the key `ztsnr` "
-        "to the file (Forge, reForge, A1111's dev branch); in A1111 from 1.8.0 on, set Noise "
-        "schedule for sampling to Zero Terminal SNR."
-    )
-
-
-def from_single_file(process: Process) -> str:
-    """diffusers restores no process from a single file."""
-    zero_snr = process.schedule.is_zero_terminal_snr
-    if process.prediction_type == "epsilon" and not zero_snr and has_sd_betas(process):
-        return ""
-    return "diffusers' `from_single_file` does not restore this process: load the folder."

@@ -83,15 +83,15 @@ def iterate_prompts(prompts: object, limit: int | None = None, offset: int = 0) 
 
 
 def _given_texts(prompts: object) -> list[str]:
-    found = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(texts, list) or not all(isinstance(prompt, str) for prompt in texts):
         raise UserError(
             f"prompts={prompts!r} must be a prompt, a list of prompts, {FORMATS}; "
             'quote a prompt that reads as a number or holds a colon: ["1", "a: b"]'
         )
-    if not found:
+    if not texts:
         raise UserError("prompts is empty; give at least one prompt")
-    return found
+    return texts
 
 
 def prompts_path(text: str) -> str:
@@ -141,20 +141,20 @@ def _files(path: Path) -> tuple[list[Path], bool]:
     if path.is_file():
         return [path], False
     if path.is_dir():
-        found = sorted(path.glob("*.txt"))
+        files = sorted(path.glob("*.txt"))
         remedy = "give a folder with one .txt file a category, or one file"
     elif "*" in path.name:
-        found = sorted(path.parent.glob(path.name))
+        files = sorted(path.parent.glob(path.name))
         remedy = "give a pattern that fits files"
     else:
         raise UserError(
             f"prompts={path}: no such file; give a prompt, a list, {FORMATS}. A prompt that looks "
             f"like a path is one in a list: prompts={json.dumps([str(path)])}"
         )
-    if not found:
+    if not files:
         raise UserError(f"prompts={path} holds no prompt file; {remedy}")
-    for file in found:
-        for other in found:
+    for file in files:
+        for other in files:
             if other.stem.startswith(f"{file.stem}_") and file_category(other) == file_category(
                 file
             ):
@@ -162,4 +162,4 @@ def _files(path: Path) -> tuple[list[Path], bool]:
                     f"prompts={path}: {other.name} repeats prompts of {file.name}; give one of "
                     f"them, or a pattern such as *_val.txt"
                 )
-    return found, True
+    return files, True

@@ -40,20 +40,11 @@ def prepare_unet(
     and their values stay as they are. Compilation happens at the first call of each batch shape.
     Raises UserError where xformers or the compiler is asked for and cannot run.
     """
-    from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
-
     device = unet.device if device is None else device
     dtype = unet.dtype if dtype is None else dtype
     if compile:
         check_compiler(device)
-    problem = None if attention == "sdpa" else xformers_problem(unet, device, dtype, training)
-    if attention == "xformers" and problem:
-        raise UserError(
-            f"attention=xformers cannot run here: {problem}; use attention=sdpa or auto, or "
-            "install a build for this device (pip install 'blackpoint[xformers]')"
-        )
-    takes_xformers = attention != "sdpa" and problem is None
-    unet.set_attn_processor(XFormersAttnProcessor() if takes_xformers else AttnProcessor2_0())
+    choice = _set_attention(unet, attention, device, dtype, training)
     if channels_last:
         unet.to(memory_format=torch.channels_last)
     if compile:
@@ -64,6 +55,27 @@ def prepare_unet(
         limits.recompile_limit = max(limits.recompile_limit, MAX_PROGRAMS)
         limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, MAX_PROGRAMS)
         unet.compile(dynamic=False)
+    return choice
+
+
+def _set_attention(
+    unet: "UNet2DConditionModel",
+    attention: Attention,
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool,
+) -> str | None:
+    """Sets the attention kernel; returns what `auto` took and why."""
+    from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
+
+    problem = None if attention == "sdpa" else xformers_problem(unet, device, dtype, training)
+    if attention == "xformers" and problem:
+        raise UserError(
+            f"attention=xformers cannot run here: {problem}; use attention=sdpa or auto, or "
+            "install a build for this device (pip install 'blackpoint[xformers]')"
+        )
+    takes_xformers = attention != "sdpa" and problem is None
+    unet.set_attn_processor(XFormersAttnProcessor() if takes_xformers else AttnProcessor2_0())
     if attention != "auto":
         return None
     if takes_xformers:

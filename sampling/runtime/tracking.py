@@ -104,9 +104,9 @@ def _start(
 def run_id(folder: Path) -> str:
     """Returns the id of the folder's run, which wandb/run_id keeps."""
     path = folder / "wandb" / "run_id"
-    found = path.read_text(encoding="ascii").strip() if path.exists() else ""
-    if not found:  # an empty file is what a power failure leaves
-        found = secrets.token_hex(4)
+    name = path.read_text(encoding="ascii").strip() if path.exists() else ""
+    if not name:  # an empty file is what a power failure leaves
+        name = secrets.token_hex(4)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, found)
-    return found
+        write_whole(path, name)
+    return name
