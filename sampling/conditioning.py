@@ -40,10 +40,6 @@ class Conditioning:
     def __getitem__(self, rows: slice | Tensor) -> "Conditioning":
         return Conditioning(*(None if p is None else p[rows] for p in self._parts()))  # type: ignore[arg-type]
 
-    def followed_by(self, other: "Conditioning") -> "Conditioning":
-        """Returns the rows of both, these first."""
-        return joined([self, other])
-
     def to(self, dtype: torch.dtype) -> "Conditioning":
         """Returns it with embeddings of another number format."""
         return replace(self, prompt_embeds=self.prompt_embeds.to(dtype))

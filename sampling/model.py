@@ -32,7 +32,7 @@ from blackpoint.sampling.checkpoints.loading import (
 )
 from blackpoint.sampling.checkpoints.resolve import Weights, resolve
 from blackpoint.sampling.checkpoints.saving import save_model
-from blackpoint.sampling.conditioning import Conditioning, encode_classes, encode_text
+from blackpoint.sampling.conditioning import Conditioning, encode_classes, encode_text, joined
 from blackpoint.sampling.guidance import NO_GUIDANCE, Guidance, guided_output
 from blackpoint.sampling.noise import initial_noise, step_noise
 from blackpoint.sampling.pixels.folder import PixelForm
@@ -287,7 +287,7 @@ class DiffusionModel:
         read, dtype = self.process.reader(), dtype_of(self.unet)
         conditioning = conditioning.to(dtype)
         unconditional = None if unconditional is None else unconditional.to(dtype)
-        both = None if unconditional is None else unconditional.followed_by(conditioning)
+        both = None if unconditional is None else joined([unconditional, conditioning])
 
         def denoise(x_t: Tensor, t: int) -> Prediction:
             stop_if_asked()

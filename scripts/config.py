@@ -23,10 +23,10 @@ from blackpoint.data.files.yaml_text import read_yaml_file
 from blackpoint.data.files.yaml_text import to_yaml as to_yaml
 from blackpoint.scripts.config_fields import (
     Field,
+    container_of,
     fields_of,
     hint_at,
     holds,
-    is_mapping,
     is_text,
     item_hint,
     nearest,
@@ -167,7 +167,7 @@ def _open_sections(config: DictConfig, known: dict[str, Field], path: str) -> No
     names, missing = path.split("."), OmegaConf.missing_keys(config) if path else set[str]()
     for length in range(1, len(names) + 1):
         parent = ".".join(names[:length])
-        if parent in known and is_mapping(known[parent].hint) and parent in missing:
+        if parent in known and container_of(known[parent].hint) is dict and parent in missing:
             OmegaConf.update(config, parent, {})  # a required one gets its first entry
         section = nested_class(known[parent].hint) if parent in known else None
         if section is None and length > 1:  # an entry of a mapping of sections
@@ -183,7 +183,7 @@ def _is_entry(known: dict[str, Field], path: str) -> bool:
     for length in range(len(parents) - 1, 0, -1):
         field = known.get(".".join(parents[:length]))
         if field is not None:
-            return field.is_container and nested_class(field.hint) is None
+            return container_of(field.hint) is not None and nested_class(field.hint) is None
     return False
 
 

@@ -33,10 +33,6 @@ class Field:
     unless: str | None = None
     """A key beside it that makes a required one unneeded, where that is given."""
 
-    @property
-    def is_container(self) -> bool:
-        return get_origin(_bare(self.hint)) in (list, dict, tuple)
-
 
 def fields_of(config_class: type, prefix: str = "") -> dict[str, Field]:
     """Lists every key of a config dataclass by dotted path, a section before its own keys."""
@@ -145,14 +141,10 @@ def is_text(hint: Any) -> bool:
     return isinstance(bare, type) and issubclass(bare, (str, Path, Enum))
 
 
-def is_sequence(hint: Any) -> bool:
-    """Whether a field holds a list or a tuple."""
-    return get_origin(_bare(hint)) in (list, tuple)
-
-
-def is_tuple(hint: Any) -> bool:
-    """Whether a field holds a tuple."""
-    return get_origin(_bare(hint)) is tuple
+def container_of(hint: Any) -> type | None:
+    """Returns list, tuple or dict for a field that holds several entries, else None."""
+    origin = get_origin(_bare(hint))
+    return origin if origin in (list, tuple, dict) else None
 
 
 def is_number(hint: Any) -> bool:
@@ -160,11 +152,6 @@ def is_number(hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return all(arg is type(None) or is_number(arg) or arg is str for arg in get_args(hint))
     return hint in (int, float, bool)
-
-
-def is_mapping(hint: Any) -> bool:
-    """Whether a field holds named entries."""
-    return get_origin(_bare(hint)) is dict
 
 
 def type_name(hint: Any) -> str:
@@ -236,7 +223,7 @@ def describe(config_class: type, verb: str, verb_purpose: str) -> str:
             lines += ["", *textwrap.wrap(f"{field.path}: {meaning}{off}", HELP_WIDTH)]
             continue
         lines += _describe_field(field)
-        below = ".NAME." if get_origin(_bare(field.hint)) is dict else "[]."
+        below = ".NAME." if container_of(field.hint) is dict else "[]."
         for inner in fields_of(item, f"{field.path}{below}").values() if item else ():
             lines += _describe_field(inner)
     return "\n".join(lines) + "\n"

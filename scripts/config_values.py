@@ -19,13 +19,12 @@ from blackpoint.data.files.paths import BadPath, Holds, expanded, is_verbatim
 from blackpoint.data.files.yaml_text import read_yaml
 from blackpoint.sampling.prompts.prompt_set import prompts_path
 from blackpoint.scripts.config_fields import (
+    container_of,
     fields_of,
     holds,
     is_number,
     is_optional,
-    is_sequence,
     is_text,
-    is_tuple,
     item_hint,
     nested_class,
 )
@@ -52,7 +51,8 @@ def parse(hint: Any, key: str, text: str) -> Any:
         return text
     if is_number(hint):
         return _number(text)
-    if is_sequence(hint) and (is_text(item_hint(hint)) or holds(item_hint(hint), Holds.PROMPTS)):
+    item = item_hint(hint)
+    if container_of(hint) in (list, tuple) and (is_text(item) or holds(item, Holds.PROMPTS)):
         return _items(key, text)
     try:
         return read_yaml(text)
@@ -172,7 +172,7 @@ class Texts:
             return section(**entries)
         if isinstance(value, list | tuple):
             items = [self.instance(item, entry) for entry in value]
-            return tuple(items) if is_tuple(hint) else items
+            return tuple(items) if container_of(hint) is tuple else items
         return self._texts.get(value, value) if isinstance(value, str) else value
 
     def _token(self, text: str) -> str:

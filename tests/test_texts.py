@@ -92,7 +92,7 @@ def test_every_text_field_takes_any_text(verb: str) -> None:
 
     from blackpoint.data.files.paths import Holds
     from blackpoint.scripts.cli import VERBS
-    from blackpoint.scripts.config_fields import holds, is_sequence, item_hint
+    from blackpoint.scripts.config_fields import container_of, holds, item_hint
     from blackpoint.scripts.config_values import Texts, parse
 
     config_class = importlib.import_module(VERBS[verb][0]).config_class()
@@ -101,7 +101,7 @@ def test_every_text_field_takes_any_text(verb: str) -> None:
         if is_text(hint) and not holds(hint, Holds.PATH):
             for text in set(ODD) - {"null"}:
                 assert parse(hint, path, text) == text
-        if is_sequence(hint) and is_text(item_hint(hint)):
+        if container_of(hint) in (list, tuple) and is_text(item_hint(hint)):
             assert parse(hint, path, json.dumps(ODD)) == list(ODD), path
             texts = Texts()
             guarded = texts.guarded(hint, list(ODD), path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.rules import check_range
+from blackpoint.data.files.rules import check_ranges
 from blackpoint.sampling.choices import PredictionType
 from blackpoint.train.loss_weights import WEIGHTS
 
@@ -63,19 +63,13 @@ class LossConfig:
     """Noise added to eps in the network's input but not in its target (Ning et al. 2023: 0.1)."""
 
     def __post_init__(self) -> None:
-        if self.floor is not None:
-            check_range("loss.floor", self.floor, at_least=0, at_most=1)
         factors = self.pool_factors
         if factors[:1] != [1] or any(p >= q for p, q in zip(factors, factors[1:], strict=False)):
             raise UserError(
                 f"loss.pool_factors={factors}: must begin with 1, full size, and rise; [1] is the "
                 "plain loss, [1, 2, 4] a multi-scale one"
             )
-        check_range("loss.snr_gamma", self.snr_gamma, above=0)
-        check_range("loss.p2_k", self.p2_k, above=0)
-        check_range("loss.p2_gamma", self.p2_gamma, at_least=0)
-        check_range("loss.sigmoid_bias", self.sigmoid_bias, at_least=-20, at_most=20)
-        check_range("loss.uncertainty_learning_rate", self.uncertainty_learning_rate, above=0)
-        check_range("loss.terminal_share", self.terminal_share, at_least=0, below=1)
-        check_range("loss.offset_noise", self.offset_noise, at_least=0)
-        check_range("loss.input_perturbation", self.input_perturbation, at_least=0)
+        check_ranges(self, "loss.", floor=">= 0 and <= 1", snr_gamma="> 0", p2_k="> 0")
+        check_ranges(self, "loss.", p2_gamma=">= 0", sigmoid_bias=">= -20 and <= 20")
+        check_ranges(self, "loss.", uncertainty_learning_rate="> 0", terminal_share=">= 0 and < 1")
+        check_ranges(self, "loss.", offset_noise=">= 0", input_perturbation=">= 0")

@@ -4,10 +4,13 @@ Free of torch. A rule of several fields is said where it is known.
 """
 
 import math
+import operator
 import sys
 from typing import Any
 
 from blackpoint.data.files.errors import UserError
+
+COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
 def require(holds: object, name: str, value: object, rule: str, where: str = "") -> None:
@@ -23,23 +26,15 @@ def is_number(value: Any, kind: Any = (int, float)) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and -largest <= value <= largest
 
 
-def check_range(
-    name: str,
-    value: float,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> None:
-    """Raises UserError naming the field, its value and the rule, unless the value is in range."""
-    rules = [
-        (at_least, f">= {at_least}", lambda limit: value >= limit),
-        (above, f"> {above}", lambda limit: value > limit),
-        (at_most, f"<= {at_most}", lambda limit: value <= limit),
-        (below, f"< {below}", lambda limit: value < limit),
-    ]
-    broken = [text for limit, text, holds in rules if limit is not None and not holds(limit)]
-    if broken or not math.isfinite(value):
-        wanted = " and ".join(text for limit, text, _ in rules if limit is not None)
-        raise UserError(f"{name}={value} is out of range; it must be {wanted or 'finite'}")
+def check_ranges(config: object, section: str, **rules: str) -> None:
+    """Raises UserError for a field of `config` out of its range, such as beta=">= 0 and < 1".
+
+    Numbers must be finite; a field that is None has none. Messages call it by `section` and name.
+    """
+    for name, rule in rules.items():
+        value = getattr(config, name)
+        bounds = [bound.split() for bound in rule.split(" and ")]
+        if value is not None and not (
+            math.isfinite(value) and all(COMPARE[sign](value, float(b)) for sign, b in bounds)
+        ):
+            raise UserError(f"{section}{name}={value} is out of range; it must be {rule}")

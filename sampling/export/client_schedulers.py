@@ -60,14 +60,9 @@ def keep_zero_snr(process: Process) -> str:
     """Some schedulers act on the flag."""
     if not process.schedule.is_zero_terminal_snr or process.incompatibility():
         return ""
-    names = ", ".join(f"`{name}`" for name in right_at_zero_snr(process))
-    return f"Take one of these, which keep the zero terminal SNR: {names}."
-
-
-def right_at_zero_snr(process: Process) -> list[str]:
-    """Returns the schedulers that act on the flag and know the prediction type."""
     unknown = ["EulerAncestralDiscreteScheduler"] if process.prediction_type == "sample" else []
-    return [name for name in RIGHT_AT_ZERO_SNR if name not in unknown]
+    names = ", ".join(f"`{name}`" for name in RIGHT_AT_ZERO_SNR if name not in unknown)
+    return f"Take one of these, which keep the zero terminal SNR: {names}."
 
 
 def drop_zero_snr(process: Process) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from blackpoint.data.files.errors import RunFailed
 from blackpoint.scripts.bench.timing import Row, Seconds, row, time_round
 from blackpoint.scripts.cli import VERBS
-from blackpoint.scripts.config_fields import fields_of
+from blackpoint.scripts.config_fields import container_of, fields_of
 from blackpoint.scripts.verb_process import verb_command
 
 GROUP = "start-up, whole process"
@@ -49,7 +49,7 @@ def required_keys(verb: str) -> list[str]:
     values = {int: "1"}
     required = [
         f"{field.path}={{name: x}}"
-        if field.is_container
+        if container_of(field.hint)
         else f"{field.path}={values.get(field.hint, 'x')}"
         for field in fields_of(config_class).values()
         if field.default == "???"

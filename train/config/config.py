@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from blackpoint.data.config import DataConfig
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
-from blackpoint.data.files.rules import check_range
+from blackpoint.data.files.rules import check_ranges
 from blackpoint.sampling.choices import Attention, AutoDtype, Tf32, check_seed
 from blackpoint.sampling.runtime.tracking import WandbConfig
 from blackpoint.train.config.model_config import DropoutConfig, ModelConfig
@@ -43,12 +43,9 @@ class OptimizerConfig:
     """Added to the denominator of the update."""
 
     def __post_init__(self) -> None:
-        check_range("optimizer.learning_rate", self.learning_rate, above=0)
-        check_range("optimizer.warmup_steps", self.warmup_steps, at_least=0)
-        check_range("optimizer.beta1", self.beta1, at_least=0, below=1)
-        check_range("optimizer.beta2", self.beta2, at_least=0, below=1)
-        check_range("optimizer.weight_decay", self.weight_decay, at_least=0)
-        check_range("optimizer.epsilon", self.epsilon, above=0)
+        check_ranges(self, "optimizer.", learning_rate="> 0", warmup_steps=">= 0", epsilon="> 0")
+        check_ranges(self, "optimizer.", beta1=">= 0 and < 1", beta2=">= 0 and < 1")
+        check_ranges(self, "optimizer.", weight_decay=">= 0")
 
 
 @dataclass
@@ -61,7 +58,7 @@ class EmaConfig:
     """Final decay a step; early on it is (1 + n) / (10 + n) after n updates, if that is less."""
 
     def __post_init__(self) -> None:
-        check_range("ema.decay", self.decay, at_least=0, below=1)
+        check_ranges(self, "ema.", decay=">= 0 and < 1")
 
 
 @dataclass
@@ -109,18 +106,10 @@ class TrainerConfig:
     epsilon or sample); checkpoints/best.json names it."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_steps",
-            "devices",
-            "num_nodes",
-            "accumulate_grad_batches",
-            "log_every_steps",
-            "checkpoint_every_steps",
-            "keep_checkpoints",
-        ):
-            check_range(f"trainer.{name}", getattr(self, name), at_least=1)
-        check_range("trainer.validate_every_steps", self.validate_every_steps, at_least=0)
-        check_range("trainer.gradient_clip", self.gradient_clip, at_least=0)
+        check_ranges(self, "trainer.", max_steps=">= 1", devices=">= 1", num_nodes=">= 1")
+        check_ranges(self, "trainer.", accumulate_grad_batches=">= 1", log_every_steps=">= 1")
+        check_ranges(self, "trainer.", checkpoint_every_steps=">= 1", keep_checkpoints=">= 1")
+        check_ranges(self, "trainer.", validate_every_steps=">= 0", gradient_clip=">= 0")
 
 
 @dataclass
@@ -149,10 +138,8 @@ class PreviewConfig:
     """Rescale of the guided output towards the conditional's standard deviation, 0 to 1."""
 
     def __post_init__(self) -> None:
-        check_range("preview.every_steps", self.every_steps, at_least=0)
-        check_range("preview.num_images", self.num_images, at_least=1)
-        check_range("preview.num_steps", self.num_steps, at_least=1)
-        check_range("preview.guidance_rescale", self.guidance_rescale, at_least=0, at_most=1)
+        check_ranges(self, "preview.", every_steps=">= 0", num_images=">= 1", num_steps=">= 1")
+        check_ranges(self, "preview.", guidance_rescale=">= 0 and <= 1")
 
 
 @dataclass
@@ -164,7 +151,7 @@ class WatchConfig:
     them off."""
 
     def __post_init__(self) -> None:
-        check_range("watch.weights_every_steps", self.weights_every_steps, at_least=0)
+        check_ranges(self, "watch.", weights_every_steps=">= 0")
 
 
 @dataclass
@@ -211,7 +198,7 @@ class TrainConfig:
     """Tracking."""
 
     def __post_init__(self) -> None:
-        check_range("batch_size", self.batch_size, at_least=1)
+        check_ranges(self, "", batch_size=">= 1")
         check_seed("seed", self.seed)
         world_size = self.trainer.devices * self.trainer.num_nodes
         if self.batch_size % world_size:

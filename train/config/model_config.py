@@ -11,7 +11,7 @@ from typing import Literal
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import PathText
-from blackpoint.data.files.rules import check_range
+from blackpoint.data.files.rules import check_ranges
 from blackpoint.sampling.choices import check_seed
 
 Codec = Literal["space_to_depth", "wavelet"]
@@ -61,7 +61,7 @@ class ModelConfig:
                 "model.channels and model.blocks must be at least 1 at every level, "
                 "model.transformer_blocks at least 0"
             )
-        check_range("model.head_channels", self.head_channels, at_least=1)
+        check_ranges(self, "model.", head_channels=">= 1")
         check_seed("model.seed", self.seed)
         for width, depth in zip(self.channels, self.transformer_blocks, strict=True):
             if depth and width % self.head_channels:
@@ -108,6 +108,4 @@ class DropoutConfig:
     """Largest side of feature maps that have dropout, such as 16; not set: every level."""
 
     def __post_init__(self) -> None:
-        check_range("dropout.probability", self.probability, at_least=0, below=1)
-        if self.max_resolution is not None:
-            check_range("dropout.max_resolution", self.max_resolution, at_least=1)
+        check_ranges(self, "dropout.", probability=">= 0 and < 1", max_resolution=">= 1")

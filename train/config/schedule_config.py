@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.rules import check_range
+from blackpoint.data.files.rules import check_ranges
 from blackpoint.sampling.choices import Spacing
 
 Betas = Literal["checkpoint", "scaled_linear", "linear", "cosine_discrete", "cosine_continuous"]
@@ -28,11 +28,9 @@ class ShiftConfig:
     lower as base_resolution (256 and 32 at 512 px). Not set: one base at every t."""
 
     def __post_init__(self) -> None:
-        for name in ("base_resolution", "base_at_start"):
-            if getattr(self, name) is not None:
-                check_range(f"schedule.shift.{name}", getattr(self, name), at_least=1)
+        check_ranges(self, "schedule.shift.", base_resolution=">= 1", base_at_start=">= 1")
         if isinstance(self.resolution, int):
-            check_range("schedule.shift.resolution", self.resolution, at_least=1)
+            check_ranges(self, "schedule.shift.", resolution=">= 1")
         elif self.resolution != "auto":
             raise UserError(
                 f"schedule.shift.resolution={self.resolution}: is neither a number nor auto"
