@@ -11,7 +11,7 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.optimizer import learning_rate_factor
+from blackpoint.train.config.learning_rate import learning_rate_factor
 from blackpoint.train.target_process import fine_tuned_process
 from tests.tiny_run import tiny_config
 

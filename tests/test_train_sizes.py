@@ -19,9 +19,9 @@ from blackpoint.data.shards.listing import find_shards
 from blackpoint.data.summary import enlarged_lines
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.config import OptimizerConfig
+from blackpoint.train.config.learning_rate import warmup_note
 from blackpoint.train.encode.config import EncodeConfig
 from blackpoint.train.encode.encode import encode
-from blackpoint.train.optimizer import warmup_note
 from blackpoint.train.records.checkpoint_size import checkpoint_size
 from blackpoint.train.records.run_directory import RunRecord, write_records
 from blackpoint.train.records.sizes import sized

@@ -20,10 +20,11 @@ from blackpoint.sampling.conditioning import Conditioning
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.prediction import add_noise, training_target
 from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.config.learning_rate import learning_rate_factor
 from blackpoint.train.draws import Draws, draw
 from blackpoint.train.dropout import add_dropout
 from blackpoint.train.loss import scale_errors, scale_weights, squared_error
-from blackpoint.train.optimizer import build_optimizer, learning_rate_factor
+from blackpoint.train.optimizer import build_optimizer
 from blackpoint.train.uncertainty import LearnedUncertainty
 from blackpoint.train.weighting import loss_weights
 
@@ -181,7 +182,7 @@ class FineTuner(LightningModule):
         return batch | {name: batch[name].to(device, non_blocking=True) for name in names}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Builds AdamW and its learning rate's course (train/optimizer.py)."""
+        """Builds AdamW and its learning rate's course (train/config/learning_rate.py)."""
         settings = self.config.optimizer
         optimizer = build_optimizer(self.unet.parameters(), settings)
         if self.uncertainty is not None:

@@ -7,7 +7,6 @@ m and v are twice the size of the weights. In 8 bits (Dettmers et al. 2022) each
 shares one float32 scale, which leaves about half a weight's size for both.
 """
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,33 +32,6 @@ def build_optimizer(parameters: Iterable[Parameter], settings: OptimizerConfig) 
 
         return AdamW8bit(parameters, **options)
     return AdamW(parameters, fused=True, **options)
-
-
-def learning_rate_factor(step: int, settings: OptimizerConfig, max_steps: int) -> float:
-    """Returns the share of the learning rate at optimizer step `step`, 0 the first."""
-    warmup = settings.warmup_steps
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
-    match settings.decay:
-        case "linear":
-            return 1 - progress
-        case "cosine":
-            return (1 + math.cos(math.pi * progress)) / 2
-        case _:
-            return 1.0
-
-
-def warmup_note(settings: OptimizerConfig, max_steps: int) -> str:
-    """Returns what is to be known of a warm-up that is longer than the run, else ""."""
-    if settings.warmup_steps < max_steps:
-        return ""
-    reached = settings.learning_rate * learning_rate_factor(max_steps - 1, settings, max_steps)
-    return (
-        f"optimizer.warmup_steps={settings.warmup_steps} is no less than "
-        f"trainer.max_steps={max_steps}: the learning rate rises to {reached:.3g} and never "
-        f"reaches optimizer.learning_rate={settings.learning_rate:g}"
-    )
 
 
 def eight_bit_problem(device: torch.device) -> str | None:

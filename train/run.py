@@ -35,8 +35,8 @@ from blackpoint.train.callbacks.trainer import build_callbacks, build_trainer
 from blackpoint.train.cluster.cluster import as_launched, cluster_environment, num_started
 from blackpoint.train.cluster.device import prepare_device
 from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.config.learning_rate import warmup_note
 from blackpoint.train.module import FineTuner
-from blackpoint.train.optimizer import warmup_note
 from blackpoint.train.records.continuing import as_started, check_continues
 from blackpoint.train.records.first_process import is_first_process, note, say
 from blackpoint.train.records.run_directory import (
@@ -48,9 +48,15 @@ from blackpoint.train.records.run_directory import (
 )
 from blackpoint.train.records.run_identity import check_renamed, checked_identity
 from blackpoint.train.records.run_lock import RunLock
-from blackpoint.train.records.sizes import check_sizes, sized
+from blackpoint.train.records.sizes import sized
 from blackpoint.train.records.tracking import finish, sent_rows, wandb_logger
-from blackpoint.train.start import hold_encoders, keep_base, load_encoders, starting_model
+from blackpoint.train.start import (
+    check_sizes,
+    hold_encoders,
+    keep_base,
+    load_encoders,
+    starting_model,
+)
 
 
 def fit(config: TrainConfig) -> int:

@@ -1,10 +1,12 @@
 """The model that a run starts from: a checkpoint, or a pixel-space model made for the run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from blackpoint.data.module import CaptionedImages
+from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.export.export import moved_into_place
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.process import Process
@@ -13,6 +15,7 @@ from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.train.cluster.device import COMPUTE_DTYPE
 from blackpoint.train.config.config import PreviewConfig, TrainConfig
 from blackpoint.train.dropout import dropout_levels
+from blackpoint.train.loss import check_scales
 from blackpoint.train.pixel_model import build_pixel_model
 from blackpoint.train.records.checkpoint_size import check_side
 from blackpoint.train.records.first_process import note
@@ -54,6 +57,21 @@ def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
         )
     )
     return model
+
+
+def check_sizes(
+    model: DiffusionModel, images: CaptionedImages, pool_factors: Sequence[int]
+) -> None:
+    """Raises UserError for a size that the UNet cannot halve evenly or the loss cannot pool."""
+    for width, height in images.sizes():
+        try:
+            _, *sides = model.latent_shape(height, width)
+        except UserError as error:
+            raise UserError(
+                f"data.buckets.step_px={images.config.buckets.step_px} makes images of {width} x "
+                f"{height} px, but {error}; set step_px to that"
+            ) from None
+        check_scales(pool_factors, *sides)
 
 
 def hold_encoders(model: DiffusionModel, config: TrainConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from blackpoint.sampling.errors import UserError
 from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.config.learning_rate import learning_rate_factor
 from blackpoint.train.records.resume_keys import When, images_per_step, rule_of
 from blackpoint.train.records.run_directory import ABSENT, CONFIG, RunRecord, differing_keys
 
@@ -99,10 +100,6 @@ def _check_length(record: RunRecord, config: TrainConfig) -> None:
             f"{where} was exported after {done} steps and holds no checkpoints to go on from; "
             f"start another run from its export, checkpoint={record.run_dir / 'export'}"
         )
-    from blackpoint.train.optimizer import (
-        learning_rate_factor,  # torch: where it is asked for alone
-    )
-
     settings = config.optimizer
     then, now = (learning_rate_factor(done - 1, settings, steps) for steps in (before, wanted))
     if then != now:

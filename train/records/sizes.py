@@ -1,13 +1,10 @@
 """The size of images where none was asked for: that of the run, the cache or the checkpoint."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.module import CaptionedImages
-from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.loss import check_scales
 from blackpoint.train.records.checkpoint_size import checkpoint_size
 from blackpoint.train.records.first_process import note
 from blackpoint.train.records.run_directory import RunRecord
@@ -40,18 +37,3 @@ def _size_of_new_run(config: TrainConfig) -> tuple[int, str]:
         )
     side = checkpoint_size(config.checkpoint, "data.resolution")
     return side, f"that checkpoint={config.checkpoint} was made for"
-
-
-def check_sizes(
-    model: DiffusionModel, images: CaptionedImages, pool_factors: Sequence[int]
-) -> None:
-    """Raises UserError for a size that the UNet cannot halve evenly or the loss cannot pool."""
-    for width, height in images.sizes():
-        try:
-            _, *sides = model.latent_shape(height, width)
-        except UserError as error:
-            raise UserError(
-                f"data.buckets.step_px={images.config.buckets.step_px} makes images of {width} x "
-                f"{height} px, but {error}; set step_px to that"
-            ) from None
-        check_scales(pool_factors, *sides)
