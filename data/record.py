@@ -2,7 +2,7 @@
 
 A record has 52 bytes, whatever the sample. `caption_form` tells what the caption's bytes are: TEXT,
 a member that is the caption, or JSON, a .json member with a field that is the caption or a list of
-captions (data/shards/sample_keys.py).
+captions (data/sample_keys.py).
 """
 
 from typing import NamedTuple

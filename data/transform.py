@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from blackpoint.data.order.buckets import Size
+from data.buckets import Size
 
 
 class Draws(NamedTuple):

@@ -19,11 +19,6 @@ diffusers, or at the clean end), iterated (`fixed_point`: AIDI, Pan et al. 2023)
 the last iterates (`anderson`: Anderson 1965), or evaluated K times and averaged (`renoise`:
 Garibi et al. 2024, without its noise correction). g contracts where (sin D / s_u) Lip(x0), or
 (sin D / a_u) Lip(eps), is below 1; the ratio of successive changes tells whether it does.
-
-`bdia` (Zhang et al. 2023) is a sampler of its own whose inverse is exact. It walks pairs: with y_s
-the DDIM step from x_t to a level s,
-
-    x_u = gamma (x_p - y_p) + y_u,     x_p = (x_u - y_u) / gamma + y_p,     p the noisier neighbour
 """
 
 from dataclasses import dataclass, replace
@@ -33,14 +28,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.process import Process
-from blackpoint.sampling.samplers import Denoise, Prediction, SamplingGrid
+from sampling.grid import Denoise, Prediction, SamplingGrid
+from sampling.process import Process
 
 Method = Literal["ddim", "fixed_point", "anderson", "renoise"]
-METHODS = ("ddim", "fixed_point", "anderson", "renoise")
 Latents = Float[Tensor, "b c h w"]
 SMALLEST = 1e-12
+MEMORY = 2
+"""anderson: iterates that a new one is extrapolated from, beside the last."""
+NUM_AVERAGED = 3
+"""renoise: the last predictions that are averaged, or all where there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -52,24 +49,8 @@ class Inverter:
     """Evaluations a step, K; ddim has one."""
     model_time: Literal["noisy", "clean"] = "noisy"
     """ddim: the timestep that the network is asked at, t (as diffusers does) or u."""
-    memory: int = 2
-    """anderson: iterates that a new one is extrapolated from, beside the last."""
-    num_averaged: int = 3
-    """renoise: the last predictions, of K, that are averaged."""
     predicts_eps: bool = False
     """Whether the network predicts eps, so that the eps form is taken throughout."""
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"method={self.method} is not one of {', '.join(METHODS)}")
-        for name in ("num_iterations", "memory", "num_averaged"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.method == "renoise" and self.num_averaged > self.num_iterations:
-            raise UserError(
-                f"num_averaged={self.num_averaged} is more than num_iterations="
-                f"{self.num_iterations}; average at most all of them"
-            )
 
     def of(self, process: Process) -> "Inverter":
         """Returns the inverter for a model's process."""
@@ -91,11 +72,6 @@ class Inversion:
     contraction: Float[Tensor, "steps b"]
     """Geometric mean of the ratios of successive changes; NaN with fewer than two changes."""
 
-    @property
-    def converges(self) -> Tensor:
-        """Tells, for each sample, whether every step's iteration contracts."""
-        return (self.contraction < 1).all(dim=0)
-
 
 def invert(
     denoise: Denoise,
@@ -103,18 +79,17 @@ def invert(
     x: Latents,
     inverter: Inverter,
     start: int | None = None,
-    stop: int = 0,
     changes_have_gradients: bool = True,
 ) -> Inversion:
-    """Walks from level `start` (None: clean data) up to the noisier level `stop`.
+    """Walks from level `start` (None: clean data) up to the noise.
 
     Without gradients of residual and contraction, a gradient of x keeps less memory a step.
     """
     start = grid.num_steps if start is None else start
-    if not 0 <= stop < start <= grid.num_steps:
-        raise ValueError(f"cannot invert from level {start} to {stop} of {grid.num_steps}")
+    if not 0 < start <= grid.num_steps:
+        raise ValueError(f"cannot invert from level {start} of {grid.num_steps}")
     residuals, contractions = [], []
-    for step in reversed(range(stop, start)):
+    for step in reversed(range(start)):
         iterates = _iterate(denoise, grid, step, x, inverter)
         x = iterates[-1]
         if not changes_have_gradients:
@@ -123,12 +98,6 @@ def invert(
         residuals.append(changes[-1] / _norm(iterates[-1]).clamp(min=SMALLEST))
         contractions.append(_contraction(changes))
     return Inversion(x, torch.stack(residuals), torch.stack(contractions))
-
-
-def step_to(reading: Prediction, grid: SamplingGrid, level: int) -> Tensor:
-    """Returns the DDIM step from a reading of x_t to any level, cleaner or noisier."""
-    alpha, sigma = grid.level(level)
-    return alpha * reading.x0 + sigma * reading.eps
 
 
 def _iterate(
@@ -146,11 +115,11 @@ def _iterate(
         images.append(_fixed_point_map(reading, grid, step, x_u, inverter))
         readings.append(reading)
         if inverter.method == "anderson":
-            iterates.append(_anderson(iterates, images, inverter.memory))
+            iterates.append(_anderson(iterates, images))
         else:
             iterates.append(images[-1])
     if inverter.method == "renoise":
-        kept = readings[-inverter.num_averaged :]
+        kept = readings[-NUM_AVERAGED:]
         mean = Prediction(*(torch.stack(each).mean(dim=0) for each in zip(*kept, strict=True)))
         iterates[-1] = _fixed_point_map(mean, grid, step, x_u, inverter)
     return iterates
@@ -167,13 +136,13 @@ def _fixed_point_map(
     return (alpha_t / alpha_u) * x_u + (sine / alpha_u) * reading.eps
 
 
-def _anderson(iterates: list[Tensor], images: list[Tensor], memory: int) -> Tensor:
+def _anderson(iterates: list[Tensor], images: list[Tensor]) -> Tensor:
     """Returns the combination of the last images whose combined residual is least, by sample.
 
     Residuals are f_i = g(z_i) - z_i; with differences D of the last ones, gamma solves
     min |f_k - D gamma| and z = g(z_k) - dG gamma (Walker and Ni 2011, equation 2.2).
     """
-    count = min(memory, len(images) - 1)
+    count = min(MEMORY, len(images) - 1)
     if count == 0:
         return images[-1]
     shape, rows = images[-1].shape, slice(-count - 1, None)
@@ -196,55 +165,3 @@ def _contraction(changes: list[Tensor]) -> Tensor:
 
 def _norm(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)
-
-
-def bdia_sample(
-    denoise: Denoise, grid: SamplingGrid, x: Latents, gamma: float = 1.0
-) -> tuple[Latents, Latents]:
-    """Runs BDIA from noise at level 0; returns the latents of the last two levels, clean last.
-
-    The first step is DDIM's. One evaluation a step.
-    """
-    check_gamma(gamma)
-    before, now = x, step_to(denoise(x, grid.timesteps[0]), grid, 1)
-    for step in range(1, grid.num_steps):
-        before, now = now, _bdia_step(denoise, grid, step, before, now, gamma)
-    return before, now
-
-
-def bdia_invert(
-    denoise: Denoise, grid: SamplingGrid, before: Latents, clean: Latents, gamma: float = 1.0
-) -> tuple[Latents, Latents]:
-    """Undoes `bdia_sample`: takes the last two levels, returns the first two, the noise first."""
-    check_gamma(gamma)
-    now, after = before, clean
-    for step in reversed(range(1, grid.num_steps)):
-        reading = denoise(now, grid.timesteps[step])
-        y_p, y_u = (step_to(reading, grid, level) for level in (step - 1, step + 1))
-        now, after = (after - y_u) / gamma + y_p, now
-    return now, after
-
-
-def bdia_resample(
-    denoise: Denoise, grid: SamplingGrid, noise: Latents, now: Latents, gamma: float = 1.0
-) -> tuple[Latents, Latents]:
-    """Runs BDIA from the first two levels, such as those of an inverted image."""
-    check_gamma(gamma)
-    before = noise
-    for step in range(1, grid.num_steps):
-        before, now = now, _bdia_step(denoise, grid, step, before, now, gamma)
-    return before, now
-
-
-def check_gamma(gamma: float) -> None:
-    """Raises UserError for a gamma that BDIA is not invertible with."""
-    if not 0 < gamma <= 1:
-        raise UserError(f"gamma={gamma} must lie in (0, 1]; 1 is the exact pair's")
-
-
-def _bdia_step(
-    denoise: Denoise, grid: SamplingGrid, step: int, before: Tensor, now: Tensor, gamma: float
-) -> Tensor:
-    reading = denoise(now, grid.timesteps[step])
-    y_p, y_u = (step_to(reading, grid, level) for level in (step - 1, step + 1))
-    return gamma * (before - y_p) + y_u

@@ -11,18 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.checkpoints.scheduler_config import (
-    ABOVE_THE_CLEANEST,
-    read_scheduler_config,
-)
-from blackpoint.sampling.prediction import PredictionType, to_eps, to_x0
-from blackpoint.sampling.samplers import END_AT_FINAL_ALPHA_BAR, Prediction, SamplingGrid
-from blackpoint.sampling.schedule import NoiseSchedule, Spacing
+from data.files.errors import UserError
+from sampling.grid import Prediction, SamplingGrid
+from sampling.prediction import PredictionType, to_eps, to_x0
+from sampling.samplers import SAMPLERS
+from sampling.schedule import NoiseSchedule, Spacing
+from sampling.scheduler_config import ABOVE_THE_CLEANEST, read_scheduler_config
 
 EXPORT_TOLERANCE = 1e-5
-OMIT_THE_CLEANEST = ("dpmpp_2m",)
-"""Samplers that are multistep solvers in diffusers."""
 SCHEME_KEYS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 
 
@@ -39,8 +35,8 @@ class Process:
     """Whether DDIM ends at clean data, alpha_bar 1, rather than at the schedule's first alpha_bar;
     diffusers' name and default. Stable Diffusion 1 and 2 were published with False."""
     omits_cleanest: bool = False
-    """Whether dpmpp_2m's leading or linspace list of S timesteps is one of S + 1 without the
-    cleanest, as the multistep solvers of diffusers (DPM++, UniPC, DEIS, SA) make it."""
+    """Whether the leading or linspace list of S timesteps of a multistep sampler is one of S + 1
+    without the cleanest, as such solvers of diffusers (DPM++, UniPC, DEIS, SA) make it."""
 
     def incompatibility(self) -> str | None:
         """Names what cannot work at zero terminal SNR, with the remedy; None where all is well."""
@@ -92,7 +88,7 @@ class Process:
     def timesteps(self, num_steps: int, sampler: str = "ddim") -> list[int]:
         """Returns the timesteps that a sampler of this checkpoint visits, noisiest first."""
         spacing, offset = self.timestep_spacing, self.steps_offset
-        omits = self._lists_as_multistep() and sampler in OMIT_THE_CLEANEST
+        omits = self._lists_as_multistep() and SAMPLERS[sampler].is_multistep
         if omits and num_steps < self.schedule.num_steps:
             return self.schedule.timesteps(num_steps + 1, spacing, offset)[:-1]
         return self.schedule.timesteps(num_steps, spacing, offset)
@@ -103,7 +99,7 @@ class Process:
 
     def final_alpha_bar(self, sampler: str) -> float:
         """Returns the alpha_bar that a sampler's last step goes to."""
-        if self.set_alpha_to_one or sampler not in END_AT_FINAL_ALPHA_BAR:
+        if self.set_alpha_to_one or not SAMPLERS[sampler].ends_at_final_alpha_bar:
             return 1.0
         return self.schedule.alpha_bar[0].item()
 
@@ -141,8 +137,7 @@ class Process:
     def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":
         """Reads a scheduler_config of any diffusers scheduler class that has such a process.
 
-        A key that is absent means what it means to that class
-        (sampling/checkpoints/scheduler_config.py).
+        A key that is absent means what it means to that class (sampling/scheduler_config.py).
         """
         settings = read_scheduler_config(config)
         return cls(

@@ -14,11 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.guidance import Guidance
-from blackpoint.sampling.inversion import Inverter, bdia_invert, bdia_resample, invert
-from blackpoint.sampling.model import DiffusionModel
-from blackpoint.sampling.samplers import SampleState, run
+from data.files.errors import UserError
+from sampling.guidance import Guidance
+from sampling.inversion import (
+    Inverter,
+    bdia_invert,
+    bdia_resample,
+    invert,
+)
+from sampling.model import DiffusionModel
+from sampling.samplers import SampleState, run
 
 NAIVE = Inverter("ddim")
 

@@ -11,71 +11,66 @@ network's reading of x_t:
     DPM++ 2M (Lu et al. 2022): x_u = r x_t + (alpha_u - alpha_t r) D,  r = sigma_u / sigma_t
 
 Euler is DDIM with eta 0, Euler ancestral is DDIM with eta 1, on a grid that ends at clean data.
+`SAMPLERS` is the table of them; what a sampler can do is declared there (`Sampler`).
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from data.files.errors import UserError
+from sampling.grid import Denoise, SampleState, SamplingGrid, StepNoise
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.schedule import NoiseSchedule
-
-
-class Prediction(NamedTuple):
-    """The network's reading of x_t, both float32 (B, C, H, W)."""
-
-    x0: Tensor
-    eps: Tensor
-
-
-Denoise = Callable[[Tensor, int], Prediction]  # (x_t, t) -> x0 and eps
-StepNoise = Callable[[int], Tensor]  # step index -> unit noise like x
+Step = Callable[[Denoise, SamplingGrid, SampleState, float, StepNoise | None], SampleState]
+"""(denoise, grid, state, eta, noise) -> the state one level on; eta is the share of fresh noise."""
 
 
 @dataclass(frozen=True)
-class SamplingGrid:
-    """The noise levels of a run: S timesteps and, as level S, where it ends (`of`)."""
+class Counterpart:
+    """The scheduler class of diffusers that must agree with a sampler, and how closely.
 
-    timesteps: tuple[int, ...]
-    alpha: tuple[float, ...]  # S + 1 values
-    sigma: tuple[float, ...]  # S + 1 values
+    Tolerances are absolute, in units of the largest latent (at least 1).
+    """
 
-    @classmethod
-    def of(
-        cls, schedule: NoiseSchedule, timesteps: Sequence[int], final_alpha_bar: float = 1.0
-    ) -> "SamplingGrid":
-        """Reads the levels of `timesteps` (noisiest first) from the schedule.
-
-        Level S has `final_alpha_bar`; 1 is clean data.
-        """
-        alpha, sigma = schedule.alpha.tolist(), schedule.sigma.tolist()
-        return cls(
-            tuple(timesteps),
-            (*(alpha[t] for t in timesteps), math.sqrt(final_alpha_bar)),
-            (*(sigma[t] for t in timesteps), math.sqrt(1 - final_alpha_bar)),
-        )
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.timesteps)
-
-    def level(self, step: int) -> tuple[float, float]:
-        """Returns (alpha, sigma) of level `step`."""
-        return self.alpha[step], self.sigma[step]
+    title: str
+    scheduler: str
+    tolerance: float = 3e-5
+    zero_snr_tolerance: float = 3e-5
+    has_stand_in: bool = True
+    """Whether it puts another alpha_bar in place of 0, because it divides by alpha."""
+    starts_at_sigma: bool = False
+    """Whether it starts at x_t = sigma_t eps, but for leading timesteps."""
+    walks_linspace: bool = True
+    """Whether a linspace list comes out as it is written."""
 
 
 @dataclass(frozen=True)
-class SampleState:
-    """A run at level `step`. `x0` is the latest reading of the data: a preview, and the memory of
-    multistep samplers; None at the start and after re-noising."""
+class Sampler:
+    """A way to take one step, and what those who run it must know."""
 
-    x: Tensor
-    step: int = 0
-    x0: Tensor | None = None
+    step: Step
+    evaluations_per_step: int = 1
+    """Of the network: one at the step's own timestep, the others at the next, which the last step
+    does without."""
+    stochastic: bool = False
+    """Whether every run draws noise."""
+    takes_eta: bool = False
+    """Whether the user chooses the share of fresh noise."""
+    is_ddim: bool = False
+    """Whether a run without fresh noise is DDIM, which can be inverted (sampling/inversion.py)."""
+    ends_at_final_alpha_bar: bool = False
+    """Whether it ends at the process's final alpha_bar. The others end at clean data, as those of
+    diffusers do, which have no `set_alpha_to_one`."""
+    is_multistep: bool = False
+    """Whether diffusers counts it among the multistep solvers, whose lists of timesteps differ."""
+    counterpart: Counterpart | None = None
+    """What an export is checked against."""
+
+    def fresh_noise(self, eta: float | None) -> float:
+        """Returns the share of fresh noise in a step: 0 is deterministic, 1 ancestral."""
+        return (eta or 0.0) if self.takes_eta else float(self.stochastic)
 
 
 def ddim_step(
@@ -92,7 +87,9 @@ def ddim_step(
     return SampleState(x, state.step + 1, x0)
 
 
-def heun_step(denoise: Denoise, grid: SamplingGrid, state: SampleState) -> SampleState:
+def heun_step(
+    denoise: Denoise, grid: SamplingGrid, state: SampleState, eta: float, noise: StepNoise | None
+) -> SampleState:
     """Takes one Heun step in the angle. Two evaluations, one on the last step.
 
     sigma / alpha diverges at zero terminal SNR; the angle runs from pi / 2 to 0.
@@ -108,7 +105,9 @@ def heun_step(denoise: Denoise, grid: SamplingGrid, state: SampleState) -> Sampl
     return SampleState(state.x + angle / 2 * (v + v_next), state.step + 1, x0)
 
 
-def dpmpp_2m_step(denoise: Denoise, grid: SamplingGrid, state: SampleState) -> SampleState:
+def dpmpp_2m_step(
+    denoise: Denoise, grid: SamplingGrid, state: SampleState, eta: float, noise: StepNoise | None
+) -> SampleState:
     """Takes one DPM-Solver++ (2M) step; first order where there is no memory. One evaluation.
 
     Lu et al. 2022, Algorithm 2, with h = log-SNR / 2 differences. At zero terminal SNR the first h
@@ -130,10 +129,36 @@ def _half_log_snr(alpha: float, sigma: float) -> float:
     return math.log(alpha) - math.log(sigma)
 
 
-SAMPLERS = ("ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m")
-END_AT_FINAL_ALPHA_BAR = ("ddim",)
-"""Samplers that end at the process's final alpha_bar. The others end at clean data, as diffusers'
-Euler, Euler ancestral, Heun and DPM++ 2M do, which have no `set_alpha_to_one`."""
+SAMPLERS = {
+    "ddim": Sampler(
+        ddim_step,
+        takes_eta=True,
+        is_ddim=True,
+        ends_at_final_alpha_bar=True,
+        counterpart=Counterpart(
+            "DDIM", "DDIMScheduler", has_stand_in=False, walks_linspace=False
+        ),  # their DDIM steps by T // S and so leaves a linspace list
+    ),
+    "euler": Sampler(
+        ddim_step,
+        is_ddim=True,
+        # They keep x / alpha, at zero terminal SNR 2^12 times the noise: float32 rounds to 2^-12.
+        counterpart=Counterpart(
+            "Euler", "EulerDiscreteScheduler", zero_snr_tolerance=1e-3, starts_at_sigma=True
+        ),
+    ),
+    "euler_ancestral": Sampler(ddim_step, stochastic=True),
+    "heun": Sampler(heun_step, evaluations_per_step=2),
+    "dpmpp_2m": Sampler(
+        dpmpp_2m_step,
+        is_multistep=True,
+        counterpart=Counterpart("DPM++ 2M", "DPMSolverMultistepScheduler"),
+    ),
+}
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = Literal[tuple(SAMPLERS)]
 
 
 def run(
@@ -148,40 +173,22 @@ def run(
 ) -> SampleState:
     """Runs from `state.step` to level `stop` (None: clean data).
 
-    `eta` goes with ddim alone. `noise(step)` is asked for by eta > 0 and euler_ancestral; it must
-    depend on the step only, so that a run in two parts equals an unbroken one.
+    `noise(step)` is asked for where `Sampler.fresh_noise` of eta is above 0; it must depend on the
+    step only, so that a run in two parts equals an unbroken one.
     """
     check_sampler(sampler, eta)
     stop = grid.num_steps if stop is None else stop
     if not 0 <= state.step <= stop <= grid.num_steps:
         raise ValueError(f"cannot run from level {state.step} to {stop} of {grid.num_steps}")
-    strength = {"ddim": eta or 0.0, "euler_ancestral": 1.0}.get(sampler, 0.0)
-    if strength > 0 and noise is None:
-        raise ValueError(f"{sampler} with eta {strength} draws noise: pass noise=")
+    chosen = SAMPLERS[sampler]
+    fresh = chosen.fresh_noise(eta)
+    if fresh > 0 and noise is None:
+        raise ValueError(f"{sampler} with eta {fresh} draws noise: pass noise=")
     while state.step < stop:
-        match sampler:
-            case "heun":
-                state = heun_step(denoise, grid, state)
-            case "dpmpp_2m":
-                state = dpmpp_2m_step(denoise, grid, state)
-            case _:
-                state = ddim_step(denoise, grid, state, strength, noise)
+        state = chosen.step(denoise, grid, state, fresh, noise)
         if on_step is not None:
             on_step(state)
     return state
-
-
-def renoise(grid: SamplingGrid, state: SampleState, step: int, noise: Tensor) -> SampleState:
-    """Goes back to the noisier level `step` by the forward process; `noise` is unit noise like x.
-
-    x_t' = (alpha_t' / alpha_t) x_t + sqrt(sigma_t'^2 - (alpha_t' / alpha_t)^2 sigma_t^2) z
-    """
-    if not 0 <= step <= state.step:
-        raise ValueError(f"cannot re-noise level {state.step} to the cleaner level {step}")
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = grid.level(state.step), grid.level(step)
-    ratio = alpha_s / alpha_t if alpha_t > 0 else 1.0  # at alpha_t = 0, level and step are both 0
-    fresh = math.sqrt(max(0.0, sigma_s**2 - (ratio * sigma_t) ** 2))
-    return replace(state, x=ratio * state.x + fresh * noise.to(state.x), step=step, x0=None)
 
 
 def check_sampler(sampler: str, eta: float | None = None) -> None:
@@ -190,7 +197,8 @@ def check_sampler(sampler: str, eta: float | None = None) -> None:
         near = get_close_matches(sampler, SAMPLERS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}{hint}")
-    if eta is not None and sampler != "ddim":
-        raise UserError(f"eta={eta} goes with sampler=ddim alone, not with {sampler}")
+    if eta is not None and not SAMPLERS[sampler].takes_eta:
+        takers = " or ".join(name for name, each in SAMPLERS.items() if each.takes_eta)
+        raise UserError(f"eta={eta} goes with sampler={takers} alone, not with {sampler}")
     if eta is not None and not 0 <= eta <= 1:
         raise UserError(f"eta={eta} must lie in 0..1: 0 is deterministic, 1 ancestral")

@@ -14,54 +14,51 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-from blackpoint.data.files.errors import NOT_WRITABLE, Resumable, RunFailed, UserError
-from blackpoint.data.files.notes import tell_counts
-from blackpoint.data.files.signals import RESUMABLE_STATUS, Stopped, listen
+from data.files.errors import NOT_WRITABLE, Resumable, RunFailed, UserError
+from data.files.notes import tell_counts
+from data.files.signals import RESUMABLE_STATUS, Stopped, listen
 
 # verb: (module with config_class() and run(config) -> int, purpose)
 VERBS: dict[str, tuple[str, str]] = {
     "train": (
-        "blackpoint.scripts.verbs.train",
+        "scripts.run_train",
         "Fine-tunes a Stable Diffusion UNet to zero terminal SNR and v-prediction by default.",
     ),
-    "sample": (
-        "blackpoint.scripts.verbs.sample",
-        "Paints images from prompts and seeds with a checkpoint.",
-    ),
+    "sample": ("scripts.run_sample", "Paints images from prompts and seeds with a checkpoint."),
     "search": (
-        "blackpoint.scripts.verbs.search",
+        "scripts.run_search",
         "Searches over starting noises for the image that verifiers score best.",
     ),
     "evaluate": (
-        "blackpoint.scripts.verbs.evaluate",
+        "scripts.run_evaluate",
         "Measures a checkpoint: FID, KID, IS, scores, brightness; or runs a study of several.",
     ),
     "sweep": (
-        "blackpoint.scripts.verbs.sweep",
+        "scripts.run_sweep",
         "Trains, evaluates and searches every cell of a grid, here or as a SLURM array.",
     ),
     "export": (
-        "blackpoint.scripts.verbs.export",
+        "scripts.run_export",
         "Writes a diffusers folder from a run and verifies it with the stock pipeline.",
     ),
     "data pack": (
-        "blackpoint.scripts.verbs.data_pack",
+        "scripts.data_pack",
         "Packs a folder of captioned images into WebDataset shards with an index.",
     ),
     "data encode": (
-        "blackpoint.scripts.verbs.data_encode",
+        "scripts.data_encode",
         "Encodes shards into latents and prompt embeddings, to train without the encoders.",
     ),
     "data check": (
-        "blackpoint.scripts.verbs.data_check",
+        "scripts.data_check",
         "Reports what shards hold and what in them is bad; indexes shards made elsewhere.",
     ),
     "demo": (
-        "blackpoint.scripts.verbs.demo",
+        "scripts.run_demo",
         "Shows the flaw, fine-tunes it away, exports, and writes runs/demo/report.html.",
     ),
     "report": (
-        "blackpoint.scripts.verbs.report",
+        "scripts.run_report",
         "Writes one self-contained HTML page about a run, an evaluation, a search or a sweep.",
     ),
 }
@@ -159,11 +156,11 @@ def _dispatch(arguments: list[str]) -> int:
     module_name, verb_purpose = VERBS[verb]
     module = importlib.import_module(module_name)
     if flags - {"--print-config"}:
-        from blackpoint.scripts.config_fields import describe
+        from scripts.config_fields import describe
 
         print(describe(chosen_config_class(module, rest), verb, verb_purpose), end="")
         return 0
-    from blackpoint.scripts.config import check_outputs, load, to_yaml
+    from scripts.config import check_outputs, load, to_yaml
 
     config: object = load(chosen_config_class(module, rest), rest)
     if flags:

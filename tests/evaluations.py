@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from blackpoint.sampling.evaluation.config import MetricsConfig
-from blackpoint.sampling.evaluation.run import evaluate_to_folder
-from blackpoint.sampling.evaluation.summary import Metric, Summary
-from blackpoint.sampling.runtime.tasks import Task
-from blackpoint.scripts.config import load
+from sampling.evaluation.metrics import MetricsConfig
+from sampling.evaluation.metrics_study import evaluate_to_folder
+from sampling.evaluation.metrics_summary import Metric, Summary
+from sampling.tasks import Task
+from scripts.config import load
 
 PROMPTS = [
     {"prompt": "a cat on a black background", "category": "dark"},

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.scripts.miniature.digits import (
+from data.digits import (
     BACKGROUNDS,
     DIGIT_NAMES,
     INKS,
@@ -13,6 +12,7 @@ from blackpoint.scripts.miniature.digits import (
     digit_samples,
     mnist_digits,
 )
+from data.files.errors import UserError
 
 
 def test_border_is_the_background_alone() -> None:

@@ -7,13 +7,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.evaluation import measures as metrics_measures
-from blackpoint.sampling.evaluation import rows as metrics_rows
-from blackpoint.sampling.evaluation.rows import read_images, read_rows, write_rows
-from blackpoint.sampling.evaluation.summary import read_summary
-from blackpoint.sampling.runtime.tasks import Task
-from blackpoint.scripts.cli import main
+from data.files.errors import UserError
+from sampling.evaluation import metrics_measures, metrics_rows
+from sampling.evaluation.metrics_rows import read_images, read_rows, write_rows
+from sampling.evaluation.metrics_summary import read_summary
+from sampling.tasks import Task
+from scripts.cli import main
 from tests.evaluations import (
     arguments,
     evaluate,
@@ -25,7 +24,7 @@ from tests.evaluations import (
 )
 from tests.pixel_models import pixel_model
 
-PAINT = "blackpoint.sampling.evaluation.generate.Painter.paint"
+PAINT = "sampling.evaluation.metrics_painter.Painter.paint"
 BRIGHT = ["verifiers.bright.kind=luminance", "verifiers.bright.target=1"]
 
 
@@ -86,7 +85,7 @@ def test_columns_that_are_not_asked_for_stay(
     fewer = evaluate(arguments(pipeline, prompts, output))
     assert "bright" not in {each.name for each in fewer.metrics}
     assert all("bright" in row for row in read_images(output))
-    monkeypatch.setattr("blackpoint.sampling.evaluation.measures.Measures.measure", None)
+    monkeypatch.setattr("sampling.evaluation.metrics_measures.Measures.measure", None)
     assert numbers(evaluate(arguments(pipeline, prompts, output, *BRIGHT))) == numbers(first)
 
 
@@ -139,7 +138,7 @@ def test_references_are_measured_once(
     shared = [*with_sets(reference), f"reference_cache={tmp_path / 'shared'}"]
     first = evaluate(arguments(pipeline, prompts, tmp_path / "first", *shared))
     with monkeypatch.context() as patch:
-        patch.setattr("blackpoint.sampling.evaluation.metrics.reference_set.read_reference", None)
+        patch.setattr("sampling.evaluation.reference_set.read_reference", None)
         second = evaluate(arguments(pipeline, prompts, tmp_path / "second", *shared))
         assert numbers(second) == numbers(first) and second.notes == first.notes
     [kept] = (tmp_path / "shared").iterdir()
@@ -182,7 +181,7 @@ def test_memory_is_that_of_the_largest_process(
 ) -> None:
     given = arguments(pipeline, prompts, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr("blackpoint.sampling.evaluation.run.peak_gb", lambda device: 99.5)
+        patch.setattr("sampling.evaluation.metrics_study.peak_gb", lambda device: 99.5)
         evaluate(given)
     evaluate([*given, *BRIGHT])
     found = read_summary(tmp_path / "out")

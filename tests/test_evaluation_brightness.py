@@ -5,13 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.evaluation.metrics.brightness import (
-    LuminanceRange,
-    luminance_error,
-    luminance_range,
-)
-from blackpoint.sampling.prompts.prompt_set import Prompt, read_prompt_set
+from data.files.errors import UserError
+from sampling.evaluation.brightness import LuminanceRange, luminance_error, luminance_range
+from sampling.prompts import Prompt, read_prompt_set
 
 PROMPTS = Path(__file__).parents[1] / "configs" / "prompts" / "brightness.jsonl"
 

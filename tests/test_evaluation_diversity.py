@@ -6,14 +6,14 @@ import torch
 from scipy.spatial.distance import pdist
 from torch import nn
 
-from blackpoint.data.files.errors import RunFailed, UserError
-from blackpoint.sampling.statistics import diversity
-from blackpoint.sampling.statistics.diversity import (
+from data.files.errors import RunFailed, UserError
+from sampling.evaluation import diversity
+from sampling.evaluation.diversity import (
     diversity_change,
     extract_features,
     mean_pairwise_distance,
 )
-from blackpoint.sampling.statistics.estimates import bca_interval, influences
+from sampling.evaluation.statistics import bca_interval, influences
 
 FEATURES = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
 

@@ -5,13 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
-from blackpoint.sampling.statistics.frechet import (
-    frechet_estimates,
-    frechet_influence,
-    lack_of_images,
-)
-from blackpoint.sampling.verifiers.oracle import Gaussian, frechet_distance, gaussian_of
-from blackpoint.scripts.measurements.measure_intervals import coverage, gaussian_sets
+from sampling.evaluation.frechet import frechet_estimates, frechet_influence, lack_of_images
+from sampling.verifiers.reference import Gaussian, frechet_distance, gaussian_of
+from scripts.measure_intervals import coverage, gaussian_sets
 
 
 def rows(count: int, size: int, seed: int = 0) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance, luminance
+from sampling.evaluation.luminance import border_luminance, image_luminance, luminance
 
 
 def test_luminance_is_that_of_pil() -> None:

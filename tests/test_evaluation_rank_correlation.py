@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.statistics import rank_correlation
-from blackpoint.sampling.statistics.estimates import bca_interval, influences
-from blackpoint.sampling.statistics.rank_correlation import kendall, spearman
+from data.files.errors import UserError
+from sampling.evaluation import rank_correlation
+from sampling.evaluation.rank_correlation import kendall, spearman
+from sampling.evaluation.statistics import bca_interval, influences
 
 
 def scores(n: int, seed: int, correlation: float = 0.6) -> tuple[np.ndarray, np.ndarray]:

@@ -12,9 +12,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.evaluation.config import SetsConfig
-from blackpoint.sampling.evaluation.metrics.set_metrics import (
+from data.files.errors import UserError
+from sampling.evaluation.kernel_distance import distances_without, kernel_distance
+from sampling.evaluation.metrics import SetsConfig
+from sampling.evaluation.metrics_rows import FEATURE_COLUMN, LOGIT_COLUMN
+from sampling.evaluation.set_metrics import (
     SetMetric,
     ball_counts,
     feature_metrics,
@@ -23,15 +25,9 @@ from blackpoint.sampling.evaluation.metrics.set_metrics import (
     num_splits,
     precision_recall,
 )
-from blackpoint.sampling.evaluation.metrics.set_models import (
-    load_set_model,
-    networks,
-    read_reference,
-)
-from blackpoint.sampling.evaluation.rows import FEATURE_COLUMN, LOGIT_COLUMN
-from blackpoint.sampling.statistics.kernel_distance import distances_without, kernel_distance
-from blackpoint.sampling.verifiers.load import ImageModelConfig
-from blackpoint.sampling.verifiers.oracle import inception_score
+from sampling.evaluation.set_models import load_set_model, networks, read_reference
+from sampling.verifiers.load import ImageModelConfig
+from sampling.verifiers.reference import inception_score
 from tests.tiny_vision import ThreeColors, eight_bit_images
 
 CPU = torch.device("cpu")

@@ -24,21 +24,22 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-import blackpoint.sampling.checkpoints.encoders
-from blackpoint.sampling.guidance import Guidance
-from blackpoint.sampling.inversion import Inverter, bdia_invert, bdia_sample, invert
-from blackpoint.sampling.model import DiffusionModel
-from blackpoint.sampling.noise import seeded_noise
-from blackpoint.sampling.process import Process
-from blackpoint.sampling.samplers import SAMPLERS, SampleState, SamplingGrid, renoise
-from blackpoint.sampling.schedule import NoiseSchedule
-from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
-from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.module import FineTuner
+import sampling.encoders
+from sampling.grid import SampleState, SamplingGrid, renoise
+from sampling.guidance import Guidance
+from sampling.inversion import Inverter, invert
+from sampling.model import DiffusionModel
+from sampling.noise import seeded_noise
+from sampling.process import Process
+from sampling.samplers import SAMPLERS
+from sampling.schedule import NoiseSchedule
+from sampling.verifiers.load import VerifierConfig, load_verifier
 from tests import test_verifiers_clip, test_verifiers_hpsv2, test_verifiers_image_reward
 from tests.pixel_models import CLASSES, pixel_model, pixel_train_config
 from tests.tiny_run import tiny_config
 from tests.tiny_vision import make_tiny_vit
+from train.config import TrainConfig
+from train.module import FineTuner
 
 GPU = torch.device("cuda:0")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -70,9 +71,7 @@ def mode(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
         (Process, "final_alpha_bar"),
     ):
         monkeypatch.setattr(owner, name, on_host(getattr(owner, name)))
-    monkeypatch.setattr(
-        blackpoint.sampling.checkpoints.encoders, "_overflowed", lambda given, result: False
-    )
+    monkeypatch.setattr(sampling.encoders, "_overflowed", lambda given, result: False)
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -212,15 +211,11 @@ def test_renoising(dtype: torch.dtype, pipeline: Path, mode: FakeTensorMode) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", ["ddim", "fixed_point", "anderson", "renoise", "bdia"])
+@pytest.mark.parametrize("method", ["ddim", "fixed_point", "anderson", "renoise"])
 def test_inversion(method: Any, dtype: torch.dtype, pipeline: Path, mode: FakeTensorMode) -> None:
     model = model_on_gpu(DiffusionModel.load(pipeline), mode, dtype)
     with mode:
-        denoise, grid, noise = guided(model)
-        if method == "bdia":
-            pair = bdia_sample(denoise, grid, noise.to(GPU))
-            assert_on(bdia_invert(denoise, grid, *pair)[0], GPU)
-            return
+        denoise, grid, _ = guided(model)
         found = invert(denoise, grid, torch.zeros(2, 4, 8, 8, device=GPU), Inverter(method, 3))
         for tensor in (found.x, found.residual, found.contraction):
             assert_on(tensor, GPU)
@@ -265,11 +260,10 @@ def test_verifiers(
 
     monkeypatch.setattr(nn.Module, "to", to)
     if kind == "hpsv2":
-        small, number_format = test_verifiers_hpsv2.SMALL, getattr(torch, dtype)
-        load = test_verifiers_hpsv2.load_hpsv2
-        verifier: Any = load(files["checkpoint"], GPU, number_format, architecture=small)
-    else:
-        verifier = load_verifier(config, GPU)
+        monkeypatch.setattr(
+            "sampling.verifiers.models.hpsv2.ARCHITECTURE", test_verifiers_hpsv2.SMALL
+        )
+    verifier: Any = load_verifier(config, GPU)
     with mode:
         images, previews = (torch.rand(2, 3, 16, 16, device=GPU) for _ in range(2))
         scores = verifier.score(images, ["a one", "a two"], previews)

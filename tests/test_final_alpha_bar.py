@@ -9,15 +9,13 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionPipeline
 from torch.testing import assert_close
 
-from blackpoint.sampling.export.export import export
-from blackpoint.sampling.inversion import Inverter, invert
-from blackpoint.sampling.model import DiffusionModel
-from blackpoint.sampling.process import Process
-from blackpoint.sampling.reconstruction import reconstruct
-from blackpoint.sampling.samplers import SAMPLERS, SampleState, run
-from blackpoint.train.target_process import fine_tuned_process
+from sampling.export import export
+from sampling.grid import SampleState
+from sampling.inversion import Inverter, invert
+from sampling.model import DiffusionModel
+from sampling.process import Process
+from sampling.samplers import run
 from tests.tiny_pipeline import SD15_SCHEDULER_CONFIG, make_tiny_pipeline
-from tests.tiny_run import tiny_config
 from tests.toy_denoisers import noise_of, reader, toy_network
 
 CLASSES = (
@@ -58,7 +56,7 @@ def test_ddim_of_any_scheduler_class_ends_where_its_config_says(name, value):
 
 
 @pytest.mark.parametrize("set_alpha_to_one", [False, True])
-@pytest.mark.parametrize("sampler", SAMPLERS[1:])
+@pytest.mark.parametrize("sampler", OF_SAMPLERS)
 def test_other_samplers_end_at_clean_data_as_diffusers_do(sampler, set_alpha_to_one):
     process = Process.from_diffusers(config(set_alpha_to_one))
     theirs = getattr(diffusers, OF_SAMPLERS[sampler]).from_config(process.to_diffusers())
@@ -131,25 +129,6 @@ def test_saving_and_exporting_keep_it(checkpoint, tmp_path):
         written = json.loads((folder / "scheduler/scheduler_config.json").read_text())
         assert written["set_alpha_to_one"] == model.process.set_alpha_to_one
         assert DiffusionModel.load(folder).process.set_alpha_to_one == written["set_alpha_to_one"]
-
-
-@pytest.mark.parametrize("zero_snr", [True, False])
-def test_a_fine_tune_ends_at_clean_data_whatever_its_base_does(tmp_path, zero_snr):
-    settings = {"schedule.zero_terminal_snr": zero_snr}
-    wanted = tiny_config(tmp_path / "run", tmp_path / "base", tmp_path / "shards", **settings)
-    process = fine_tuned_process(wanted, Process.from_diffusers(config(False)))
-    assert process.set_alpha_to_one and process.to_diffusers()["set_alpha_to_one"]
-
-
-def test_reconstruction_walks_the_checkpoints_own_levels(checkpoint, monkeypatch):
-    model, seen = DiffusionModel.load(checkpoint), []
-    monkeypatch.setattr(
-        "blackpoint.sampling.reconstruction.invert",
-        lambda denoise, grid, *rest, **_: seen.append(grid) or invert(denoise, grid, *rest),
-    )
-    images = torch.full((1, 3, 16, 16), 0.5)
-    reconstruct(model, images, ["a photo"], num_steps=3, inverter=Inverter("ddim"))
-    assert seen[0].alpha[-1] ** 2 == pytest.approx(model.process.final_alpha_bar("ddim"))
 
 
 def test_another_last_sigma_is_named(caplog):

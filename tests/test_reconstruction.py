@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.inversion import Inverter
-from blackpoint.sampling.model import DiffusionModel
-from blackpoint.sampling.reconstruction import reconstruct
+from data.files.errors import UserError
+from sampling.inversion import Inverter
+from sampling.model import DiffusionModel
+from sampling.reconstruction import reconstruct
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.noise import derive_seed, initial_noise, step_noise
-from blackpoint.sampling.prediction import training_target
-from blackpoint.sampling.samplers import (
-    SAMPLERS,
-    SampleState,
-    SamplingGrid,
-    check_sampler,
-    renoise,
-    run,
-)
+from data.files.errors import UserError
+from sampling.grid import SampleState, SamplingGrid, renoise
+from sampling.noise import derive_seed, initial_noise, step_noise
+from sampling.prediction import training_target
+from sampling.samplers import SAMPLERS, check_sampler, run
 from tests.toy_denoisers import (
     MEAN,
     ZERO_SNR,
@@ -86,16 +80,21 @@ def test_an_image_is_the_same_alone_and_in_a_batch(sampler):
         assert_close(sample([seed])[0], whole[row], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("sampler", "calls"), [("ddim", 4), ("dpmpp_2m", 4), ("heun", 7)])
-def test_number_of_evaluations_is_the_stated_one(sampler, calls):
-    visited = []
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_asks_the_network_and_draws_noise_as_it_declares(sampler):
+    declared, visited, drawn = SAMPLERS[sampler], [], []
 
     def denoise(x, t):
         visited.append(t)
         return reader(ZERO_SNR)(x, t)
 
-    levels(sampler, ZERO_SNR, ZERO_SNR.trailing_timesteps(4), noise_of(), denoise)
-    assert len(visited) == calls
+    def noise(step):
+        drawn.append(step)
+        return step_noise([0, 1], step, (4, 8, 8))
+
+    levels(sampler, ZERO_SNR, ZERO_SNR.trailing_timesteps(4), noise_of(), denoise, noise=noise)
+    assert len(visited) == 4 + 3 * (declared.evaluations_per_step - 1)
+    assert bool(drawn) == declared.stochastic
 
 
 def test_renoising_follows_the_forward_process():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,16 @@ import torch
 from scipy import integrate, stats
 from torch.testing import assert_close
 
-from blackpoint.data.files.errors import RunFailed, UserError
-from blackpoint.sampling.guidance import Guidance
-from blackpoint.sampling.noise import seeded_noise
-from blackpoint.sampling.search.algorithm_configs import (
-    FkSteeringConfig,
-    HalvingConfig,
-    PathsConfig,
-    RandomSearchConfig,
-    ZeroOrderConfig,
-)
-from blackpoint.sampling.search.algorithms.fk_steering import fk_steering, systematic
-from blackpoint.sampling.search.algorithms.halving import halving, measured_kendall, walk
-from blackpoint.sampling.search.algorithms.paths import paths
-from blackpoint.sampling.search.algorithms.random_search import random_search
-from blackpoint.sampling.search.algorithms.zero_order import zero_order
-from blackpoint.sampling.search.trial import Neighbour, Problem, Search, Seeded
-from tests.search_problems import SHAPE, GaussianModel, linear, pixel_law, runner, search
+from data.files.errors import RunFailed, UserError
+from sampling.guidance import Guidance
+from sampling.noise import seeded_noise
+from sampling.search.algorithms.fk_steering import FkSteeringConfig, fk_steering, systematic
+from sampling.search.algorithms.halving import HalvingConfig, halving, measured_kendall, walk
+from sampling.search.algorithms.paths import PathsConfig, paths
+from sampling.search.algorithms.random_search import RandomSearchConfig, random_search
+from sampling.search.algorithms.zero_order import ZeroOrderConfig, zero_order
+from sampling.search.problem import Neighbour, Problem, Search, Seeded
+from tests.search_problems import SHAPE, GaussianModel, linear, pixel_law, runner, scores_of, search
 
 
 def best_of(problem: Problem) -> Search:
@@ -221,9 +215,10 @@ def test_halving_starts_more_noises_than_best_of_n_and_prunes_only_where_it_may(
     problem = Problem(0, 0, one.grid, one.cost, 160)
     assert len(next(halving(problem, HalvingConfig()))) > 160 // 10
     measured = {2: 0.1, 5: 0.6, 8: 0.2}
-    first = next(halving(problem, HalvingConfig(levels=[0.2, 0.5, 0.8]), measured))
+    config = HalvingConfig(levels=[0.2, 0.5, 0.8])
+    first = next(halving(replace(problem, kendall=measured), config))
     assert {trial.stop for trial in first} == {5}
-    blind = next(halving(problem, HalvingConfig(levels=[0.2, 0.5, 0.8]), {}))
+    blind = next(halving(replace(problem, kendall={}), config))
     assert {trial.stop for trial in blind} == {10} and len(blind) == 16
 
 
@@ -232,10 +227,10 @@ def test_the_rank_correlation_is_measured_on_whole_runs(tmp_path: Path) -> None:
     search(runner(2), tmp_path, lambda problem: walk(problem, [3, 7], 6, 1.0), 60)
     rows = [json.loads(line) for line in (tmp_path / "candidates.jsonl").open()]
     assert len(rows) == 2 * 6 * 3
-    assert measured_kendall(rows) == pytest.approx({3: 1.0, 7: 1.0})
+    assert measured_kendall(rows, scores_of) == pytest.approx({3: 1.0, 7: 1.0})
     for row in rows:
         row["score"] = row["candidate"] % 3 if row["goal"] == "final" else 0.0
-    assert measured_kendall(rows) == {}
+    assert measured_kendall(rows, scores_of) == {}
 
 
 def test_a_budget_below_one_image_is_refused(tmp_path: Path) -> None:

@@ -10,23 +10,26 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.guidance import Guidance
-from blackpoint.sampling.inversion import Inverter, invert
-from blackpoint.sampling.model import DiffusionModel
-from blackpoint.sampling.noise import seeded_noise
-from blackpoint.sampling.samplers import Prediction, SampleState, SamplingGrid, run
-from blackpoint.sampling.search.algorithm_configs import NoiseOptimisationConfig
-from blackpoint.sampling.search.algorithms.noise_optimisation import noise_optimisation, rate
-from blackpoint.sampling.search.config import SearchConfig
-from blackpoint.sampling.search.gradients import checkpointed, fixed_inverse, through_the_run
-from blackpoint.sampling.search.run import search_to_folder
-from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
-from blackpoint.sampling.search.search import PromptSearch
-from blackpoint.sampling.search.trial import Problem
-from blackpoint.sampling.verifiers.load import VerifierConfig
-from blackpoint.sampling.verifiers.luminance import Luminance
-from blackpoint.sampling.verifiers.stability import Stability
+from data.files.errors import UserError
+from sampling.grid import Prediction, SampleState, SamplingGrid
+from sampling.guidance import Guidance
+from sampling.inversion import Inverter, invert
+from sampling.model import DiffusionModel
+from sampling.noise import seeded_noise
+from sampling.samplers import run
+from sampling.search.algorithms.noise_optimisation import (
+    NoiseOptimisationConfig,
+    noise_optimisation,
+    rate,
+)
+from sampling.search.config import SearchConfig
+from sampling.search.driver import PromptSearch
+from sampling.search.gradients import checkpointed, fixed_inverse, through_the_run
+from sampling.search.problem import Problem
+from sampling.search.run import search_to_folder
+from sampling.search.runner import SearchSampling, TrialRunner
+from sampling.verifiers.load import VerifierConfig, load_verifier
+from sampling.verifiers.stability import Stability
 from tests.search_problems import GaussianModel, search
 from tests.toy_denoisers import ZERO_SNR, reader
 
@@ -265,7 +268,8 @@ def test_the_verb_optimises_a_noise_and_keeps_it(pipeline: Path, tmp_path: Path)
         with torch.no_grad():
             denoise = model.denoiser(model.encode_prompts([row["prompt"]]))
             image = model.decode(run("ddim", denoise, grid, SampleState(noise)).x)
-        score = Luminance(target=1.0).score(image, [row["prompt"]])
+        bright: Any = load_verifier(settings["verifiers"]["bright"], torch.device("cpu"))
+        score = bright.score(image, [row["prompt"]])
         assert score.item() == pytest.approx(row["score"], abs=2e-4)
 
 

@@ -11,31 +11,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from blackpoint.data.files.plain import number, recorded
-from blackpoint.sampling.inversion import Inverter, invert
-from blackpoint.sampling.samplers import SamplingGrid
-from blackpoint.sampling.search.algorithm_configs import (
-    FkSteeringConfig,
-    HalvingConfig,
+from sampling.evaluation.plain import number, recorded
+from sampling.grid import SamplingGrid
+from sampling.inversion import Inverter, invert
+from sampling.search.algorithms.fk_steering import FkSteeringConfig, fk_steering
+from sampling.search.algorithms.halving import HalvingConfig, halving, measured_kendall, walk
+from sampling.search.algorithms.noise_optimisation import (
     NoiseOptimisationConfig,
-    PathsConfig,
-    RandomSearchConfig,
-    ZeroOrderConfig,
+    noise_optimisation,
 )
-from blackpoint.sampling.search.algorithms.fk_steering import fk_steering
-from blackpoint.sampling.search.algorithms.halving import halving, measured_kendall, walk
-from blackpoint.sampling.search.algorithms.noise_optimisation import noise_optimisation
-from blackpoint.sampling.search.algorithms.paths import paths
-from blackpoint.sampling.search.algorithms.random_search import random_search
-from blackpoint.sampling.search.algorithms.zero_order import zero_order
-from blackpoint.sampling.search.config import DiversityConfig
-from blackpoint.sampling.search.judge import alarms, judge
-from blackpoint.sampling.search.runner import TrialRunner
-from blackpoint.sampling.search.search import PromptSearch
-from blackpoint.sampling.search.trial import Outcome, Problem, Search, Seeded, Trial
-from blackpoint.sampling.verifiers.ensemble import combined
-from blackpoint.sampling.verifiers.oracle import Gaussian, Oracle
-from tests.search_problems import GaussianModel, Scored, linear, runner, search
+from sampling.search.algorithms.paths import PathsConfig, paths
+from sampling.search.algorithms.random_search import RandomSearchConfig, random_search
+from sampling.search.algorithms.zero_order import ZeroOrderConfig, zero_order
+from sampling.search.config import DiversityConfig
+from sampling.search.driver import PromptSearch
+from sampling.search.judgement import alarms, judge
+from sampling.search.problem import Outcome, Problem, Search, Seeded, Trial
+from sampling.search.runner import TrialRunner
+from sampling.verifiers.ensemble import combined
+from sampling.verifiers.oracle import Oracle
+from sampling.verifiers.reference import Gaussian
+from tests.search_problems import GaussianModel, Scored, linear, runner, scores_of, search
 from tests.toy_denoisers import ZERO_SNR, noise_of, reader
 
 WORST = -1e6
@@ -243,7 +239,7 @@ def test_the_rank_correlation_is_that_of_the_finite_pairs(value: float, tmp_path
     search(one, tmp_path, lambda problem: walk(problem, [3, 7], 6, 1.0), 60)
     rows = [json.loads(line) for line in (tmp_path / "candidates.jsonl").open()]
     assert sum(row["score"] is None for row in rows) == 3
-    assert measured_kendall(rows) == pytest.approx({3: 1.0, 7: 1.0})
+    assert measured_kendall(rows, scores_of) == pytest.approx({3: 1.0, 7: 1.0})
 
 
 @pytest.mark.parametrize("value", BAD)

@@ -6,13 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from blackpoint.scripts.sweep import content_digest
-from blackpoint.scripts.sweep.content_digest import (
-    BLOCK_BYTES,
-    NUM_PIECES,
-    PIECE_BYTES,
-    digest_of_weights,
-)
+from scripts import content_digest
+from scripts.content_digest import BLOCK_BYTES, NUM_PIECES, PIECE_BYTES, digest_of_weights
 from tests.tiny_sweep import EVALUATE, cells
 
 

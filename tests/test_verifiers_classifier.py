@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import ViTForImageClassification, ViTImageProcessor
 
-from blackpoint.data.files.errors import RunFailed, UserError
-from blackpoint.sampling.verifiers.image_model import ImageModel
-from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
-from blackpoint.sampling.verifiers.models.classifier import Classifier, label_in
-from blackpoint.scripts.miniature.digit_reader import DigitReader, save_weights
+from data.files.errors import RunFailed, UserError
+from sampling.evaluation.digit_reader import DigitReader, save_weights
+from sampling.verifiers.load import VerifierConfig, load_verifier
+from sampling.verifiers.models.classifier import Classifier, ClassifierConfig, label_in
+from sampling.verifiers.models.image_model import ImageModel
 from tests.tiny_pipeline import DIGITS
 from tests.tiny_vision import IMAGE_PX, LABELS, eight_bit_images, make_tiny_vit
 
 CPU = torch.device("cpu")
-READER = "blackpoint.scripts.miniature.digit_reader:DigitReader"
+READER = "sampling.evaluation.digit_reader:DigitReader"
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,7 @@ def test_a_module_is_frozen_and_in_evaluation_mode() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(12, 2))
     model = ImageModel(network.eval().requires_grad_(False), CPU, torch.float32)
     images = torch.rand(3, 3, 2, 2)
-    scores = Classifier(model, label="1", output="logit").score(images, [""] * 3)
+    config = ClassifierConfig("classifier", label="1", output="logit")
+    scores = Classifier(model, config).scores(images, [""] * 3)
     assert_close(scores, network(images)[:, 1])
     assert not scores.requires_grad

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import CLIPModel, CLIPProcessor
 
-from blackpoint.data.files.errors import RunFailed, UserError
-from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
-from blackpoint.sampling.verifiers.verifier import checked_scores
+from data.files.errors import RunFailed, UserError
+from sampling.verifiers.load import VerifierConfig, load_verifier
+from sampling.verifiers.models.clip import load_clip
+from sampling.verifiers.verifier import checked_scores
 from tests.tiny_vision import IMAGE_PX, eight_bit_images, make_tiny_clip
 
 CPU = torch.device("cpu")
@@ -146,12 +147,12 @@ def test_an_over_long_prompt_is_cut_and_said_once(
 
 
 def test_a_prompt_is_encoded_once(clip: Path) -> None:
-    verifier = loaded("pick_score", clip)
+    model = load_clip(VerifierConfig("pick_score", str(clip)), "", CPU, torch.float32)
     calls: list[int] = []
-    verifier._clip.model.text_model.register_forward_hook(lambda *_: calls.append(1))
+    model.model.text_model.register_forward_hook(lambda *_: calls.append(1))
     images = eight_bit_images(6, IMAGE_PX, IMAGE_PX)
     for _ in range(2):
-        verifier.score(images, PROMPTS * 2)
+        model.cosines(images, PROMPTS * 2)
     assert len(calls) == 1
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.testing import assert_close
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.verifiers.ensemble import combined
+from data.files.errors import UserError
+from sampling.verifiers.ensemble import combined
 
 RULES = ["mean_rank", "z_score", "minimum", "weighted_sum"]
 groups = st.integers(1, 6).flatmap(
@@ -87,17 +87,11 @@ def test_weights_move_the_ranking() -> None:
     assert combined(scores, "minimum", [1, 0]).argmax() == 0  # weight 0 leaves one out
 
 
-def test_wrong_weights_and_rules_are_refused() -> None:
+def test_wrong_weights_are_refused() -> None:
     scores = torch.zeros(3, 2)
-    with pytest.raises(UserError, match="1 weights for 2 verifiers"):
-        combined(scores, weights=[1])
     with pytest.raises(UserError, match="must be finite numbers, not all 0"):
         combined(scores, weights=[0, 0])
     with pytest.raises(UserError, match="must be finite numbers, not all 0"):
         combined(scores, weights=[1, float("nan")])
     with pytest.raises(UserError, match="must be 0 or more for ensemble=mean_rank"):
         combined(scores, weights=[1, -1])
-    with pytest.raises(UserError, match="ensemble=best is not one; use mean_rank, z_score"):
-        combined(scores, "best")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"scores: shape \(3,\); give one row a candidate"):
-        combined(torch.zeros(3))

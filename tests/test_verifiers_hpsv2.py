@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from torchvision.transforms import InterpolationMode
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
-from blackpoint.sampling.verifiers.models.hpsv2 import HpsV2, load_hpsv2
+from data.files.errors import UserError
+from sampling.verifiers.load import VerifierConfig, load_verifier
+from sampling.verifiers.models import hpsv2
+from sampling.verifiers.verifier import ImageVerifier
 from tests.tiny_vision import eight_bit_images, spread_out
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def verifier(checkpoint: Path) -> HpsV2:
+def verifier(checkpoint: Path) -> ImageVerifier:
     return loaded(checkpoint)
 
 
@@ -54,8 +55,11 @@ def tokenizer() -> Any:
     return open_clip.get_tokenizer(SMALL)
 
 
-def loaded(checkpoint: Path, **fields: Any) -> HpsV2:
-    return load_hpsv2(str(checkpoint), CPU, torch.float32, architecture=SMALL, **fields)
+def loaded(checkpoint: Path, **fields: Any) -> ImageVerifier:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hpsv2, "ARCHITECTURE", SMALL)
+        config = VerifierConfig(kind="hpsv2", checkpoint=str(checkpoint), **fields)
+        return load_verifier(config, CPU)  # type: ignore[return-value]
 
 
 def directly(checkpoint: Path, images: Tensor, prompts: list[str]) -> Tensor:
@@ -79,7 +83,7 @@ def directly(checkpoint: Path, images: Tensor, prompts: list[str]) -> Tensor:
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 56), (57, 40)])
 def test_score_is_open_clips_cosine(
-    checkpoint: Path, verifier: HpsV2, size: tuple[int, int]
+    checkpoint: Path, verifier: ImageVerifier, size: tuple[int, int]
 ) -> None:
     images = eight_bit_images(3, *size)
     expected = directly(checkpoint, images, PROMPTS)
@@ -88,7 +92,7 @@ def test_score_is_open_clips_cosine(
     assert_close(alone, expected[1:2], atol=1e-5, rtol=0)
 
 
-def test_gradients_flow_and_weights_have_none(verifier: HpsV2) -> None:
+def test_gradients_flow_and_weights_have_none(verifier: ImageVerifier) -> None:
     images = eight_bit_images(2, 40, 40).requires_grad_()
     verifier.score(images, PROMPTS[:2]).sum().backward()
     assert verifier.differentiable and images.grad is not None
@@ -97,7 +101,7 @@ def test_gradients_flow_and_weights_have_none(verifier: HpsV2) -> None:
 
 
 def test_an_over_long_prompt_is_cut_and_said_once(
-    checkpoint: Path, verifier: HpsV2, caplog: pytest.LogCaptureFixture
+    checkpoint: Path, verifier: ImageVerifier, caplog: pytest.LogCaptureFixture
 ) -> None:
     images = eight_bit_images(2, 32, 32)
     prompt = " ".join(["snow"] * 30)

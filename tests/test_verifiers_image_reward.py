@@ -17,15 +17,10 @@ from transformers import (
     BlipVisionModel,
 )
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
-from blackpoint.sampling.verifiers.models.image_reward import (
-    MAX_TOKENS,
-    MEAN,
-    STD,
-    load_image_reward,
-)
-from blackpoint.sampling.verifiers.preprocessing import CLIP_MEAN, CLIP_STD
+from data.files.errors import UserError
+from sampling.verifiers.load import VerifierConfig, load_verifier
+from sampling.verifiers.models.image_reward import MAX_TOKENS, MEAN, STD
+from sampling.verifiers.models.preprocessing import CLIP_MEAN, CLIP_STD
 from tests.tiny_vision import eight_bit_images, spread_out
 
 CPU = torch.device("cpu")
@@ -201,7 +196,7 @@ def test_what_is_missing_is_named(
     state.pop("blip.visual_encoder.norm.weight")
     torch.save(state, tmp_path / "ImageReward.pt")
     with pytest.raises(UserError, match="does not hold an ImageReward model.*post_layernorm"):
-        load_image_reward(str(tmp_path), None, CPU, torch.float32)
+        loaded(tmp_path)
     torch.save({"weight": torch.zeros(1)}, tmp_path / "ImageReward.pt")
     with pytest.raises(UserError, match="does not hold an ImageReward model"):
-        load_image_reward(str(tmp_path), None, CPU, torch.float32)
+        loaded(tmp_path)

@@ -1,23 +1,28 @@
 """The luminance verifier: exact distances, targets given or read from the prompt."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
-from blackpoint.sampling.verifiers.luminance import Luminance
+from data.files.errors import UserError
+from sampling.verifiers.load import VerifierConfig, load_verifier
 
 CPU = torch.device("cpu")
 unit = st.floats(0, 1, width=32)
 
 
+def loaded(**fields: Any) -> Any:
+    return load_verifier(VerifierConfig(kind="luminance", **fields), CPU)
+
+
 @given(unit, unit, st.sampled_from(["border", "image"]))
 def test_gray_images_lie_at_their_distance(gray: float, target: float, where: str) -> None:
     images = torch.full((1, 3, 6, 8), gray)
-    score = Luminance(target, where).score(images, ["whatever"])  # type: ignore[arg-type]
+    score = loaded(target=target, where=where).score(images, ["whatever"])
     assert_close(score, torch.tensor([-abs(gray - target)]), atol=1e-5, rtol=0)
 
 
@@ -30,13 +35,13 @@ def test_the_prompt_says_what_and_where() -> None:
         "a solid black image",
         "pure white",
     ]
-    scores = Luminance(batch_size=3).score(images, prompts)
+    scores = loaded(batch_size=3).score(images, prompts)
     assert_close(scores, -torch.tensor([0.0, 0.75, 0.25, 0.75]))
 
 
 def test_gradients_point_to_the_target() -> None:
     images = torch.full((1, 3, 8, 8), 0.5, requires_grad=True)
-    Luminance(0.2, "border").score(images, [""]).sum().backward()
+    loaded(target=0.2, where="border").score(images, [""]).sum().backward()
     assert images.grad is not None
     assert (images.grad[..., 0, :] < 0).all() and (images.grad[..., 2:-2, 2:-2] == 0).all()
 

@@ -12,15 +12,11 @@ from torch.testing import assert_close
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.verifiers.image_model import ImageModel
-from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
-from blackpoint.sampling.verifiers.oracle import (
-    Oracle,
-    frechet_distance,
-    gaussian_of,
-    inception_score,
-)
+from data.files.errors import UserError
+from sampling.verifiers.load import VerifierConfig, load_verifier
+from sampling.verifiers.models.image_model import ImageModel
+from sampling.verifiers.oracle import Oracle, OracleConfig
+from sampling.verifiers.reference import frechet_distance, gaussian_of, inception_score
 from tests.tiny_vision import eight_bit_images, make_tiny_vit
 
 CPU = torch.device("cpu")
@@ -86,7 +82,7 @@ def test_is_is_that_of_torchmetrics() -> None:
 
 def test_a_contribution_is_what_the_set_gains() -> None:
     reference = gaussian_of(FEATURES(tinted(50, 1)))
-    oracle = Oracle(FEATURES, reference, batch_size=2)
+    oracle = Oracle(FEATURES, reference, OracleConfig("oracle", batch_size=2))
     images = tinted(9, 0)
     assert not oracle.differentiable
     for n in range(3):

@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from blackpoint.data.files.errors import RunFailed, UserError
-from blackpoint.sampling.verifiers.image_model import load_classifier, load_features
-from blackpoint.sampling.verifiers.pretrained import NEEDED_FILES, find_folder
+from data.files.errors import RunFailed, UserError
+from sampling.verifiers.models.pretrained import NEEDED_FILES, find_folder
 
 
 def fetched(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception) -> Any:
@@ -43,9 +41,3 @@ def test_each_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         fetched(monkeypatch, OSError(errno.ENOSPC, "full"))
     with pytest.raises(ZeroDivisionError):  # our own mistakes are not the network's
         fetched(monkeypatch, ZeroDivisionError())
-
-
-def test_a_model_must_be_named() -> None:
-    for load in (load_features, load_classifier):
-        with pytest.raises(UserError, match="checkpoint is not set; give a model folder or hub id"):
-            load(None, None, torch.device("cpu"), torch.float32)

@@ -1,5 +1,6 @@
 """The self-supervised verifier: the cosine of features of a preview and of the image it became."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from blackpoint.data.files.errors import RunFailed, UserError
-from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
-from blackpoint.sampling.verifiers.models.self_supervised import DEFAULT_LOG_SNR
-from blackpoint.sampling.verifiers.preprocessing import load_preprocessing
+from data.files.errors import RunFailed, UserError
+from sampling.verifiers.load import VerifierConfig, load_verifier
+from sampling.verifiers.models.preprocessing import load_preprocessing
 from tests.tiny_vision import (
     IMAGE_PX,
     eight_bit_images,
@@ -95,7 +95,7 @@ def test_score_is_the_cosine_of_the_librarys_features(
 def test_it_says_which_preview_it_wants() -> None:
     fields: Any = {"kind": "self_supervised", "module": "torch.nn:Flatten"}
     verifier = load_verifier(VerifierConfig(**fields), CPU)
-    assert verifier.preview_log_snr == DEFAULT_LOG_SNR == VerifierConfig(**fields).preview_log_snr
+    assert verifier.preview_log_snr == pytest.approx(2 * math.log(0.89 / 0.11), abs=0.005)
     assert load_verifier(VerifierConfig(**fields, preview_log_snr=1.0), CPU).preview_log_snr == 1
     images = torch.rand(2, 3, 4, 4, requires_grad=True)
     scores = verifier.score(images, ["", ""], images.detach() ** 2)

@@ -8,31 +8,28 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.guidance import Guidance
-from blackpoint.sampling.inversion import Inverter, invert
-from blackpoint.sampling.noise import seeded_noise
-from blackpoint.sampling.samplers import SampleState, run
-from blackpoint.sampling.search.algorithm_configs import (
-    HalvingConfig,
-    RandomSearchConfig,
-    ZeroOrderConfig,
-)
-from blackpoint.sampling.search.algorithms.halving import halving
-from blackpoint.sampling.search.algorithms.random_search import random_search
-from blackpoint.sampling.search.algorithms.zero_order import zero_order
-from blackpoint.sampling.search.config import SearchConfig
-from blackpoint.sampling.search.run import search_to_folder
-from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
-from blackpoint.sampling.verifiers.load import VerifierConfig
-from blackpoint.sampling.verifiers.stability import Stability
+from data.files.errors import UserError
+from sampling.grid import SampleState
+from sampling.guidance import Guidance
+from sampling.inversion import Inverter, invert
+from sampling.noise import seeded_noise
+from sampling.samplers import run
+from sampling.search.algorithms.halving import HalvingConfig, halving
+from sampling.search.algorithms.random_search import RandomSearchConfig, random_search
+from sampling.search.algorithms.zero_order import ZeroOrderConfig, zero_order
+from sampling.search.config import SearchConfig
+from sampling.search.run import search_to_folder
+from sampling.search.runner import SearchSampling, TrialRunner
+from sampling.verifiers.load import VerifierConfig
+from sampling.verifiers.stability import Stability
+from sampling.verifiers.verifier import TrajectoryVerifier, of_images, score_run
 from tests.search_problems import GaussianModel, Scored, search
 from tests.toy_denoisers import ZERO_SNR, reader
 
 ALGORITHMS = {
     "random": lambda problem: random_search(problem, RandomSearchConfig()),
     "zero_order": lambda problem: zero_order(problem, ZeroOrderConfig()),
-    "halving": lambda problem: halving(problem, HalvingConfig(), None),
+    "halving": lambda problem: halving(problem, HalvingConfig()),
 }
 
 
@@ -153,7 +150,7 @@ def test_the_verb_searches_for_stable_noises(pipeline: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"algorithm": "paths"}, "kind=stability goes back to the noise of a run"),
+        ({"algorithm": "paths"}, "kind=stability compares a run with its noise"),
         ({"sampler": "heun"}, "use sampler=ddim without eta, not sampler=heun"),
         ({"eta": 0.5}, "use sampler=ddim without eta"),
         ({"held_out": {"own": "stable"}}, "held_out.own: kind=stability"),
@@ -174,7 +171,6 @@ def test_searches_that_it_cannot_score_are_refused(changes: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"inversion": "bdia"}, "inversion=bdia inverts its own sampler exactly"),
         ({"partial_steps": 0}, "partial_steps=0"),
         ({"num_iterations": 0}, "num_iterations=0"),
         ({"inversion_guidance_scale": -1.0}, "inversion_guidance_scale=-1"),
@@ -191,11 +187,11 @@ def test_a_rate_needs_iterates() -> None:
         Stability(Inverter("ddim"), "contraction")
 
 
-def test_a_picture_has_no_noise() -> None:
-    from blackpoint.data.files.errors import RunFailed
-
-    with pytest.raises(RunFailed, match="scores runs from their noise"):
-        Stability(Inverter("ddim")).score(torch.zeros(1, 3, 4, 4), ["a"])
+def test_a_picture_alone_is_not_scored() -> None:
+    """What needs a run has no score of an image, so it is never taken for a verifier of images."""
+    stable = Stability(Inverter("ddim"))
+    assert isinstance(stable, TrajectoryVerifier) and not hasattr(stable, "score")
+    assert of_images({"stable": stable}) == {}
 
 
 def test_the_own_inverse_of_a_converged_iteration_is_stable() -> None:
@@ -205,7 +201,8 @@ def test_the_own_inverse_of_a_converged_iteration_is_stable() -> None:
     one = runner_of(Scored(), model)
     denoise = reader(ZERO_SNR)
     x = run("ddim", denoise, one.grid, SampleState(noise)).x
-    scores = Stability(Inverter("fixed_point", 60)).score_run(noise, x, 8, denoise, one.grid)
+    verifier = Stability(Inverter("fixed_point", 60))
+    scores = score_run(verifier, noise, x, 8, denoise, one.grid)
     assert_close(scores, torch.ones(4), rtol=0, atol=1e-3)
 
 

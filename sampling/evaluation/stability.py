@@ -10,16 +10,14 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.paths import OutputText, PathText
-from blackpoint.sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
-from blackpoint.sampling.search.algorithm_configs import NoiseOptimisationConfig
-from blackpoint.sampling.verifiers.load import ImageModelConfig, VerifierConfig
+from data.files.errors import UserError
+from data.files.paths import OutputText, PathText
+from sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
+from sampling.search.algorithms.noise_optimisation import NoiseOptimisationConfig
+from sampling.verifiers.load import ImageModelConfig, VerifierConfig
 
 Optimisation = Literal["stability", "fixed_inverse", "reward"]
 LEAST = {"num_optimisation_steps": 2, "batch_size": 1, "gradient_batch_size": 1, "seed": 0}
-OF_RUNS = ("stability", "self_supervised", "oracle")
-"""Kinds of verifiers that do not judge one picture by itself."""
 
 
 @dataclass
@@ -150,7 +148,7 @@ class StabilityStudyConfig:
                 "quality.aesthetic.kind=aesthetic quality.aesthetic.checkpoint=FILE"
             )
         for name, each in self.quality.items():
-            if each.kind in OF_RUNS:
+            if each.declared.needs != "image":
                 raise UserError(
                     f"quality.{name}.kind={each.kind} does not judge a picture by itself; use "
                     "another kind"

@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from blackpoint.data.files.whole_file import write_whole
-from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
-from blackpoint.sampling.evaluation.stability_pictures import painted
-from blackpoint.sampling.evaluation.stability_rows import Found
-from blackpoint.sampling.sample import find_device
-from blackpoint.sampling.statistics.estimates import FEWEST_GROUPS, Estimate, jackknife
-from blackpoint.sampling.statistics.kernel_distance import kernel_distance, kernel_mean
-from blackpoint.sampling.verifiers.image_model import ImageModel, load_classifier, load_features
-from blackpoint.sampling.verifiers.oracle import (
+from data.files.whole_file import write_whole
+from sampling.evaluation.kernel_distance import kernel_distance, kernel_mean
+from sampling.evaluation.stability import StabilityStudyConfig
+from sampling.evaluation.stability_pictures import painted
+from sampling.evaluation.stability_rows import Found
+from sampling.evaluation.statistics import FEWEST_GROUPS, Estimate, jackknife
+from sampling.sample import find_device
+from sampling.verifiers.models.image_model import ImageModel, load_classifier, load_features
+from sampling.verifiers.reference import (
     Gaussian,
     frechet_distance,
     gaussian_of,

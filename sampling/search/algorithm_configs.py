@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from blackpoint.data.files.errors import UserError
+from data.files.errors import UserError
 
 Potential = Literal["difference", "max", "sum"]
 

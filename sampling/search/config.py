@@ -1,28 +1,44 @@
 """The configuration of `blackpoint search`; free of torch, so that its help is instant."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import MISSING
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.paths import OutputText, PathText
-from blackpoint.sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
-from blackpoint.sampling.runtime.tracking import WandbConfig
-from blackpoint.sampling.search.algorithm_configs import (
-    FkSteeringConfig,
-    HalvingConfig,
-    NoiseOptimisationConfig,
-    PathsConfig,
-    RandomSearchConfig,
-    ZeroOrderConfig,
+from data.files.errors import UserError
+from data.files.paths import OutputText, PathText
+from sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
+from sampling.samplers import SAMPLERS, SamplerName, check_sampler
+from sampling.search.algorithms import (
+    fk_steering,
+    halving,
+    noise_optimisation,
+    paths,
+    random_search,
+    zero_order,
 )
-from blackpoint.sampling.verifiers.load import VerifierConfig
+from sampling.search.problem import Algorithm
+from sampling.verifiers.kind import RunForm
+from sampling.verifiers.load import VerifierConfig
+from sampling.wandb_run import WandbConfig
 
-Algorithm = Literal["random", "zero_order", "paths", "halving", "fk_steering", "noise_optimisation"]
+ALGORITHMS = {
+    "random": random_search.ALGORITHM,
+    "zero_order": zero_order.ALGORITHM,
+    "paths": paths.ALGORITHM,
+    "halving": halving.ALGORITHM,
+    "fk_steering": fk_steering.ALGORITHM,
+    "noise_optimisation": noise_optimisation.ALGORITHM,
+}
+"""The table of algorithms; the settings of each are a section of that name."""
+if TYPE_CHECKING:
+    AlgorithmName = str
+else:
+    AlgorithmName = Literal[tuple(ALGORITHMS)]
 EnsembleRule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
-WHOLE = ("random", "zero_order")
-STOCHASTIC = "sampler=euler_ancestral, or sampler=ddim with eta above 0"
 
 
 @dataclass
@@ -37,8 +53,8 @@ class DiversityConfig:
 
 
 @dataclass
-class SearchConfig:
-    """From prompts to the best picture that a budget of network evaluations finds for each."""
+class SearchOptions:
+    """The keys of a search but for the settings of its algorithms."""
 
     checkpoint: PathText = MISSING
     """What to sample: a folder, hub id, run directory or .ckpt."""
@@ -49,8 +65,8 @@ class SearchConfig:
     """Folder to write; the same command there continues a search that was stopped."""
     budget_nfe: int = MISSING
     """Most UNet evaluations a prompt, both branches of guidance counted; the winner's included."""
-    algorithm: Algorithm = "random"
-    """random (best-of-N), zero_order, paths, halving, fk_steering or noise_optimisation."""
+    algorithm: AlgorithmName = "random"
+    """How noises are chosen (docs/search.md); random is best-of-N."""
     verifiers: dict[str, VerifierConfig] = field(default_factory=dict)
     """What is searched for, by name; several are combined by `ensemble`."""
     held_out: dict[str, VerifierConfig] = field(default_factory=dict)
@@ -65,8 +81,8 @@ class SearchConfig:
     """Leave out so many prompts at the start."""
     num_steps: int = 25
     """Sampling steps of every candidate."""
-    sampler: str = "ddim"
-    """ddim, euler, euler_ancestral, heun or dpmpp_2m."""
+    sampler: SamplerName = "ddim"
+    """How a step is taken."""
     eta: float | None = None
     """Share of fresh noise in a step of ddim: 0 (also if not set) is deterministic, 1 ancestral."""
     guidance_scale: float = 7.5
@@ -82,18 +98,6 @@ class SearchConfig:
     """Height in px, a multiple of 8; the model's own if not set."""
     width: int | None = None
     """Width in px, a multiple of 8; the model's own if not set."""
-    random: RandomSearchConfig = field(default_factory=RandomSearchConfig)
-    """Best-of-N."""
-    zero_order: ZeroOrderConfig = field(default_factory=ZeroOrderConfig)
-    """Zero-order search."""
-    paths: PathsConfig = field(default_factory=PathsConfig)
-    """Search over paths."""
-    halving: HalvingConfig = field(default_factory=HalvingConfig)
-    """Successive halving."""
-    fk_steering: FkSteeringConfig = field(default_factory=FkSteeringConfig)
-    """FK steering."""
-    noise_optimisation: NoiseOptimisationConfig = field(default_factory=NoiseOptimisationConfig)
-    """Noise optimisation."""
     weights: Weights = "ema"
     """Which weights of a training checkpoint: their moving average or the last step's."""
     variant: str | None = None
@@ -121,6 +125,18 @@ class SearchConfig:
     wandb: WandbConfig = field(default_factory=lambda: WandbConfig(enabled=False))
     """Tables of winners and candidates at Weights & Biases."""
 
+
+_Sections: Any = make_dataclass(
+    "_Sections",
+    [(name, each.config, field(default_factory=each.config)) for name, each in ALGORITHMS.items()],
+    namespace={"__doc__": ""},
+)
+
+
+@dataclass
+class SearchConfig(_Sections, SearchOptions):
+    """From prompts to the best picture that a budget of network evaluations finds for each."""
+
     def __post_init__(self) -> None:
         for name in ("budget_nfe", "num_steps"):
             if getattr(self, name) < 1:
@@ -130,119 +146,99 @@ class SearchConfig:
         check_seed("seed", self.seed)
         if self.random.first_seed is not None:
             check_seed("random.first_seed", self.random.first_seed, self.budget_nfe)
-        if not self.verifiers:
-            raise UserError(
-                "verifiers is empty: name what to search for, such as verifiers.black.kind="
-                "luminance verifiers.black.target=0, or verifiers.clip.kind=clip_score "
-                "verifiers.clip.checkpoint=FOLDER"
-            )
-        both = sorted(self.verifiers.keys() & self.held_out.keys())
-        if both:
-            raise UserError(
-                f"held_out.{both[0]} is among the verifiers too: a verifier that is searched with "
-                "cannot judge the search; give it another name if it is another one"
-            )
-        if "diversity" in {**self.verifiers, **self.held_out}:
-            raise UserError(
-                "a verifier is called diversity, as what is measured beside the held-out ones is; "
-                "give it another name"
-            )
-        for name, config in {**self.verifiers, **self.held_out}.items():
-            if config.kind == "oracle" and name in self.held_out:
-                raise UserError(
-                    f"held_out.{name}: kind=oracle scores a set that grows, and a winner is judged "
-                    "by its picture alone; hold out another kind"
-                )
-            if config.kind == "oracle" and self.algorithm not in WHOLE and self.held_out:
-                raise UserError(
-                    f"verifiers.{name}: kind=oracle scores a set that grows, so a plain image "
-                    f"beside each winner, which held_out asks of algorithm={self.algorithm}, would "
-                    "be scored with another set; use random or zero_order, or leave held_out out"
-                )
-            if config.kind == "self_supervised" and name in self.held_out:
-                raise UserError(
-                    f"held_out.{name}: kind=self_supervised compares a run's preview with its end, "
-                    "and a winner is judged by its picture alone; hold out another kind"
-                )
-            if config.kind == "stability":
-                self._check_stability(name, config)
-            whole = self.algorithm in WHOLE
-            if config.kind == "self_supervised" and name in self.verifiers and not whole:
-                raise UserError(
-                    f"verifiers.{name}: kind=self_supervised compares a run's preview with its end "
-                    f"and needs whole runs; algorithm={self.algorithm} has parts. Use random or "
-                    "zero_order"
-                )
-        if self.algorithm == "noise_optimisation":
-            self._check_optimisation()
-        if self.algorithm == "fk_steering":
-            if not (self.sampler == "euler_ancestral" or (self.eta or 0) > 0):
-                raise UserError(
-                    f"algorithm=fk_steering with sampler={self.sampler}: copies of a particle "
-                    f"would stay copies without noise in the steps; use {STOCHASTIC}"
-                )
-            if len(self.verifiers) > 1 and self.ensemble != "weighted_sum":
-                raise UserError(
-                    f"ensemble={self.ensemble}: algorithm=fk_steering weighs particles by a score, "
-                    "which a rank is not; use ensemble=weighted_sum"
-                )
-        from blackpoint.sampling.samplers import (
-            check_sampler,  # torch: for a config, not for its help
+        if self.algorithm not in ALGORITHMS:
+            raise UserError(f"algorithm={self.algorithm} is none; use {', '.join(ALGORITHMS)}")
+        check_sampler(self.sampler, self.eta)
+        check_names(self.verifiers, self.held_out)
+        for name, verifier in self.held_out.items():
+            check_judge(name, verifier)
+        for name, verifier in self.verifiers.items():
+            check_verifier(name, verifier, self)
+        self.declared.check(self, self.settings)
+
+    @property
+    def declared(self) -> Algorithm:
+        """What the algorithm declares."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
+    def settings(self) -> Any:
+        """The section of the algorithm."""
+        return getattr(self, self.algorithm)
+
+
+def check_names(verifiers: Collection[str], held_out: Collection[str]) -> None:
+    """Raises UserError without a verifier, or for names that would be mixed up."""
+    if not verifiers:
+        raise UserError(
+            "verifiers is empty: name what to search for, such as verifiers.black.kind="
+            "luminance verifiers.black.target=0, or verifiers.clip.kind=clip_score "
+            "verifiers.clip.checkpoint=FOLDER"
+        )
+    both = sorted(set(verifiers) & set(held_out))
+    if both:
+        raise UserError(
+            f"held_out.{both[0]} is among the verifiers too: a verifier that is searched with "
+            "cannot judge the search; give it another name if it is another one"
+        )
+    if "diversity" in {*verifiers, *held_out}:
+        raise UserError(
+            "a verifier is called diversity, as what is measured beside the held-out ones is; "
+            "give it another name"
         )
 
-        check_sampler(self.sampler, self.eta)
 
-    def _check_stability(self, name: str, config: VerifierConfig) -> None:
-        """Raises UserError where runs have no noise that they could be inverted to."""
-        if name in self.held_out:
-            raise UserError(
-                f"held_out.{name}: kind=stability compares a run with its noise, and a winner is "
-                "judged by its picture alone; hold out another kind"
-            )
-        if self.algorithm not in ("random", "zero_order", "halving", "noise_optimisation"):
-            raise UserError(
-                f"verifiers.{name}: kind=stability goes back to the noise of a run; with "
-                f"algorithm={self.algorithm} a run has no noise of its own. Use random, zero_order "
-                "or halving"
-            )
-        if self.sampler not in ("ddim", "euler") or (self.eta or 0) > 0:
-            raise UserError(
-                f"verifiers.{name}: kind=stability inverts deterministic DDIM; use sampler=ddim "
-                f"without eta, not sampler={self.sampler}"
-            )
-        if (config.partial_steps or 0) > self.num_steps:
-            raise UserError(
-                f"verifiers.{name}.partial_steps={config.partial_steps} is more than num_steps="
-                f"{self.num_steps}: a run is inverted over the steps that it was sampled in; give "
-                f"at most {self.num_steps}"
-            )
-        if config.partial_steps is not None and self.algorithm in ("halving", "noise_optimisation"):
-            raise UserError(
-                f"verifiers.{name}: partial_steps goes with random and zero_order; algorithm="
-                f"{self.algorithm} inverts each run from where it looks at it. Leave it out"
-            )
+def check_judge(name: str, verifier: VerifierConfig) -> None:
+    """Raises UserError for a held-out verifier that needs more than the winner's picture."""
+    if verifier.declared.needs != "image":
+        raise UserError(
+            f"held_out.{name}: kind={verifier.kind} {verifier.declared.looks}, and a winner is "
+            "judged by its picture alone; hold out another kind"
+        )
 
-    def _check_optimisation(self) -> None:
-        """Raises UserError where there is nothing to differentiate, or nothing that can be."""
-        if len(self.verifiers) != 1:
-            raise UserError(
-                f"algorithm=noise_optimisation ascends one score and {len(self.verifiers)} "
-                "verifiers are set; leave one"
-            )
-        if self.compile:
-            raise UserError(
-                "compile=true: algorithm=noise_optimisation differentiates the run with gradient "
-                "checkpointing, which a compiled UNet is not made for; leave compile out"
-            )
-        if self.sampler == "euler_ancestral" or (self.eta or 0) > 0:
-            raise UserError(
-                f"sampler={self.sampler}, eta={self.eta}: algorithm=noise_optimisation needs a "
-                "deterministic sampler; use ddim without eta"
-            )
-        [verifier] = self.verifiers.values()
-        fixed = self.noise_optimisation.gradient == "fixed_inverse"
-        if fixed and (verifier.kind != "stability" or verifier.measure != "cosine"):
-            raise UserError(
-                "noise_optimisation.gradient=fixed_inverse holds the re-inverted noise fixed, so "
-                "it goes with kind=stability, measure=cosine; use gradient=full"
-            )
+
+def check_verifier(name: str, verifier: VerifierConfig, search: SearchOptions) -> None:
+    """Raises UserError for a verifier that cannot judge what the search runs."""
+    kind, form = verifier.declared, ALGORITHMS[search.algorithm].form
+    if kind.needs == "set" and search.held_out and form != "whole":
+        raise UserError(
+            f"verifiers.{name}: kind={verifier.kind} {kind.looks}, so a plain image beside each "
+            f"winner, which held_out asks of algorithm={search.algorithm}, would be scored with "
+            f"another set; use {named(('whole',))}, or leave held_out out"
+        )
+    if form not in kind.forms:
+        runs = "whole runs" if kind.forms == ("whole",) else "runs from a noise of their own"
+        raise UserError(
+            f"verifiers.{name}: kind={verifier.kind} {kind.looks} and needs {runs}; algorithm="
+            f"{search.algorithm} has none. Use {named(kind.forms)}"
+        )
+    sampler = SAMPLERS[search.sampler]
+    if kind.inverts and not (sampler.is_ddim and not sampler.fresh_noise(search.eta)):
+        raise UserError(
+            f"verifiers.{name}: kind={verifier.kind} inverts deterministic DDIM; use sampler=ddim "
+            f"without eta, not sampler={search.sampler}"
+        )
+    check_partial_steps(name, verifier.partial_steps, search)
+
+
+def check_partial_steps(name: str, partial_steps: int | None, search: SearchOptions) -> None:
+    """Raises UserError for a partial inversion of what is not run whole, or not so far."""
+    if partial_steps is None:
+        return
+    if partial_steps > search.num_steps:
+        raise UserError(
+            f"verifiers.{name}.partial_steps={partial_steps} is more than num_steps="
+            f"{search.num_steps}: a run is inverted over the steps that it was sampled in; give "
+            f"at most {search.num_steps}"
+        )
+    if ALGORITHMS[search.algorithm].form != "whole":
+        raise UserError(
+            f"verifiers.{name}: partial_steps goes with {named(('whole',), 'and')}; algorithm="
+            f"{search.algorithm} inverts each run from where it looks at it. Leave it out"
+        )
+
+
+def named(forms: tuple[RunForm, ...], word: str = "or") -> str:
+    """Names the algorithms that run candidates so."""
+    names = [name for name, each in ALGORITHMS.items() if each.form in forms]
+    return f"{', '.join(names[:-1])} {word} {names[-1]}" if len(names) > 1 else names[0]

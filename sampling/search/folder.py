@@ -11,16 +11,16 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.whole_file import write_whole
-from blackpoint.data.images.decode import DECODER_VERSION
-from blackpoint.sampling.choices import recorded_formats
-from blackpoint.sampling.prompts.prompt_set import Prompt
-from blackpoint.sampling.runtime.precision import settle
-from blackpoint.sampling.runtime.sharing import files_of
-from blackpoint.sampling.search.config import SearchConfig
-from blackpoint.sampling.search.journal import ROWS, read_rows
-from blackpoint.sampling.search.ledger import Ledger
+from data.files.errors import UserError
+from data.files.whole_file import write_whole
+from data.images.decode import DECODER_VERSION
+from sampling.choices import recorded_formats
+from sampling.precision import settle
+from sampling.prompts import Prompt
+from sampling.search.config import SearchConfig
+from sampling.search.costs import Ledger
+from sampling.search.journal import ROWS, read_rows
+from sampling.search.parts import files_of
 
 SETTINGS, LEDGER, DIGEST = "search.json", "ledger.json", "prompts_digest"
 DECODER = "decoder"
@@ -37,7 +37,7 @@ FREE = (
     "wandb",
 )  # keys that change scores by rounding alone, or not at all
 FORMATS = ("dtype", "tf32")
-"""Keys whose `auto` is settled on the device (sampling/runtime/precision.py)."""
+"""Keys whose `auto` is settled on the device (sampling/precision.py)."""
 
 
 def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) -> dict[str, Any]:
@@ -126,7 +126,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def reads_pictures(config: SearchConfig) -> bool:
     """Tells whether a verifier measures pictures of the user's."""
-    references = [each.reference for each in config.verifiers.values() if each.kind == "oracle"]
+    sets = [each for each in config.verifiers.values() if each.declared.needs == "set"]
+    references = [each.reference for each in sets]
     return any(path is not None and Path(path).suffix != ".safetensors" for path in references)
 
 

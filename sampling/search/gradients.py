@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from blackpoint.sampling.conditioning import Conditioning
-from blackpoint.sampling.guidance import Guidance
-from blackpoint.sampling.samplers import Denoise, Prediction, SampleState, run
-from blackpoint.sampling.search.trial import Outcome, Result, Trial, rounded
-from blackpoint.sampling.verifiers.stability import Stability
+from sampling.conditioning import Conditioning
+from sampling.grid import Denoise, Prediction, SampleState
+from sampling.guidance import Guidance
+from sampling.samplers import run
+from sampling.search.problem import Outcome, Result, Trial
+from sampling.verifiers.stability import Stability
+from sampling.verifiers.verifier import TrajectoryVerifier, score_run
 
 if TYPE_CHECKING:
-    from blackpoint.sampling.search.runner import TrialRunner
+    from sampling.search.runner import TrialRunner
 
 
 def gradient_batch(runner: "TrialRunner", batch: Sequence[tuple[int, Trial]]) -> list[Result]:
@@ -32,50 +34,43 @@ def gradient_batch(runner: "TrialRunner", batch: Sequence[tuple[int, Trial]]) ->
     trials, indices = [trial for _, trial in batch], [prompt for prompt, _ in batch]
     with torch.no_grad():
         conditions = runner.conditions(indices)
-    [verifier] = runner.verifiers
-    prompts = [runner.prompts[index] for index in indices]
-    noise = torch.stack([trial.origin.noise(runner.shape) for trial in trials])
-    noise = noise.to(runner.model.device)
+    [verifier] = runner.scoring.verifiers
+    noise = runner.noise(trials).to(runner.model.device)
     if runner.holds_inverse_fixed:
         assert isinstance(verifier, Stability)
-        scores, gradient, x = fixed_inverse(runner, verifier, noise, conditions)
+        values, gradient, x = fixed_inverse(runner, verifier, noise, conditions)
     else:
-        scores, gradient, x = through_the_run(runner, noise, conditions, prompts)
+        prompts = [runner.prompts[index] for index in indices]
+        values, gradient, x = through_the_run(runner, noise, conditions, prompts)
     images = runner.decode(x)
     runner.ledger.verifier_calls += len(batch)
-    seconds = (runner.now_s() - started_s) / len(batch)
-    spent = (runner.ledger - before).share(len(batch))
-    results = []
+    outcomes = []
     for row, trial in enumerate(trials):
-        score = float(scores[row])
-        rows = slice(row, row + 1)
+        scores, rows = {verifier.name: float(values[row])}, slice(row, row + 1)
         state = SampleState(gradient[rows].cpu(), 0, noise[rows].cpu())
-        outcome = Outcome(
-            trial, rounded(score), runner.gradient_cost(), state, {verifier.name: score}
-        )
-        results.append(Result(outcome, images[row].cpu(), seconds, spent))
-    return results
+        total = runner.scoring.total(scores)
+        outcomes.append(Outcome(trial, total, runner.gradient_cost(), state, scores))
+    return runner.results(outcomes, images, started_s, before)
 
 
 def through_the_run(
     runner: "TrialRunner", noise: Tensor, conditions: Conditioning, prompts: Sequence[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns scores, their gradient at the noise, and the latents that were painted."""
-    [verifier] = runner.verifiers
+    [verifier] = runner.scoring.verifiers
     num_steps, started_s = runner.grid.num_steps, runner.now_s()
     with torch.enable_grad():
         noise = noise.detach().requires_grad_()
         denoise = checkpointed(runner.denoiser(conditions, runner.sampling.guidance))
         x = run(runner.sampling.sampler, denoise, runner.grid, SampleState(noise)).x
-        if isinstance(verifier, Stability):
-            inverse = checkpointed(runner.denoiser(conditions, Guidance(verifier.guidance_scale)))
-            scores = verifier.score_run(noise, x, num_steps, inverse, runner.grid)
+        if isinstance(verifier, TrajectoryVerifier):
+            again = checkpointed(runner.denoiser(conditions, Guidance(verifier.guidance_scale)))
+            scores = score_run(verifier, noise, x, num_steps, again, runner.grid)
         else:
             images = torch.cat([_decoded(runner, row) for row in x.split(1)])
             scores = verifier.score(images, prompts).to(noise.device)
         [gradient] = torch.autograd.grad(scores.sum(), noise)
-    runner.count(len(noise), 0, num_steps, backward=True)
-    runner.ledger.denoising_s += runner.now_s() - started_s
+    _count(runner, len(noise), started_s, backward=True)
     return scores.detach(), gradient, x.detach()
 
 
@@ -88,14 +83,21 @@ def fixed_inverse(
     denoise = runner.denoiser(conditions, runner.sampling.guidance)
     x = run(runner.sampling.sampler, denoise, grid, SampleState(noise)).x
     inverse = runner.denoiser(conditions, Guidance(verifier.guidance_scale))
-    back = verifier.invert(x, grid.num_steps, inverse, grid).x
+    back = verifier.measure(x, grid.num_steps, inverse, grid).x
     e, e_back = noise.flatten(1), back.to(noise).flatten(1)
     cosine = torch.cosine_similarity(e, e_back, dim=1)
     norm = e.norm(dim=1, keepdim=True)
     gradient = (e_back / e_back.norm(dim=1, keepdim=True) - cosine[:, None] * e / norm) / norm
-    runner.count(len(noise), 0, grid.num_steps, backward=False)
-    runner.ledger.denoising_s += runner.now_s() - started_s
+    _count(runner, len(noise), started_s, backward=False)
     return cosine, gradient.view_as(noise), x
+
+
+def _count(runner: "TrialRunner", samples: int, started_s: float, backward: bool) -> None:
+    """Counts whole runs, their scores, and the way back."""
+    stop = runner.grid.num_steps
+    for rows in (runner.costs.run_rows(0, stop), runner.costs.score_rows(stop)):
+        runner.ledger.count(samples, rows, backward)
+    runner.ledger.denoising_s += runner.now_s() - started_s
 
 
 def _decoded(runner: "TrialRunner", latents: Tensor) -> Tensor:

@@ -11,37 +11,23 @@ search.json        the settings; another search is refused in the same folder
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.plain import recorded
-from blackpoint.data.files.whole_file import write_whole
-from blackpoint.sampling.prompts.prompt_set import Prompt, read_prompt_set
-from blackpoint.sampling.runtime.sharing import (
-    forget_stop,
-    own_folder,
-    remove_parts,
-    share_of,
-    tell_stop,
-    wait_until,
-)
-from blackpoint.sampling.runtime.tasks import Task, this_task
-from blackpoint.sampling.sample import find_device
-from blackpoint.sampling.search.algorithms.halving import pruning_levels, scores_of, spent
-from blackpoint.sampling.search.algorithms.random_search import random_search
-from blackpoint.sampling.search.batch_size import find_batch_size
-from blackpoint.sampling.search.calibration import FOLDER as CALIBRATION
-from blackpoint.sampling.search.calibration import (
-    calibrate,
-    calibration_line,
-    is_calibrated,
-    read_kendall,
-)
-from blackpoint.sampling.search.config import WHOLE, SearchConfig
-from blackpoint.sampling.search.folder import (
+import torch
+
+from data.files.errors import UserError
+from data.files.whole_file import write_whole
+from sampling.prompts import Prompt, read_prompt_set
+from sampling.sample import find_device
+from sampling.search import calibration
+from sampling.search.algorithms.random_search import random_search
+from sampling.search.config import SearchConfig
+from sampling.search.driver import SearchProgress, check_budget, drive, open_search
+from sampling.search.folder import (
+    FORMATS,
     SETTINGS,
     check_folder,
     decoder_note,
@@ -52,33 +38,30 @@ from blackpoint.sampling.search.folder import (
     spent_in,
     spent_on,
 )
-from blackpoint.sampling.search.journal import (
-    ROWS,
-    STATES,
-    FolderInUse,
-    Journal,
-    join_rows,
-    read_rows,
+from sampling.search.journal import ROWS, STATES, FolderInUse, Journal, join_rows
+from sampling.search.judgement import HACKING, alarms, extractor, send_tables
+from sampling.search.parts import (
+    PARTS,
+    forget_stop,
+    own_folder,
+    share_of,
+    tell_stop,
+    wait_until,
 )
-from blackpoint.sampling.search.judge import HACKING, alarms, extractor, judge
-from blackpoint.sampling.search.progress import SearchProgress
-from blackpoint.sampling.search.search import PromptSearch, check_budget, drive, open_search
-from blackpoint.sampling.search.setup import (
+from sampling.search.problem import Outcome, Problem, Search
+from sampling.search.runner import TrialRunner
+from sampling.search.setup import (
     Loaded,
-    algorithm,
     is_reproducible,
     load,
     make_problem,
     note,
     rank_values,
 )
-from blackpoint.sampling.search.tables import send_tables
-from blackpoint.sampling.search.trial import Outcome, Problem
-from blackpoint.sampling.search.winners import BESTS, WINNERS, Winners, read_winners
+from sampling.search.winners import BASELINE, BESTS, WINNERS, WinnerRows, Winners, read_winners
+from sampling.tasks import Task, this_task
 
 BASELINES = "baselines"
-PLAIN_FIRST = (*WHOLE, "noise_optimisation")
-"""Algorithms whose first candidate is the plain image of its seed."""
 
 
 def search_to_folder(
@@ -118,12 +101,12 @@ def search_to_folder(
 
 def prompts_of(config: SearchConfig, task: Task) -> list[Prompt]:
     """Reads the prompts; raises UserError where a verifier of sets has several processes."""
-    names = [name for name, each in config.verifiers.items() if each.kind == "oracle"]
-    if names and task.count > 1:
-        raise UserError(
-            f"verifiers.{names[0]}: kind=oracle scores a set that grows with every winner, so one "
-            f"prompt waits for the other; start one process, not {task.count}"
-        )
+    for name, verifier in config.verifiers.items():
+        if verifier.declared.needs == "set" and task.count > 1:
+            raise UserError(
+                f"verifiers.{name}: kind={verifier.kind} scores a set that grows with every "
+                f"winner, so one prompt waits for the other; start one process, not {task.count}"
+            )
     return read_prompt_set(config.prompts, config.limit, config.offset)
 
 
@@ -136,169 +119,131 @@ def search_prompts(
     since: float,
 ) -> list[str]:
     """Searches the prompts of this process; returns what there is to say."""
-    output = Path(config.output)
-    device = find_device(config.device, task)
-    kept, is_recorded = kept_formats(output / SETTINGS)
-    asked = {"dtype": config.dtype, "tf32": config.tf32}
-    formats = settled_formats(asked, output / SETTINGS, device, note)
-    config = replace(config, dtype=formats["dtype"], tf32=formats["tf32"])
-    settings = settings | formats
-    if text := decoder_note(config, output):
-        note(text)
-    about_device = {"device": device.type, **formats}
-    own = own_folder(output, task)
+    output, device = Path(config.output), find_device(config.device, task)
+    config, record = begin(config, settings, device)
     texts = {index: prompt.text for index, prompt in prompts.items()}
     loaded = load(config, texts, task)
     runner = loaded.runner
-    problem = make_problem(config, runner, mine[0])  # before anything is written or measured
-    check_budget(problem, least_nfe(config, problem))
+    problem = make_problem(config, runner, mine[0], None)
+    check_budget(problem, config.declared.least_nfe(problem, config.settings))
     extractor(config.diversity.checkpoint, config.diversity.module)
-    unrecorded = (
-        ("tf32",) if kept is not None and not is_recorded else ()
-    )  # as all processes saw it
-    record = {key: value for key, value in settings.items() if key not in unrecorded}
-    write_whole(output / SETTINGS, json.dumps(record, indent=1) + "\n")
+    write_whole(output / SETTINGS, json.dumps(record, indent=1) + "\n")  # from here on it is begun
     if not config.batch_size:
-        runner.batch_size = find_batch_size(runner, mine[0])
-    kendall, lines = None, []
-    if config.algorithm == "halving":
-        if task.rank == 0:
-            kendall = calibrate(
-                config.halving,
-                runner,
-                list(prompts),
-                config.seed,
-                output,
-                scores_of
-                if len(config.verifiers) == 1
-                else lambda rows: rank_values(config, [row["scores"] for row in rows]),
-            )
-        else:
-            wait_until(lambda: is_calibrated(output), output, since)
-            kendall = read_kendall(output)
-        lines = [calibration_line(config.halving, config.num_steps, kendall)]
-    winners = Winners(output, texts, settings, runner.shape)
-    for oracle in loaded.oracles:
-        for row in read_winners(output).values():
-            oracle.keep(winners.picture(row))
+        runner.batch_size = calibration.find_batch_size(runner, mine[0])
+    kendall, lines = calibrated(config, runner, list(prompts), task, since)
+    formats = {name: getattr(config, name) for name in FORMATS}
+    about = {"algorithm": config.algorithm, "device": device.type, **formats}
+    winners = Winners(output, texts, settings | formats, runner.shape)
     plain = baselines(config, loaded, winners, mine, task)
-    beside = spent_in(output / CALIBRATION, own_folder(output / BASELINES, task))
-    make = algorithm(config, kendall)
-    journal = Journal(output, own, mine)
-    if (own / WINNERS).is_file():
-        read_rows(own / WINNERS)  # a torn last line is cut off before the next is written
-    with SearchProgress(len(mine), config.budget_nfe) as progress:
-        file = (own / WINNERS).open("a", encoding="utf-8")
-
-        def finish(one: PromptSearch) -> None:
-            prompt = prompts[one.problem.prompt_index]
-            row, image = winners.finish(one, is_reproducible(config))
-            for oracle in loaded.oracles:
-                oracle.keep(winners.picture(row))
-            pictures, first = [image], plain.get(prompt.index) or first_of(one)
-            baseline = winners.baseline(one) if first else None
-            if baseline is not None:
-                pictures.append(baseline)
-            held_out = judge(loaded.held_out, pictures, prompt.text)
-            row |= {"category": prompt.category, "held_out": held_out[0], "baseline": None}
-            if first is not None and baseline is not None:
-                row["baseline"] = {
-                    "seed": first.trial.seed,
-                    "scores": recorded(first.scores),
-                    "held_out": held_out[1],
-                    "image": winners.save_baseline(one, baseline),
-                }
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            winners.forget(one)
-            assert one.best is not None
-            one.finals = [one.best]  # the states of the others are of no more use
-
-        def tell(turn: list[PromptSearch]) -> None:
-            progress.tell(turn)
-            if progress.is_due():
-                keep_ledger(own, journal.spent, beside, about_device)
-
-        try:
+    beside = spent_in(output / calibration.FOLDER, own_folder(output / BASELINES, task))
+    own = own_folder(output, task)
+    journal = Journal(output, own, mine)  # locks it
+    rows = WinnerRows(own, winners, prompts, loaded, plain, is_reproducible(config))
+    progress = SearchProgress(
+        len(mine),
+        config.budget_nfe,
+        lambda: keep_ledger(own, journal.spent, beside, formats_of([about])),
+    )
+    problems = (make_problem(config, runner, index, kendall) for index in mine)
+    try:
+        with progress.bar:
             drive(
                 runner,
                 journal,
-                (open_search(make_problem(config, runner, index), make) for index in mine),
-                about=lambda index: {
-                    "algorithm": config.algorithm,
-                    "prompt": texts[index],
-                    **about_device,
-                },
+                (open_search(each, lambda one: start_search(config, one)) for each in problems),
+                about=lambda index: {"prompt": texts[index], **about},
                 on_image=winners.keep,
-                on_turn=tell,
-                on_done=finish,
+                on_turn=progress.tell,
+                on_done=rows.finish,
                 one_by_one=bool(loaded.oracles),
             )
-        finally:
-            file.close()
-            journal.close()
+    finally:
+        rows.close()
+        journal.close()
     return lines
 
 
-def least_nfe(config: SearchConfig, problem: Problem) -> int | None:
-    """Returns the NFE of one image where it is more than a whole run's, else None."""
-    if config.algorithm != "halving":
-        return None
-    levels = pruning_levels(config.halving, config.num_steps, None)
-    return spent(problem, levels, config.halving.keep, 1)
+def start_search(config: SearchConfig, problem: Problem) -> Search:
+    """Starts the algorithm on a prompt."""
+    return config.declared.start(problem, config.settings)
+
+
+def begin(
+    config: SearchConfig, settings: dict[str, Any], device: torch.device
+) -> tuple[SearchConfig, dict[str, Any]]:
+    """Settles the number formats on the device; returns the config with them, and what search.json
+    is to hold.
+
+    Raises UserError where the folder was begun in others.
+    """
+    path = Path(config.output) / SETTINGS
+    kept, is_recorded = kept_formats(path)
+    asked = {name: getattr(config, name) for name in FORMATS}
+    formats = settled_formats(asked, path, device, note)
+    if text := decoder_note(config, path.parent):
+        note(text)
+    record = settings | formats
+    if kept is not None and not is_recorded:  # as every process saw it
+        del record["tf32"]
+    return replace(config, **formats), record
+
+
+def calibrated(
+    config: SearchConfig, runner: TrialRunner, prompts: list[int], task: Task, since: float
+) -> tuple[dict[int, float] | None, list[str]]:
+    """Has the first process measure how previews rank, where the algorithm looks at them; returns
+    that, and what there is to say of it."""
+    levels_of, output, steps = config.declared.levels, Path(config.output), config.num_steps
+    if levels_of is None:
+        return None, []
+
+    def values(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        if len(config.verifiers) == 1:
+            return [row["score"] for row in rows]
+        return rank_values(config.verifiers, config.ensemble, [row["scores"] for row in rows])
+
+    if task.rank == 0:
+        levels = levels_of(config.settings, steps, None)
+        calibration.calibrate(config.settings, levels, runner, prompts, config.seed, output, values)
+    else:
+        wait_until(lambda: calibration.is_calibrated(output), output, since)
+    kendall = calibration.read_kendall(output)
+    allowed = levels_of(config.settings, steps, kendall)
+    return kendall, [calibration.calibration_line(allowed, steps, kendall)]
 
 
 def baselines(
     config: SearchConfig, loaded: Loaded, winners: Winners, mine: Sequence[int], task: Task
 ) -> dict[int, Outcome]:
     """Paints the plain image of each prompt where the algorithm has none and somebody judges it."""
-    if config.algorithm in PLAIN_FIRST or not config.held_out:
+    if config.declared.has_plain_first or not config.held_out:
         return {}
     runner, folder = loaded.runner, Path(config.output) / BASELINES
-    found: dict[int, Outcome] = {}
-
-    def take(one: PromptSearch) -> None:
-        if one.best is not None:
-            found[one.problem.prompt_index] = one.best
-
-    def plain(index: int) -> Problem:
-        return Problem(
-            index, config.seed, runner.grid, runner.cost, runner.cost(0, config.num_steps)
-        )
-
+    price = runner.cost(0, config.num_steps)
+    problems = (Problem(index, config.seed, runner.grid, runner.cost, price) for index in mine)
     journal = Journal(folder, own_folder(folder, task), mine)
     try:
-        drive(
+        searches = drive(
             runner,
             journal,
-            (
-                open_search(plain(i), lambda problem: random_search(problem, config.random))
-                for i in mine
-            ),
-            on_image=winners.keep_baseline,
-            on_done=take,
+            (open_search(each, lambda one: random_search(one, config.random)) for each in problems),
+            on_image=lambda one, result: winners.keep(one, result, BASELINE),
             needs_winner=False,
         )
     finally:
         journal.close()
-    return found
-
-
-def first_of(one: PromptSearch) -> Outcome | None:
-    """Returns the first candidate where it is a whole image with a score."""
-    return next((each for each in one.finals if each.trial.candidate == 0), None)
+    return {one.problem.prompt_index: one.best for one in searches if one.best is not None}
 
 
 def join(config: SearchConfig, output: Path) -> list[str]:
     """Joins what the processes have written, tells what came out, and clears up."""
     candidates = join_rows(output, ROWS, lambda row: (row["prompt_index"], row["candidate"]))
     rows = join_rows(output, WINNERS, lambda row: row["prompt_index"])
-    beside = spent_in(output / CALIBRATION, output / BASELINES)
+    beside = spent_in(output / calibration.FOLDER, output / BASELINES)
     keep_ledger(output, spent_on(candidates), beside, formats_of(candidates))
     found = alarms(rows, config.diversity, output)
     send_tables(config.wandb, output, rows, found)
-    remove_parts(output)
-    for name in (STATES, BESTS):
+    for name in (STATES, BESTS, PARTS):
         shutil.rmtree(output / name, ignore_errors=True)
     content = [asdict(alarm) | {"raised": alarm.raised} for alarm in found]
     write_whole(output / HACKING, json.dumps(content, indent=1) + "\n")  # last: it says done

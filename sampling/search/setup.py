@@ -1,36 +1,29 @@
-"""From a search's config to what it needs: model, verifiers, runner, problems, algorithm."""
+"""From a search's config to what it needs: model, verifiers, runner, problems."""
 
 import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.guidance import Guidance
-from blackpoint.sampling.model import DiffusionModel
-from blackpoint.sampling.runtime.precision import set_tf32
-from blackpoint.sampling.runtime.speed import prepare_unet
-from blackpoint.sampling.runtime.tasks import Task
-from blackpoint.sampling.sample import find_device
-from blackpoint.sampling.search.algorithms.fk_steering import fk_steering
-from blackpoint.sampling.search.algorithms.halving import halving
-from blackpoint.sampling.search.algorithms.noise_optimisation import noise_optimisation
-from blackpoint.sampling.search.algorithms.paths import paths
-from blackpoint.sampling.search.algorithms.random_search import random_search
-from blackpoint.sampling.search.algorithms.zero_order import zero_order
-from blackpoint.sampling.search.config import SearchConfig
-from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
-from blackpoint.sampling.search.search import MakeSearch
-from blackpoint.sampling.search.trial import Problem, Ranking, by_score
-from blackpoint.sampling.verifiers.ensemble import combined
-from blackpoint.sampling.verifiers.load import load_verifiers
-from blackpoint.sampling.verifiers.oracle import Oracle
-from blackpoint.sampling.verifiers.stability import Stability
-from blackpoint.sampling.verifiers.verifier import Verifier
+from sampling.errors import UserError
+from sampling.guidance import Guidance
+from sampling.model import DiffusionModel
+from sampling.precision import set_tf32
+from sampling.sample import find_device
+from sampling.samplers import SAMPLERS
+from sampling.search.config import EnsembleRule, SearchConfig
+from sampling.search.problem import Problem, Ranking, by_score
+from sampling.search.runner import SearchSampling, TrialRunner
+from sampling.search.scoring import AnyVerifier
+from sampling.speed import prepare_unet
+from sampling.tasks import Task
+from sampling.verifiers.ensemble import combined
+from sampling.verifiers.load import VerifierConfig, load_verifiers
+from sampling.verifiers.verifier import SetVerifier, TrajectoryVerifier, Verifier, of_images
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +37,7 @@ class Loaded:
 
     runner: TrialRunner
     held_out: dict[str, Verifier]
-    oracles: list[Oracle]
+    oracles: list[SetVerifier]
     """Those of the verifiers that remember winners."""
 
 
@@ -55,16 +48,39 @@ def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded
     """
     device = find_device(config.device, task)
     set_tf32(config.tf32 is True)
-    named = {**config.verifiers, **config.held_out}
-    loaded = load_verifiers(
-        {name: dataclasses.replace(each, name=name) for name, each in named.items()}, device
+    judges = load_judges({**config.verifiers, **config.held_out}, prompts.values(), device)
+    verifiers = {name: judges[name] for name in config.verifiers}
+    runner = TrialRunner(
+        load_model(config, device),
+        prompts,
+        sampling_of(config),
+        list(verifiers.values()),
+        weights_of(config.verifiers),
+        config.batch_size or 1,
     )
-    for verifier in loaded.values():
-        check = getattr(verifier, "check_prompt", None)
-        if check is not None:
-            for text in itertools.islice(prompts.values(), MAX_CHECKED):
-                check(text)
-    verifiers = {name: loaded[name] for name in config.verifiers}
+    if config.declared.form == "gradient":
+        require_differentiable(runner.model, *verifiers.values())
+        runner.holds_inverse_fixed = config.settings.gradient == "fixed_inverse"
+    oracles = [verifier for verifier in verifiers.values() if isinstance(verifier, SetVerifier)]
+    held_out = of_images({name: judges[name] for name in config.held_out})
+    return Loaded(runner, held_out, oracles)
+
+
+def load_judges(
+    configs: Mapping[str, VerifierConfig], prompts: Iterable[str], device: torch.device
+) -> dict[str, AnyVerifier]:
+    """Loads verifiers under their names in the config, and asks them about the first prompts."""
+    named = {name: dataclasses.replace(each, name=name) for name, each in configs.items()}
+    judges = load_verifiers(named, device)
+    checks = [getattr(verifier, "check_prompt", None) for verifier in judges.values()]
+    for text in itertools.islice(prompts, MAX_CHECKED):
+        for check in filter(None, checks):
+            check(text)
+    return judges
+
+
+def load_model(config: SearchConfig, device: torch.device) -> DiffusionModel:
+    """Loads the model and prepares its UNet for speed."""
     dtype = getattr(torch, config.dtype)
     model = DiffusionModel.load(
         config.checkpoint, device, dtype, config.weights, variant=config.variant
@@ -73,7 +89,12 @@ def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded
     choice = prepare_unet(model.unet, config.attention, config.channels_last, config.compile)
     if choice:
         note(choice)
-    sampling = SearchSampling(
+    return model
+
+
+def sampling_of(config: SearchConfig) -> SearchSampling:
+    """Returns how the config samples candidates."""
+    return SearchSampling(
         config.num_steps,
         Guidance(config.guidance_scale, config.guidance_rescale),
         config.sampler,
@@ -83,15 +104,13 @@ def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded
         config.negative_prompt,
         config.clip_skip,
     )
-    weights = {name: config.verifiers[name].weight for name in verifiers}
-    weights = weights if len(weights) > 1 else dict.fromkeys(weights, 1.0)
-    size = config.batch_size or 1
-    runner = TrialRunner(model, prompts, sampling, list(verifiers.values()), weights, size)
-    if config.algorithm == "noise_optimisation":
-        require_differentiable(model, *verifiers.values())
-        runner.holds_inverse_fixed = config.noise_optimisation.gradient == "fixed_inverse"
-    oracles = [verifier for verifier in verifiers.values() if isinstance(verifier, Oracle)]
-    return Loaded(runner, {name: loaded[name] for name in config.held_out}, oracles)
+
+
+def weights_of(verifiers: Mapping[str, VerifierConfig]) -> dict[str, float]:
+    """Returns the weights of the verifiers in a score; that of a single one is 1."""
+    if len(verifiers) == 1:
+        return dict.fromkeys(verifiers, 1.0)
+    return {name: each.weight for name, each in verifiers.items()}
 
 
 @functools.cache
@@ -100,9 +119,9 @@ def note(text: str) -> None:
     log.warning("note: %s", text)
 
 
-def require_differentiable(model: DiffusionModel, verifier: Verifier) -> None:
+def require_differentiable(model: DiffusionModel, verifier: AnyVerifier) -> None:
     """Raises UserError where no gradient comes from the score to the noise."""
-    if not (verifier.differentiable or isinstance(verifier, Stability)):
+    if not (isinstance(verifier, TrajectoryVerifier) or verifier.differentiable):
         raise UserError(
             f"verifiers.{verifier.name}: algorithm=noise_optimisation needs a gradient, and this "
             "verifier gives none; use another one, or another algorithm"
@@ -120,45 +139,39 @@ def require_differentiable(model: DiffusionModel, verifier: Verifier) -> None:
 
 def is_reproducible(config: SearchConfig) -> bool:
     """Tells whether a seed alone re-makes an image that starts from it."""
-    is_stochastic = config.sampler == "euler_ancestral" or (config.eta or 0) > 0
-    return config.algorithm in ("random", "zero_order", "halving") and not is_stochastic
+    fresh_noise = SAMPLERS[config.sampler].fresh_noise(config.eta)
+    return config.declared.is_reproducible and not fresh_noise
 
 
-def make_problem(config: SearchConfig, runner: TrialRunner, index: int) -> Problem:
-    """Returns the search problem of one prompt."""
-    ranking = ranking_of(config)
-    whole = config.algorithm == "noise_optimisation"
-    gradient_cost = runner.gradient_cost() if whole else 0
-    budget = config.budget_nfe
-    return Problem(index, config.seed, runner.grid, runner.cost, budget, ranking, gradient_cost)
+def make_problem(
+    config: SearchConfig, runner: TrialRunner, index: int, kendall: Mapping[int, float] | None
+) -> Problem:
+    """Returns the search problem of one prompt; kendall: see `Problem`."""
+    return Problem(
+        index,
+        config.seed,
+        runner.grid,
+        runner.cost,
+        config.budget_nfe,
+        ranking_of(config.verifiers, config.ensemble),
+        runner.gradient_cost() if config.declared.form == "gradient" else 0,
+        kendall,
+    )
 
 
-def ranking_of(config: SearchConfig) -> Ranking:
+def ranking_of(verifiers: Mapping[str, VerifierConfig], rule: EnsembleRule) -> Ranking:
     """Returns how candidates are compared: by the one verifier, or by the ensemble's rule."""
-    if len(config.verifiers) == 1:
+    if len(verifiers) == 1:
         return by_score
-    return lambda outcomes: rank_values(config, [outcome.scores for outcome in outcomes])
+    return lambda outcomes: rank_values(verifiers, rule, [each.scores for each in outcomes])
 
 
-def rank_values(config: SearchConfig, scores: Sequence[Mapping[str, float]]) -> list[float]:
+def rank_values(
+    verifiers: Mapping[str, VerifierConfig],
+    rule: EnsembleRule,
+    scores: Sequence[Mapping[str, float]],
+) -> list[float]:
     """Returns what the ensemble's rule makes of each candidate's scores."""
-    weights = [each.weight for each in config.verifiers.values()]
-    rows = [[each[name] for name in config.verifiers] for each in scores]
-    return combined(torch.tensor(rows).double(), config.ensemble, weights).tolist()
-
-
-def algorithm(config: SearchConfig, kendall: dict[int, float] | None) -> MakeSearch:
-    """Returns the algorithm with its settings."""
-    match config.algorithm:
-        case "random":
-            return lambda problem: random_search(problem, config.random)
-        case "zero_order":
-            return lambda problem: zero_order(problem, config.zero_order)
-        case "paths":
-            return lambda problem: paths(problem, config.paths)
-        case "halving":
-            return lambda problem: halving(problem, config.halving, kendall)
-        case "noise_optimisation":
-            return lambda problem: noise_optimisation(problem, config.noise_optimisation)
-        case "fk_steering":
-            return lambda problem: fk_steering(problem, config.fk_steering)
+    weights = [each.weight for each in verifiers.values()]
+    rows = [[each[name] for name in verifiers] for each in scores]
+    return combined(torch.tensor(rows).double(), rule, weights).tolist()

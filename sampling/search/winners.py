@@ -16,13 +16,16 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blackpoint.data.files.plain import recorded
-from blackpoint.sampling.runtime.pictures import caption_grid, read_picture, to_picture
-from blackpoint.sampling.runtime.sharing import files_of
-from blackpoint.sampling.samplers import SampleState
-from blackpoint.sampling.search.journal import read_rows
-from blackpoint.sampling.search.search import PromptSearch
-from blackpoint.sampling.search.trial import Given, Neighbour, Noise, Outcome, Result
+from sampling.evaluation.plain import recorded
+from sampling.grid import SampleState
+from sampling.pictures import caption_grid, read_picture, to_picture
+from sampling.prompts import Prompt
+from sampling.search.driver import PromptSearch
+from sampling.search.journal import read_rows
+from sampling.search.judgement import judge
+from sampling.search.parts import files_of
+from sampling.search.problem import Given, Neighbour, Noise, Outcome, Result
+from sampling.search.setup import Loaded
 
 BESTS, IMAGES, WINNERS = "bests", "images", "winners.jsonl"
 BASELINE = "baseline"
@@ -42,13 +45,13 @@ class Winners:
         self.folder, self.prompts, self.settings, self.shape = folder, prompts, settings, shape
         (folder / IMAGES).mkdir(parents=True, exist_ok=True)
 
-    def keep(self, one: PromptSearch, result: Result) -> None:
-        """Keeps the image of a candidate that may win."""
-        self._keep(one, result, result.outcome.trial.candidate)
-
-    def keep_baseline(self, one: PromptSearch, result: Result) -> None:
-        """Keeps the plain image of a prompt, which an algorithm of parts does not make."""
-        self._keep(one, result, BASELINE)
+    def keep(self, one: PromptSearch, result: Result, name: int | str | None = None) -> None:
+        """Keeps the image of a candidate that may win, under its number or another name."""
+        name = result.outcome.trial.candidate if name is None else name
+        path = self._best_path(one.problem.prompt_index, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert result.image is not None
+        save_file({"image": result.image.contiguous()}, path)
 
     def baseline(self, one: PromptSearch) -> Tensor | None:
         """Returns the plain image of the prompt's first seed, or None where there is none."""
@@ -133,14 +136,69 @@ class Winners:
         sheet = caption_grid([self.prompts[index]], [pictures], titles)
         sheet.save(self.folder / IMAGES / f"{index:06d}.sheet.png")
 
-    def _keep(self, one: PromptSearch, result: Result, name: int | str) -> None:
-        path = self._best_path(one.problem.prompt_index, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        assert result.image is not None
-        save_file({"image": result.image.contiguous()}, path)
-
     def _best_path(self, index: int, name: int | str) -> Path:
         return self.folder / BESTS / f"{index:06d}" / f"{name:0>6}.safetensors"
+
+
+class WinnerRows:
+    """Appends a row to winners.jsonl in `own` for each prompt that is finished.
+
+    `plain` has the outcomes of plain images that the algorithm does not make. Oracles are told of
+    every winner, those of earlier starts included.
+    """
+
+    def __init__(
+        self,
+        own: Path,
+        winners: Winners,
+        prompts: Mapping[int, Prompt],
+        loaded: Loaded,
+        plain: Mapping[int, Outcome],
+        reproducible: bool,
+    ) -> None:
+        self._winners, self._prompts, self._loaded = winners, prompts, loaded
+        self._plain, self._reproducible = plain, reproducible
+        for row in read_winners(winners.folder).values():
+            self._tell_oracles(row)
+        if (own / WINNERS).is_file():
+            read_rows(own / WINNERS)  # a torn last line is cut off before the next is written
+        self._file = (own / WINNERS).open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Closes the file; every row is in it already."""
+        self._file.close()
+
+    def finish(self, one: PromptSearch) -> None:
+        """Judges the winner of a prompt and the plain image beside it, and writes the row."""
+        index = one.problem.prompt_index
+        row, image = self._winners.finish(one, self._reproducible)
+        self._tell_oracles(row)
+        first = self._plain.get(index) or first_of(one)
+        baseline = self._winners.baseline(one) if first else None
+        pictures = [image] if baseline is None else [image, baseline]
+        judged = judge(self._loaded.held_out, pictures, self._prompts[index].text)
+        row |= {"category": self._prompts[index].category, "held_out": judged[0], "baseline": None}
+        if first is not None and baseline is not None:
+            row["baseline"] = {
+                "seed": first.trial.seed,
+                "scores": recorded(first.scores),
+                "held_out": judged[1],
+                "image": self._winners.save_baseline(one, baseline),
+            }
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self._winners.forget(one)
+        assert one.best is not None
+        one.finals = [one.best]  # the states of the others are of no more use
+
+    def _tell_oracles(self, row: Mapping[str, Any]) -> None:
+        for oracle in self._loaded.oracles:
+            oracle.keep(self._winners.picture(row))
+
+
+def first_of(one: PromptSearch) -> Outcome | None:
+    """Returns the first candidate where it is a whole image with a score."""
+    return next((each for each in one.finals if each.trial.candidate == 0), None)
 
 
 def read_winners(folder: Path) -> dict[int, dict[str, Any]]:

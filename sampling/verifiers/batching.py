@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.data.files.errors import RunFailed
-from blackpoint.sampling.verifiers.verifier import Images
+from data.files.errors import RunFailed
+from sampling.verifiers.verifier import Images
 
 
 def in_batches(

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.verifiers.verifier import SCORE_DECIMALS
+from data.files.errors import UserError
+from sampling.verifiers.verifier import SCORE_DECIMALS
 
 Rule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
 
@@ -29,34 +29,40 @@ def combined(
 ) -> Float[Tensor, " n"]:
     """Returns one ranking score a candidate, the higher the better, in float64.
 
-    scores: one row a candidate of the group that is compared, one column a verifier.
+    scores: one row a candidate of the group that is compared, one column a verifier. Raises
+    UserError for weights that the rule cannot take.
     """
-    if scores.ndim != 2:
-        raise UserError(
-            f"scores: shape {tuple(scores.shape)}; give one row a candidate, one column a verifier"
-        )
-    weight = _checked_weights(weights, scores.shape[1], rule)
+    weight = torch.tensor(weights or [1.0] * scores.shape[1]).double()
+    check_weights(weight, rule)
     usable = torch.isfinite(scores).all(dim=1)
     kept = scores[usable].double().round(decimals=SCORE_DECIMALS)
-    if rule == "mean_rank":
-        values = -(_ranks(kept) @ weight) / weight.sum()
-    elif rule == "z_score":
-        values = _z_scores(kept) @ weight / weight.sum()
-    elif rule == "minimum":
-        values = _z_scores(kept)[:, weight > 0].amin(dim=1)
-    elif rule == "weighted_sum":
-        values = kept @ weight
-    else:
-        raise UserError(
-            f"ensemble={rule} is not one; use mean_rank, z_score, minimum or weighted_sum"
-        )
+    match rule:
+        case "mean_rank":
+            values = -(_ranks(kept) @ weight) / weight.sum()
+        case "z_score":
+            values = _z_scores(kept) @ weight / weight.sum()
+        case "minimum":
+            values = _z_scores(kept)[:, weight > 0].amin(dim=1)
+        case "weighted_sum":
+            values = kept @ weight
     answer = torch.full((len(scores),), -torch.inf, dtype=torch.float64)
     answer[usable] = values
     return answer
 
 
+def check_weights(weight: Tensor, rule: Rule) -> None:
+    """Raises UserError for weights that rank nothing, or turn a rank around."""
+    if not torch.isfinite(weight).all() or not weight.any():
+        raise UserError(f"weight={weight.tolist()} must be finite numbers, not all 0")
+    if rule != "weighted_sum" and (weight < 0).any():
+        raise UserError(
+            f"weight={weight.tolist()} must be 0 or more for ensemble={rule}; a weighted_sum alone "
+            "takes a verifier with the opposite sign"
+        )
+
+
 def _ranks(scores: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-    """Returns each candidate's place in each column, from 1 for the highest."""
+    """Returns each candidate's rank in each column, from 1 for the highest."""
     above = (scores[None] > scores[:, None]).sum(dim=1)
     equal = (scores[None] == scores[:, None]).sum(dim=1)  # itself included
     return (above + (equal + 1) / 2).double()
@@ -68,19 +74,3 @@ def _z_scores(scores: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         return scores
     std = scores.std(dim=0, correction=0)
     return (scores - scores.mean(dim=0)) / torch.where(std > 0, std, 1.0)
-
-
-def _checked_weights(weights: Sequence[float] | None, num_verifiers: int, rule: str) -> Tensor:
-    given = torch.tensor([1.0] * num_verifiers if weights is None else list(weights)).double()
-    if len(given) != num_verifiers or num_verifiers == 0:
-        raise UserError(
-            f"weight: {len(given)} weights for {num_verifiers} verifiers; give one a verifier"
-        )
-    if not torch.isfinite(given).all() or not given.any():
-        raise UserError(f"weight={given.tolist()} must be finite numbers, not all 0")
-    if rule != "weighted_sum" and (given < 0).any():
-        raise UserError(
-            f"weight={given.tolist()} must be 0 or more for ensemble={rule}; a weighted_sum alone "
-            "takes a verifier with the opposite sign"
-        )
-    return given

@@ -2,64 +2,73 @@
 
     score = -|mean luminance - target|
 
-0 is best. Luminance as in `blackpoint.sampling.evaluation.luminance`; exact, cheap, and without a
-model.
+0 is best. Luminance as in `sampling.evaluation.luminance`; exact, cheap, and without a model.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from data.files.errors import UserError
+from sampling.verifiers.kind import VerifierKind, VerifierOptions
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
-from blackpoint.sampling.prompts.brightness_target import LuminanceTarget, luminance_target
-from blackpoint.sampling.verifiers.batching import in_batches
-from blackpoint.sampling.verifiers.verifier import Images
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sampling.evaluation.prompt_luminance import LuminanceTarget
+    from sampling.verifiers.verifier import Images, ImageVerifier
 
 
-class Luminance:
-    """Verifier of a luminance that is given, or read from each prompt where `target` is None."""
+@dataclass
+class LuminanceConfig(VerifierOptions):
+    """Keys of kind=luminance."""
 
-    preview_log_snr: float | None = None
-    differentiable = True
+    target: float | None = None
+    """luminance: the wanted mean, 0 black to 1 white; read from each prompt if not set."""
+    where: Literal["border", "image"] = "image"
+    """luminance: where the target holds; the border is the outer two pixels."""
 
-    def __init__(
-        self,
-        target: float | None = None,
-        where: Literal["border", "image"] = "image",
-        name: str = "luminance",
-        batch_size: int = 256,
-    ) -> None:
-        self.name = name
-        self._fixed = None if target is None else LuminanceTarget(target, where)
-        self._batch_size = batch_size
 
-    def score(
-        self, images: Images, prompts: Sequence[str], previews: Images | None = None
-    ) -> Float[Tensor, " n"]:
-        """Returns minus the distance to the target, from -1 to 0."""
-        return in_batches(self._score, images, prompts, self._batch_size)
+def load(config: LuminanceConfig, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
+    """Makes the verifier; it has no weights."""
+    import torch
 
-    def check_prompt(self, prompt: str) -> None:
-        """Raises UserError where a prompt has no target."""
-        self._target(prompt)
+    from sampling.evaluation.luminance import border_luminance, image_luminance
+    from sampling.verifiers.verifier import ImageVerifier
 
-    def _score(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
-        targets = [self._target(prompt) for prompt in prompts]
+    def scores(images: Images, prompts: Sequence[str]) -> Tensor:
+        targets = [target_of(config, prompt) for prompt in prompts]
         values = torch.tensor([target.value for target in targets], device=images.device)
         at_border = torch.tensor([t.where == "border" for t in targets], device=images.device)
         pixels = images.float()
-        found = torch.where(at_border, border_luminance(pixels), image_luminance(pixels))
-        return -(found - values).abs()
+        means = torch.where(at_border, border_luminance(pixels), image_luminance(pixels))
+        return -(means - values).abs()
 
-    def _target(self, prompt: str) -> LuminanceTarget:
-        target = self._fixed or luminance_target(prompt)
-        if target is None:
-            raise UserError(
-                f"target: the prompt {prompt!r:.60} names no luminance (as 'on a black background' "
-                "or 'a solid white image' do); give the verifier a target from 0 to 1"
-            )
-        return target
+    return ImageVerifier(config, scores, check_prompt=lambda prompt: target_of(config, prompt))
+
+
+def target_of(config: LuminanceConfig, prompt: str) -> LuminanceTarget:
+    """Returns what is asked for; raises UserError where neither config nor prompt says it."""
+    from sampling.evaluation.prompt_luminance import LuminanceTarget, luminance_target
+
+    if config.target is not None:
+        return LuminanceTarget(config.target, config.where)
+    target = luminance_target(prompt)
+    if target is None:
+        raise UserError(
+            f"target: the prompt {prompt!r:.60} names no luminance (as 'on a black background' "
+            "or 'a solid white image' do); give the verifier a target from 0 to 1"
+        )
+    return target
+
+
+def check(config: LuminanceConfig) -> None:
+    """Raises UserError for a target that no image has."""
+    if config.target is not None and not 0 <= config.target <= 1:
+        raise UserError(f"target={config.target} must be from 0 (black) to 1 (white)")
+
+
+KIND = VerifierKind(load, LuminanceConfig, check)

@@ -11,29 +11,49 @@ round trip goes k steps down and back, at a fraction of the cost. An exact inver
 1 to every noise, so nothing can be ranked with it.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from blackpoint.data.files.errors import RunFailed, UserError
-from blackpoint.sampling.inversion import Inversion, Inverter, invert
-from blackpoint.sampling.samplers import Denoise, SamplingGrid
-from blackpoint.sampling.verifiers.verifier import Images
+from data.files.errors import UserError
+from sampling.verifiers.kind import VerifierKind, VerifierOptions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sampling.grid import Denoise, SamplingGrid
+    from sampling.inversion import Inversion, Inverter
+    from sampling.process import Process
+    from sampling.verifiers.verifier import Latents
 
 Measure = Literal["cosine", "residual", "contraction"]
 FEWEST_ITERATIONS = {"residual": 2, "contraction": 3}
-RoundTrip = tuple[Inverter, float, int | None]
-"""How a run is inverted: the inverter, guidance of the inversion, steps of a partial trip."""
+
+
+@dataclass
+class StabilityConfig(VerifierOptions):
+    """Keys of kind=stability."""
+
+    measure: Measure = "cosine"
+    """stability: of the noise with the re-inverted one, or how well the inversion's iteration does
+    (minus the last change, minus the rate of changes)."""
+    inversion: Literal["ddim", "fixed_point", "anderson", "renoise"] = "ddim"
+    """stability: how a step is inverted."""
+    num_iterations: int = 5
+    """stability: network evaluations a step; ddim has one."""
+    model_time: Literal["noisy", "clean"] = "noisy"
+    """stability, inversion=ddim: end of a step whose timestep the network is asked at (diffusers:
+    noisy)."""
+    inversion_guidance_scale: float = 1.0
+    """stability: guidance of the inversion; 1 is off, and halves its NFE."""
+    partial_steps: int | None = None
+    """stability: invert from after so many sampling steps; from where the run stands if not set."""
 
 
 class Stability:
-    """Verifier of a run from its noise; see `score_run`. It needs no picture."""
-
-    preview_log_snr: float | None = None
-    differentiable = False
+    """Verifier of a run from its noise."""
 
     def __init__(
         self,
@@ -50,11 +70,17 @@ class Stability:
                 f"{inverter.evaluations} evaluations a step: it compares iterates; use "
                 f"inversion=fixed_point with num_iterations of at least {fewest}"
             )
-        self.name = name
-        self.inverter = inverter
-        self.measure = measure
-        self.guidance_scale = guidance_scale
-        self.partial_steps = partial_steps
+        self.name, self.inverter, self._measure = name, inverter, measure
+        self.guidance_scale, self.partial_steps = guidance_scale, partial_steps
+
+    @property
+    def measurement(self) -> tuple[Inverter, float, int | None]:
+        """The round trip: the inverter, its guidance, and the steps of a partial one."""
+        return self.inverter, self.guidance_scale, self.partial_steps
+
+    def prepare(self, process: Process) -> None:
+        """Takes the form of the inversion that the prediction type needs."""
+        self.inverter = self.inverter.of(process)
 
     def level(self, stop: int) -> int:
         """Returns the level that a run to `stop` is inverted from."""
@@ -64,50 +90,56 @@ class Stability:
         """Returns the network evaluations of one score, guidance not counted."""
         return self.inverter.evaluations * self.level(stop)
 
-    @property
-    def round_trip(self) -> "RoundTrip":
-        """What is run to score: verifiers with equal ones measure the same inversion."""
-        return self.inverter, self.guidance_scale, self.partial_steps
-
-    def score_run(
-        self,
-        noise: Float[Tensor, "n c h w"],
-        x: Float[Tensor, "n c h w"],
-        level: int,
-        denoise: Denoise,
-        grid: SamplingGrid,
-    ) -> Float[Tensor, " n"]:
-        """Returns the stability of noises from what their runs are at `level`."""
-        return self.score_inversion(noise, self.invert(x, level, denoise, grid))
-
-    def score_inversion(
-        self, noise: Float[Tensor, "n c h w"], found: Inversion
-    ) -> Float[Tensor, " n"]:
-        """Returns the stability of noises whose runs were inverted to what was `found`."""
-        match self.measure:
-            case "cosine":
-                rows = noise.to(found.x).flatten(1), found.x.flatten(1)
-                return torch.cosine_similarity(*rows, dim=1)
-            case "residual":
-                return -found.residual.mean(dim=0)
-            case "contraction":
-                return -found.contraction.mean(dim=0)
-
-    def invert(
-        self, x: Float[Tensor, "n c h w"], level: int, denoise: Denoise, grid: SamplingGrid
-    ) -> Inversion:
+    def measure(self, x: Latents, level: int, denoise: Denoise, grid: SamplingGrid) -> Inversion:
         """Inverts what runs are at `level`, back to noise."""
+        from sampling.inversion import invert
+
+        with_gradients = self._measure != "cosine"
         return invert(
-            denoise,
-            grid,
-            x,
-            self.inverter,
-            start=level,
-            changes_have_gradients=self.measure != "cosine",
+            denoise, grid, x, self.inverter, start=level, changes_have_gradients=with_gradients
         )
 
-    def score(
-        self, images: Images, prompts: Sequence[str], previews: Images | None = None
-    ) -> Float[Tensor, " n"]:
-        """Raises RunFailed: a picture alone has no noise."""
-        raise RunFailed(f"verifier {self.name} scores runs from their noise, not pictures")
+    def score_measured(self, noise: Latents, measured: Inversion) -> Tensor:
+        """Returns the stability of noises whose runs were inverted."""
+        from torch import cosine_similarity
+
+        match self._measure:
+            case "cosine":
+                x = measured.x
+                return cosine_similarity(noise.to(x).flatten(1), x.flatten(1), dim=1)
+            case "residual":
+                return -measured.residual.mean(dim=0)
+            case "contraction":
+                return -measured.contraction.mean(dim=0)
+
+
+def load(config: StabilityConfig, device: torch.device, dtype: torch.dtype) -> Stability:
+    """Makes the verifier; it has no weights of its own."""
+    from sampling.inversion import Inverter
+
+    inverter = Inverter(config.inversion, config.num_iterations, config.model_time)
+    guidance_scale = config.inversion_guidance_scale
+    return Stability(inverter, config.measure, guidance_scale, config.partial_steps, config.column)
+
+
+def check(config: StabilityConfig) -> None:
+    """Raises UserError for an inversion that cannot be."""
+    if config.partial_steps is not None and config.partial_steps < 1:
+        raise UserError(f"partial_steps={config.partial_steps} must be at least 1")
+    if config.num_iterations < 1:
+        raise UserError(f"num_iterations={config.num_iterations} must be at least 1")
+    if config.inversion_guidance_scale < 0:
+        raise UserError(
+            f"inversion_guidance_scale={config.inversion_guidance_scale} must be at least 0"
+        )
+
+
+KIND = VerifierKind(
+    load,
+    StabilityConfig,
+    check,
+    needs="trajectory",
+    looks="compares a run with its noise",
+    forms=("whole", "parts", "gradient"),
+    inverts=True,
+)

@@ -4,18 +4,22 @@ Searches compare scores after rounding them to 1e-4, so that near-ties seldom tu
 the device (seldom, not never), and see no more of a verifier than this.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.data.files.errors import RunFailed
+from data.files.errors import RunFailed
+from sampling.grid import Denoise, SamplingGrid
+from sampling.process import Process
+from sampling.verifiers.kind import VerifierOptions
 
 SCORE_DECIMALS = 4
 """Scores that agree in so many decimals are tied."""
 Images = Float[Tensor, "n 3 h w"]
+Latents = Float[Tensor, "n c h w"]
 
 
 class Verifier(Protocol):
@@ -34,6 +38,109 @@ class Verifier(Protocol):
         """Returns one score an image; an image's depends on the rest of the batch by
         rounding alone."""
         ...
+
+
+@runtime_checkable
+class SetVerifier(Verifier, Protocol):
+    """Scores an image by the set of winners that it would join."""
+
+    def keep(self, image: Float[Tensor, "3 h w"]) -> None:
+        """Adds a winner to the set."""
+        ...
+
+
+@runtime_checkable
+class TrajectoryVerifier(Protocol):
+    """Scores runs by their noise and by what the network makes of their latents, not by pictures.
+
+    What is measured by more network evaluations is shared by verifiers with the same `measurement`.
+    """
+
+    name: str
+    guidance_scale: float
+    """Guidance of those evaluations; 1 is off."""
+
+    @property
+    def measurement(self) -> Hashable:
+        """Names what is measured."""
+        ...
+
+    def prepare(self, process: Process) -> None:
+        """Tells it, once, what process the runs are of."""
+        ...
+
+    def level(self, stop: int) -> int:
+        """Returns the level whose latents it wants of a run to level `stop`."""
+        ...
+
+    def evaluations(self, stop: int) -> int:
+        """Returns the network evaluations of one score, guidance not counted."""
+        ...
+
+    def measure(self, x: Latents, level: int, denoise: Denoise, grid: SamplingGrid) -> Any:
+        """Evaluates the network on what runs are at `level`."""
+        ...
+
+    def score_measured(self, noise: Latents, measured: Any) -> Float[Tensor, " n"]:
+        """Returns the score of each run from its noise and what was measured."""
+        ...
+
+
+def score_run(
+    verifier: TrajectoryVerifier,
+    noise: Latents,
+    x: Latents,
+    level: int,
+    denoise: Denoise,
+    grid: SamplingGrid,
+) -> Float[Tensor, " n"]:
+    """Returns the scores of runs that are at `x` on `level`, with gradients if those are asked."""
+    return verifier.score_measured(noise, verifier.measure(x, level, denoise, grid))
+
+
+def of_images(verifiers: Mapping[str, Verifier | TrajectoryVerifier]) -> dict[str, Verifier]:
+    """Returns the verifiers of images; configs have refused the others where a picture is all."""
+    return {
+        name: verifier
+        for name, verifier in verifiers.items()
+        if not isinstance(verifier, TrajectoryVerifier)
+    }
+
+
+class ImageVerifier:
+    """A verifier made of a function of images and prompts, called a batch at a time.
+
+    With `preview_log_snr` the function takes previews, too, or None where a run has none there.
+    """
+
+    def __init__(
+        self,
+        config: VerifierOptions,
+        scores: Callable[..., Tensor],
+        differentiable: bool = True,
+        check_prompt: Callable[[str], object] = lambda prompt: None,
+        preview_log_snr: float | None = None,
+    ) -> None:
+        self.name, self.differentiable = config.column, differentiable
+        self.preview_log_snr = preview_log_snr
+        self.check_prompt = check_prompt
+        """Raises UserError for a prompt that it cannot judge."""
+        self._scores, self._batch_size = scores, config.batch_size
+
+    def score(
+        self, images: Images, prompts: Sequence[str], previews: Images | None = None
+    ) -> Float[Tensor, " n"]:
+        """Returns one score an image."""
+        if len(images) != len(prompts):
+            raise RunFailed(f"{len(images)} images cannot be scored against {len(prompts)} prompts")
+        parts = []
+        for start in range(0, len(images), self._batch_size):
+            rows = slice(start, start + self._batch_size)
+            given: list[Any] = [images[rows], prompts[rows]]
+            if self.preview_log_snr is not None:
+                given.append(None if previews is None else previews[rows])
+            parts.append(self._scores(*given))
+        return torch.cat(parts) if parts else images.new_zeros(0)
 
 
 def checked_scores(

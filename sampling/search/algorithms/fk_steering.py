@@ -19,12 +19,48 @@ nothing can be preferred: all particles go on, with equal weights.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from blackpoint.sampling.search.algorithm_configs import FkSteeringConfig, Potential
-from blackpoint.sampling.search.trial import Outcome, Problem, Search, Seeded, Trial
+from sampling.errors import UserError
+from sampling.samplers import SAMPLERS
+from sampling.search.problem import (
+    Algorithm,
+    Outcome,
+    Problem,
+    Search,
+    SearchSettings,
+    Seeded,
+    Trial,
+)
+
+Potential = Literal["difference", "max", "sum"]
+
+
+@dataclass
+class FkSteeringConfig:
+    """FK (Feynman-Kac) steering."""
+
+    strength: float = 10.0
+    """lambda: how strongly the score tilts the distribution."""
+    potential: Potential = "difference"
+    """How scores along the way become weights."""
+    resample_every_steps: int = 5
+    """Sampling steps between looks at the particles."""
+    ess_threshold: float = 0.5
+    """Resampling happens where the effective sample size is below this share; 1 is always."""
+    tempering: float = 1.0
+    """lambda_k = lambda (k / S)^tempering, S the sampling steps; 0 has lambda from the start."""
+
+    def __post_init__(self) -> None:
+        if self.resample_every_steps < 1:
+            raise UserError(f"resample_every_steps={self.resample_every_steps} must be at least 1")
+        if not 0 <= self.ess_threshold <= 1:
+            raise UserError(f"ess_threshold={self.ess_threshold} must lie in 0..1")
+        if self.tempering < 0 or not math.isfinite(self.strength):
+            raise UserError("tempering must be at least 0 and strength finite")
 
 
 def systematic(weights: Sequence[float], uniform: float) -> list[int]:
@@ -102,3 +138,23 @@ def _tilted(scores: Sequence[float], potential: Potential) -> float:
             return max(scores)
         case "sum":
             return sum(scores)
+
+
+def check(search: SearchSettings, config: FkSteeringConfig) -> None:
+    """Raises UserError without noise in the steps, or without a score to weigh by."""
+    if not SAMPLERS[search.sampler].fresh_noise(search.eta):
+        always = [f"sampler={name}" for name, each in SAMPLERS.items() if each.stochastic]
+        chosen = [f"sampler={name}" for name, each in SAMPLERS.items() if each.takes_eta]
+        raise UserError(
+            f"algorithm=fk_steering with sampler={search.sampler}: copies of a particle would stay "
+            f"copies without noise in the steps; use {' or '.join(always)}, or "
+            f"{' or '.join(chosen)} with eta above 0"
+        )
+    if len(search.verifiers) > 1 and search.ensemble != "weighted_sum":
+        raise UserError(
+            f"ensemble={search.ensemble}: algorithm=fk_steering weighs particles by a score, "
+            "which a rank is not; use ensemble=weighted_sum"
+        )
+
+
+ALGORITHM = Algorithm(fk_steering, FkSteeringConfig, form="mixed", check=check)

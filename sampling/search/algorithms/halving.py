@@ -8,12 +8,40 @@ beforehand on whole runs (`measured_kendall`), is high enough.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from scipy import stats
+from sampling.errors import UserError
+from sampling.search.problem import Algorithm, Goal, Outcome, Problem, Search, Seeded, Trial
 
-from blackpoint.sampling.search.algorithm_configs import HalvingConfig
-from blackpoint.sampling.search.trial import Goal, Outcome, Problem, Search, Seeded, Trial
+
+@dataclass
+class HalvingConfig:
+    """Successive halving."""
+
+    levels: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    """Where to look, in shares of the sampling steps."""
+    keep: float = 0.5
+    """Share of the candidates that stays at each of them."""
+    min_kendall: float = 0.3
+    """Least rank correlation of preview and final score at which a level prunes."""
+    calibration_prompts: int = 8
+    """Prompts, the first ones, on which that correlation is measured, beside the budget."""
+    calibration_candidates: int = 8
+    """Whole runs of each of them for the measurement."""
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False))
+        if not self.levels or not rising or not 0 < self.levels[0] <= self.levels[-1] < 1:
+            raise UserError(f"levels={self.levels} must be shares between 0 and 1, rising")
+        if self.calibration_prompts < 1 or self.calibration_candidates < 2:
+            raise UserError(
+                "halving needs at least 1 of calibration_prompts and 2 of calibration_candidates"
+            )
+        if not 0 < self.keep < 1:
+            raise UserError(f"keep={self.keep} must lie between 0 and 1")
+        if not -1 <= self.min_kendall <= 1:
+            raise UserError(f"min_kendall={self.min_kendall} must lie in [-1, 1]")
 
 
 def pruning_levels(
@@ -48,13 +76,17 @@ def spent(problem: Problem, levels: Sequence[int], keep: float, count: int) -> i
     return total
 
 
-def halving(
-    problem: Problem, config: HalvingConfig, kendall: Mapping[int, float] | None = None
-) -> Search:
+def halving(problem: Problem, config: HalvingConfig) -> Search:
     """Starts as many noises as the budget completes; without pruning levels it is best-of-N."""
-    levels = pruning_levels(config, problem.grid.num_steps, kendall)
+    levels = pruning_levels(config, problem.grid.num_steps, problem.kendall)
     count = num_candidates(problem, levels, config.keep)
     return walk(problem, levels, count, config.keep)
+
+
+def least_nfe(problem: Problem, config: HalvingConfig) -> int:
+    """Returns the NFE of one noise that is looked at wherever it may be."""
+    levels = pruning_levels(config, problem.grid.num_steps, None)
+    return spent(problem, levels, config.keep, 1)
 
 
 def walk(problem: Problem, levels: Sequence[int], count: int, keep: float) -> Search:
@@ -83,20 +115,16 @@ def walk(problem: Problem, levels: Sequence[int], count: int, keep: float) -> Se
         kept = sorted(best, key=lambda outcome: outcome.trial.candidate)
 
 
-def scores_of(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Ranks rows by their score."""
-    return [row["score"] for row in rows]
-
-
 def measured_kendall(
-    rows: Iterable[Mapping[str, Any]],
-    values: Callable[[Sequence[Mapping[str, Any]]], list[float]] = scores_of,
+    rows: Iterable[Mapping[str, Any]], values: Callable[[Sequence[Mapping[str, Any]]], list[float]]
 ) -> dict[int, float]:
     """Returns Kendall's tau-b of preview and final score for each level, the mean over prompts.
 
     `rows` are those of candidates.jsonl after `walk` with keep 1, `values` what those of one prompt
     and level are ranked by; prompts whose values are all equal say nothing and are left out.
     """
+    from scipy import stats
+
     by_key = {(row["prompt_index"], row["candidate"]): row for row in rows}
     pairs: dict[tuple[int, int], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
     for (prompt, _), row in by_key.items():
@@ -114,3 +142,8 @@ def measured_kendall(
         if not math.isnan(tau):
             taus.setdefault(level, []).append(tau)
     return {level: sum(each) / len(each) for level, each in taus.items()}
+
+
+ALGORITHM = Algorithm(
+    halving, HalvingConfig, form="parts", least_nfe=least_nfe, levels=pruning_levels
+)

@@ -14,17 +14,51 @@ worse, so e is put back on it, or pulled by the gradient of
 Every step's image is a candidate; the best that was seen wins, wherever the ascent ends.
 """
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from sampling.errors import UserError
+from sampling.samplers import SAMPLERS
+from sampling.search.problem import Algorithm, Given, Problem, Search, SearchSettings, Seeded, Trial
 
-from blackpoint.sampling.search.algorithm_configs import NoiseOptimisationConfig
-from blackpoint.sampling.search.trial import Given, Problem, Search, Seeded, Trial
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 ELEMENTS_OF_THE_PAPER = 65_536
 LARGEST_NORM_CHANGE = 2.0
 """Ratio of norms, either way, at which an ascent without a sphere has left what a model knows."""
+
+
+@dataclass
+class NoiseOptimisationConfig:
+    """Noise optimisation, gradient ascent on one noise."""
+
+    learning_rate: float = 100.0
+    """Rate of a step for a noise of 65,536 elements; it is scaled with their number."""
+    momentum: float = 0.5
+    """Share of the step before that a step keeps."""
+    gradient: Literal["full", "fixed_inverse"] = "full"
+    """Through the whole run and its score, or with the re-inverted noise held fixed (stability)."""
+    norm: Literal["sphere", "regularised", "free"] = "sphere"
+    """Keep the noise's norm, pull it to that of unit noise, or let it go."""
+    norm_weight: float = 0.01
+    """norm=regularised: weight of the gradient of log p(|e|)."""
+    largest_gradient: float | None = None
+    """Norm that gradients with their momentum are cut to; not cut if not set."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate={self.learning_rate} must be above 0")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum={self.momentum} must lie in [0, 1)")
+        if self.norm_weight < 0:
+            raise UserError(f"norm_weight={self.norm_weight} must be at least 0")
+        if self.largest_gradient is not None and not self.largest_gradient > 0:
+            raise UserError(f"largest_gradient={self.largest_gradient} must be above 0")
 
 
 def noise_optimisation(problem: Problem, config: NoiseOptimisationConfig) -> Search:
@@ -39,7 +73,7 @@ def noise_optimisation(problem: Problem, config: NoiseOptimisationConfig) -> Sea
         assert outcome.state is not None
         gradient, noise = outcome.state.x[0].double(), outcome.state.x0
         assert noise is not None
-        if math.isnan(outcome.score) or not torch.isfinite(gradient).all():
+        if math.isnan(outcome.score) or not gradient.isfinite().all():
             return f"stopped after {number + 1} steps: the score or its gradient is not finite"
         e = noise[0].double()
         norm = e.norm()
@@ -71,3 +105,32 @@ def _clipped(gradient: Tensor, largest: float | None) -> Tensor:
     if largest is None:
         return gradient
     return gradient * min(1.0, largest / max(gradient.norm().item(), 1e-12))
+
+
+def check(search: SearchSettings, config: NoiseOptimisationConfig) -> None:
+    """Raises UserError where there is nothing to differentiate, or nothing that can be."""
+    if len(search.verifiers) != 1:
+        raise UserError(
+            f"algorithm=noise_optimisation ascends one score and {len(search.verifiers)} "
+            "verifiers are set; leave one"
+        )
+    if search.compile:
+        raise UserError(
+            "compile=true: algorithm=noise_optimisation differentiates the run with gradient "
+            "checkpointing, which a compiled UNet is not made for; leave compile out"
+        )
+    if SAMPLERS[search.sampler].fresh_noise(search.eta):
+        raise UserError(
+            f"sampler={search.sampler}, eta={search.eta}: algorithm=noise_optimisation needs a "
+            "deterministic sampler; use ddim without eta"
+        )
+    [verifier] = search.verifiers.values()
+    fixed = config.gradient == "fixed_inverse"
+    if fixed and not (verifier.declared.inverts and verifier.measure == "cosine"):
+        raise UserError(
+            "noise_optimisation.gradient=fixed_inverse holds the re-inverted noise fixed, so "
+            "it goes with kind=stability, measure=cosine; use gradient=full"
+        )
+
+
+ALGORITHM = Algorithm(noise_optimisation, NoiseOptimisationConfig, form="gradient", check=check)

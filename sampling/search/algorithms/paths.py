@@ -7,9 +7,38 @@ tau of a linear flow, x = (1 - tau) x0 + tau eps; here a tau is the level of the
 sigma / (sigma + alpha) is nearest. The survivors of the last round are sampled to the end.
 """
 
-from blackpoint.sampling.samplers import SamplingGrid
-from blackpoint.sampling.search.algorithm_configs import PathsConfig
-from blackpoint.sampling.search.trial import Outcome, Problem, Renoised, Search, Seeded, Trial
+from dataclasses import dataclass
+
+from sampling.errors import UserError
+from sampling.grid import SamplingGrid
+from sampling.search.problem import Algorithm, Outcome, Problem, Renoised, Search, Seeded, Trial
+
+
+@dataclass
+class PathsConfig:
+    """Search over paths, Paths-N."""
+
+    num_paths: int = 2
+    """Survivors of a round, N."""
+    num_expansions: int = 4
+    """Re-noisings of each survivor, M."""
+    sigma: float = 0.11
+    """Time tau that the first N noises are denoised to, and the search begins at."""
+    delta_f: float = 0.78
+    """tau added by a re-noising; less where the start would be passed."""
+    delta_b: float = 0.81
+    """tau removed after it; more than delta_f."""
+
+    def __post_init__(self) -> None:
+        if self.num_paths < 1 or self.num_expansions < 1:
+            raise UserError("num_paths and num_expansions must be at least 1")
+        if not 0 < self.sigma < 1:
+            raise UserError(f"sigma={self.sigma} must lie between 0 and 1 (a time tau)")
+        if not 0 < self.delta_f < self.delta_b:
+            raise UserError(
+                f"delta_f={self.delta_f} and delta_b={self.delta_b}: each round must gain, so "
+                "0 < delta_f < delta_b"
+            )
 
 
 def level_of(grid: SamplingGrid, tau: float) -> int:
@@ -79,3 +108,6 @@ def paths(problem: Problem, config: PathsConfig) -> Search:
         finals.append(Trial(round_number, number, survivor.state, last, "final", seed, parent))
         number += 1
     yield finals
+
+
+ALGORITHM = Algorithm(paths, PathsConfig, form="mixed")

@@ -3,8 +3,17 @@
 Ma et al. 2025, section 3.1. Candidate k of prompt i starts from a seed that any tool re-makes.
 """
 
-from blackpoint.sampling.search.algorithm_configs import RandomSearchConfig
-from blackpoint.sampling.search.trial import Problem, Search, Seeded, Trial
+from dataclasses import dataclass
+
+from sampling.search.problem import Algorithm, Problem, Search, Seeded, Trial
+
+
+@dataclass
+class RandomSearchConfig:
+    """Best-of-N."""
+
+    first_seed: int | None = None
+    """Seeds are first_seed, first_seed + 1, ...; not set: drawn from the run's seed and prompt."""
 
 
 def random_search(problem: Problem, config: RandomSearchConfig) -> Search:
@@ -17,3 +26,6 @@ def random_search(problem: Problem, config: RandomSearchConfig) -> Search:
     ]
     stop = problem.grid.num_steps
     yield [Trial(0, number, Seeded(seed), stop, "final", seed) for number, seed in enumerate(seeds)]
+
+
+ALGORITHM = Algorithm(random_search, RandomSearchConfig, form="whole")

@@ -4,8 +4,28 @@ Ma et al. 2025, section 3.1. Where no neighbour is better the pivot stays; it is
 again.
 """
 
-from blackpoint.sampling.search.algorithm_configs import ZeroOrderConfig
-from blackpoint.sampling.search.trial import Neighbour, Problem, Search, Seeded, Trial
+from dataclasses import dataclass
+
+from sampling.errors import UserError
+from sampling.search.problem import Algorithm, Neighbour, Problem, Search, Seeded, Trial
+
+
+@dataclass
+class ZeroOrderConfig:
+    """Zero-order search, ZO-N."""
+
+    num_neighbours: int = 2
+    """Neighbours of the pivot a round, N; the authors have 2 for text-to-image, 4 on ImageNet."""
+    cosine: float = 0.95
+    """Cosine of the angle between a neighbour and the pivot."""
+
+    def __post_init__(self) -> None:
+        if self.num_neighbours < 1:
+            raise UserError(f"num_neighbours={self.num_neighbours} must be at least 1")
+        if not -1 <= self.cosine < 1:
+            raise UserError(
+                f"cosine={self.cosine} must lie in [-1, 1); 1 would be the pivot itself"
+            )
 
 
 def zero_order(problem: Problem, config: ZeroOrderConfig) -> Search:
@@ -27,3 +47,6 @@ def zero_order(problem: Problem, config: ZeroOrderConfig) -> Search:
         best = problem.best_first([best, *outcomes])[0]
         left -= sum(outcome.nfe for outcome in outcomes)
         number, round_number = number + count, round_number + 1
+
+
+ALGORITHM = Algorithm(zero_order, ZeroOrderConfig, form="whole")

@@ -7,19 +7,20 @@ is what the files of LAION's predictors hold: the MLP "sac+logos+ava1-l14-linear
 the first, one linear layer, as weight and bias. It does not read the prompt.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from data.files.errors import UserError
+from sampling.verifiers.kind import VerifierKind, VerifierOptions
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.verifiers.batching import in_batches
-from blackpoint.sampling.verifiers.image_model import ImageModel
-from blackpoint.sampling.verifiers.models.linear_head import linear_chain
-from blackpoint.sampling.verifiers.pretrained import frozen, load_weights
-from blackpoint.sampling.verifiers.verifier import Images
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from sampling.verifiers.verifier import Images, ImageVerifier
 
 BASE = "openai/clip-vit-large-patch14"
 REMEDY = (
@@ -28,43 +29,34 @@ REMEDY = (
 )
 
 
-class Aesthetic:
-    """Verifier of CLIP's image features and a small head on them."""
+def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
+    """Loads the head from the checkpoint, and the CLIP that it stands on from `base`."""
+    from torch.nn.functional import normalize
 
-    preview_log_snr: float | None = None
+    from sampling.verifiers.models.image_model import load_features
+    from sampling.verifiers.verifier import ImageVerifier
 
-    def __init__(
-        self,
-        features: ImageModel,
-        head: nn.Sequential,
-        name: str = "aesthetic",
-        batch_size: int = 16,
-    ) -> None:
-        self.name = name
-        self.differentiable = features.differentiable
-        self._features = features
-        self._head = head
-        self._batch_size = batch_size
+    head = load_head(str(config.checkpoint), device)
+    clip = load_features(config.base or BASE, None, device, dtype, field="base")
+    width = head[0].in_features
 
-    def score(
-        self, images: Images, prompts: Sequence[str], previews: Images | None = None
-    ) -> Float[Tensor, " n"]:
-        """Returns the predicted rating."""
-        return in_batches(self._score, images, prompts, self._batch_size)
-
-    def _score(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
-        features = nn.functional.normalize(self._features(images), dim=-1)
-        width = self._head[0].in_features
+    def scores(images: Images, prompts: Sequence[str]) -> Tensor:
+        features = normalize(clip(images), dim=-1)
         if features.shape[1] != width:
             raise UserError(
                 f"base: its image features have {features.shape[1]} numbers and the head takes "
                 f"{width}; the head of LAION's predictor belongs to {BASE}"
             )
-        return self._head(features)[:, 0]
+        return head(features)[:, 0]
+
+    return ImageVerifier(config, scores, clip.differentiable)
 
 
 def load_head(checkpoint: str, device: torch.device) -> nn.Sequential:
     """Reads the head, in float32; raises UserError for a file that is none."""
+    from sampling.verifiers.models.linear_head import linear_chain
+    from sampling.verifiers.models.pretrained import frozen, load_weights
+
     state = load_weights(Path(checkpoint), "checkpoint", REMEDY)
     try:
         head = linear_chain(state)
@@ -72,3 +64,8 @@ def load_head(checkpoint: str, device: torch.device) -> nn.Sequential:
         raise UserError(f"checkpoint={checkpoint} holds no head ({error}); {REMEDY}") from error
     frozen(head.to(device))
     return head
+
+
+KIND = VerifierKind(
+    load, checkpoint="the head's file, sac+logos+ava1-l14-linearMSE.pth of LAION's predictor"
+)

@@ -8,64 +8,55 @@ with the class y given, or found in the prompt by the names of the classes (Ma e
 with DINO's logits).
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from data.files.errors import UserError
+from sampling.verifiers.kind import VerifierKind, VerifierOptions
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.verifiers.batching import in_batches
-from blackpoint.sampling.verifiers.image_model import ImageModel
-from blackpoint.sampling.verifiers.verifier import Images
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-Output = Literal["logit", "log_prob", "top1"]
+    from sampling.verifiers.models.image_model import ImageModel
+    from sampling.verifiers.verifier import Images, ImageVerifier
+
+
+@dataclass
+class ClassifierConfig(VerifierOptions):
+    """Keys of kind=classifier."""
+
+    label: str | None = None
+    """classifier: name or number of the wanted class; found in each prompt if not set."""
+    labels: list[str] = field(default_factory=list)
+    """classifier: names of its classes in order; the model's own if empty."""
+    output: Literal["logit", "log_prob", "top1"] = "log_prob"
+    """classifier: the logit of the class, its log-probability, or whether it is the likeliest."""
 
 
 class Classifier:
-    """Verifier of an image classifier; `label` is the name or number of the wanted class."""
+    """An image classifier and the class that each prompt asks for."""
 
-    preview_log_snr: float | None = None
-
-    def __init__(
-        self,
-        model: ImageModel,
-        labels: Sequence[str] = (),
-        label: str | None = None,
-        output: Output = "log_prob",
-        name: str = "classifier",
-        batch_size: int = 16,
-    ) -> None:
-        self.name = name
-        self.differentiable = model.differentiable
-        self._model = model
-        self._output = output
-        self._batch_size = batch_size
-        self._labels = list(labels or model.labels)
-        self._given = None if label is None else self._number(label)
+    def __init__(self, model: ImageModel, config: ClassifierConfig) -> None:
+        self._model, self._output = model, config.output
+        self._labels = list(config.labels or model.labels)
+        self._given = None if config.label is None else self._number(config.label)
         if self._given is None and not self._labels:
             raise UserError(
                 "labels: the classifier does not name its classes, so none can be found in a "
                 "prompt; give labels in the order of its outputs, or label, the number of one"
             )
 
-    def score(
-        self, images: Images, prompts: Sequence[str], previews: Images | None = None
-    ) -> Float[Tensor, " n"]:
-        """Returns what `output` names of each image's class."""
-        return in_batches(self._score, images, prompts, self._batch_size)
-
     def label_of(self, prompt: str) -> int:
         """Returns the class that a prompt asks for; raises UserError unless it names just one."""
         return self._given if self._given is not None else label_in(prompt, self._labels)
 
-    def check_prompt(self, prompt: str) -> None:
-        """Raises UserError where a prompt has no class."""
-        self.label_of(prompt)
-
-    def _score(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
+    def scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """Returns what `output` names of each image's class."""
         classes = [self.label_of(prompt) for prompt in prompts]
         logits = self._model(images)
         num_classes = logits.shape[1]
@@ -79,7 +70,7 @@ class Classifier:
                 f"label={max(classes)} is not one of the classifier's {num_classes} classes, "
                 f"0 to {num_classes - 1}"
             )
-        wanted = torch.tensor(classes, device=logits.device)
+        wanted = logits.new_tensor(classes).long()
         if self._output == "top1":
             return (logits.argmax(dim=1) == wanted).to(logits.dtype)
         values = logits if self._output == "logit" else logits.log_softmax(dim=1)
@@ -94,6 +85,16 @@ class Classifier:
             f"label={label} is not a class of this classifier; its {len(self._labels)} classes "
             f"are {_shown(self._labels)}"
         )
+
+
+def load(config: ClassifierConfig, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
+    """Loads the network; raises UserError for labels that do not fit it."""
+    from sampling.verifiers.models.image_model import load_classifier
+    from sampling.verifiers.verifier import ImageVerifier
+
+    model = load_classifier(config.checkpoint, config.module, device, dtype)
+    classifier = Classifier(model, config)
+    return ImageVerifier(config, classifier.scores, model.differentiable, classifier.label_of)
 
 
 def label_in(prompt: str, labels: Sequence[str]) -> int:
@@ -128,3 +129,6 @@ def _words(text: str) -> str:
 
 def _shown(labels: Sequence[str]) -> str:
     return ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
+
+
+KIND = VerifierKind(load, ClassifierConfig, has_model=True)

@@ -4,7 +4,7 @@ cos(image, prompt) = <f(image), g(prompt)> / (|f(image)| |g(prompt)|)
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,17 +12,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.data.files.notes import first
-from blackpoint.sampling.checkpoints.loading import require_tokenizer
-from blackpoint.sampling.verifiers.batching import in_batches
-from blackpoint.sampling.verifiers.preprocessing import load_preprocessing
-from blackpoint.sampling.verifiers.pretrained import find_folder, load_model
-from blackpoint.sampling.verifiers.verifier import Images
+from data.files.notes import first
+from sampling.loading import require_tokenizer
+from sampling.verifiers.kind import VerifierOptions
+from sampling.verifiers.models.preprocessing import load_preprocessing
+from sampling.verifiers.models.pretrained import find_folder, load_model
+from sampling.verifiers.verifier import Images
 
 log = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 4096
 TEXT_BATCH = 64
+
+
+class TextCache:
+    """Features of prompts, each computed once by `encode`, a batch of at most 64 at a time."""
+
+    def __init__(self, encode: Callable[[list[str]], Tensor]) -> None:
+        self._encode = encode
+        self._texts: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Returns a row for each prompt."""
+        if len(self._texts) > MAX_REMEMBERED:
+            self._texts.clear()
+        new = [text for text in dict.fromkeys(prompts) if text not in self._texts]
+        for start in range(0, len(new), TEXT_BATCH):
+            texts = new[start : start + TEXT_BATCH]
+            self._texts.update(zip(texts, self._encode(texts), strict=True))
+        return torch.stack([self._texts[text] for text in prompts])
 
 
 class Clip:
@@ -40,7 +59,7 @@ class Clip:
         self.model, _ = load_model(CLIPModel, folder, device, dtype)
         positions = self.model.config.text_config.max_position_embeddings
         self.max_tokens = min(self.tokenizer.model_max_length, positions)
-        self._texts: dict[str, Tensor] = {}
+        self.text_features = TextCache(self._text_features)
 
     @property
     def differentiable(self) -> bool:
@@ -54,19 +73,11 @@ class Clip:
         texts = self.text_features(prompts)
         return (torch.nn.functional.normalize(features, dim=-1) * texts).sum(dim=-1)
 
-    @torch.no_grad()
-    def text_features(self, prompts: Sequence[str]) -> Float[Tensor, "n d"]:
+    def _text_features(self, texts: list[str]) -> Float[Tensor, "n d"]:
         """Returns the prompts' features of norm 1; over-long ones are cut, with a warning."""
-        if len(self._texts) > MAX_REMEMBERED:
-            self._texts.clear()
-        new = [text for text in dict.fromkeys(prompts) if text not in self._texts]
-        for start in range(0, len(new), TEXT_BATCH):
-            texts = new[start : start + TEXT_BATCH]
-            tokens = self._tokens(texts).to(self.model.device)
-            features = self.model.get_text_features(**tokens).pooler_output.float()
-            features = torch.nn.functional.normalize(features, dim=-1)
-            self._texts.update(zip(texts, features, strict=True))
-        return torch.stack([self._texts[text] for text in prompts])
+        tokens = self._tokens(texts).to(self.model.device)
+        features = self.model.get_text_features(**tokens).pooler_output.float()
+        return torch.nn.functional.normalize(features, dim=-1)
 
     def _tokens(self, texts: list[str]) -> Any:
         for text, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
@@ -94,31 +105,15 @@ def shared_clips() -> Iterator[None]:
         _shared = None
 
 
-def load_clip(checkpoint: str, example: str, device: torch.device, dtype: torch.dtype) -> Clip:
+def load_clip(
+    config: VerifierOptions, example: str, device: torch.device, dtype: torch.dtype
+) -> Clip:
     """Loads a CLIP, or returns the one of the same folder; raises UserError."""
     known = {} if _shared is None else _shared
-    key = (checkpoint, device, dtype)
+    key = (str(config.checkpoint), device, dtype)
     if key not in known:
-        known[key] = Clip(checkpoint, example, device, dtype)
+        known[key] = Clip(key[0], example, device, dtype)
     return known[key]
-
-
-class CosineVerifier:
-    """What verifiers of an image's cosine with its prompt share; each scales it in its own way."""
-
-    kind: str
-    """Name where none is given."""
-    preview_log_snr: float | None = None
-
-    def __init__(self, clip: Clip, name: str | None = None, batch_size: int = 16) -> None:
-        self.name = name or self.kind
-        self.differentiable = clip.differentiable
-        self._clip = clip
-        self._batch_size = batch_size
-
-    def cosines(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
-        """Returns the cosine of each image with its prompt, a batch at a time."""
-        return in_batches(self._clip.cosines, images, prompts, self._batch_size)
 
 
 def warn_if_cut(text: str, num_tokens: int, max_tokens: int) -> None:

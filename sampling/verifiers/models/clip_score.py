@@ -5,24 +5,31 @@
 as torchmetrics and most tables report it; the paper's own factor is 2.5 on the same cosine.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from blackpoint.sampling.verifiers.models.clip import CosineVerifier
-from blackpoint.sampling.verifiers.verifier import Images
+from sampling.verifiers.kind import VerifierKind, VerifierOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from sampling.verifiers.verifier import ImageVerifier
 
 EXAMPLE = "openai/clip-vit-large-patch14"
 
 
-class ClipScore(CosineVerifier):
-    """Verifier of any transformers CLIPModel; scores from 0 to 100."""
+def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
+    """Loads any transformers CLIPModel; scores are from 0 to 100."""
+    from sampling.verifiers.models.clip import load_clip
+    from sampling.verifiers.verifier import ImageVerifier
 
-    kind = "clip_score"
+    clip = load_clip(config, EXAMPLE, device, dtype)
+    return ImageVerifier(
+        config,
+        lambda images, prompts: 100 * clip.cosines(images, prompts).clamp(min=0),
+        clip.differentiable,
+    )
 
-    def score(
-        self, images: Images, prompts: Sequence[str], previews: Images | None = None
-    ) -> Float[Tensor, " n"]:
-        """Returns 100 times the cosine, not below 0."""
-        return 100 * self.cosines(images, prompts).clamp(min=0)
+
+KIND = VerifierKind(load, checkpoint=f"a CLIP folder or hub id, such as {EXAMPLE}")

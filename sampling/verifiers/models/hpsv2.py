@@ -6,79 +6,62 @@ The weights are those of an open_clip ViT-H-14, so that package runs them (the e
 HPSv2's own code does, an image is resized by its longer edge and padded to a square with black.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from sampling.errors import UserError
+from sampling.verifiers.kind import VerifierKind, VerifierOptions
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.verifiers.batching import in_batches
-from blackpoint.sampling.verifiers.models.clip import MAX_REMEMBERED, warn_if_cut
-from blackpoint.sampling.verifiers.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
-from blackpoint.sampling.verifiers.pretrained import frozen, load_weights
-from blackpoint.sampling.verifiers.verifier import Images
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sampling.verifiers.verifier import Images, ImageVerifier
 
 ARCHITECTURE = "ViT-H-14"
 REMEDY = "download HPS_v2.1_compressed.pt (or HPS_v2_compressed.pt) of xswu/HPSv2 and give its path"
 
 
 class HpsV2:
-    """Verifier of an open_clip model; scores are cosines, about 0.2 to 0.4."""
+    """An open_clip model with its tokenizer; scores are cosines, about 0.2 to 0.4."""
 
-    preview_log_snr: float | None = None
-    differentiable = True
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        from sampling.verifiers.models.clip import TextCache
+        from sampling.verifiers.models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 
-    def __init__(
-        self, model: Any, tokenizer: Any, name: str = "hpsv2", batch_size: int = 16
-    ) -> None:
-        self.name = name
-        self._model = model
-        self._tokenizer = tokenizer
-        self._batch_size = batch_size
-        self._texts: dict[str, Tensor] = {}
+        self._model, self._tokenizer = model, tokenizer
+        self._texts = TextCache(self._text_features)
         size = model.visual.image_size
         side = size if isinstance(size, int) else size[0]
         self._preprocess = Preprocessing(
             longest_edge=side, crop=(side, side), clamp=False, mean=CLIP_MEAN, std=CLIP_STD
         )
 
-    def score(
-        self, images: Images, prompts: Sequence[str], previews: Images | None = None
-    ) -> Float[Tensor, " n"]:
+    def scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """Returns the cosine of each image with its prompt."""
-        return in_batches(self._score, images, prompts, self._batch_size)
-
-    def _score(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
         weight = next(self._model.parameters())
         pixels = self._preprocess(images.to(weight.device)).to(weight.dtype)
         features = self._model.encode_image(pixels, normalize=True).float()
-        if len(self._texts) > MAX_REMEMBERED:
-            self._texts.clear()
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._texts:
-                self._texts[prompt] = self._text_features(prompt, weight.device)
-        return (features * torch.stack([self._texts[prompt] for prompt in prompts])).sum(dim=-1)
+        return (features * self._texts(prompts)).sum(dim=-1)
 
-    @torch.no_grad()
-    def _text_features(self, prompt: str, device: torch.device) -> Float[Tensor, " d"]:
-        num_tokens = len(self._tokenizer.encode(prompt)) + 2  # start and end
-        warn_if_cut(prompt, num_tokens, self._tokenizer.context_length)
-        tokens = self._tokenizer([prompt]).to(device)
-        return self._model.encode_text(tokens, normalize=True)[0].float()
+    def _text_features(self, prompts: list[str]) -> Tensor:
+        from sampling.verifiers.models.clip import warn_if_cut
+
+        for prompt in prompts:
+            num_tokens = len(self._tokenizer.encode(prompt)) + 2  # start and end
+            warn_if_cut(prompt, num_tokens, self._tokenizer.context_length)
+        tokens = self._tokenizer(prompts).to(next(self._model.parameters()).device)
+        return self._model.encode_text(tokens, normalize=True).float()
 
 
-def load_hpsv2(
-    checkpoint: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    name: str = "hpsv2",
-    batch_size: int = 16,
-    architecture: str = ARCHITECTURE,
-) -> HpsV2:
+def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
     """Loads the state dict of an open_clip model once; raises UserError for what is missing."""
+    from sampling.verifiers.models.pretrained import frozen, load_weights
+    from sampling.verifiers.verifier import ImageVerifier
+
     try:
         import open_clip
     except ImportError as error:
@@ -86,15 +69,20 @@ def load_hpsv2(
             f"kind=hpsv2 needs the package open_clip ({error}); install the extra: "
             "pip install 'blackpoint[hpsv2]'"
         ) from error
-    state = load_weights(Path(checkpoint), "checkpoint", REMEDY)
-    model: Any = open_clip.create_model(architecture, precision="fp32", load_weights=False)
+    state = load_weights(Path(str(config.checkpoint)), "checkpoint", REMEDY)
+    model: Any = open_clip.create_model(ARCHITECTURE, precision="fp32", load_weights=False)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(
-            f"checkpoint={checkpoint} does not hold an open_clip {architecture} ({reason:.200}); "
-            f"{REMEDY}"
+            f"checkpoint={config.checkpoint} does not hold an open_clip {ARCHITECTURE} "
+            f"({reason:.200}); {REMEDY}"
         ) from error
-    tokenizer = open_clip.get_tokenizer(architecture)
-    return HpsV2(frozen(model.to(device, dtype)), tokenizer, name, batch_size)
+    tokenizer = open_clip.get_tokenizer(ARCHITECTURE)
+    return ImageVerifier(config, HpsV2(frozen(model.to(device, dtype)), tokenizer).scores)
+
+
+KIND = VerifierKind(
+    load, checkpoint="the file of weights, HPS_v2.1_compressed.pt of the hub's xswu/HPSv2"
+)

@@ -7,24 +7,22 @@ transformers 4 (its BERT imports what version 5 took away), so its weights are r
 transformers, whose two towers are the same networks under other names.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from data.files.errors import UserError
+from sampling.verifiers.kind import VerifierKind, VerifierOptions
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.checkpoints.loading import require_tokenizer
-from blackpoint.sampling.verifiers.batching import in_batches
-from blackpoint.sampling.verifiers.models.clip import warn_if_cut
-from blackpoint.sampling.verifiers.models.linear_head import linear_chain
-from blackpoint.sampling.verifiers.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
-from blackpoint.sampling.verifiers.pretrained import HUB_ID, download, frozen, load_weights
-from blackpoint.sampling.verifiers.verifier import Images
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from sampling.verifiers.verifier import Images, ImageVerifier
 
 EXAMPLE = "THUDM/ImageReward"
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -48,37 +46,21 @@ VISION_NAMES = (
 
 
 class ImageReward:
-    """Verifier of BLIP's image tower, its text tower that looks at the image, and a linear head."""
+    """BLIP's image tower, its text tower that looks at the image, and a linear head."""
 
-    preview_log_snr: float | None = None
-    differentiable = True
+    def __init__(self, vision: Any, text: Any, head: nn.Module, tokenizer: Any) -> None:
+        from sampling.verifiers.models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 
-    def __init__(
-        self,
-        vision: Any,
-        text: Any,
-        head: nn.Module,
-        tokenizer: Any,
-        name: str = "image_reward",
-        batch_size: int = 16,
-    ) -> None:
-        self.name = name
         self._vision, self._text, self._head = vision, text, head
         self._tokenizer = tokenizer
-        self._batch_size = batch_size
         self._read: set[str] = set()
         side = vision.config.image_size
         self._preprocess = Preprocessing(
             shortest_edge=side, crop=(side, side), crop_rounds=True, mean=CLIP_MEAN, std=CLIP_STD
         )
 
-    def score(
-        self, images: Images, prompts: Sequence[str], previews: Images | None = None
-    ) -> Float[Tensor, " n"]:
+    def scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """Returns the normalised reward."""
-        return in_batches(self._score, images, prompts, self._batch_size)
-
-    def _score(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
         device, dtype = self._vision.device, self._vision.dtype
         pixels = self._preprocess(images.to(device)).to(dtype)
         seen = self._vision(pixel_values=pixels).last_hidden_state
@@ -87,12 +69,14 @@ class ImageReward:
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
             encoder_hidden_states=seen,
-            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=device),
+            encoder_attention_mask=seen.new_ones(seen.shape[:2]).long(),
         )
         rewards = self._head(read.last_hidden_state[:, 0].float())[:, 0]
         return (rewards - MEAN) / STD
 
     def _tokens(self, prompts: list[str]) -> Any:
+        from sampling.verifiers.models.clip import warn_if_cut
+
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._read:
                 self._read.add(prompt)
@@ -108,18 +92,15 @@ class ImageReward:
         )
 
 
-def load_image_reward(
-    checkpoint: str,
-    base: str | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    name: str = "image_reward",
-    batch_size: int = 16,
-) -> ImageReward:
+def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
     """Loads a folder with ImageReward.pt and med_config.json, and BERT's tokenizer from `base`.
 
     The tokenizer may also lie in the folder itself. Raises UserError for what is missing.
     """
+    from sampling.verifiers.models.pretrained import HUB_ID, download, frozen, load_weights
+    from sampling.verifiers.verifier import ImageVerifier
+
+    checkpoint = str(config.checkpoint)
     folder = Path(checkpoint)
     if not folder.is_dir() and HUB_ID.fullmatch(checkpoint):
         folder = download(checkpoint, "checkpoint", EXAMPLE, (*WEIGHTS, CONFIG))
@@ -138,12 +119,15 @@ def load_image_reward(
         ) from error
     for part in (vision.to(dtype), text.to(dtype), head):
         frozen(part.to(device))
-    return ImageReward(vision, text, head, _tokenizer(folder, base), name, batch_size)
+    reward = ImageReward(vision, text, head, _tokenizer(folder, config.base))
+    return ImageVerifier(config, reward.scores)
 
 
 def _built(state: dict[str, Tensor], med_config: dict[str, Any]) -> tuple[Any, Any, nn.Module]:
     """Builds the three parts in the sizes that the weights have, and fills them strictly."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+    from sampling.verifiers.models.linear_head import linear_chain
 
     seen = _part(state, "blip.visual_encoder.")
     patches = seen["patch_embed.proj.weight"]  # (width, 3, px, px)
@@ -184,6 +168,9 @@ def _vision_name(key: str) -> str:
 def _tokenizer(folder: Path, base: str | None) -> Any:
     from transformers import BertTokenizer
 
+    from sampling.loading import require_tokenizer
+    from sampling.verifiers.models.pretrained import HUB_ID, download
+
     beside = any((folder / file).is_file() for file in TOKENIZER_FILES)
     source = base or (str(folder) if beside else TOKENIZER)
     path = Path(source)
@@ -191,3 +178,6 @@ def _tokenizer(folder: Path, base: str | None) -> Any:
         path = download(source, "base", TOKENIZER, ("tokenizer*", "vocab.txt", "config.json"))
     require_tokenizer(path, TOKENIZER_FILES)
     return BertTokenizer.from_pretrained(path, local_files_only=True)
+
+
+KIND = VerifierKind(load, checkpoint=f"the folder with {WEIGHTS[1]} and {CONFIG}, or {EXAMPLE}")

@@ -5,24 +5,30 @@
 the logit of its softmax over candidates, so that a difference of 1 is odds of e.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from blackpoint.sampling.verifiers.models.clip import CosineVerifier
-from blackpoint.sampling.verifiers.verifier import Images
+from sampling.verifiers.kind import VerifierKind, VerifierOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from sampling.verifiers.verifier import ImageVerifier
 
 EXAMPLE = "yuvalkirstain/PickScore_v1"
 
 
-class PickScore(CosineVerifier):
-    """Verifier of a transformers CLIPModel folder with a trained logit scale."""
+def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
+    """Loads a transformers CLIPModel with a trained logit scale."""
+    from sampling.verifiers.models.clip import load_clip
+    from sampling.verifiers.verifier import ImageVerifier
 
-    kind = "pick_score"
+    clip = load_clip(config, EXAMPLE, device, dtype)
+    scale = clip.model.logit_scale.float().exp()
+    return ImageVerifier(
+        config, lambda images, prompts: scale * clip.cosines(images, prompts), clip.differentiable
+    )
 
-    def score(
-        self, images: Images, prompts: Sequence[str], previews: Images | None = None
-    ) -> Float[Tensor, " n"]:
-        """Returns the scaled cosine."""
-        return self._clip.model.logit_scale.float().exp() * self.cosines(images, prompts)
+
+KIND = VerifierKind(load, checkpoint=f"a PickScore folder or hub id, such as {EXAMPLE}")

@@ -5,46 +5,57 @@
 It needs no labels and no text; it rewards noises whose trajectory settles early.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from sampling.errors import RunFailed
+from sampling.verifiers.kind import VerifierKind, VerifierOptions
 
-from blackpoint.data.files.errors import RunFailed
-from blackpoint.sampling.verifiers.batching import cosine
-from blackpoint.sampling.verifiers.image_model import ImageModel
-from blackpoint.sampling.verifiers.verifier import Images
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-DEFAULT_LOG_SNR = 4.18
-"""2 log(.89 / .11): level .11 of linear-flow time, where Ma et al.'s search over paths starts."""
+    from sampling.verifiers.verifier import Images, ImageVerifier
 
 
-class SelfSupervised:
-    """Verifier of any image features; wants a preview beside each final image."""
+@dataclass
+class SelfSupervisedConfig(VerifierOptions):
+    """Keys of kind=self_supervised."""
 
-    def __init__(
-        self,
-        features: ImageModel,
-        preview_log_snr: float = DEFAULT_LOG_SNR,
-        name: str = "self_supervised",
-        batch_size: int = 16,
-    ) -> None:
-        self.name = name
-        self.preview_log_snr: float | None = preview_log_snr
-        self.differentiable = features.differentiable
-        self._features = features
-        self._batch_size = batch_size
+    preview_log_snr: float = 4.18
+    """self_supervised: log SNR of the x0-prediction that is compared with the final image."""
+    # 2 log(.89 / .11): level .11 of linear-flow time, where Ma et al.'s search over paths starts
 
-    def score(
-        self, images: Images, prompts: Sequence[str], previews: Images | None = None
-    ) -> Float[Tensor, " n"]:
-        """Returns the cosine of each image's features with its preview's."""
+
+def load(config: SelfSupervisedConfig, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
+    """Loads the features, and compares each final image's with its preview's."""
+    from torch.nn.functional import cosine_similarity
+
+    from sampling.verifiers.models.image_model import load_features
+    from sampling.verifiers.verifier import ImageVerifier
+
+    features = load_features(config.checkpoint, config.module, device, dtype)
+
+    def scores(images: Images, prompts: Sequence[str], previews: Images | None) -> Tensor:
         if previews is None or len(previews) != len(images):
             raise RunFailed(
-                f"verifier {self.name} needs one preview an image, the x0-prediction at log SNR "
-                f"{self.preview_log_snr}"
+                f"verifier {config.column} needs one preview an image, the x0-prediction at log "
+                f"SNR {config.preview_log_snr}"
             )
-        pairs = zip(images.split(self._batch_size), previews.split(self._batch_size), strict=True)
-        parts = [cosine(self._features(image), self._features(seen)) for image, seen in pairs]
-        return torch.cat(parts) if len(images) else images.new_zeros(0)
+        return cosine_similarity(features(images), features(previews), dim=-1)
+
+    log_snr = config.preview_log_snr
+    return ImageVerifier(config, scores, features.differentiable, preview_log_snr=log_snr)
+
+
+KIND = VerifierKind(
+    load,
+    SelfSupervisedConfig,
+    has_model=True,
+    needs="trajectory",
+    looks="compares a run's preview with its end",
+    forms=("whole",),
+)

@@ -1,0 +1,132 @@
+"""Diversity of a set of images: the mean distance of their features over all pairs.
+
+    D = sum_{i != j} |f_i - f_j| / (n (n - 1))
+
+with f from any module that turns images into rows of numbers; for cosine distances let it return
+rows of length 1, as then |f - g|^2 = 2 (1 - cos). The change between two sets of the same prompts
+is estimated by a bootstrap over prompts: a sample that holds prompt i w_i times weights the pair
+(i, j) with w_i w_j, in both sets alike, and leaves out pairs of a prompt with itself.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from data.files.errors import RunFailed, UserError
+from sampling.evaluation.statistics import (
+    LEVEL,
+    NUM_RESAMPLES,
+    Estimate,
+    bca_interval,
+    influences,
+)
+
+Features = Float[Tensor, "n d"]
+BLOCK_PAIRS = 2**22
+
+
+@torch.no_grad()
+def extract_features(
+    extractor: nn.Module, images: Tensor | Sequence[Tensor], batch_size: int = 64
+) -> Features:
+    """Returns one row of features an image, float64 on the CPU, from the module in eval mode.
+
+    images: (N, 3, H, W) or N times (3, H, W), all of one size, in [0, 1] unless the module wants
+    them otherwise. They go to the module's device and number format; its training mode is put back.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1; 64 is the default")
+    sizes = {tuple(image.shape) for image in images}
+    if len(sizes) != 1:
+        raise UserError(
+            f"images: {len(sizes)} sizes among {len(images)}; give at least one image, all of one "
+            "size"
+        )
+    tensors = chain(extractor.parameters(), extractor.buffers())
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    modes = {module: module.training for module in extractor.modules()}
+    rows = []
+    try:
+        extractor.eval()
+        for start in range(0, len(images), batch_size):
+            batch = torch.stack(list(images[start : start + batch_size])).to(like)
+            rows.append(_checked_features(extractor, extractor(batch), len(batch)))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return torch.cat(rows)
+
+
+def mean_pairwise_distance(features: Features) -> float:
+    """Returns the mean Euclidean distance over all pairs of two rows or more."""
+    _check_rows(features)
+    return float(_weighted_distance(features, np.ones((1, len(features))))[0])
+
+
+def diversity_change(
+    features: Features, baseline: Features, level: float = LEVEL, seed: int = 0
+) -> Estimate:
+    """Estimates the mean pairwise distance of `features` minus that of `baseline`.
+
+    Row i of both belongs to prompt i; the interval is a paired bootstrap over prompts.
+    """
+    _check_rows(features)
+    _check_rows(baseline)
+    n = len(features)
+    if n != len(baseline):
+        raise UserError(
+            f"features and baseline: {n} and {len(baseline)} rows are no pairs; give one image a "
+            "prompt of each, in the same order"
+        )
+    value = mean_pairwise_distance(features) - mean_pairwise_distance(baseline)
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(n, np.full(n, 1 / n), size=NUM_RESAMPLES).astype(np.float64)
+    counts = counts[(counts > 0).sum(axis=1) > 1]  # one prompt alone has no pairs
+    without = 1 - np.eye(n) if n > 2 else np.empty((0, n))  # one prompt alone has none either
+    changes = _weighted_distance(features, np.concatenate([counts, without]))
+    changes -= _weighted_distance(baseline, np.concatenate([counts, without]))
+    resampled, left_out = np.split(changes, [len(counts)])
+    influence = influences(left_out) if n > 2 else np.zeros(n)
+    return Estimate(value, *bca_interval(value, resampled, [influence], level), n)
+
+
+def _weighted_distance(features: Features, counts: np.ndarray) -> np.ndarray:
+    """Returns the mean distance over pairs of different rows, a number for each row of counts."""
+    weights = torch.from_numpy(counts)  # (resamples, n)
+    rows = features.double().cpu()
+    sums = torch.zeros(len(weights), dtype=torch.float64)
+    width = max(1, BLOCK_PAIRS // len(rows))
+    for start in range(0, len(rows), width):
+        block = slice(start, start + width)
+        # Not by products of rows: these give equal images a distance.
+        distances = torch.cdist(rows, rows[block], compute_mode="donot_use_mm_for_euclid_dist")
+        sums += ((weights @ distances) * weights[:, block]).sum(dim=1)
+    num_pairs = weights.sum(dim=1).square() - weights.square().sum(dim=1)
+    return (sums / num_pairs).numpy()
+
+
+def _checked_features(extractor: nn.Module, features: object, num_images: int) -> Tensor:
+    name = type(extractor).__name__
+    if not isinstance(features, Tensor) or features.shape[:1] != (num_images,):
+        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise RunFailed(
+            f"extractor {name} returned {found} for {num_images} images; it must return a tensor "
+            "with one row an image: wrap it in a module that does"
+        )
+    if not features.isfinite().all():
+        raise RunFailed(
+            f"extractor {name} returned features that are not finite; look at the images"
+        )
+    return features.flatten(1).double().cpu()
+
+
+def _check_rows(features: Features) -> None:
+    if features.ndim != 2 or len(features) < 2:
+        raise UserError(
+            f"features: shape {tuple(features.shape)}; a distance needs two rows at least, one an "
+            "image"
+        )

@@ -1,0 +1,138 @@
+"""Two settings on the same prompts: differences, wins, and a correction for many metrics.
+
+Everything is paired: entry i of `values` and of `baseline` is prompt i's score (or the mean over
+its seeds). Differences of means take a bootstrap over prompts (`statistics.bca_interval`); wins and
+losses the exact binomial test of 1/2 on what is no tie, their share Clopper and Pearson's interval
+(1934). Several metrics tested at once take Holm's step-down correction (Holm 1979):
+
+    p~_(i) = max over j <= i of min(1, (m - j + 1) p_(j))        p_(1) <= ... <= p_(m)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from data.files.errors import UserError
+from sampling.evaluation.statistics import (
+    LEVEL,
+    Estimate,
+    Values,
+    checked_values,
+    mean,
+    smallest_detectable_effect,
+)
+from sampling.verifiers.verifier import SCORE_DECIMALS
+
+"""Scores equal after rounding to so many decimals are a tie, as in every choice of a search."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """On how many prompts the values are above, at and below the baseline."""
+
+    wins: int
+    ties: int
+    losses: int
+    win_share: Estimate
+    """wins / (wins + losses), with its exact interval; n counts both."""
+    p_value: float
+    """Exact two-sided binomial test that wins and losses are equally likely."""
+
+    def __str__(self) -> str:
+        return f"{self.wins} wins, {self.ties} ties, {self.losses} losses (p = {self.p_value:.2g})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of two settings on the same prompts."""
+
+    metric: str
+    value: Estimate
+    baseline: Estimate
+    difference: Estimate
+    """value - baseline, paired."""
+    outcomes: Outcomes
+    adjusted_p_value: float
+    """Of the outcomes, corrected for all metrics compared (Holm)."""
+    detectable: float
+    """Smallest difference of means that so many prompts would have shown with power 0.8."""
+
+
+def mean_difference(
+    values: Values, baseline: Values, level: float = LEVEL, seed: int = 0
+) -> Estimate:
+    """Estimates mean(values) - mean(baseline), with a paired bootstrap interval over prompts."""
+    first, second = _checked_pairs(values, baseline, 1)
+    return mean(first - second, level, seed)
+
+
+def count_outcomes(values: Values, baseline: Values, level: float = LEVEL) -> Outcomes:
+    """Counts wins (higher), ties (equal after rounding to 1e-4) and losses, and tests them.
+
+    With ties alone the p-value is 1, the share of wins nan, and its interval [0, 1].
+    """
+    first, second = (np.round(v, SCORE_DECIMALS) for v in _checked_pairs(values, baseline, 1))
+    wins, losses = int((first > second).sum()), int((first < second).sum())
+    decided = wins + losses
+    ties = len(first) - decided
+    if decided == 0:
+        return Outcomes(0, ties, 0, Estimate(float("nan"), 0.0, 1.0, 0), 1.0)
+    test = stats.binomtest(wins, decided)
+    low, high = test.proportion_ci(level, method="exact")
+    share = Estimate(wins / decided, float(low), float(high), decided)
+    return Outcomes(wins, ties, losses, share, float(test.pvalue))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Returns each metric's p-value adjusted for testing all of them (Holm 1979), in the order
+    given."""
+    for metric, p_value in p_values.items():
+        if not 0 <= p_value <= 1:
+            raise UserError(f"p_values: {metric} has {p_value}; a p-value lies in 0..1")
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for rank, metric in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[metric]))
+        adjusted[metric] = largest
+    return {metric: adjusted[metric] for metric in p_values}
+
+
+def compare(
+    values: Mapping[str, Values],
+    baselines: Mapping[str, Values],
+    level: float = LEVEL,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Compares two settings on every metric; both hold the same metrics, of two prompts or more."""
+    if set(values) != set(baselines):
+        odd = ", ".join(sorted(set(values) ^ set(baselines)))
+        raise UserError(f"values and baselines differ in {odd}; score both with the same metrics")
+    pairs = {name: _checked_pairs(values[name], baselines[name], 2) for name in values}
+    outcomes = {name: count_outcomes(*pair, level) for name, pair in pairs.items()}
+    adjusted = holm({name: outcome.p_value for name, outcome in outcomes.items()})
+    return [
+        Comparison(
+            metric=name,
+            value=mean(first, level, seed),
+            baseline=mean(second, level, seed),
+            difference=mean_difference(first, second, level, seed),
+            outcomes=outcomes[name],
+            adjusted_p_value=adjusted[name],
+            detectable=smallest_detectable_effect(first - second, level=level),
+        )
+        for name, (first, second) in pairs.items()
+    ]
+
+
+def _checked_pairs(
+    values: Values, baseline: Values, smallest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    first, second = checked_values(values, smallest), checked_values(baseline, smallest)
+    if len(first) != len(second):
+        raise UserError(
+            f"values and baseline: {len(first)} and {len(second)} scores are no pairs; give one of "
+            "each a prompt, in the same order"
+        )
+    return first, second

@@ -1,0 +1,76 @@
+"""What a kind of verifier declares, and the keys that every kind has.
+
+A kind is a file that ends in `KIND = VerifierKind(load, ...)`, its config above, and a line in
+KINDS (sampling/verifiers/load.py). Such files import torch where they use it and not at the top, so
+that the help of a verb that has verifiers is instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from data.files.paths import PathText
+from sampling.choices import Dtype
+
+if TYPE_CHECKING:
+    import torch
+
+Needs = Literal["image", "trajectory", "set"]
+"""What a score takes: the image with its prompt; more of the run that made it; other images, too"""
+RunForm = Literal["whole", "parts", "mixed", "gradient"]
+"""How a search runs a candidate: whole, from a noise of its own; in parts, from a noise of its own;
+in parts that go on from another's; or whole, and differentiated."""
+
+
+@dataclass
+class VerifierOptions:
+    """The keys of every verifier."""
+
+    kind: str = "clip_score"
+    """What judges."""
+    checkpoint: PathText | None = None
+    """Its weights: a transformers folder, a hub id, or the file of a head."""
+    module: str | None = None
+    """Import path package.module:name of a custom verifier, or of the classifier or features."""
+    name: str | None = None
+    """Column of its scores; its kind if not set. Two verifiers of one kind need two names."""
+    weight: float = 1.0
+    """Its weight among the verifiers of an ensemble."""
+    dtype: Dtype = "float32"
+    """Number format of its weights."""
+    batch_size: int = 16
+    """Images judged at once; changes scores by rounding alone."""
+    base: PathText | None = None
+    """What a checkpoint stands on: the CLIP of aesthetic, the tokenizer of image_reward."""
+
+    @property
+    def column(self) -> str:
+        """What its scores are called."""
+        return self.name or self.kind
+
+
+@dataclass(frozen=True)
+class VerifierKind:
+    """One kind: how it is loaded, its config, and what it can judge."""
+
+    load: Callable[[Any, torch.device, torch.dtype], Any]
+    """(config, device, number format of its weights) -> what sampling/verifiers/verifier.py calls a
+    verifier; raises UserError."""
+    config: type = VerifierOptions
+    """A dataclass derived from VerifierOptions; its keys are told apart from those of other kinds
+    by their names."""
+    check: Callable[[Any], None] = lambda config: None
+    """Raises UserError for settings that cannot be."""
+    checkpoint: str = ""
+    """What to give as checkpoint, where that must be given."""
+    has_model: bool = False
+    """Whether checkpoint or module must be given."""
+    needs: Needs = "image"
+    looks: str = ""
+    """What it does with more than an image, as messages say it: "compares a run with its noise"."""
+    forms: tuple[RunForm, ...] = ("whole", "parts", "mixed", "gradient")
+    """The runs of a search that it can judge."""
+    inverts: bool = False
+    """Whether it goes back the way that deterministic DDIM came."""
