@@ -295,7 +295,6 @@ BAD = {
     "quality.ddim.kind=luminance": "is the name of a stability score",
     "quality.odd.kind=stability": "does not judge a picture by itself",
     "stability.odd.kind=luminance": "is no stability score",
-    "stability.exact.inversion=bdia stability.exact.kind=stability": "nothing could be ranked",
     "stability.p.kind=stability stability.p.partial_steps=3": "more than num_steps=2",
     "sets.num_images=4": "at most half of num_noises=6",
     "sets.reference=null": "go together",

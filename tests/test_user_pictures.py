@@ -97,7 +97,7 @@ def test_a_folder_that_cannot_be_read_is_named(
     def refuse(folder: Path) -> None:
         raise PermissionError(13, "Permission denied", str(folder / "private"))
 
-    monkeypatch.setattr("sampling.verifiers.oracle.picture_files", refuse)
+    monkeypatch.setattr("sampling.verifiers.reference.picture_files", refuse)
     with pytest.raises(UserError, match="reference=.*private can't be read .Permission denied."):
         reference_pictures(str(tmp_path))
 
