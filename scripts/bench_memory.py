@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from data.files.errors import RunFailed
+from sampling.memory import process_peak_bytes
 from scripts.bench_inputs import Inputs, training_config
 from scripts.bench_timing import Row, ratio_row, row
-from train.memory import process_peak_bytes
 
 PARTS = ("train", "bare_train", "train_cached", "bare_train_cached", "sample", "unet_calls")
 PAIRS = {

@@ -76,8 +76,8 @@ def run_cell(task: dict[str, Any]) -> dict[str, Any]:
     """Times one cell in this process."""
     import torch
 
+    from sampling.memory import process_peak_bytes
     from sampling.pixel_codec import PixelCodec
-    from train.memory import process_peak_bytes
     from train.model_config import ModelConfig
     from train.pixel_model import build_unet
 

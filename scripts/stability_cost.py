@@ -20,13 +20,13 @@ from data.files.whole_file import write_whole
 from sampling.evaluation.stability import StabilityStudyConfig
 from sampling.evaluation.stability_arms import BEST_OF, Place, Prices, arms, stability_scores
 from sampling.evaluation.stability_findings import SELECTION
+from sampling.memory import peak_bytes
 from sampling.sample import find_device
 from sampling.search.config import SearchConfig
 from sampling.search.run import search_to_folder
 from sampling.tasks import Task
 from sampling.verifiers.load import VerifierConfig
 from scripts.config import load, to_yaml
-from train.memory import process_peak_bytes
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +107,7 @@ def _measure(yaml: str) -> int:
     search = load(SearchConfig, [yaml])
     device = find_device(search.device)
     search_to_folder(search, Task())
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return process_peak_bytes()
+    return peak_bytes(device)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -181,10 +182,21 @@ def test_memory_is_that_of_the_largest_process(
 ) -> None:
     given = arguments(pipeline, prompts, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr("sampling.evaluation.metrics_study.peak_gb", lambda device: 99.5)
+        patch.setattr("sampling.evaluation.metrics_study.peak_bytes", lambda device: 99.5e9)
         evaluate(given)
     evaluate([*given, *BRIGHT])
     found = read_summary(tmp_path / "out")
     assert found is not None and found.peak_gb == 99.5
     assert metric(found, "bright").estimate.n == 5
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["peak_gb"] == 99.5
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux tells the peak there")
+def test_memory_is_not_that_of_the_process_that_started_this_one(
+    pipeline: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ru_maxrss is inherited: a large shell or launcher would be counted."""
+    inherited = SimpleNamespace(ru_maxrss=10**12)
+    monkeypatch.setattr("resource.getrusage", lambda _: inherited)
+    found = evaluate(arguments(pipeline, prompts, tmp_path / "out", "limit=1", "num_images=1"))
+    assert 0.05 < found.peak_gb < 1000

@@ -13,9 +13,7 @@ the images that are kept, or on images sampled once more.
 
 import json
 import logging
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -59,6 +57,7 @@ from sampling.evaluation.metrics_rows import (
 )
 from sampling.evaluation.metrics_summary import JSON_FILE, Summary, summarise, write_summary
 from sampling.evaluation.reference_set import measure_reference
+from sampling.memory import GB, peak_bytes
 from sampling.pictures import write_png
 from sampling.precision import set_tf32
 from sampling.prompts import Prompt, read_prompt_set
@@ -70,8 +69,6 @@ from sampling.tasks import Task, this_task
 log = logging.getLogger(__name__)
 
 IMAGE_COLUMN = "luminance"
-BYTES_PER_GB = 1e9
-MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 def evaluate_to_folder(config: MetricsConfig, task: Task | None = None) -> Summary | None:
@@ -237,7 +234,7 @@ def batch_rows(
     measured_s = time.perf_counter() - started_s - sampled_s
     for row in rows:
         row["measuring_s"] = round((row.get("measuring_s") or 0) + measured_s / len(batch), 5)
-        row["peak_gb"] = round(max(row.get("peak_gb") or 0, peak_gb(painter.device)), 4)
+        row["peak_gb"] = round(max(row.get("peak_gb") or 0, peak_bytes(painter.device) / GB), 4)
     return rows
 
 
@@ -281,14 +278,6 @@ def read_geneval_file(config: MetricsConfig) -> Any:
     from sampling.evaluation.geneval import read_geneval
 
     return None if config.geneval is None else read_geneval(config.geneval, seed=config.seed)
-
-
-def peak_gb(device: torch.device) -> float:
-    """Returns the most memory that this process, or its GPU, has held, in 10^9 bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / BYTES_PER_GB
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used * MAXRSS_BYTES / BYTES_PER_GB
 
 
 def _missing(

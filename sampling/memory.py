@@ -1,7 +1,7 @@
-"""The most memory that this process has held so far, in GB of 10^9 bytes.
+"""The most memory that this process, or the GPU that it computes on, has held so far.
 
-On a CPU the operating system's own figure, without the processes that decode images; on a GPU
-also what PyTorch's allocator has given out and what it has taken from the device.
+On a CPU the operating system's figure, without the processes that decode images; on a GPU what
+PyTorch's allocator has given out and, beside it, what it has taken from the device.
 """
 
 import resource
@@ -14,12 +14,19 @@ GB = 1e9
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Returns name -> GB, without waiting for the device."""
+    """Returns name -> GB of 10^9 bytes, without waiting for the device."""
     metrics = {"memory/process_peak_gb": process_peak_bytes() / GB}
     if device.type == "cuda":
-        metrics["memory/gpu_allocated_peak_gb"] = torch.cuda.max_memory_allocated(device) / GB
+        metrics["memory/gpu_allocated_peak_gb"] = peak_bytes(device) / GB
         metrics["memory/gpu_reserved_peak_gb"] = torch.cuda.max_memory_reserved(device) / GB
     return metrics
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Returns the peak of what computes: memory allocated on a GPU, or this process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return process_peak_bytes()
 
 
 def process_peak_bytes() -> int:
