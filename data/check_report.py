@@ -49,6 +49,8 @@ class Luminance:
     """Below .05."""
     share_nearly_white: float
     """Above .95."""
+    weights: str
+    """Of the colours, as the index names them: rec_601 or rec_709."""
 
 
 @dataclass
@@ -143,6 +145,7 @@ def summarize(
             np.histogram(luminance, bins=10, range=(0, 1))[0].tolist(),
             float((luminance < NEARLY_BLACK).mean()),
             float((luminance > NEARLY_WHITE).mean()),
+            sizes.luminance_weights,
         )
         if resolution:
             report.num_enlarged = int((np.minimum(width, height) < resolution).sum())

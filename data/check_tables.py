@@ -91,7 +91,7 @@ def _spreads(title: str, spreads: dict[str, Spread], digits: int) -> Table:
 
 
 def _luminance(luminance: Luminance, num_samples: int) -> Iterator[Table | Text]:
-    table = Table("luminance", "images", "", box=SIMPLE_HEAD)
+    table = Table(f"luminance ({luminance.weights})", "images", "", box=SIMPLE_HEAD)
     most = max(luminance.histogram)
     for number, count in enumerate(luminance.histogram):
         bar = "#" * -(-count * BAR_CHARACTERS // max(most, 1))

@@ -4,8 +4,8 @@ Beside the shards lies `index/`:
 
 - records.npy   one RECORD a sample, in the order of the shards
 - keys.bin      the keys, UTF-8, one after the other
-- shards.json   the names and sizes of the shards, how many samples each holds, and the members that
-                were chosen (data/sample_keys.py)
+- shards.json   the names and sizes of the shards, how many samples each holds, the weights of the
+                luminances, and the members that were chosen (data/sample_keys.py)
 - bad_samples.jsonl  the samples left out, with the reason
 - digests.json, stamps.json  what the shards hold: data/index_contents.py
 
@@ -29,6 +29,7 @@ from data.bad_samples import BadSample, refusal, too_many
 from data.caption_text import CAPTION_FIELD
 from data.files.errors import RunFailed, UserError
 from data.images.decode import MAX_IMAGE_PIXELS
+from data.images.luminance import REC_709
 from data.index_contents import (
     INDEX_FOLDER,
     ShardDigests,
@@ -70,6 +71,7 @@ class Index:
         description = _description(shard_folder)
         self.num_samples: int = description["num_samples"]
         self.num_bad_samples: int = description["num_bad_samples"]
+        self.luminance_weights: str = description.get("luminance", REC_709)
         self.keys = SampleKeys(description.get("image_key"), description.get("caption_key"))
         self.shard_names: list[str] = []
         self.shard_bytes: dict[str, int] = {}

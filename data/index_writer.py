@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data.bad_samples import BadSample, write_list
-from data.files.whole_file import scratch_folder
+from data.images.luminance import REC_601
 from data.index_contents import (
     DIGESTS_FILE,
     INDEX_FOLDER,
@@ -26,6 +27,8 @@ from data.sample_keys import AUTOMATIC, SampleKeys
 from data.shard_digest import ShardContent, samples_digest, shard_content
 
 FORMAT_VERSION = 1
+
+log = logging.getLogger(__name__)
 
 
 class IndexWriter:
@@ -45,6 +48,7 @@ class IndexWriter:
         self.num_samples = 0
         self._num_in_shard: Counter[int] = Counter()
         self._samples: dict[int, str] = {}
+        self._luminance_weights: set[str] = set()
         self._key_offset = 0
         self._records: BinaryIO
         self._keys: BinaryIO
@@ -62,6 +66,8 @@ class IndexWriter:
     def append(self, shard: int, records: ShardRecords) -> None:
         """Appends the samples of a shard that were collected elsewhere."""
         rows, keys = records.records, records.keys
+        if len(rows):
+            self._luminance_weights.add(records.luminance_weights)
         self._samples[shard] = samples_digest(rows, self._keys_chosen.field)
         rows["shard"] = shard
         rows["key_offset"] += np.uint64(self._key_offset)
@@ -89,8 +95,17 @@ class IndexWriter:
             rows = np.load(self.partial / "records.npy", mmap_mode="r")
             numbers = range(len(shards))
             contents = [shard_content(shards[n], rows[rows["shard"] == n]) for n in numbers]
+        weights = " and ".join(sorted(self._luminance_weights))
+        if len(self._luminance_weights) > 1:
+            log.warning(
+                "note: the index %s has luminances of %s, since an earlier version began it; "
+                "remove the folder, and the next run measures all by one",
+                self.folder,
+                weights,
+            )
         description = {
             "version": FORMAT_VERSION,
+            "luminance": weights or REC_601,
             "num_samples": self.num_samples,
             "num_bad_samples": len(bad),
             **self._keys_chosen.chosen(),

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.bad_samples import BadSample
+from data.images.luminance import REC_601, REC_709
 from data.record import RECORD, ShardRecords
 from data.shard_digest import ShardContent, file_digest, file_stamp, settled, shard_content
 from data.shard_file import shard_name
@@ -29,6 +30,8 @@ class Part:
     """Of the tar; without digests in a part from before there were any."""
     is_whole: bool = True
     """False where so much was bad that the rest was not read."""
+    luminance_weights: str = REC_601
+    """Of its records; parts from before they were named have those of Rec. 709."""
 
 
 def part_path(parts: Path, number: int) -> Path:
@@ -52,13 +55,14 @@ def read_part(path: Path) -> tuple[Part, ShardRecords]:
         values = json.loads(file.readline())
         values["bad"] = [BadSample(*sample) for sample in values["bad"]]
         values["content"] = ShardContent(*values.get("content", ()))
+        values.setdefault("luminance_weights", REC_709)
         num_key_bytes = values.pop("num_key_bytes")
         part = Part(**values)
         records = file.read(part.num_samples * RECORD.itemsize)
         keys = file.read()
     if len(records) != part.num_samples * RECORD.itemsize or len(keys) != num_key_bytes:
         raise ValueError(f"{path}: is cut short")
-    return part, ShardRecords(records, keys)
+    return part, ShardRecords(records, keys, part.luminance_weights)
 
 
 def shard_content_of(part: Part, shard: Path, records: ShardRecords) -> ShardContent:

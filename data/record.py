@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.images.luminance import REC_601
+
 TEXT, JSON = 0, 1
 MAX_KEY_BYTES = 0xFFFF
 RECORD = np.dtype(
@@ -20,7 +22,7 @@ RECORD = np.dtype(
         ("caption_size", "<u4"),
         ("width", "<u4"),  # pixels, upright
         ("height", "<u4"),
-        ("luminance", "<f4"),  # mean, 0 to 1
+        ("luminance", "<f4"),  # mean, 0 to 1: data/images/luminance.py
         ("key_offset", "<u8"),
         ("key_size", "<u2"),
         ("caption_form", "<u2"),
@@ -41,7 +43,10 @@ class ShardRecords:
     Offsets of keys count from the shard's first key; IndexWriter.append moves them.
     """
 
-    def __init__(self, records: bytes = b"", keys: bytes = b"") -> None:
+    def __init__(
+        self, records: bytes = b"", keys: bytes = b"", luminance_weights: str = REC_601
+    ) -> None:
+        self.luminance_weights = luminance_weights
         self._records = bytearray(records)
         self._keys = bytearray(keys)
 

@@ -82,7 +82,7 @@ def test_a_search_samples_with_it_and_keeps_it(checkpoint: Path, tmp_path: Path)
     model = DiffusionModel.load(checkpoint)
     for row in rows:
         image = model.sample(row["prompt"], [row["seed"]], clip_skip=2, **SETTINGS)
-        luminance = image.mul(torch.tensor([0.2126, 0.7152, 0.0722]).view(3, 1, 1)).sum(1).mean()
+        luminance = image.mul(torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1).mean()
         assert row["scores"]["dark"] == pytest.approx(-luminance.item(), abs=2e-2)
     with pytest.raises(UserError, match="clip_skip: 2 there, 0 now"):
         search_to_folder(search_config(checkpoint, output))

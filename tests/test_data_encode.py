@@ -94,7 +94,7 @@ def test_index_describes_the_encoded_square(tmp_path: Path, pipeline: Path) -> N
         record = index.record(row)
         assert (record["width"], record["height"]) == (16, 16)
         square = np.asarray(picture(int(index.key(row)[-4:])))[:, 4:20]
-        expected = square.mean(axis=(0, 1)) @ [0.2126, 0.7152, 0.0722] / 255
+        expected = square.mean(axis=(0, 1)) @ [0.299, 0.587, 0.114] / 255
         assert record["luminance"] == pytest.approx(expected, abs=1e-6)
 
 
