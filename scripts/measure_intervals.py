@@ -16,9 +16,8 @@ import torch
 
 from data.files.whole_file import write_whole
 from sampling.evaluation import statistics
-from sampling.evaluation.frechet import frechet_estimates
+from sampling.evaluation.frechet import Gaussian, frechet_estimates
 from sampling.evaluation.statistics import Estimate
-from sampling.verifiers.reference import Gaussian
 from scripts.config import load
 from scripts.full_architecture_table import describe_machine
 from scripts.stand_alone import run_script

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from data.files.errors import UserError
-from sampling.evaluation.paired import compare, count_outcomes, holm, mean_difference
-from sampling.evaluation.statistics import mean, smallest_detectable_effect
+from sampling.evaluation.paired import count_outcomes, holm, mean_difference
+from sampling.evaluation.statistics import mean
 
 RNG = np.random.default_rng(0)
 BASELINE = RNG.normal(5, 2, 80)
@@ -89,20 +89,6 @@ def test_holm_is_the_closed_test_of_bonferroni() -> None:
         assert found[name] == pytest.approx(min(1.0, max(closed)))
 
 
-def test_comparison_holds_what_its_parts_say() -> None:
-    rows = compare(
-        {"clip": VALUES, "aesthetic": BASELINE}, {"clip": BASELINE, "aesthetic": BASELINE}
-    )
-    assert [row.metric for row in rows] == ["clip", "aesthetic"]
-    clip, same = rows
-    assert clip.difference == mean_difference(VALUES, BASELINE)
-    assert (clip.value, clip.baseline) == (mean(VALUES), mean(BASELINE))
-    assert clip.outcomes == count_outcomes(VALUES, BASELINE)
-    assert clip.adjusted_p_value == min(1.0, 2 * clip.outcomes.p_value)
-    assert clip.detectable == smallest_detectable_effect(VALUES - BASELINE)
-    assert (same.outcomes.ties, same.adjusted_p_value, same.difference.high) == (80, 1.0, 0)
-
-
 def test_what_is_not_paired_is_refused() -> None:
     with pytest.raises(UserError, match="2 and 1 scores are no pairs; give one of each a prompt"):
         mean_difference([1, 2], [1])
@@ -110,7 +96,3 @@ def test_what_is_not_paired_is_refused() -> None:
         count_outcomes([float("nan")], [1.0])
     with pytest.raises(UserError, match="p_values: clip has nan; a p-value lies in 0..1"):
         holm({"clip": float("nan")})
-    with pytest.raises(UserError, match="differ in clip; score both with the same metrics"):
-        compare({"clip": [1.0, 2.0]}, {})
-    with pytest.raises(UserError, match="at least 2"):
-        compare({"clip": [1.0]}, {"clip": [1.0]})

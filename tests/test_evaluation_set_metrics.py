@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from data.files.errors import UserError
+from sampling.evaluation.frechet import frechet_distance, gaussian_of
 from sampling.evaluation.kernel_distance import distances_without, kernel_distance
 from sampling.evaluation.metrics import SetsConfig
 from sampling.evaluation.metrics_rows import FEATURE_COLUMN, LOGIT_COLUMN
@@ -23,7 +25,6 @@ from sampling.evaluation.set_metrics import (
     jackknife_parts,
     logit_metrics,
     num_splits,
-    precision_recall,
 )
 from sampling.evaluation.set_models import load_set_model, networks, read_reference
 from sampling.verifiers.load import ImageModelConfig
@@ -66,6 +67,8 @@ def test_fid_and_kid_are_torchmetrics_own() -> None:
     groups = np.arange(60) // 2
     found = by_name(feature_metrics(network(fake), network(real), groups, config, seed=5))
     assert found["FID"].estimate.value == pytest.approx(float(fid.compute()), rel=1e-4)
+    oracle = frechet_distance(network(fake), gaussian_of(network(real)))
+    assert found["FID"].estimate.value == pytest.approx(oracle, rel=1e-9)
     assert found["KID"].estimate.value == pytest.approx(expected_kid, rel=1e-4, abs=1e-6)
     for name in ("FID", "KID"):
         estimate = found[name].estimate
@@ -185,9 +188,11 @@ def test_what_is_left_out_is_left_out() -> None:
         assert found == pytest.approx(kernel_distance(own[kept], real), rel=1e-9)
         covered = covers.sum(axis=0) > covers[number]
         assert (covered == balls[kept].any(dim=0).numpy()).all()
-    precision, recall = precision_recall(own, real, 3)
-    assert inside.mean() == pytest.approx(precision)
-    assert (covers.sum(axis=0) > 0).mean() == pytest.approx(recall)
+    expected = prc_features_to_metric(
+        own, real, prc_neighborhood=3, prc_batch_size=10_000, save_cpu_ram=True, verbose=False
+    )
+    assert inside.mean() == pytest.approx(expected["precision"])
+    assert (covers.sum(axis=0) > 0).mean() == pytest.approx(expected["recall"])
 
 
 @pytest.mark.parametrize("count", [0, 1])

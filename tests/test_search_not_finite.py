@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sampling.evaluation.frechet import Gaussian
 from sampling.evaluation.plain import number, recorded
 from sampling.grid import SamplingGrid
 from sampling.inversion import Inverter, invert
@@ -30,7 +31,6 @@ from sampling.search.problem import Outcome, Problem, Search, Seeded, Trial
 from sampling.search.runner import TrialRunner
 from sampling.verifiers.ensemble import combined
 from sampling.verifiers.oracle import Oracle
-from sampling.verifiers.reference import Gaussian
 from tests.search_problems import GaussianModel, Scored, linear, runner, scores_of, search
 from tests.toy_denoisers import ZERO_SNR, noise_of, reader
 

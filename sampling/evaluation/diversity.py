@@ -2,21 +2,17 @@
 
     D = sum_{i != j} |f_i - f_j| / (n (n - 1))
 
-with f from any module that turns images into rows of numbers; for cosine distances let it return
-rows of length 1, as then |f - g|^2 = 2 (1 - cos). The change between two sets of the same prompts
+with f rows of numbers from any module. The change between two sets of the same prompts
 is estimated by a bootstrap over prompts: a sample that holds prompt i w_i times weights the pair
 (i, j) with w_i w_j, in both sets alike, and leaves out pairs of a prompt with itself.
 """
 
-from collections.abc import Sequence
-from itertools import chain
-
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.files.errors import RunFailed, UserError
+from data.files.errors import UserError
 from sampling.evaluation.statistics import (
     LEVEL,
     NUM_RESAMPLES,
@@ -27,38 +23,6 @@ from sampling.evaluation.statistics import (
 
 Features = Float[Tensor, "n d"]
 BLOCK_PAIRS = 2**22
-
-
-@torch.no_grad()
-def extract_features(
-    extractor: nn.Module, images: Tensor | Sequence[Tensor], batch_size: int = 64
-) -> Features:
-    """Returns one row of features an image, float64 on the CPU, from the module in eval mode.
-
-    images: (N, 3, H, W) or N times (3, H, W), all of one size, in [0, 1] unless the module wants
-    them otherwise. They go to the module's device and number format; its training mode is put back.
-    """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be at least 1; 64 is the default")
-    sizes = {tuple(image.shape) for image in images}
-    if len(sizes) != 1:
-        raise UserError(
-            f"images: {len(sizes)} sizes among {len(images)}; give at least one image, all of one "
-            "size"
-        )
-    tensors = chain(extractor.parameters(), extractor.buffers())
-    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
-    modes = {module: module.training for module in extractor.modules()}
-    rows = []
-    try:
-        extractor.eval()
-        for start in range(0, len(images), batch_size):
-            batch = torch.stack(list(images[start : start + batch_size])).to(like)
-            rows.append(_checked_features(extractor, extractor(batch), len(batch)))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return torch.cat(rows)
 
 
 def mean_pairwise_distance(features: Features) -> float:
@@ -107,21 +71,6 @@ def _weighted_distance(features: Features, counts: np.ndarray) -> np.ndarray:
         sums += ((weights @ distances) * weights[:, block]).sum(dim=1)
     num_pairs = weights.sum(dim=1).square() - weights.square().sum(dim=1)
     return (sums / num_pairs).numpy()
-
-
-def _checked_features(extractor: nn.Module, features: object, num_images: int) -> Tensor:
-    name = type(extractor).__name__
-    if not isinstance(features, Tensor) or features.shape[:1] != (num_images,):
-        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise RunFailed(
-            f"extractor {name} returned {found} for {num_images} images; it must return a tensor "
-            "with one row an image: wrap it in a module that does"
-        )
-    if not features.isfinite().all():
-        raise RunFailed(
-            f"extractor {name} returned features that are not finite; look at the images"
-        )
-    return features.flatten(1).double().cpu()
 
 
 def _check_rows(features: Features) -> None:

@@ -1,4 +1,10 @@
-"""FID of a set of n images, and FID extrapolated to infinite n, each with its interval.
+"""FID of a set of images, and FID extrapolated to infinite n, each with its interval.
+
+    FID = |m - m_r|^2 + tr C + tr C_r - 2 tr (C_r^1/2 C C_r^1/2)^1/2   (Heusel et al. 2017)
+
+The last trace is the sum of the singular values of X C_r^1/2 / sqrt(n - 1), with X the centred
+features: exact for sets of fewer images than features, whose covariance is singular, and for one
+image, whose covariance is 0.
 
 FID of n images estimates the one of the distribution that they are drawn from with a bias that
 falls as 1/n:  E[FID_n] = FID_inf + a / n + b / n^2 + ...  (Chong and Forsyth 2020, who fit a line
@@ -8,25 +14,26 @@ all images and the three share most of their noise, and the curve through them i
     FID_inf = sum_k c_k F_k,  F_k mean FID of k parts,  c_k = prod_{j != k} x_j / (x_j - x_k),
 
 x_k the mean of 1 / images in a part. Intervals are Student's t on an infinitesimal jackknife over
-groups of images (Efron 1982): FID is a smooth function of the images' weights, its derivative by
-the weight of image i, with u_i = f_i - m, M = C_r^1/2 C C_r^1/2,
+groups of images (Efron 1982): FID is a smooth function of the images' weights. With the singular
+value decomposition U S V^T of the above, its derivative by the weight of image i, u_i = f_i - m, is
 
-    [2 (m - m_r) . u_i + n / (n - 1) (|u_i|^2 - |M^-1/4 C_r^1/2 u_i|^2) - tr C + tr M^1/2] / n
+    [2 (m - m_r) . u_i + n |u_i|^2 / (n - 1) - n sum_k S_k U_ik^2 - tr C + sum_k S_k] / n
 
-costs one eigendecomposition of the smaller side, n or d. The line through F_1 and F_2 alone errs to
-the other side of what the curve errs, once a half holds more images than there are features; the
-interval is widened by the distance of the two.
+The line through F_1 and F_2 alone errs to the other side of what the curve errs, once a half holds
+more images than there are features; the interval is widened by the distance of the two.
 """
 
+import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sampling.evaluation.statistics import LEVEL, Estimate, influence_interval
-from sampling.verifiers.reference import Gaussian
 
 COUNTS = (1, 2, 4)
 """Into how many parts the set is split."""
@@ -34,31 +41,42 @@ FEWEST_IN_PART = 5
 """Groups of images (prompts) in the smallest part."""
 
 
-def frechet_influence(rows: Tensor, reference: Gaussian, root: Tensor) -> tuple[float, Tensor]:
-    """Returns FID of rows (m, d), and its derivative by the weight of each row, (m,); float64.
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean and covariance of the features of the reference images, float64."""
 
-    root: of the reference's covariance.
-    """
-    count, size = rows.shape
-    mean = rows.mean(dim=0)
-    apart, centered = mean - reference.mean, rows - mean
-    if count > size:
-        middle = root @ (centered.T @ centered / (count - 1)) @ root
-        values, vectors = torch.linalg.eigh(middle)
-        roots = values.clamp(min=0).sqrt()
-        is_known = values > size * torch.finfo(values.dtype).eps * values[-1]
-        scale = torch.where(is_known, 1 / roots, 0)
-        inner = (centered @ (root @ vectors)).square() @ scale
-    else:
-        projected = centered @ root
-        values, vectors = torch.linalg.eigh(projected @ projected.T / (count - 1))
-        roots = values.clamp(min=0).sqrt()
-        inner = (count - 1) * (vectors.square() @ roots)
-    norms = centered.square().sum(dim=1)
-    trace, overlap = float(norms.sum()) / (count - 1), float(roots.sum())
-    value = float(apart.square().sum() + reference.covariance.trace()) + trace - 2 * overlap
-    slope = 2 * centered @ apart + count / (count - 1) * (norms - inner) - trace + overlap
-    return value, slope / count
+    mean: Float[Tensor, " d"]
+    covariance: Float[Tensor, "d d"]
+
+    @functools.cached_property
+    def root(self) -> Float[Tensor, "d d"]:
+        """The symmetric square root of the covariance."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def gaussian_of(features: Float[Tensor, "n d"]) -> Gaussian:
+    """Returns mean and covariance (divisor n - 1) of at least two rows of features."""
+    rows = features.double()
+    return Gaussian(rows.mean(dim=0), torch.atleast_2d(rows.T.cov()))
+
+
+def frechet_distance(features: Float[Tensor, "n d"], reference: Gaussian) -> float:
+    """Returns FID of features to the reference; n may be 1."""
+    apart, scaled = _centred(features.double(), reference)
+    overlap = torch.linalg.svdvals(scaled @ reference.root).sum()
+    return _distance(apart, scaled, overlap, reference)
+
+
+def frechet_influence(rows: Tensor, reference: Gaussian) -> tuple[float, Tensor]:
+    """Returns FID of rows (n, d), and its derivative by the weight of each row, (n,); float64."""
+    count = len(rows)
+    apart, scaled = _centred(rows, reference)
+    left, values, _ = torch.linalg.svd(scaled @ reference.root, full_matrices=False)
+    norms, overlap = scaled.square().sum(dim=1), values.sum()
+    slope = 2 * (count - 1) ** 0.5 * scaled @ apart + count * (norms - left.square() @ values)
+    slope += overlap - norms.sum()
+    return _distance(apart, scaled, overlap, reference), slope / count
 
 
 def frechet_estimates(
@@ -69,10 +87,14 @@ def frechet_estimates(
     groups: (n,), which images are not independent of each other. The second is None where
     `lack_of_images` says why.
     """
-    root = reference.root
     kinds, owner = np.unique(groups, return_inverse=True)
-    value, slope = frechet_influence(rows, reference, root)
-    of_set = influence_interval(value, _sums(slope, owner, len(kinds)), len(rows), level)
+
+    def interval(value: float, slope: Tensor) -> Estimate:
+        by_group = np.bincount(owner, slope.numpy(), len(kinds))
+        return influence_interval(value, by_group, len(rows), level)
+
+    value, slope = frechet_influence(rows, reference)
+    of_set = interval(value, slope)
     if lack_of_images(len(rows), rows.shape[1], len(kinds)):
         return of_set, None
     shuffled = np.random.default_rng(seed).permutation(len(kinds))
@@ -80,18 +102,16 @@ def frechet_estimates(
     for count in COUNTS[1:]:
         part_of = shuffled[owner] % count
         parts = [torch.from_numpy(np.flatnonzero(part_of == part)) for part in range(count)]
-        found = [frechet_influence(rows[part], reference, root) for part in parts]
-        slope = torch.zeros(len(rows), dtype=torch.float64)
-        for part, (_, own) in zip(parts, found, strict=True):
-            slope[part] = own / count
+        slope, total = torch.zeros(len(rows), dtype=torch.float64), 0.0
+        for part in parts:
+            distance, derivatives = frechet_influence(rows[part], reference)
+            slope[part], total = derivatives / count, total + distance
         inverses.append(float(np.mean([1 / len(part) for part in parts])))
-        means.append(float(np.mean([each for each, _ in found])))
+        means.append(total / count)
         slopes.append(slope)
     weights = _at_zero(inverses)
-    curve = float(weights @ means)
-    line = float(_at_zero(inverses[:2]) @ means[:2])
-    total = torch.stack(slopes).T @ torch.from_numpy(weights)
-    sampling = influence_interval(curve, _sums(total, owner, len(kinds)), len(rows), level)
+    curve, line = float(weights @ means), float(_at_zero(inverses[:2]) @ means[:2])
+    sampling = interval(curve, torch.stack(slopes).T @ torch.from_numpy(weights))
     doubt = abs(curve - line)
     return of_set, Estimate(curve, sampling.low - doubt, sampling.high + doubt, len(rows))
 
@@ -112,12 +132,19 @@ def lack_of_images(num_images: int, num_features: int, num_groups: int) -> str:
     return ""
 
 
+def _centred(rows: Tensor, reference: Gaussian) -> tuple[Tensor, Tensor]:
+    """Returns the distance of the means (d,), and the centred rows over sqrt(n - 1), (n, d)."""
+    mean = rows.mean(dim=0)
+    return mean - reference.mean, (rows - mean) / max(len(rows) - 1, 1) ** 0.5
+
+
+def _distance(apart: Tensor, scaled: Tensor, overlap: Tensor, reference: Gaussian) -> float:
+    traces = scaled.square().sum() + reference.covariance.trace()
+    return float(apart.square().sum() + traces - 2 * overlap)
+
+
 def _at_zero(places: Sequence[float]) -> np.ndarray:
     """Returns the weights of the values at `places` in their polynomial's value at 0 (Lagrange)."""
     return np.array(
         [math.prod(other / (other - own) for other in places if other != own) for own in places]
     )
-
-
-def _sums(slope: Tensor, owner: np.ndarray, count: int) -> np.ndarray:
-    return np.bincount(owner, slope.numpy(), count)

@@ -1,4 +1,4 @@
-"""The kernel distance of two sets of features: the unbiased MMD^2 behind KID.
+"""KID: the unbiased MMD^2 of two sets of features under a cubic kernel.
 
 MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_ij k(x_i, y_j)
 k(x, y) = (x . y / d + 1)^3                                     (Binkowski et al. 2018)
@@ -23,6 +23,25 @@ def kernel_distance(first: Tensor, second: Tensor, second_mean: float | None = N
     return kernel_mean(first) + within - 2 * float(across) / (len(first) * len(second))
 
 
+def subset_distance(
+    first: Tensor, second: Tensor, num_subsets: int, subset_size: int, seed: int
+) -> float:
+    """Returns the mean MMD^2 of random subsets of both, as published; where neither has more rows
+    than a subset, that of the whole.
+
+    The subsets are those that torchmetrics draws after `torch.manual_seed(seed)`.
+    """
+    size = min(len(first), len(second), subset_size)
+    if size == len(first) == len(second):
+        return kernel_distance(first, second)
+    generator = torch.Generator().manual_seed(seed)
+    distances = []
+    for _ in range(num_subsets):
+        other, own = (torch.randperm(len(r), generator=generator)[:size] for r in (second, first))
+        distances.append(kernel_distance(first[own], second[other]))
+    return float(np.mean(distances))
+
+
 def distances_without(first: Tensor, second: Tensor, parts: Sequence[np.ndarray]) -> list[float]:
     """Returns `kernel_distance` of `first` without each of the parts, whose sums are taken once.
 
@@ -38,14 +57,14 @@ def distances_without(first: Tensor, second: Tensor, parts: Sequence[np.ndarray]
         within.index_add_(0, owners, sums)
     same = first.new_zeros(len(parts)).index_add_(0, owner, _same(first))
     inner = kernel_mean(second)
-    found = []
+    distances = []
     for number, part in enumerate(parts):
         count = len(first) - len(part)
         pairs = within.sum() - 2 * within[number].sum() + within[number, number]
         own = float(pairs - (same.sum() - same[number])) / (count * (count - 1))
         rest = float(across.sum() - across[number]) / (count * len(second))
-        found.append(own + inner - 2 * rest)
-    return found
+        distances.append(own + inner - 2 * rest)
+    return distances
 
 
 def part_numbers(parts: Sequence[np.ndarray], count: int) -> Tensor:

@@ -15,17 +15,8 @@ import numpy as np
 from scipy import stats
 
 from data.files.errors import UserError
-from sampling.evaluation.statistics import (
-    LEVEL,
-    Estimate,
-    Values,
-    checked_values,
-    mean,
-    smallest_detectable_effect,
-)
+from sampling.evaluation.statistics import LEVEL, Estimate, Values, checked_values, mean
 from sampling.verifiers.verifier import SCORE_DECIMALS
-
-"""Scores equal after rounding to so many decimals are a tie, as in every choice of a search."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +35,11 @@ class Outcomes:
         return f"{self.wins} wins, {self.ties} ties, {self.losses} losses (p = {self.p_value:.2g})"
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One metric of two settings on the same prompts."""
-
-    metric: str
-    value: Estimate
-    baseline: Estimate
-    difference: Estimate
-    """value - baseline, paired."""
-    outcomes: Outcomes
-    adjusted_p_value: float
-    """Of the outcomes, corrected for all metrics compared (Holm)."""
-    detectable: float
-    """Smallest difference of means that so many prompts would have shown with power 0.8."""
-
-
 def mean_difference(
     values: Values, baseline: Values, level: float = LEVEL, seed: int = 0
 ) -> Estimate:
     """Estimates mean(values) - mean(baseline), with a paired bootstrap interval over prompts."""
-    first, second = _checked_pairs(values, baseline, 1)
+    first, second = _checked_pairs(values, baseline)
     return mean(first - second, level, seed)
 
 
@@ -73,7 +48,7 @@ def count_outcomes(values: Values, baseline: Values, level: float = LEVEL) -> Ou
 
     With ties alone the p-value is 1, the share of wins nan, and its interval [0, 1].
     """
-    first, second = (np.round(v, SCORE_DECIMALS) for v in _checked_pairs(values, baseline, 1))
+    first, second = (np.round(v, SCORE_DECIMALS) for v in _checked_pairs(values, baseline))
     wins, losses = int((first > second).sum()), int((first < second).sum())
     decided = wins + losses
     ties = len(first) - decided
@@ -99,37 +74,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {metric: adjusted[metric] for metric in p_values}
 
 
-def compare(
-    values: Mapping[str, Values],
-    baselines: Mapping[str, Values],
-    level: float = LEVEL,
-    seed: int = 0,
-) -> list[Comparison]:
-    """Compares two settings on every metric; both hold the same metrics, of two prompts or more."""
-    if set(values) != set(baselines):
-        odd = ", ".join(sorted(set(values) ^ set(baselines)))
-        raise UserError(f"values and baselines differ in {odd}; score both with the same metrics")
-    pairs = {name: _checked_pairs(values[name], baselines[name], 2) for name in values}
-    outcomes = {name: count_outcomes(*pair, level) for name, pair in pairs.items()}
-    adjusted = holm({name: outcome.p_value for name, outcome in outcomes.items()})
-    return [
-        Comparison(
-            metric=name,
-            value=mean(first, level, seed),
-            baseline=mean(second, level, seed),
-            difference=mean_difference(first, second, level, seed),
-            outcomes=outcomes[name],
-            adjusted_p_value=adjusted[name],
-            detectable=smallest_detectable_effect(first - second, level=level),
-        )
-        for name, (first, second) in pairs.items()
-    ]
-
-
-def _checked_pairs(
-    values: Values, baseline: Values, smallest: int
-) -> tuple[np.ndarray, np.ndarray]:
-    first, second = checked_values(values, smallest), checked_values(baseline, smallest)
+def _checked_pairs(values: Values, baseline: Values) -> tuple[np.ndarray, np.ndarray]:
+    first, second = checked_values(values, 1), checked_values(baseline, 1)
     if len(first) != len(second):
         raise UserError(
             f"values and baseline: {len(first)} and {len(second)} scores are no pairs; give one of "

@@ -1,10 +1,10 @@
 """FID, KID, precision, recall and Inception Score of a set of images, each with its interval.
 
-The values equal torchmetrics' (FID, KID, IS) and torch-fidelity's (precision, recall: Kynkaanniemi
-et al. 2019) on rows that were measured image by image, so that they depend on no order and no
-batch. The intervals are a jackknife's over groups of prompts with all their images: resampling
-would put copies into the set, which these metrics mind. They are of the generated set; the
-references are taken as they are.
+Computed from rows that were measured image by image, so that they depend on no order and no batch;
+the values equal torchmetrics' (FID, KID, IS) and torch-fidelity's (precision, recall: Kynkaanniemi
+et al. 2019). The intervals are a jackknife's over groups of prompts with all their images:
+resampling would put copies into the set, which these metrics mind. They are of the generated set;
+the references are taken as they are.
 
 FID of n images is biased upwards, and its interval is of its mean at this n; FID at infinite n is
 extrapolated (frechet.py). KID is unbiased. IS of n images and k classes is biased downwards, by a
@@ -17,15 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.kid import KernelInceptionDistance
+from torch import Tensor
 
 from data.files.errors import UserError
-from sampling.evaluation.frechet import frechet_estimates
-from sampling.evaluation.kernel_distance import distances_without, part_numbers
+from sampling.evaluation.frechet import frechet_estimates, gaussian_of
+from sampling.evaluation.kernel_distance import distances_without, part_numbers, subset_distance
 from sampling.evaluation.metrics import SetsConfig
 from sampling.evaluation.statistics import FEWEST_GROUPS, Estimate, jackknife, proportion
-from sampling.verifiers.reference import gaussian_of, inception_score
+from sampling.verifiers.reference import inception_score
 
 FID, KID, PRECISION, RECALL, IS = "FID", "KID", "precision", "recall", "IS"
 FID_INFINITE = "FID at infinite n"
@@ -33,7 +32,10 @@ MOST_GROUPS = 20
 IMAGES_PER_CLASS = 10
 """Images a class that a split of IS has at least; fewer bound it: IS <= images in a split."""
 BATCH = 512
-Subset = Callable[[np.ndarray], float]
+Groups = Sequence[int] | np.ndarray
+"""Each image's prompt."""
+Parts = Sequence[np.ndarray]
+"""Numbers of the images of each part of a set, of which a jackknife leaves one out at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,73 +48,58 @@ class SetMetric:
     lower_is_better: bool
 
 
-class _Rows(nn.Module):
-    """Stands in for the network where its answers are the input."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return rows
-
-
 def feature_metrics(
-    features: Tensor,
-    reference: Tensor,
-    groups: Sequence[int] | np.ndarray,
-    config: SetsConfig,
-    seed: int = 0,
+    features: Tensor, reference: Tensor, groups: Groups, config: SetsConfig, seed: int = 0
 ) -> list[SetMetric]:
     """Returns FID, KID, precision and recall of features (N, d) against references (M, d), float32.
 
-    FID at infinite n is left out where `frechet.lack_of_images` says why. groups: each image's
-    prompt. Raises UserError for fewer than two rows of either.
+    FID at infinite n is left out where `frechet.lack_of_images` says why. Raises UserError for
+    fewer than two rows of either.
     """
-    for name, rows in (("generated", features), ("reference", reference)):
-        if len(rows) < 2:
-            raise UserError(
-                f"FID, KID, precision and recall: {len(rows)} {name} image; a set has at least 2"
-            )
-    if features.shape[1] != reference.shape[1]:
-        raise UserError(
-            f"features of {features.shape[1]} numbers and references of {reference.shape[1]}; "
-            "measure both with one network"
-        )
+    _check_rows(features, reference)
     own, real = features.double(), reference.double()
     parts = jackknife_parts(groups)
-    of_set, at_infinity = frechet_estimates(
-        own, gaussian_of(real), independent_groups(groups), seed
-    )
-    size = min(len(own), len(real), config.kid_subset_size)
-    kid_metric = KernelInceptionDistance(
-        feature=_Rows(own.shape[1]), subsets=config.kid_subsets, subset_size=size
-    )
-    for rows, is_real in ((real, True), (own, False)):
-        for part in rows.split(BATCH):
-            kid_metric.update(part, real=is_real)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        kid = float(kid_metric.compute()[0])
-    left_out = distances_without(own, real, parts) if parts else []
-    found = [SetMetric(FID, of_set, True)]
-    if at_infinity is not None:
-        found.append(SetMetric(FID_INFINITE, at_infinity, True))
-    found.append(SetMetric(KID, jackknife(kid, left_out, len(own)), True))
+    metrics = fid(own, real, groups, seed) + [kid(own, real, parts, config, seed)]
     if min(len(own), len(real)) > config.neighbourhood:
-        precision, recall = precision_recall(own, real, config.neighbourhood)
-        inside, covers = ball_counts(own, real, config.neighbourhood, parts)
-        precisions = _without(parts, lambda kept: float(inside[kept].mean()))
-        recalls = [float((covers.sum(axis=0) > each).mean()) for each in covers] if parts else []
-        found += [
-            _share(PRECISION, precision, precisions, len(own)),
-            _share(RECALL, recall, recalls, len(own)),
-        ]
-    return found
+        metrics += precision_recall(own, real, parts, config.neighbourhood)
+    return metrics
+
+
+def fid(own: Tensor, real: Tensor, groups: Groups, seed: int) -> list[SetMetric]:
+    """Returns FID at this n and, where it can be extrapolated, at infinite n."""
+    at_n, at_infinity = frechet_estimates(own, gaussian_of(real), independent_groups(groups), seed)
+    metrics = [SetMetric(FID, at_n, True)]
+    return (
+        metrics if at_infinity is None else [*metrics, SetMetric(FID_INFINITE, at_infinity, True)]
+    )
+
+
+def kid(own: Tensor, real: Tensor, parts: Parts, config: SetsConfig, seed: int) -> SetMetric:
+    """Returns KID, the mean over subsets, with the interval of the whole set's distance."""
+    value = subset_distance(own, real, config.kid_subsets, config.kid_subset_size, seed)
+    left_out = distances_without(own, real, parts) if parts else []
+    return SetMetric(KID, jackknife(value, left_out, len(own)), True)
+
+
+def precision_recall(
+    own: Tensor, real: Tensor, parts: Parts, neighbourhood: int
+) -> list[SetMetric]:
+    """Returns the shares of images in the references' balls, and of references in the images'.
+
+    Without a part, recall keeps the other images' balls as they are in the whole set.
+    """
+    inside, covers = ball_counts(own, real, neighbourhood, parts or [np.arange(len(own))])
+    total = covers.sum(axis=0)
+    recalls = [float((total > each).mean()) for each in covers] if parts else []
+    precisions = _without(parts, lambda kept: float(inside[kept].mean()))
+    return [
+        _share(PRECISION, float(inside.mean()), precisions, len(own)),
+        _share(RECALL, float((total > 0).mean()), recalls, len(own)),
+    ]
 
 
 def logit_metrics(
-    logits: Tensor, groups: Sequence[int] | np.ndarray, config: SetsConfig, seed: int = 0
+    logits: Tensor, groups: Groups, config: SetsConfig, seed: int = 0
 ) -> list[SetMetric]:
     """Returns the Inception Score of logits (N, k), its interval within 1 and k.
 
@@ -122,21 +109,18 @@ def logit_metrics(
     count, num_classes = logits.shape
     if count < 2:
         raise UserError(f"Inception Score: {count} image; a set has at least 2")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        order = torch.randperm(count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     splits = order.chunk(num_splits(count, num_classes, config.inception_score_splits))
 
     def score(kept: np.ndarray) -> float:
         is_kept = torch.zeros(count, dtype=torch.bool)
         is_kept[torch.from_numpy(kept)] = True
-        own = [split[is_kept[split]] for split in splits]
-        return float(np.mean([inception_score(logits[each]) for each in own if len(each)]))
+        rest = [split[is_kept[split]] for split in splits]
+        return float(np.mean([inception_score(logits[rows]) for rows in rest if len(rows)]))
 
     value = score(np.arange(count))
-    left_out = np.log(_without(jackknife_parts(groups), score))
-    found = jackknife(math.log(value), left_out, count)
-    low, high = (float(np.clip(np.exp(x), 1, num_classes)) for x in (found.low, found.high))
+    interval = jackknife(math.log(value), np.log(_without(jackknife_parts(groups), score)), count)
+    low, high = (float(np.clip(np.exp(x), 1, num_classes)) for x in (interval.low, interval.high))
     return [SetMetric(IS, Estimate(value, low, high, count), False)]
 
 
@@ -145,25 +129,8 @@ def num_splits(num_images: int, num_classes: int, wanted: int) -> int:
     return wanted if num_images >= IMAGES_PER_CLASS * num_classes * wanted else 1
 
 
-def precision_recall(
-    features: Tensor, reference: Tensor, neighbourhood: int
-) -> tuple[float, float]:
-    """Returns torch-fidelity's precision and recall of features against references."""
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
-    found = prc_features_to_metric(
-        features,
-        reference,
-        prc_neighborhood=neighbourhood,
-        prc_batch_size=10_000,
-        save_cpu_ram=True,
-        verbose=False,
-    )
-    return found["precision"], found["recall"]
-
-
 def ball_counts(
-    own: Tensor, real: Tensor, neighbourhood: int, parts: Sequence[np.ndarray]
+    own: Tensor, real: Tensor, neighbourhood: int, parts: Parts
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns what precision and recall of parts of a set follow from.
 
@@ -183,12 +150,11 @@ def ball_counts(
         rows = slice(start, start + BATCH)
         across = torch.cdist(own[rows], real)
         inside[rows] = (across <= real_radius).any(dim=1)
-        if parts:
-            covers.index_add_(0, owner[rows], (across <= own_radius[rows, None]).int())
+        covers.index_add_(0, owner[rows], (across <= own_radius[rows, None]).int())
     return inside.numpy(), covers.numpy()
 
 
-def independent_groups(groups: Sequence[int] | np.ndarray) -> np.ndarray:
+def independent_groups(groups: Groups) -> np.ndarray:
     """Returns each image's prompt; of fewer than three prompts the images are their own."""
     numbers = np.asarray(groups)
     if len(np.unique(numbers)) < FEWEST_GROUPS:
@@ -196,11 +162,11 @@ def independent_groups(groups: Sequence[int] | np.ndarray) -> np.ndarray:
     return numbers
 
 
-def jackknife_parts(groups: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+def jackknife_parts(groups: Groups) -> list[np.ndarray]:
     """Splits images into parts of whole prompts, of which one at a time is left out.
 
-    groups: each image's prompt; the images of a single prompt are their own. Returns the places of
-    each part's images; nothing where an interval would rest on too few.
+    The images of a single prompt are their own. Returns the numbers of each part's images; nothing
+    where an interval would rest on too few.
     """
     numbers = independent_groups(groups)
     kinds = np.unique(numbers)
@@ -212,7 +178,20 @@ def jackknife_parts(groups: Sequence[int] | np.ndarray) -> list[np.ndarray]:
     return parts if is_enough else []
 
 
-def _without(parts: Sequence[np.ndarray], of_kept: Subset) -> list[float]:
+def _check_rows(features: Tensor, reference: Tensor) -> None:
+    for name, rows in (("generated", features), ("reference", reference)):
+        if len(rows) < 2:
+            raise UserError(
+                f"FID, KID, precision and recall: {len(rows)} {name} image; a set has at least 2"
+            )
+    if features.shape[1] != reference.shape[1]:
+        raise UserError(
+            f"features of {features.shape[1]} numbers and references of {reference.shape[1]}; "
+            "measure both with one network"
+        )
+
+
+def _without(parts: Parts, of_kept: Callable[[np.ndarray], float]) -> list[float]:
     """Returns a metric of the set without each of the parts."""
     everything = np.arange(sum(map(len, parts)))
     return [of_kept(np.setdiff1d(everything, part)) for part in parts]
@@ -223,9 +202,8 @@ def _share(name: str, value: float, left_out: Sequence[float], n: int) -> SetMet
 
     Where nothing that is left out changes it, it is Wilson's of n images: they leave doubt.
     """
-    found = jackknife(value, left_out, n)
-    if found.low == found.high:
-        wilson = proportion(round(value * n), n)
-        found = Estimate(value, wilson.low, wilson.high, n)
-    low, high = (float(np.clip(bound, 0, 1)) for bound in (found.low, found.high))
+    interval = jackknife(value, left_out, n)
+    if interval.low == interval.high:
+        interval = proportion(round(value * n), n)
+    low, high = (float(np.clip(bound, 0, 1)) for bound in (interval.low, interval.high))
     return SetMetric(name, Estimate(value, low, high, n), False)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from data.files.whole_file import write_whole
+from sampling.evaluation.frechet import Gaussian, frechet_distance, gaussian_of
 from sampling.evaluation.kernel_distance import kernel_distance, kernel_mean
 from sampling.evaluation.stability import StabilityStudyConfig
 from sampling.evaluation.stability_pictures import painted
@@ -26,14 +26,7 @@ from sampling.evaluation.stability_rows import Found
 from sampling.evaluation.statistics import FEWEST_GROUPS, Estimate, jackknife
 from sampling.sample import find_device
 from sampling.verifiers.models.image_model import ImageModel, load_classifier, load_features
-from sampling.verifiers.reference import (
-    Gaussian,
-    frechet_distance,
-    gaussian_of,
-    inception_score,
-    picture_features,
-    reference_pictures,
-)
+from sampling.verifiers.reference import inception_score, picture_features, reference_pictures
 
 FEATURES, LOGITS = "features", "logits"
 RANDOM = "random"
@@ -49,8 +42,6 @@ class Reference:
 
     features: Tensor  # (M, d)
     gaussian: Gaussian
-    root: Tensor
-    """Of the covariance."""
     kernel_mean: float
 
 
@@ -140,8 +131,7 @@ def load_reference(config: StabilityStudyConfig) -> Reference | None:
         return None
     reader = load_features(one.checkpoint, one.module, find_device(config.device), torch.float32)
     features = picture_features(reference_pictures(source, "sets.reference"), reader)
-    gaussian = gaussian_of(features)
-    return Reference(features, gaussian, gaussian.root, kernel_mean(features))
+    return Reference(features, gaussian_of(features), kernel_mean(features))
 
 
 def _metrics(
@@ -150,7 +140,7 @@ def _metrics(
     found: list[tuple[str, str, Callable[[Tensor], float]]] = []
     if reference is not None and FEATURES in rows:
         one = reference
-        found.append(("FID", FEATURES, lambda own: frechet_distance(own, one.gaussian, one.root)))
+        found.append(("FID", FEATURES, lambda own: frechet_distance(own, one.gaussian)))
         found.append(
             ("KID", FEATURES, lambda own: kernel_distance(own, one.features, one.kernel_mean))
         )

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sampling.evaluation.frechet import Gaussian
     from sampling.verifiers.models.image_model import ImageModel
-    from sampling.verifiers.reference import Gaussian
     from sampling.verifiers.verifier import Images
 
 
@@ -50,7 +50,6 @@ class Oracle:
         config = config or OracleConfig("oracle")
         self.name, self._batch_size = config.column, config.batch_size
         self._features, self._reference = features, reference
-        self._root = None if reference is None else reference.root
         self._kept: list[Tensor] = []
 
     def score(
@@ -83,11 +82,12 @@ class Oracle:
     def _value(self, rows: list[Tensor]) -> float:
         import torch
 
-        from sampling.verifiers.reference import frechet_distance, inception_score
+        from sampling.evaluation.frechet import frechet_distance
+        from sampling.verifiers.reference import inception_score
 
         if self._reference is None:
             return inception_score(torch.stack(rows)) if rows else 1.0
-        return -frechet_distance(torch.stack(rows), self._reference, self._root) if rows else 0.0
+        return -frechet_distance(torch.stack(rows), self._reference) if rows else 0.0
 
     def _rows(self, images: Images) -> list[Tensor]:
         import torch

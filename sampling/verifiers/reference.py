@@ -1,54 +1,23 @@
-"""FID and Inception Score of small sets, and the pictures that FID compares them with.
+"""Inception Score of a small set, and the pictures that FID compares a set with.
 
-    FID = |mu_s - mu_r|^2 + tr C_s + tr C_r - 2 tr (C_r^1/2 C_s C_r^1/2)^1/2   (Heusel et al. 2017)
-    IS  = exp mean_i KL(p_i | mean_j p_j)                                    (Salimans et al. 2016)
-
-The last trace is the sum of the singular values of X_c C_r^1/2 / sqrt(n - 1), with X_c the centred
-features: exact for sets of fewer images than features, whose covariance is singular, and for one
-image, whose covariance is 0. FID of a small set is biased upwards: compare sets of one size.
+IS = exp mean_i KL(p_i | mean_j p_j)                                     (Salimans et al. 2016)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from data.files.errors import UserError
 from data.images.decode import IMAGE_SUFFIXES, BadImage
 from data.images.pictures import picture_files
-from sampling.errors import UserError
+from sampling.evaluation.frechet import Gaussian, gaussian_of
 from sampling.pictures import read_picture
 from sampling.verifiers.models.image_model import ImageModel
 from sampling.verifiers.models.pretrained import load_weights
 from sampling.verifiers.verifier import Images
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Mean and covariance of the features of the reference images, float64."""
-
-    mean: Float[Tensor, " d"]
-    covariance: Float[Tensor, "d d"]
-
-    @property
-    def root(self) -> Float[Tensor, "d d"]:
-        """The symmetric square root of the covariance."""
-        values, vectors = torch.linalg.eigh(self.covariance)
-        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-
-
-def frechet_distance(
-    features: Float[Tensor, "n d"], reference: Gaussian, root: Tensor | None = None
-) -> float:
-    """Returns FID of features to the reference, whose root may be known; n may be 1."""
-    rows = features.double()
-    mean = rows.mean(dim=0)
-    centred = (rows - mean) / max(len(rows) - 1, 1) ** 0.5
-    overlap = torch.linalg.svdvals(centred @ (reference.root if root is None else root)).sum()
-    traces = centred.square().sum() + reference.covariance.trace()
-    return float((mean - reference.mean).square().sum() + traces - 2 * overlap)
 
 
 def inception_score(logits: Float[Tensor, "n k"]) -> float:
@@ -57,12 +26,6 @@ def inception_score(logits: Float[Tensor, "n k"]) -> float:
     log_mean = log_p.logsumexp(dim=0) - torch.tensor(float(len(logits))).double().log()
     divergences = (log_p.exp() * (log_p - log_mean)).sum(dim=1)
     return float(divergences.mean().exp())
-
-
-def gaussian_of(features: Float[Tensor, "n d"]) -> Gaussian:
-    """Returns mean and covariance (divisor n - 1) of at least two rows of features."""
-    rows = features.double()
-    return Gaussian(rows.mean(dim=0), torch.atleast_2d(rows.T.cov()))
 
 
 @torch.no_grad()
