@@ -20,8 +20,7 @@ from typing import Any
 from data.files.errors import UserError
 from sampling.dotted import flat
 from sampling.evaluation import results
-from sampling.evaluation.metrics import FREE as FREE_OF_EVALUATION
-from sampling.evaluation.metrics import OF_MEASURES
+from sampling.evaluation.metrics import RESULT_INVARIANT_KEYS, metric_keys
 from sampling.search.folder import FREE as FREE_OF_SEARCH
 from scripts.config import load_values, read_yaml
 from scripts.config_fields import fields_of, item_hint, nearest, nested_class
@@ -30,10 +29,9 @@ from scripts.sweep_config import BASE, CLASSES, SECTIONS, Settings, SweepConfig
 
 OWN_KEYS = {"train": "run_dir", "evaluate": "output", "search": "output"}
 """Keys that the sweep sets itself."""
-_OF_WHERE = tuple(key for key in FREE_OF_EVALUATION if key not in OF_MEASURES)
-FREE = {"evaluate": _OF_WHERE, "search": FREE_OF_SEARCH}
+FREE = {"evaluate": RESULT_INVARIANT_KEYS, "search": FREE_OF_SEARCH}
 """Keys that change no number of a cell."""
-FREE_OF_IMAGES = {"evaluate": FREE_OF_EVALUATION, "search": FREE_OF_SEARCH}
+FREE_OF_IMAGES = FREE | {"evaluate": (*metric_keys(), *RESULT_INVARIANT_KEYS)}
 """Keys that change no image of a cell."""
 FREE_OF_TRAINING = (
     "trainer.devices",

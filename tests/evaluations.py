@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sampling.evaluation.metric import Metric
 from sampling.evaluation.metrics import MetricsConfig
 from sampling.evaluation.metrics_study import evaluate_to_folder
-from sampling.evaluation.metrics_summary import Metric, Summary
+from sampling.evaluation.metrics_summary import Summary
 from sampling.tasks import Task
 from scripts.config import load
 

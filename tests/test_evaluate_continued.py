@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.files.errors import UserError
-from sampling.evaluation import metrics_measures, metrics_rows
+from sampling.evaluation import metrics_rows, scores, set_models
 from sampling.evaluation.metrics_rows import read_images, read_rows, write_rows
 from sampling.evaluation.metrics_summary import read_summary
 from sampling.tasks import Task
@@ -25,7 +25,7 @@ from tests.evaluations import (
 )
 from tests.pixel_models import pixel_model
 
-PAINT = "sampling.evaluation.metrics_painter.Painter.paint"
+PAINT = "sampling.evaluation.metrics_painter.ImageGenerator.generate"
 BRIGHT = ["verifiers.bright.kind=luminance", "verifiers.bright.target=1"]
 
 
@@ -41,10 +41,7 @@ def reference(tmp_path: Path) -> Path:
 
 def lose(patch: pytest.MonkeyPatch, *names: str) -> None:
     """Makes these verifiers, or every network of sets (""), impossible to load."""
-    load_verifiers, load_set_model = (
-        metrics_measures.load_verifiers,
-        metrics_measures.load_set_model,
-    )
+    load_verifiers, load_set_model = scores.load_verifiers, set_models.load_set_model
 
     def verifiers(configs: dict[str, Any], *rest: Any) -> Any:
         if configs.keys() & set(names):
@@ -56,8 +53,8 @@ def lose(patch: pytest.MonkeyPatch, *names: str) -> None:
             raise UserError("its weights are gone")
         return load_set_model(*given)
 
-    patch.setattr(metrics_measures, "load_verifiers", verifiers)
-    patch.setattr(metrics_measures, "load_set_model", sets)
+    patch.setattr(scores, "load_verifiers", verifiers)
+    patch.setattr(set_models, "load_set_model", sets)
 
 
 def test_what_was_measured_stays_when_its_network_cannot_be_loaded(
@@ -182,7 +179,7 @@ def test_memory_is_that_of_the_largest_process(
 ) -> None:
     given = arguments(pipeline, prompts, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr("sampling.evaluation.metrics_study.peak_bytes", lambda device: 99.5e9)
+        patch.setattr("sampling.evaluation.image_rows.peak_bytes", lambda device: 99.5e9)
         evaluate(given)
     evaluate([*given, *BRIGHT])
     found = read_summary(tmp_path / "out")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from data.files.errors import UserError
-from sampling.evaluation.brightness import LuminanceRange, luminance_error, luminance_range
+from sampling.evaluation.brightness import LuminanceRange, luminance_range
+from sampling.evaluation.metrics_measures import luminance_error
 from sampling.prompts import Prompt, read_prompt_set
 
 PROMPTS = Path(__file__).parents[1] / "configs" / "prompts" / "brightness.jsonl"

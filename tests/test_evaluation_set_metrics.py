@@ -16,17 +16,16 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from data.files.errors import UserError
 from sampling.evaluation.frechet import frechet_distance, gaussian_of
 from sampling.evaluation.kernel_distance import distances_without, kernel_distance
-from sampling.evaluation.metrics import SetsConfig
-from sampling.evaluation.metrics_rows import FEATURE_COLUMN, LOGIT_COLUMN
+from sampling.evaluation.metric import FEATURE_COLUMN, LOGIT_COLUMN, Metric
 from sampling.evaluation.set_metrics import (
-    SetMetric,
     ball_counts,
     feature_metrics,
     jackknife_parts,
     logit_metrics,
     num_splits,
 )
-from sampling.evaluation.set_models import load_set_model, networks, read_reference
+from sampling.evaluation.set_models import load_set_model, read_reference
+from sampling.evaluation.sets import SetsConfig
 from sampling.verifiers.load import ImageModelConfig
 from sampling.verifiers.reference import inception_score
 from tests.tiny_vision import ThreeColors, eight_bit_images
@@ -49,7 +48,7 @@ def images(count: int, seed: int, low: float = 0.0) -> torch.Tensor:
     return level * torch.rand(count, 3, 8, 8, generator=generator)
 
 
-def by_name(found: list[SetMetric]) -> dict[str, SetMetric]:
+def by_name(found: list[Metric]) -> dict[str, Metric]:
     return {each.name: each for each in found}
 
 
@@ -73,7 +72,7 @@ def test_fid_and_kid_are_torchmetrics_own() -> None:
     for name in ("FID", "KID"):
         estimate = found[name].estimate
         assert estimate.low < estimate.value < estimate.high and estimate.n == 60
-    assert found["FID"].lower_is_better and not found["precision"].lower_is_better
+    assert (found["FID"].better, found["precision"].better) == ("lower", "higher")
 
 
 def test_the_inception_score_is_torchmetrics_own() -> None:
@@ -244,10 +243,10 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_inception_is_the_network_of_torchmetrics(inception: Path) -> None:
     sets = SetsConfig(reference="real", inception=str(inception))
-    assert networks(sets) == {"inception": (FEATURE_COLUMN, LOGIT_COLUMN)}
-    assert networks(SetsConfig(inception="file")) == {"inception": (LOGIT_COLUMN,)}
+    assert sets.networks() == {"inception": (FEATURE_COLUMN, LOGIT_COLUMN)}
+    assert SetsConfig(inception="file").networks() == {"inception": (LOGIT_COLUMN,)}
     own = SetsConfig(inception="file", classifier=ImageModelConfig(module="a:b"), reference="real")
-    assert networks(own) == {"classifier": (LOGIT_COLUMN,), "inception": (FEATURE_COLUMN,)}
+    assert own.networks() == {"classifier": (LOGIT_COLUMN,), "inception": (FEATURE_COLUMN,)}
     model = load_set_model(sets, "inception", (FEATURE_COLUMN, LOGIT_COLUMN), CPU)
     pixels = (255 * eight_bit_images(2, 16, 16)).round().to(torch.uint8)
     metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(inception))

@@ -24,7 +24,7 @@ from train.encode_config import EncodeConfig
 
 RECORD = {"device": "cpu", "dtype": "bfloat16", "tf32": False}
 BRIGHT = ["verifiers.bright.kind=luminance", "verifiers.bright.target=1"]
-PAINT = "sampling.evaluation.metrics_painter.Painter.paint"
+PAINT = "sampling.evaluation.metrics_painter.ImageGenerator.generate"
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

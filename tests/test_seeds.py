@@ -44,11 +44,10 @@ def test_the_last_of_several_seeds_counts(capsys) -> None:
 
 
 def test_seeds_that_rows_cannot_keep_are_refused_before_sampling(tmp_path) -> None:
-    from sampling.evaluation.metrics import MetricsConfig
     from sampling.evaluation.metrics_painter import jobs_of
     from sampling.prompts import Prompt
 
-    config = MetricsConfig(checkpoint="c", prompts="a", output="o", seed=2**63 - 2, num_images=2)
-    assert [job.seed for job in jobs_of(config, [Prompt("a")])] == [2**63 - 2, 2**63 - 1]
+    jobs = jobs_of([Prompt("a")], 2, 2**63 - 2)
+    assert [job.seed for job in jobs] == [2**63 - 2, 2**63 - 1]
     with pytest.raises(UserError, match="with 4 in a row"):
-        jobs_of(config, [Prompt("a"), Prompt("b", index=1)])
+        jobs_of([Prompt("a"), Prompt("b", index=1)], 2, 2**63 - 2)

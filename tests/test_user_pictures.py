@@ -4,8 +4,6 @@ import ast
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from PIL import Image
 from data.files.errors import UserError
 from data.images.decode import decode
 from sampling.evaluation import reference_set
-from sampling.evaluation.metrics import MetricsConfig, SetsConfig
 from sampling.evaluation.reference_set import Reference
 from sampling.evaluation.set_models import read_reference
 from sampling.pictures import read_picture, to_picture
@@ -30,7 +27,7 @@ from tests.test_imports import MODULES, relative
 SIDE = 16
 OPEN_WHAT_WE_WROTE = {
     "data/images/decode.py",
-    "sampling/evaluation/metrics_study.py",
+    "sampling/evaluation/image_rows.py",
     "sampling/evaluation/results_page.py",
     "sampling/evaluation/run_page.py",
     "scripts/black_point_study.py",
@@ -125,15 +122,7 @@ def test_pictures_of_a_user_are_opened_by_one_decoder() -> None:
 
 def measured(folder: Path, kept: Path) -> Reference:
     """Measures the luminance of references, as an evaluation without features does."""
-    config = MetricsConfig(
-        checkpoint="none",
-        prompts="none",
-        output="none",
-        sets=SetsConfig(reference=str(folder)),
-        reference_cache=str(kept),
-    )
-    measures: Any = SimpleNamespace(asked={}, set_models=[])
-    return reference_set.measure_reference(config, measures, SIDE, SIDE)
+    return reference_set.measure_reference(str(folder), kept, None, None, (SIDE, SIDE), 16)
 
 
 @pytest.mark.parametrize("is_unusual", [True, False])
@@ -151,7 +140,7 @@ def test_references_of_an_earlier_decoder_are_measured_anew_and_named_once(
     true = measured(folder, tmp_path / "elsewhere")
     before = true.luminance.copy()
     before[[file.name == "clear.png" for file in files]] = 0  # transparent was black
-    digest = reference_set._digest(files, SIDE, SIDE, None, None)
+    digest = reference_set._digest(files, (SIDE, SIDE), None, None)
     earlier = dataclasses.replace(true, luminance=before)
     (kept / f"{digest}.npz").write_bytes(reference_set._packed(earlier))
     first, second = measured(folder, kept), measured(folder, kept)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data.files.errors import UserError
+from sampling.evaluation.metric import Evaluated, Metric, MetricConfig, Numbers
 from sampling.evaluation.statistics import (
     LEVEL,
     NUM_RESAMPLES,
@@ -37,6 +38,21 @@ class GenEvalScores:
     num_images: int
     missing: tuple[str, ...]
     """Published tasks that the file has no image of; `overall` is the mean of the others."""
+
+
+class GenEval(MetricConfig):
+    """The scores in a file of GenEval's detector, if one is given; raises UserError for another."""
+
+    def __init__(self, path: str | None, seed: int = 0) -> None:
+        self.scores = None if path is None else read_geneval(path, seed=seed)
+
+    def numbers(self, evaluated: Evaluated) -> Numbers:
+        if self.scores is None:
+            return [], []
+        scores = {"": self.scores.overall, **self.scores.tasks}
+        metrics = [Metric("GenEval", *each, "prompts", "higher") for each in scores.items()]
+        missing = ", ".join(self.scores.missing)
+        return metrics, [f"GenEval: no images of {missing}"] if missing else []
 
 
 def read_geneval(path: str | Path, level: float = LEVEL, seed: int = 0) -> GenEvalScores:

@@ -1,10 +1,10 @@
 """The settings of `blackpoint evaluate`: one checkpoint, one sampling setting, every metric of it.
 
-Free of torch, so that its help is instant. What is measured on each image is a column of
-images.parquet; what is measured on the whole set follows from those rows.
+Free of torch, so that its help is instant. The fields of `MetricsConfig` that are sections of
+metrics (metric.py) are the table of metrics, in the order in which they are shown.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from omegaconf import MISSING
@@ -12,100 +12,25 @@ from omegaconf import MISSING
 from data.files.errors import UserError
 from data.files.paths import OutputText, PathText
 from sampling.choices import Attention, AutoDtype, Prompts, Spacing, Tf32, Weights, check_seed
+from sampling.evaluation.brightness import BrightnessConfig
+from sampling.evaluation.metric import MetricConfig
+from sampling.evaluation.sets import SetsConfig
 from sampling.samplers import SamplerName, check_sampler
-from sampling.verifiers.load import ImageModelConfig, VerifierConfig
+from sampling.verifiers.load import VerifierConfig
 
 MAX_STORED_SEED = 2**63 - 1
 """images.parquet keeps seeds as 64-bit integers."""
-OF_MEASURES = ("verifiers", "sets", "brightness", "geneval")
-OF_WHERE = ("output", "reference_cache", "keep_images", "batch_size", "device", "attention")
-FREE = (*OF_MEASURES, *OF_WHERE, "channels_last")
-"""Keys that change no image."""
+RESULT_INVARIANT_KEYS = (
+    *("output", "reference_cache", "keep_images", "batch_size", "device", "attention"),
+    "channels_last",
+)
+"""Keys that change neither an image nor what is measured of it, but by rounding."""
 COLUMNS = (
     *("prompt_index", "image", "prompt", "category", "seed", "file", "nfe", "sampling_s"),
     *("measuring_s", "peak_gb", "luminance", "border_luminance", "luminance_error", "asked_low"),
     *("asked_high", "asked_where", "features", "logits", "device", "dtype", "tf32"),
 )
 """Columns of images.parquet whose names a verifier cannot have."""
-
-
-@dataclass
-class SetsConfig:
-    """Metrics of the whole set of images: FID, KID, precision, recall, Inception Score."""
-
-    reference: PathText | None = None
-    """FID, KID, precision and recall: folder of real pictures. Their luminance is what open
-    prompts' images are compared with. Of another size than ours, they are resized and cut."""
-    inception: PathText | None = None
-    """The Inception network of the published metrics: weights-inception-2015-12-05-6726825d.pth
-    of torch-fidelity, or a hub id that holds it. It gives features and classes."""
-    features: ImageModelConfig = field(default_factory=ImageModelConfig)
-    """Other features, instead of Inception's, for FID, KID, precision and recall."""
-    classifier: ImageModelConfig = field(default_factory=ImageModelConfig)
-    """Another classifier, instead of Inception's, for the Inception Score."""
-    kid_subsets: int = 100
-    """Subsets that KID is the mean of."""
-    kid_subset_size: int = 1000
-    """Images in a subset of KID; all that there are, where there are fewer."""
-    inception_score_splits: int = 10
-    """Parts of the set that IS is the mean of; one part where a part would have fewer than ten
-    images a class."""
-    neighbourhood: int = 3
-    """k of the k-nearest-neighbour balls of precision and recall."""
-
-    def __post_init__(self) -> None:
-        for name in ("kid_subsets", "kid_subset_size", "inception_score_splits", "neighbourhood"):
-            if getattr(self, name) < 1:
-                raise UserError(f"sets.{name}={getattr(self, name)} must be at least 1")
-        if self.inception is not None and self.features.is_set and self.classifier.is_set:
-            raise UserError(
-                "sets.inception would have nothing to do: sets.features and sets.classifier stand "
-                "in for it; leave one of the three out"
-            )
-        if self.has_features and self.reference is None and not self.has_classifier:
-            raise UserError(
-                "sets.features needs sets.reference, a folder of real pictures: FID, KID, "
-                "precision and recall compare two sets"
-            )
-        if self.reference is not None and self.kid_subset_size < 2:
-            raise UserError("sets.kid_subset_size=1: KID compares pairs; give at least 2")
-
-    @property
-    def has_features(self) -> bool:
-        """Whether features of images are asked for."""
-        return self.features.is_set or self.inception is not None
-
-    @property
-    def has_classifier(self) -> bool:
-        """Whether classes of images are asked for."""
-        return self.classifier.is_set or self.inception is not None
-
-    @property
-    def is_set(self) -> bool:
-        """Whether any metric of sets is asked for."""
-        return self.has_classifier or (self.has_features and self.reference is not None)
-
-
-@dataclass
-class BrightnessConfig:
-    """How black is black, how white is white, how varied what is left open."""
-
-    where: Literal["border", "image"] = "image"
-    """Whose luminance is compared with the references' where a prompt leaves it open; the border
-    is the outer two pixels."""
-    invariance_prompts: int = 16
-    """Prompts, the first ones, whose first prediction is asked from several noises; 0: none."""
-    invariance_noises: int = 16
-    """Noises of each of them."""
-
-    def __post_init__(self) -> None:
-        if self.invariance_prompts < 0:
-            raise UserError(f"brightness.invariance_prompts={self.invariance_prompts}: 0 or more")
-        if self.invariance_noises < 2:
-            raise UserError(
-                f"brightness.invariance_noises={self.invariance_noises}: a deviation needs at "
-                "least 2"
-            )
 
 
 @dataclass
@@ -131,18 +56,18 @@ class MetricsConfig:
     """Leave out so many prompts at the start."""
     seed: int = 0
     """Seed of the first image; image k of prompt i has seed + i * num_images + k."""
+    sets: SetsConfig = field(default_factory=SetsConfig)
+    """FID, KID, IS, precision, recall."""
     verifiers: dict[str, VerifierConfig] = field(default_factory=dict)
     """What scores each image, by name: alignment, preference, classes. One whose weights are
     missing is left out, and said so."""
-    sets: SetsConfig = field(default_factory=SetsConfig)
-    """FID, KID, IS, precision, recall."""
     brightness: BrightnessConfig = field(default_factory=BrightnessConfig)
     """The brightness suite."""
+    geneval: PathText | None = None
+    """results.jsonl of GenEval's detector, whose scores are shown beside."""
     reference_cache: PathText | None = None
     """Folder that keeps what was measured of references, for evaluations that share it; inside
     `output` if not set."""
-    geneval: PathText | None = None
-    """results.jsonl of GenEval's detector, whose scores are shown beside."""
     keep_images: int | None = 64
     """How many images to keep as PNG, the first ones; null: all, as GenEval's detector needs."""
     sampler: SamplerName = "ddim"
@@ -209,3 +134,28 @@ class MetricsConfig:
 
         check_sampler(self.sampler, self.eta)
         Guidance(self.guidance_scale, self.guidance_rescale)
+
+
+def metric_keys(config_class: type[MetricsConfig] = MetricsConfig) -> list[str]:
+    """Lists the keys of metrics: they change what is measured of the images, and no image."""
+    sections = [
+        one.name
+        for one in fields(config_class)
+        if isinstance(one.default_factory, type) and issubclass(one.default_factory, MetricConfig)
+    ]
+    named = {*sections, "verifiers", "geneval"}  # two that are no sections of fixed keys
+    return [one.name for one in fields(config_class) if one.name in named]
+
+
+def metrics_of(config: MetricsConfig) -> list[MetricConfig]:
+    """Returns the metrics of a config, in the order in which they are shown.
+
+    Raises UserError for a file of GenEval that cannot be read.
+    """
+    from sampling.evaluation.geneval import GenEval
+    from sampling.evaluation.scores import Scores
+
+    metrics = {key: getattr(config, key) for key in metric_keys(type(config))}
+    metrics["verifiers"] = Scores(config.verifiers)
+    metrics["geneval"] = GenEval(config.geneval, config.seed)
+    return list(metrics.values())

@@ -1,4 +1,4 @@
-"""The images of an evaluation: which are to be, and the model that samples them."""
+"""The images of an evaluation: which there are to be, and the model that generates them."""
 
 import json
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ import torch
 from data.files.errors import UserError
 from data.files.whole_file import write_whole
 from sampling.choices import check_seed
+from sampling.evaluation.metric import Pixels
 from sampling.evaluation.metrics import MAX_STORED_SEED, MetricsConfig
 from sampling.evaluation.metrics_rows import SETTINGS, Key
-from sampling.evaluation.set_models import Pixels, to_pixels
+from sampling.evaluation.set_models import to_pixels
 from sampling.fingerprint import model_digest
 from sampling.model import DiffusionModel
 from sampling.pictures import to_picture
@@ -23,7 +24,7 @@ from sampling.speed import prepare_unet
 
 @dataclass(frozen=True)
 class Job:
-    """One image to be: image `image` of a prompt."""
+    """One image to generate: image `image` of a prompt."""
 
     number: int
     prompt: Prompt
@@ -39,27 +40,27 @@ class Job:
         return f"images/{self.prompt.index:05d}_{self.image:03d}.png"
 
 
-def jobs_of(config: MetricsConfig, prompts: Sequence[Prompt]) -> list[Job]:
+def jobs_of(prompts: Sequence[Prompt], num_images: int, first_seed: int) -> list[Job]:
     """Lists every image; its seed does not depend on which part of the prompts is taken.
 
     Raises UserError where a seed would be too large to be kept.
     """
     last = max((prompt.index for prompt in prompts), default=0)
-    check_seed("seed", config.seed, (last + 1) * config.num_images, MAX_STORED_SEED)
+    check_seed("seed", first_seed, (last + 1) * num_images, MAX_STORED_SEED)
     return [
         Job(
-            place * config.num_images + image,
+            number * num_images + image,
             prompt,
             image,
-            config.seed + prompt.index * config.num_images + image,
+            first_seed + prompt.index * num_images + image,
         )
-        for place, prompt in enumerate(prompts)
-        for image in range(config.num_images)
+        for number, prompt in enumerate(prompts)
+        for image in range(num_images)
     ]
 
 
-class Painter:
-    """Samples batches with a model that is loaded when it is first needed."""
+class ImageGenerator:
+    """Generates batches with a model that is loaded when it is first needed."""
 
     def __init__(
         self,
@@ -70,6 +71,8 @@ class Painter:
     ) -> None:
         self._config, self._settings, self.device = config, settings, device
         self._texts = [prompt.text for prompt in prompts]
+        self.formats = {"device": device.type, "dtype": config.dtype, "tf32": config.tf32}
+        """Columns that each image has of it."""
         self._model: DiffusionModel | None = None
         self.notes: tuple[str, ...] = ()
         self.num_rows = 0
@@ -116,14 +119,14 @@ class Painter:
         return self._model
 
     def load(self) -> None:
-        """Loads the model now; `paint` does so where it is not loaded yet."""
+        """Loads the model now; `generate` does so where it is not loaded yet."""
         _ = self.model
 
     def _count(self, _: object, arguments: tuple[Any, ...]) -> None:
         self.num_rows += len(arguments[0])
 
-    def paint(self, jobs: Sequence[Job]) -> Pixels:
-        """Samples the images of a batch, (N, 3, H, W) uint8; after the first, evaluation.json is
+    def generate(self, jobs: Sequence[Job]) -> Pixels:
+        """Generates the images of a batch, (N, 3, H, W) uint8; after the first, evaluation.json is
         there."""
         config = self._config
         images = self.model.sample(

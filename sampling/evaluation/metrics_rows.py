@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 
 from data.files.errors import UserError
 from data.files.whole_file import write_whole
+from sampling.evaluation.metric import FEATURE_COLUMN, LOGIT_COLUMN, Row
 
 SETTINGS, REFERENCE, REFERENCES = "evaluation.json", "reference.json", "references"
 IMAGES, FEATURES, PARTS = "images.parquet", "features.parquet", "parts"
-FEATURE_COLUMN, LOGIT_COLUMN = "features", "logits"
 LISTS = (FEATURE_COLUMN, LOGIT_COLUMN)
 KEY = ("prompt_index", "image")
 DIGEST, VERSION_KEY, VERSION = b"digest", b"blackpoint_rows", b"1"
@@ -43,7 +43,6 @@ TYPES: dict[str, Any] = {
     LOGIT_COLUMN: pa.list_(pa.float32()),
 }
 Key = tuple[int, int]
-Row = dict[str, Any]
 Columns = Mapping[str, str]
 """Measured column -> digest of the settings that it was measured with."""
 

@@ -9,56 +9,19 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from scipy import stats
-
 from data.files.whole_file import write_whole
-from sampling.evaluation import statistics
-from sampling.evaluation.frechet import lack_of_images
-from sampling.evaluation.geneval import GenEvalScores
-from sampling.evaluation.metrics import MetricsConfig
-from sampling.evaluation.metrics_measures import Measures
-from sampling.evaluation.metrics_rows import FEATURE_COLUMN, LOGIT_COLUMN, Columns, Row
+from sampling.evaluation.metric import Better, Evaluated, Metric, MetricConfig
 from sampling.evaluation.plain import finite
-from sampling.evaluation.prompt_luminance import TONES
-from sampling.evaluation.reference_set import Reference
-from sampling.evaluation.set_metrics import (
-    FID,
-    FID_INFINITE,
-    feature_metrics,
-    independent_groups,
-    logit_metrics,
-)
-from sampling.evaluation.statistics import NUM_RESAMPLES, Estimate, expanded_interval
+from sampling.evaluation.sets import FID
+from sampling.evaluation.statistics import Estimate
 
 JSON_FILE, CSV_FILE, MARKDOWN_FILE = "metrics.json", "metrics.csv", "metrics.md"
-ERROR, LUMINANCE, INVARIANCE = "luminance error", "luminance", "noise-invariance"
-SPREAD, SPREAD_RATIO = "luminance spread", "luminance spread over the references'"
-DISTANCE = "luminance distance to the references"
-OPEN = "open"
-Better = Literal["lower", "higher", ""]
-Unit = Literal["prompts", "images"]
 WORDS: dict[Better, str] = {"lower": "lower is better", "higher": "higher is better", "": ""}
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One number of an evaluation."""
-
-    name: str
-    group: str
-    """Which prompts: a category, a tone that they ask for, or "" for all."""
-    estimate: Estimate
-    unit: Unit
-    """What n counts."""
-    better: Better = ""
 
 
 @dataclass(frozen=True)
@@ -80,142 +43,30 @@ class Summary:
 
 
 def summarise(
-    config: MetricsConfig,
-    rows: Sequence[Row],
-    measures: Measures,
-    reference: Reference | None,
-    dependence: Sequence[float],
-    geneval: GenEvalScores | None,
+    metrics: Sequence[MetricConfig],
+    evaluated: Evaluated,
+    skipped: Mapping[str, str],
+    where: Literal["border", "image"],
+    notes: Sequence[str] = (),
 ) -> Summary:
-    """Computes every metric that the rows have."""
-    rows = sorted(rows, key=lambda row: (row["prompt_index"], row["image"]))
-    found, notes = set_metrics(config, rows, reference)
-    lacking = {
-        name: reason
-        for name, reason in measures.skipped.items()
-        if not _was_measured(measures.lacking[name], rows, reference)
-    }
-    for name in (name for name in config.verifiers if name not in lacking):
-        own = [row for row in rows if math.isfinite(row[name])]
-        if len(own) < len(rows):
-            notes.append(f"{name}: {len(rows) - len(own)} images without a finite score left out")
-        if own:
-            found.append(_mean(name, "", own, itemgetter(name), "higher", statistics.mean_score))
-    found += brightness_metrics(config, rows, reference)
-    usable = [value for value in dependence if math.isfinite(value)]
-    if len(usable) < len(dependence):
-        notes.append(f"{INVARIANCE}: not finite for {len(dependence) - len(usable)} prompts")
-    if usable:
-        estimate = statistics.mean(usable, seed=config.seed)
-        found.append(Metric(INVARIANCE, "", estimate, "prompts", "lower"))
-    if geneval is not None:
-        found.append(Metric("GenEval", "", geneval.overall, "prompts", "higher"))
-        found += [
-            Metric("GenEval", task, each, "prompts", "higher")
-            for task, each in geneval.tasks.items()
-        ]
-        if geneval.missing:
-            notes.append(f"GenEval: no images of {', '.join(geneval.missing)}")
+    """Computes every metric that the rows have.
+
+    skipped: what was asked for and not measured, with the reason; notes: told before the metrics'.
+    """
+    rows = evaluated.rows
+    found = [metric.numbers(evaluated) for metric in metrics]
     seconds = sum(row["sampling_s"] + row["measuring_s"] for row in rows)
     return Summary(
-        tuple(found),
-        tuple(notes),
-        lacking,
+        tuple(metric for numbers, _ in found for metric in numbers),
+        (*notes, *(note for _, own in found for note in own)),
+        dict(skipped),
         len(rows),
         len({row["prompt_index"] for row in rows}),
         round(sum(row["nfe"] for row in rows)),
         round(seconds, 2),
-        config.brightness.where,
+        where,
         max(row.get("peak_gb") or 0.0 for row in rows),
     )
-
-
-def set_metrics(
-    config: MetricsConfig, rows: Sequence[Row], reference: Reference | None
-) -> tuple[list[Metric], list[str]]:
-    """Computes FID, KID, precision, recall and IS of rows in order, as far as they can be."""
-    groups = [row["prompt_index"] for row in rows]
-    found, notes = [], []
-    has = {column: all(column in row for row in rows) for column in (FEATURE_COLUMN, LOGIT_COLUMN)}
-    if reference is not None and reference.features is not None and has[FEATURE_COLUMN]:
-        features = torch.from_numpy(np.stack([row[FEATURE_COLUMN] for row in rows]))
-        found += feature_metrics(features, reference.features, groups, config.sets, config.seed)
-        num_groups = len(np.unique(independent_groups(groups)))
-        lack = lack_of_images(len(features), features.shape[1], num_groups)
-        if lack:
-            notes.append(f"{FID_INFINITE} left out: {lack}")
-    if config.sets.has_classifier and has[LOGIT_COLUMN]:
-        logits = torch.from_numpy(np.stack([row[LOGIT_COLUMN] for row in rows]))
-        found += logit_metrics(logits, groups, config.sets, config.seed)
-    metrics = [
-        Metric(
-            each.name, "", each.estimate, "images", "lower" if each.lower_is_better else "higher"
-        )
-        for each in found
-    ]
-    if len(rows) <= config.sets.neighbourhood and reference is not None:
-        notes.append(f"precision and recall need more than {config.sets.neighbourhood} images")
-    return metrics, notes
-
-
-def brightness_metrics(
-    config: MetricsConfig, rows: Sequence[Row], reference: Reference | None
-) -> list[Metric]:
-    """Computes errors and luminances by group, and how varied the open prompts' images are."""
-    found = []
-    asked = [row for row in rows if row["luminance_error"] is not None]
-    if asked:
-        found.append(_mean(ERROR, "", asked, itemgetter("luminance_error"), "lower"))
-        groups = list(dict.fromkeys(group_of(row) for row in asked))
-        for group in groups:
-            own = [row for row in asked if group_of(row) == group]
-            found.append(_mean(ERROR, group, own, itemgetter("luminance_error"), "lower"))
-            found.append(_mean(LUMINANCE, group, own, _asked_luminance))
-    where = "border_luminance" if config.brightness.where == "border" else "luminance"
-    left = _by_prompt([row for row in rows if row["luminance_error"] is None], itemgetter(where))
-    if sum(map(len, left)) < 2:
-        return found
-    values = np.array(left) if len(left) > 1 else np.array(left[0])  # a prompt's images in a row
-    unit: Unit = "prompts" if len(left) > 1 else "images"
-    found.append(Metric(SPREAD, OPEN, statistics.std(values, seed=config.seed), unit))
-    if reference is not None:
-        real = reference.border_luminance if where == "border_luminance" else reference.luminance
-        if np.std(real) > 0:
-            ratio = statistics.std_ratio(values, real, seed=config.seed)
-            found.append(Metric(SPREAD_RATIO, OPEN, ratio, unit))
-        distance = luminance_distance(values, real, config.seed)
-        found.append(Metric(DISTANCE, OPEN, distance, unit, "lower"))
-    return found
-
-
-def luminance_distance(values: np.ndarray, reference: np.ndarray, seed: int) -> Estimate:
-    """Estimates the Wasserstein-1 distance of two sets of luminances, with a bootstrap interval.
-
-    values: (n,), or (n, m) of which rows are drawn; reference: (M,). Both are resampled. The
-    distance of finite samples of one distribution is above 0, and so is the interval, which is of
-    the distance at this n.
-    """
-    rng = np.random.default_rng(seed)
-
-    def distances(drawn: np.ndarray) -> np.ndarray:
-        others = rng.choice(reference, (len(drawn), len(reference)))
-        return np.array(list(map(stats.wasserstein_distance, drawn, others)))
-
-    resampled = statistics.bootstrap(values, distances, rng, NUM_RESAMPLES // 4)
-    value = float(stats.wasserstein_distance(values.ravel(), reference))
-    return Estimate(value, *expanded_interval(resampled, len(values)), len(values))
-
-
-def group_of(row: Row) -> str:
-    """Returns a row's category or, without one, the tone that its prompt asks for."""
-    if row["category"]:
-        return str(row["category"])
-    if row["asked_low"] is None:
-        return OPEN
-    tones = [
-        name for name, value in TONES.items() if value == row["asked_low"] == row["asked_high"]
-    ]
-    return tones[0] if tones else "asked"
 
 
 def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
@@ -298,40 +149,6 @@ def read_summary(folder: Path) -> Summary | None:
         for each in content.pop("metrics")
     )
     return Summary(metrics, notes=tuple(content.pop("notes")), **content)
-
-
-def _mean(
-    name: str,
-    group: str,
-    rows: Sequence[Row],
-    value: Callable[[Row], float],
-    better: Better = "",
-    estimate: Callable[[Sequence[float]], Estimate] = statistics.mean,
-) -> Metric:
-    by_prompt = _by_prompt(rows, value)
-    if len(by_prompt) > 1:
-        means = [float(np.mean(each)) for each in by_prompt]
-        return Metric(name, group, estimate(means), "prompts", better)
-    return Metric(name, group, estimate(by_prompt[0]), "images", better)
-
-
-def _by_prompt(rows: Sequence[Row], value: Callable[[Row], float]) -> list[list[float]]:
-    """Returns the values of each prompt's images."""
-    found: dict[int, list[float]] = {}
-    for row in rows:
-        found.setdefault(row["prompt_index"], []).append(value(row))
-    return list(found.values())
-
-
-def _was_measured(columns: Columns, rows: Sequence[Row], reference: Reference | None) -> bool:
-    """Whether an earlier start measured what this one cannot."""
-    if FEATURE_COLUMN in columns and (reference is None or reference.features is None):
-        return False
-    return all(column in row for row in rows for column in columns)
-
-
-def _asked_luminance(row: Row) -> float:
-    return row["border_luminance" if row["asked_where"] == "border" else "luminance"]
 
 
 def _numbers(estimate: Mapping[str, float | None]) -> dict[str, Any]:

@@ -10,15 +10,64 @@ data N(m, s^2) the ideal prediction's deviation over x_T ~ N(0, 1) is
 which is alpha_T = .068 for SD's schedule and s = 1.
 """
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from data.files.errors import UserError
+from data.files.whole_file import write_whole
+from sampling.evaluation.brightness import BrightnessConfig
+from sampling.evaluation.metrics_rows import column_digest
 from sampling.model import DiffusionModel
 from sampling.noise import derive_seed, initial_noise
+
+FILE = "noise_invariance.json"
+DECIMALS = 8
+
+
+@dataclass(frozen=True)
+class KeptDependences:
+    """The deviations of an evaluation's first prompts, in its folder."""
+
+    folder: Path
+    config: BrightnessConfig
+    prompts: Sequence[str]
+    """All of the evaluation."""
+    seed: int
+    height: int | None
+    width: int | None
+
+    @property
+    def _texts(self) -> list[str]:
+        return list(self.prompts[: self.config.invariance_prompts])
+
+    @property
+    def _settings(self) -> str:
+        sizes = {"height": self.height, "width": self.width}
+        return column_digest([self._texts, self.seed, asdict(self.config) | sizes])
+
+    def read(self) -> list[float] | None:
+        """Returns the deviations where they are known, or there are none."""
+        path = self.folder / FILE
+        if not self._texts:
+            return []
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return list(kept["deviations"]) if kept.get("settings") == self._settings else None
+
+    def measure(self, model: DiffusionModel, batch_size: int, clip_skip: int) -> list[float]:
+        """Measures the deviations and keeps them."""
+        sampling = self.seed, self.height, self.width, batch_size, clip_skip
+        noises = self.config.invariance_noises
+        measured = noise_dependence(model, self._texts, noises, *sampling)
+        values = [round(value, DECIMALS) for value in measured.tolist()]
+        content = {"settings": self._settings, "deviations": values}
+        write_whole(self.folder / FILE, json.dumps(content) + "\n")
+        return values
 
 
 @torch.no_grad()

@@ -19,11 +19,10 @@ from data.files.signals import stop_if_asked
 from data.files.whole_file import write_whole
 from data.images.decode import DECODER_VERSION
 from sampling.evaluation.luminance import border_luminance, image_luminance
-from sampling.evaluation.metrics import MetricsConfig
-from sampling.evaluation.metrics_measures import Measures
-from sampling.evaluation.metrics_rows import FEATURE_COLUMN, REFERENCES, column_digest
-from sampling.evaluation.set_models import SetModel, read_reference
 from sampling.verifiers.reference import reference_pictures
+from sampling.evaluation.metric import FEATURE_COLUMN, Measure
+from sampling.evaluation.metrics_rows import column_digest
+from sampling.evaluation.set_models import read_reference
 
 TOLERANCE = 1e-4
 """Within which measurements of the same pictures count as equal."""
@@ -46,7 +45,7 @@ class Reference:
     """An earlier version, which decoded references otherwise than training images, measured other
     values of the same files."""
 
-    def notes(self, width: int, height: int, num_images: int) -> list[str]:
+    def notes(self, height: int, width: int, num_images: int) -> list[str]:
         """Says what of the references may surprise beside `num_images` generated images."""
         found, count = [], len(self.luminance)
         if self.measured_otherwise:
@@ -69,63 +68,64 @@ class Reference:
 
 
 def measure_reference(
-    config: MetricsConfig, measures: Measures, height: int, width: int
+    source: str,
+    folder: Path,
+    network: str | None,
+    measure: Measure | None,
+    size: tuple[int, int],
+    batch_size: int,
 ) -> Reference:
-    """Measures the real pictures, or reads what was measured of them before.
+    """Measures the real pictures in `source`, or reads what `folder` keeps of an earlier time.
 
-    Raises UserError for fewer than two pictures, or a broken one.
+    network: digest of the settings of the features that are asked for; measure: gives them, where
+    it could be loaded. size: height and width in px. Raises UserError for fewer than two pictures,
+    or a broken one.
     """
-    assert config.sets.reference is not None
-    files = reference_pictures(config.sets.reference, "sets.reference")
-    folder = Path(config.reference_cache or Path(config.output) / REFERENCES)
-    network = measures.asked.get(FEATURE_COLUMN)
-    model = next((each for each in measures.set_models if FEATURE_COLUMN in each.columns), None)
-    path = folder / f"{_digest(files, height, width, network)}.npz"
+    files = reference_pictures(source, "sets.reference")
+    path = folder / f"{_digest(files, size, network)}.npz"
     kept = _read(path)
     if kept is not None:
         return kept
-    found = _measured(files, model, height, width, config.batch_size)
+    reference = _measured(files, measure, size, batch_size)
     earlier = [file for file in files if file.suffix.lower() in _EARLIER_SUFFIXES]
-    before = _read(folder / f"{_digest(earlier, height, width, network, None)}.npz")
-    if before is not None and not _is_same(before, found):
-        found = replace(found, measured_otherwise=True)
-    if network is None or model is not None:  # else it lacks the features that its name tells
-        write_whole(path, _packed(found))
-    return found
+    before = _read(folder / f"{_digest(earlier, size, network, None)}.npz")
+    if before is not None and not _is_same(before, reference):
+        reference = replace(reference, measured_otherwise=True)
+    if network is None or measure is not None:  # else it lacks the features that its name tells
+        write_whole(path, _packed(reference))
+    return reference
 
 
 @torch.no_grad()
 def _measured(
-    files: Sequence[Path], model: SetModel | None, height: int, width: int, batch_size: int
+    files: Sequence[Path], measure: Measure | None, size: tuple[int, int], batch_size: int
 ) -> Reference:
     luminances, borders, features = [], [], []
     num_resized = 0
     for start in range(0, len(files), batch_size):
         stop_if_asked()
-        batch = [read_reference(file, height, width) for file in files[start:][:batch_size]]
-        pixels = torch.cat([each for each, _ in batch])
+        batch = [read_reference(file, *size) for file in files[start:][:batch_size]]
+        pixels = torch.cat([picture for picture, _ in batch])
         num_resized += sum(is_other for _, is_other in batch)
         images = pixels.float() / 255
         luminances.append(image_luminance(images).double().numpy())
         borders.append(border_luminance(images).double().numpy())
-        if model is not None:
-            rows = model.rows(pixels)[model.columns.index(FEATURE_COLUMN)]
-            features.append(rows.float().cpu())
-    whole = torch.cat(features) if features else None
+        if measure is not None:
+            features += [row[FEATURE_COLUMN] for row in measure(pixels, ())]
+    whole = torch.from_numpy(np.stack(features)) if features else None
     return Reference(np.concatenate(luminances), np.concatenate(borders), whole, num_resized)
 
 
 def _digest(
     files: Sequence[Path],
-    height: int,
-    width: int,
+    size: tuple[int, int],
     network: str | None,
     decoder: int | None = DECODER_VERSION,
 ) -> str:
     """decoder: None for what was measured before its version was a part of the digest."""
     pictures = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     versions = [] if decoder is None else [decoder]
-    return column_digest([pictures, height, width, network, *versions])
+    return column_digest([pictures, *size, network, *versions])
 
 
 def _is_same(one: Reference, other: Reference) -> bool:

@@ -14,15 +14,10 @@ from typing import Any
 
 from data.files.errors import UserError
 from sampling.evaluation import statistics
-from sampling.evaluation.metrics_rows import IMAGES, REFERENCE, SETTINGS, Row, read_images
-from sampling.evaluation.metrics_summary import (
-    ERROR,
-    LUMINANCE,
-    Better,
-    Metric,
-    read_summary,
-    title_at_n,
-)
+from sampling.evaluation.brightness import ERROR, LUMINANCE
+from sampling.evaluation.metric import Better, Metric, Row
+from sampling.evaluation.metrics_rows import IMAGES, REFERENCE, SETTINGS, read_images
+from sampling.evaluation.metrics_summary import read_summary, title_at_n
 from sampling.evaluation.plain import number
 from sampling.evaluation.statistics import Estimate
 

@@ -13,20 +13,20 @@ factor of up to exp(-(k - 1) / (2 n)) where all classes are likely.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.files.errors import UserError
-from sampling.evaluation.frechet import frechet_estimates, gaussian_of
+from sampling.evaluation.frechet import frechet_estimates, gaussian_of, lack_of_images
 from sampling.evaluation.kernel_distance import distances_without, part_numbers, subset_distance
-from sampling.evaluation.metrics import SetsConfig
+from sampling.evaluation.metric import Metric, Row
+from sampling.evaluation.sets import FID, SetsConfig
 from sampling.evaluation.statistics import FEWEST_GROUPS, Estimate, jackknife, proportion
 from sampling.verifiers.reference import inception_score
 
-FID, KID, PRECISION, RECALL, IS = "FID", "KID", "precision", "recall", "IS"
+KID, PRECISION, RECALL, IS = "KID", "precision", "recall", "IS"
 FID_INFINITE = "FID at infinite n"
 MOST_GROUPS = 20
 IMAGES_PER_CLASS = 10
@@ -38,19 +38,9 @@ Parts = Sequence[np.ndarray]
 """Numbers of the images of each part of a set, of which a jackknife leaves one out at a time."""
 
 
-@dataclass(frozen=True)
-class SetMetric:
-    """One metric of the set."""
-
-    name: str
-    estimate: Estimate
-    """n counts the generated images."""
-    lower_is_better: bool
-
-
 def feature_metrics(
     features: Tensor, reference: Tensor, groups: Groups, config: SetsConfig, seed: int = 0
-) -> list[SetMetric]:
+) -> list[Metric]:
     """Returns FID, KID, precision and recall of features (N, d) against references (M, d), float32.
 
     FID at infinite n is left out where `frechet.lack_of_images` says why. Raises UserError for
@@ -65,25 +55,21 @@ def feature_metrics(
     return metrics
 
 
-def fid(own: Tensor, real: Tensor, groups: Groups, seed: int) -> list[SetMetric]:
+def fid(own: Tensor, real: Tensor, groups: Groups, seed: int) -> list[Metric]:
     """Returns FID at this n and, where it can be extrapolated, at infinite n."""
     at_n, at_infinity = frechet_estimates(own, gaussian_of(real), independent_groups(groups), seed)
-    metrics = [SetMetric(FID, at_n, True)]
-    return (
-        metrics if at_infinity is None else [*metrics, SetMetric(FID_INFINITE, at_infinity, True)]
-    )
+    estimates = {FID: at_n} | ({} if at_infinity is None else {FID_INFINITE: at_infinity})
+    return [Metric(name, "", each, "images", "lower") for name, each in estimates.items()]
 
 
-def kid(own: Tensor, real: Tensor, parts: Parts, config: SetsConfig, seed: int) -> SetMetric:
+def kid(own: Tensor, real: Tensor, parts: Parts, config: SetsConfig, seed: int) -> Metric:
     """Returns KID, the mean over subsets, with the interval of the whole set's distance."""
     value = subset_distance(own, real, config.kid_subsets, config.kid_subset_size, seed)
     left_out = distances_without(own, real, parts) if parts else []
-    return SetMetric(KID, jackknife(value, left_out, len(own)), True)
+    return Metric(KID, "", jackknife(value, left_out, len(own)), "images", "lower")
 
 
-def precision_recall(
-    own: Tensor, real: Tensor, parts: Parts, neighbourhood: int
-) -> list[SetMetric]:
+def precision_recall(own: Tensor, real: Tensor, parts: Parts, neighbourhood: int) -> list[Metric]:
     """Returns the shares of images in the references' balls, and of references in the images'.
 
     Without a part, recall keeps the other images' balls as they are in the whole set.
@@ -100,7 +86,7 @@ def precision_recall(
 
 def logit_metrics(
     logits: Tensor, groups: Groups, config: SetsConfig, seed: int = 0
-) -> list[SetMetric]:
+) -> list[Metric]:
     """Returns the Inception Score of logits (N, k), its interval within 1 and k.
 
     It is the mean over random splits, also where a part is left out of each of them; of one split
@@ -121,7 +107,19 @@ def logit_metrics(
     value = score(np.arange(count))
     interval = jackknife(math.log(value), np.log(_without(jackknife_parts(groups), score)), count)
     low, high = (float(np.clip(np.exp(x), 1, num_classes)) for x in (interval.low, interval.high))
-    return [SetMetric(IS, Estimate(value, low, high, count), False)]
+    return [Metric(IS, "", Estimate(value, low, high, count), "images", "higher")]
+
+
+def extrapolation_notes(features: Tensor, groups: Groups) -> list[str]:
+    """Says why there is no FID at infinite n; nothing where there is."""
+    num_groups = len(np.unique(independent_groups(groups)))
+    lack = lack_of_images(len(features), features.shape[1], num_groups)
+    return [f"{FID_INFINITE} left out: {lack}"] if lack else []
+
+
+def stacked(rows: Sequence[Row], column: str) -> Tensor:
+    """Returns a column of rows of numbers as (N, d) float32."""
+    return torch.from_numpy(np.stack([row[column] for row in rows]))
 
 
 def num_splits(num_images: int, num_classes: int, wanted: int) -> int:
@@ -197,7 +195,7 @@ def _without(parts: Parts, of_kept: Callable[[np.ndarray], float]) -> list[float
     return [of_kept(np.setdiff1d(everything, part)) for part in parts]
 
 
-def _share(name: str, value: float, left_out: Sequence[float], n: int) -> SetMetric:
+def _share(name: str, value: float, left_out: Sequence[float], n: int) -> Metric:
     """Makes the interval of a share of images, which stays within 0 and 1.
 
     Where nothing that is left out changes it, it is Wilson's of n images: they leave doubt.
@@ -206,4 +204,4 @@ def _share(name: str, value: float, left_out: Sequence[float], n: int) -> SetMet
     if interval.low == interval.high:
         interval = proportion(round(value * n), n)
     low, high = (float(np.clip(bound, 0, 1)) for bound in (interval.low, interval.high))
-    return SetMetric(name, Estimate(value, low, high, n), False)
+    return Metric(name, "", Estimate(value, low, high, n), "images", "higher")

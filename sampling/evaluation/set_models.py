@@ -18,17 +18,14 @@ from data.files.errors import UserError
 from data.images.decode import BadImage
 from data.images.pictures import open_picture
 from sampling.checkpoint import HUB_ID
-from sampling.evaluation.metrics import SetsConfig
-from sampling.evaluation.metrics_rows import FEATURE_COLUMN, LOGIT_COLUMN
+from sampling.evaluation.metric import FEATURE_COLUMN, LOGIT_COLUMN, Pixels, Row
+from sampling.evaluation.sets import INCEPTION, SetsConfig
+from sampling.prompts import Prompt
 from sampling.verifiers.load import ImageModelConfig
 from sampling.verifiers.models.image_model import load_classifier, load_features
 from sampling.verifiers.models.pretrained import download, load_weights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-KEYS = {FEATURE_COLUMN: "features", LOGIT_COLUMN: "classifier"}
-"""Column -> key under sets of the network that stands in for Inception."""
-Pixels = Tensor
-"""(N, 3, H, W) uint8."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +35,20 @@ class SetModel:
     columns: tuple[str, ...]
     rows: Callable[[Pixels], Sequence[Tensor]]
 
-
-def networks(sets: SetsConfig) -> dict[str, tuple[str, ...]]:
-    """Returns the key of each network that is asked for, with the columns that it gives."""
-    given = {FEATURE_COLUMN: sets.features.is_set, LOGIT_COLUMN: sets.classifier.is_set}
-    wanted = [FEATURE_COLUMN] if sets.reference is not None and sets.has_features else []
-    wanted += [LOGIT_COLUMN] if sets.has_classifier else []
-    found = {KEYS[column]: (column,) for column in wanted if given[column]}
-    rest = tuple(column for column in wanted if not given[column])
-    return found | ({"inception": rest} if rest else {})
+    def __call__(self, pixels: Pixels, prompts: Sequence[Prompt]) -> list[Row]:
+        """Returns the columns of each picture, (d,) float32."""
+        arrays = [rows.float().cpu().numpy() for rows in self.rows(pixels)]
+        return [dict(zip(self.columns, row, strict=True)) for row in zip(*arrays, strict=True)]
 
 
 def load_set_model(
     sets: SetsConfig, key: str, columns: tuple[str, ...], device: torch.device
 ) -> SetModel:
-    """Loads one of `networks`; raises UserError for weights that are missing."""
-    if key == "inception":
+    """Loads one of `sets.networks()`; raises UserError for weights that are missing."""
+    if key == INCEPTION:
         assert sets.inception is not None
         return _inception(sets.inception, columns, device)
-    config = sets.features if columns == (FEATURE_COLUMN,) else sets.classifier
-    return _module(config, columns[0], device)
+    return _module(getattr(sets, key), columns[0], device)
 
 
 def to_pixels(images: Tensor) -> Pixels:
