@@ -8,51 +8,32 @@ so only new ones are run. Its name is for people: the arm and what the grid vari
 
 import difflib
 import fnmatch
-import hashlib
 import itertools
-import json
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.files.errors import UserError
 from sampling.dotted import flat
 from sampling.evaluation import results
-from sampling.evaluation.metrics import RESULT_INVARIANT_KEYS, metric_keys
-from sampling.search.folder import FREE as FREE_OF_SEARCH
 from scripts.config import load_values, read_yaml
-from scripts.config_fields import fields_of, item_hint, nearest, nested_class
+from scripts.config_fields import fields_of, nearest
 from scripts.content_digest import content_digests
 from scripts.sweep_config import BASE, CLASSES, SECTIONS, Settings, SweepConfig
-
-OWN_KEYS = {"train": "run_dir", "evaluate": "output", "search": "output"}
-"""Keys that the sweep sets itself."""
-FREE = {"evaluate": RESULT_INVARIANT_KEYS, "search": FREE_OF_SEARCH}
-"""Keys that change no number of a cell."""
-FREE_OF_IMAGES = FREE | {"evaluate": (*metric_keys(), *RESULT_INVARIANT_KEYS)}
-"""Keys that change no image of a cell."""
-FREE_OF_TRAINING = (
-    "trainer.devices",
-    "trainer.num_nodes",
-    "data.num_workers",
-    "trainer.keep_checkpoints",
-    "trainer.keep_best",
-    "data.cache_dir",
-    "data.cache_gigabytes",
-    "data.allow_shell_urls",
-    "watch.",
-    "wandb.",
+from scripts.sweep_identity import (
+    IMAGE_INVARIANT_KEYS,
+    INVARIANT_KEYS,
+    OWN_KEYS,
+    UNNAMED_TRAINING_KEYS,
+    differing,
+    digest_of,
+    folder_of,
+    name_of,
 )
-"""Keys that a training's name does not tell. Others of train/resume_keys.py are told, as they have
-been since the first sweep: a folder must keep its name."""
+
 FORMER_DEFAULTS = {"data.resolution": 512}
 """Values that were once the default, and so left no mark in the name of a training."""
 TRAININGS, CELLS = "trainings", "cells"
-DIGEST_LETTERS, MOST_LETTERS = 8, 80
-"""Of a folder's name: of its digest, and of what stands before it."""
-_NOTHING = object()
 
 
 @dataclass(frozen=True)
@@ -89,15 +70,15 @@ def cells_of(config: SweepConfig) -> list[Cell]:
     for origin, keys in [*((f"arms.{n}", list(a)) for n, a in arms.items()), ("grid", list(grid))]:
         for key in keys:
             _check_key(key, origin)
-    found: list[Cell] = []
-    trainings: dict[str, Training] = {}
-    for arm, own in arms.items():
-        for values in itertools.product(*grid.values()):
-            varied = dict(zip(grid, values, strict=True))
-            found.append(_cell(config, shared, arm, own, varied, trainings))
-    _check_distinct(found)
-    _check_baseline(config.baseline, found)
-    return found
+    expansion = _Expansion(Path(config.run_dir), shared, grid)
+    cells = [
+        expansion.cell(arm, settings, dict(zip(grid, values, strict=True)))
+        for arm, settings in arms.items()
+        for values in itertools.product(*grid.values())
+    ]
+    _check_distinct(cells)
+    _check_baseline(config.baseline, cells)
+    return cells
 
 
 def chosen_of(cells: list[Cell], only: list[str]) -> list[Cell]:
@@ -125,74 +106,86 @@ def _base(config: SweepConfig, section: str) -> Settings:
     return base | flat(given)
 
 
-def _cell(
-    config: SweepConfig,
-    shared: dict[str, Settings],
-    arm: str,
-    own: Settings,
-    varied: Settings,
-    trainings: dict[str, Training],
-) -> Cell:
-    run_dir, grid = Path(config.run_dir), flat(config.grid)
-    mine = {section: dict(shared[section]) for section in SECTIONS}
-    for key, value in {**own, **varied}.items():
-        section, _, rest = key.partition(".")
-        mine[section] |= flat({rest: value})
-    label = _name(arm, varied, grid) or "cell"
-    for section, name in OWN_KEYS.items():
-        if name in mine[section]:
-            raise UserError(f"{section}.{name} is the sweep's own to set; leave it out")
-    training = None
-    if mine["train"]:
-        of_training = {key: value for key, value in varied.items() if key.startswith("train.")}
-        name = _name(arm, of_training, grid) or "training"
-        training = _training(run_dir, mine["train"], name, label)
-        training = trainings.setdefault(training.digest, training)
-    sections = {}
-    trained = training.digest if training else ""
-    digests: list[Any] = [trained]
-    identities: list[Any] = [trained]
-    contents: dict[str, dict[str, str]] = {}
-    for section in ("evaluate", "search"):
-        settings = mine[section]
-        if not settings:
-            continue
-        if training is not None:
-            if "checkpoint" in settings:
+@dataclass
+class _Expansion:
+    """A sweep while its cells are made."""
+
+    run_dir: Path
+    shared: dict[str, Settings]
+    """By section."""
+    grid: Settings
+    trainings: dict[str, Training] = field(default_factory=dict)
+    """By digest."""
+
+    def cell(self, arm: str, settings: Settings, varied: Settings) -> Cell:
+        """Makes the cell of an arm with its settings, and of values of the grid."""
+        label = name_of(arm, varied, self.grid) or "cell"
+        by_section = self._by_section(settings | varied)
+        train = by_section.pop("train")
+        training = self._training(train, arm, varied, label) if train else None
+        sections = {section: own for section, own in by_section.items() if own}
+        if not sections and training is None:
+            raise UserError(f"cell {label} has nothing to do: give train, evaluate or search keys")
+        for section, own in sections.items():
+            if training is None:
+                continue
+            if "checkpoint" in own:
                 raise UserError(
                     f"{section}.checkpoint and train: a cell evaluates what it trains; leave one "
                     "of them out"
                 )
-            settings["checkpoint"] = str(training.folder)
-        one = _checked(section, settings, label)
-        trained_here = ("checkpoint",) if training is not None else ()
-        digests.append(_differing(one, (*FREE[section], *trained_here)))
-        identities.append(_differing(one, (*FREE_OF_IMAGES[section], *trained_here)))
-        sections[section] = settings
-        checkpoint = one.checkpoint if training is None else None
-        if found := content_digests(one.prompts, checkpoint, one.weights):
-            contents[section] = found
-    if contents:
-        digests.append(contents)
-        identities.append(contents)
-    if not sections and training is None:
-        raise UserError(f"cell {label} has nothing to do: give train, evaluate or search keys")
-    folder = _place(run_dir / CELLS, label, _digest(identities))
-    return Cell(label, arm, varied, folder, training, sections, _digest(digests))
+            own["checkpoint"] = str(training.folder)
+        images, numbers = _digests(sections, training, label)
+        folder = folder_of(self.run_dir / CELLS, label, images)
+        return Cell(label, arm, varied, folder, training, sections, numbers)
+
+    def _by_section(self, settings: Settings) -> dict[str, Settings]:
+        """Returns what all cells share, with these dotted settings, by section."""
+        by_section = {section: dict(self.shared[section]) for section in SECTIONS}
+        for key, value in settings.items():
+            section, _, rest = key.partition(".")
+            by_section[section] |= flat({rest: value})
+        for section, name in OWN_KEYS.items():
+            if name in by_section[section]:
+                raise UserError(f"{section}.{name} is the sweep's own to set; leave it out")
+        return by_section
+
+    def _training(self, settings: Settings, arm: str, varied: Settings, label: str) -> Training:
+        """Makes a training, or returns the one that an earlier cell has with these settings."""
+        of_training = {key: value for key, value in varied.items() if key.startswith("train.")}
+        name = name_of(arm, of_training, self.grid) or "training"
+        told = differing(_checked("train", settings, label), UNNAMED_TRAINING_KEYS)
+        digest, parent = digest_of(told), self.run_dir / TRAININGS
+        folder = folder_of(parent, name, digest)
+        former = {key: value for key, value in told.items() if FORMER_DEFAULTS.get(key) == value}
+        if former and not folder.exists():
+            rest = digest_of({key: value for key, value in told.items() if key not in former})
+            before = folder_of(parent, name, rest)
+            if _has_values(before / "config.yaml", former):
+                digest, folder = rest, before
+        return self.trainings.setdefault(digest, Training(folder.name, folder, settings, digest))
 
 
-def _training(run_dir: Path, settings: Settings, name: str, label: str) -> Training:
-    config = _checked("train", settings, label)
-    told = _differing(config, FREE_OF_TRAINING)
-    digest = _digest(told)
-    folder = _place(run_dir / TRAININGS, name, digest)
-    former = {key: value for key, value in told.items() if FORMER_DEFAULTS.get(key) == value}
-    if former and not folder.exists():
-        rest = {key: value for key, value in told.items() if key not in former}
-        before = _place(run_dir / TRAININGS, name, _digest(rest))
-        if _has_values(before / "config.yaml", former):
-            digest, folder = _digest(rest), before
-    return Training(folder.name, folder, settings, digest)
+def _digests(
+    sections: dict[str, Settings], training: Training | None, label: str
+) -> tuple[str, str]:
+    """Returns the digests of what decides a cell's images, and of what decides its numbers.
+
+    Raises UserError for settings that a verb refuses.
+    """
+    images: list[Any] = [training.digest if training else ""]
+    numbers = list(images)
+    contents: dict[str, dict[str, str]] = {}
+    trained_here = ("checkpoint",) if training else ()
+    for section, settings in sections.items():
+        config = _checked(section, settings, label)
+        images.append(differing(config, (*IMAGE_INVARIANT_KEYS[section], *trained_here)))
+        numbers.append(differing(config, (*INVARIANT_KEYS[section], *trained_here)))
+        checkpoint = None if training else config.checkpoint
+        if digests := content_digests(config.prompts, checkpoint, config.weights):
+            contents[section] = digests
+    rest = [contents] if contents else []
+    return digest_of(images + rest), digest_of(numbers + rest)
 
 
 def _has_values(path: Path, values: Settings) -> bool:
@@ -210,38 +203,6 @@ def _checked(section: str, settings: Settings, label: str) -> Any:
         return load_values(CLASSES[section], settings | own, f"{section} of the sweep")
     except UserError as error:
         raise UserError(f"cell {label}: {section}: {error}") from None
-
-
-def _differing(config: Any, free: tuple[str, ...]) -> Settings:
-    """Returns the flat settings that differ from the defaults, without those that are free."""
-    found = {}
-    for key, value in flat(json.loads(json.dumps(asdict(config)))).items():
-        if key in OWN_KEYS.values() or _is_free(key, free):
-            continue
-        if value != _default(type(config), key):
-            found[key] = value
-    return found
-
-
-def _default(config_class: type, key: str) -> object:
-    """Returns the default of a dotted key, also inside an entry of a mapping of sections."""
-    known = fields_of(config_class)
-    if key in known:
-        return known[key].default
-    words = key.split(".")
-    for length in range(1, len(words) - 1):
-        parent = known.get(".".join(words[:length]))
-        section = nested_class(item_hint(parent.hint)) if parent else None
-        rest = ".".join(words[length + 1 :])
-        if section is not None and rest in fields_of(section):
-            return fields_of(section)[rest].default
-    return _NOTHING
-
-
-def _place(parent: Path, label: str, digest: str) -> Path:
-    """Returns the folder of what has this digest, under whatever label it was begun."""
-    there = sorted(parent.glob(f"*-{digest}")) if parent.is_dir() else []
-    return there[0] if there else parent / f"{_slug(label)[:MOST_LETTERS]}-{digest}"
 
 
 def _check_key(key: str, origin: str) -> None:
@@ -289,44 +250,3 @@ def _check_baseline(baseline: str | None, cells: list[Cell]) -> None:
         raise UserError(
             f"baseline={baseline} is no arm, cell or setting of the sweep; the nearest is {near[0]}"
         )
-
-
-def _name(arm: str, varied: Mapping[str, Any], grid: Mapping[str, list[Any]]) -> str:
-    """Names an arm with values of the grid; nothing for neither."""
-    labels = [_label(key, value, varied, grid[key]) for key, value in varied.items()]
-    return "_".join(filter(None, [arm, *labels]))
-
-
-def _label(key: str, value: Any, varied: Mapping[str, Any], values: list[Any]) -> str:
-    """Names one value of the grid, by the last word of its key where that is not ambiguous; a path
-    by its last part, likewise."""
-    last = key.rpartition(".")[2]
-    if sum(each.rpartition(".")[2] == last for each in varied) > 1:
-        last = key.replace(".", "-")
-    text = _last_part(value)
-    if any(_last_part(other) == text and other != value for other in values):
-        text = _slug(_text(value))
-    return f"{last}-{text or 'empty'}"
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _last_part(value: Any) -> str:
-    text = _text(value)
-    return _slug(Path(text).name if "/" in text else text)
-
-
-def _slug(text: str) -> str:
-    """Writes a text as it can be part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text).strip("-.")
-
-
-def _is_free(key: str, free: tuple[str, ...]) -> bool:
-    return any(key == each or key.startswith(f"{each.rstrip('.')}.") for each in free)
-
-
-def _digest(content: object) -> str:
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=DIGEST_LETTERS // 2).hexdigest()

@@ -32,8 +32,9 @@ from data.files.yaml_text import to_yaml
 from sampling.dotted import nested
 from sampling.evaluation.metrics_rows import REFERENCES
 from sampling.evaluation.results import CELL, FOLDERS, SWEEP, VERSION
-from scripts.sweep_cells import OWN_KEYS, Cell, Training, trainings_of
+from scripts.sweep_cells import Cell, Training, trainings_of
 from scripts.sweep_config import Settings, SweepConfig
+from scripts.sweep_identity import OWN_KEYS
 from scripts.verb_process import verb_command
 from train.run_lock import RunLock
 

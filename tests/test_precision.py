@@ -12,8 +12,8 @@ from sampling.config import SampleConfig
 from sampling.precision import current, settle
 from scripts.cli import main
 from scripts.config import load, to_yaml
-from scripts.sweep_cells import _differing
 from scripts.sweep_config import CLASSES
+from scripts.sweep_identity import differing
 from tests.devices import NEW, OLD, fake_gpus
 from tests.tiny_run import tiny_config
 from train.config import TrainConfig
@@ -161,6 +161,6 @@ def test_help_shows_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
 def test_cells_of_sweeps_keep_their_names() -> None:
     """A default that is now auto is in no digest, as the float32 before it was not."""
     config = tiny_config(Path("run"), Path("base"), Path("shards"))
-    assert not {"trainer.tf32", "trainer.encoder_dtype"} & _differing(config, ()).keys()
+    assert not {"trainer.tf32", "trainer.encoder_dtype"} & differing(config, ()).keys()
     sample = load(CLASSES["evaluate"], ["checkpoint=x", "output=x", "prompts=x"])
-    assert not {"dtype", "tf32"} & _differing(sample, ()).keys()
+    assert not {"dtype", "tf32"} & differing(sample, ()).keys()
