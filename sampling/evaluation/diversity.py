@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.files.errors import UserError
 from sampling.evaluation.statistics import (
     LEVEL,
     NUM_RESAMPLES,
@@ -27,7 +26,6 @@ BLOCK_PAIRS = 2**22
 
 def mean_pairwise_distance(features: Features) -> float:
     """Returns the mean Euclidean distance over all pairs of two rows or more."""
-    _check_rows(features)
     return float(_weighted_distance(features, np.ones((1, len(features))))[0])
 
 
@@ -36,16 +34,11 @@ def diversity_change(
 ) -> Estimate:
     """Estimates the mean pairwise distance of `features` minus that of `baseline`.
 
-    Row i of both belongs to prompt i; the interval is a paired bootstrap over prompts.
+    Row i of both belongs to prompt i, of two or more; the interval is a paired bootstrap over
+    prompts.
     """
-    _check_rows(features)
-    _check_rows(baseline)
     n = len(features)
-    if n != len(baseline):
-        raise UserError(
-            f"features and baseline: {n} and {len(baseline)} rows are no pairs; give one image a "
-            "prompt of each, in the same order"
-        )
+    assert n == len(baseline) > 1
     value = mean_pairwise_distance(features) - mean_pairwise_distance(baseline)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n, np.full(n, 1 / n), size=NUM_RESAMPLES).astype(np.float64)
@@ -71,11 +64,3 @@ def _weighted_distance(features: Features, counts: np.ndarray) -> np.ndarray:
         sums += ((weights @ distances) * weights[:, block]).sum(dim=1)
     num_pairs = weights.sum(dim=1).square() - weights.square().sum(dim=1)
     return (sums / num_pairs).numpy()
-
-
-def _check_rows(features: Features) -> None:
-    if features.ndim != 2 or len(features) < 2:
-        raise UserError(
-            f"features: shape {tuple(features.shape)}; a distance needs two rows at least, one an "
-            "image"
-        )

@@ -16,7 +16,6 @@ from math import ceil, log2
 
 import numpy as np
 
-from data.files.errors import UserError
 from sampling.evaluation.paired import mean_difference
 from sampling.evaluation.statistics import LEVEL, Estimate, Values, smallest_detectable_effect
 
@@ -72,17 +71,11 @@ def hacking_alarm(
 ) -> HackingAlarm:
     """Says where the searched score rises and a held-out one, or diversity, falls.
 
-    diversity: the change of the mean pairwise distance, from `diversity.diversity_change`. Prompts
-    without two finite scores are left out of that verifier's interval, and a note counts them. With
-    so few prompts that even all of them falling could be chance, nothing is found and a note says
-    so.
+    Verifiers have different names, and two prompts or more with finite scores of both; prompts
+    without are left out of that verifier's interval, and a note counts them. diversity: the change
+    of the mean pairwise distance, from `diversity.diversity_change`. With so few prompts that even
+    all of them falling could be chance, nothing is found and a note says so.
     """
-    names = [searched.verifier, *(scores.verifier for scores in held_out)]
-    if len(set(names)) < len(names) or DIVERSITY in names:
-        raise UserError(
-            f"held_out: {', '.join(names)} with {DIVERSITY} are not all different; name each "
-            "verifier once, the searched one not among the held-out"
-        )
     notes: list[str] = []
     pairs = {scores.verifier: _finite_pairs(scores, notes) for scores in (searched, *held_out)}
     changes = {name: mean_difference(*pair, level, seed) for name, pair in pairs.items()}
@@ -95,17 +88,18 @@ def hacking_alarm(
     for metric, change in changes.items():
         if change.n < needed:
             notes.append(f"{metric}: {change.n} prompts are too few to tell; {needed} are needed")
-        elif metric != searched.verifier and rises and change.high < 0:
+        elif metric == searched.verifier:
+            if not rises:
+                notes.append(f"{metric}, which was searched, does not rise: {_shown(change)}")
+        elif rises and change.high < 0:
             what = metric if metric == DIVERSITY else f"held-out {metric}"
             line = (
                 f"hacking: {searched.verifier} rises by {_shown(rise)} while {what} falls by "
                 f"{_shown(change)}"
             )
             findings.append(Finding(metric, change, line))
-        elif metric == searched.verifier and not rises:
-            notes.append(f"{metric}, which was searched, does not rise: {_shown(change)}")
-        elif metric != searched.verifier:
-            notes.append(_quiet(metric, change, pairs, level))
+        else:
+            notes.append(_quiet(metric, change, pairs.get(metric), level))
     return HackingAlarm(searched.verifier, changes, findings, notes)
 
 
@@ -115,17 +109,14 @@ def fewest_prompts(level: float = LEVEL) -> int:
 
 
 def _quiet(
-    metric: str,
-    change: Estimate,
-    pairs: dict[str, tuple[np.ndarray, np.ndarray]],
-    level: float,
+    metric: str, change: Estimate, pair: tuple[np.ndarray, np.ndarray] | None, level: float
 ) -> str:
-    verb = "falls" if change.high < 0 else "rises" if change.low > 0 else "shows no change"
-    line = f"{metric} {verb}: {_shown(change)}"
-    if verb != "shows no change" or metric not in pairs:
+    if change.high < 0 or change.low > 0:
+        return f"{metric} {'falls' if change.high < 0 else 'rises'}: {_shown(change)}"
+    line = f"{metric} shows no change: {_shown(change)}"
+    if pair is None:
         return line
-    winners, baselines = pairs[metric]
-    effect = smallest_detectable_effect(winners - baselines, level=level)
+    effect = smallest_detectable_effect(pair[0] - pair[1], level=level)
     return f"{line}; a change of {effect:.4g} would have shown with power 0.8"
 
 
@@ -134,22 +125,9 @@ def _shown(change: Estimate) -> str:
 
 
 def _finite_pairs(scores: PairedScores, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the scores of prompts where both are finite; two at least."""
-    winners = np.asarray(scores.winners, dtype=np.float64)
-    baselines = np.asarray(scores.baselines, dtype=np.float64)
-    if winners.ndim != 1 or winners.shape != baselines.shape:
-        raise UserError(
-            f"{scores.verifier}: scores of shape {winners.shape} and {baselines.shape} are no "
-            "pairs; give one of the winner and one of the baseline for each prompt, in the same "
-            "order"
-        )
+    """Returns the scores of prompts where both are finite."""
+    winners, baselines = np.array([scores.winners, scores.baselines], dtype=np.float64)
     finite = np.isfinite(winners) & np.isfinite(baselines)
-    num_left_out = int((~finite).sum())
-    if finite.sum() < 2:
-        raise UserError(
-            f"{scores.verifier}: {finite.sum()} prompts have finite scores of winner and baseline; "
-            "an interval needs two: score them again, or leave this verifier out"
-        )
-    if num_left_out:
-        notes.append(f"{scores.verifier}: {num_left_out} prompts without finite scores left out")
+    if not finite.all():
+        notes.append(f"{scores.verifier}: {(~finite).sum()} prompts without finite scores left out")
     return winners[finite], baselines[finite]

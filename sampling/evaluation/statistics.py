@@ -129,9 +129,8 @@ def proportion_difference(
 def paired_mean(differences: Values, level: float = LEVEL) -> Estimate:
     """Estimates the mean of a few paired differences, with the interval of Student's t."""
     sample = checked_values(differences, 2)
-    half = float(stats.t.ppf(0.5 + level / 2, len(sample) - 1)) * _standard_error(sample)
-    value = float(sample.mean())
-    return Estimate(value, value - half, value + half, len(sample))
+    error = _standard_error(sample)
+    return _student(float(sample.mean()), error, len(sample) - 1, len(sample), level)
 
 
 def jackknife(value: float, left_out: Values, n: int, level: float = LEVEL) -> Estimate:
@@ -143,9 +142,7 @@ def jackknife(value: float, left_out: Values, n: int, level: float = LEVEL) -> E
     without, count = np.asarray(left_out, dtype=np.float64), len(left_out)
     if count < FEWEST_GROUPS:
         return Estimate(value, math.nan, math.nan, n)
-    error = float(np.sqrt((count - 1) * without.var()))
-    half = float(stats.t.ppf(0.5 + level / 2, count - 1)) * error
-    return Estimate(value, value - half, value + half, n)
+    return _student(value, float(np.sqrt((count - 1) * without.var())), count - 1, n, level)
 
 
 def influence_interval(value: float, derivatives: Values, n: int, level: float = LEVEL) -> Estimate:
@@ -158,8 +155,7 @@ def influence_interval(value: float, derivatives: Values, n: int, level: float =
     if count < FEWEST_GROUPS:
         return Estimate(value, math.nan, math.nan, n)
     error = float(np.sqrt(count / (count - 1) * (slopes**2).sum()))
-    half = float(stats.t.ppf(0.5 + level / 2, count - 1)) * error
-    return Estimate(value, value - half, value + half, n)
+    return _student(value, error, count - 1, n, level)
 
 
 def smallest_detectable_effect(
@@ -254,6 +250,11 @@ def influences(left_out: Values) -> np.ndarray:
 
 def _expanded_tail(freedom: float, expansion: float, level: float) -> float:
     return float(stats.t.ppf(0.5 + level / 2, freedom)) * expansion**0.5
+
+
+def _student(value: float, error: float, freedom: int, n: int, level: float) -> Estimate:
+    half = float(stats.t.ppf(0.5 + level / 2, freedom)) * error
+    return Estimate(value, value - half, value + half, n)
 
 
 def _standard_error(sample: np.ndarray) -> float:
