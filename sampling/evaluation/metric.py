@@ -7,6 +7,7 @@ section that is a `MetricConfig` is one. Free of torch, so that the help of a ve
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Source:
     """Of the config, by which it is named where it cannot be loaded."""
     columns: dict[str, str]
     """Column -> digest of the settings that it is measured with; of others it is stale."""
-    load: Callable[[], Measure]
+    load: "Callable[[torch.device], Measure]"
     """Raises UserError where it lacks something, such as weights: the rest runs. What it returns
     may have `check_prompt(text)`, which raises UserError for a prompt that it cannot judge."""
 
@@ -80,13 +81,15 @@ class MetricConfig:
     def check(self, prompts: "Sequence[Prompt]", num_images: int) -> None:
         """Raises UserError for what can be refused before anything is sampled."""
 
-    def sources(self, device: "torch.device") -> list[Source]:
+    def sources(self) -> list[Source]:
         """Returns what measures columns of each image."""
         return []
 
     def numbers(self, evaluated: Evaluated) -> Numbers:
-        """Returns what comes of the rows."""
-        return [], []
+        """Returns what comes of the rows: the mean of each column that `sources` names."""
+        names = [name for source in self.sources() for name in source.columns]
+        rows = evaluated.rows
+        return [mean_metric(n, rows, itemgetter(n)) for n in filter(evaluated.has, names)], []
 
 
 def mean_metric(

@@ -88,11 +88,11 @@ def load_measures(
     Raises UserError for a prompt that a verifier cannot judge.
     """
     measures = Measures()
-    for source in itertools.chain.from_iterable(each.sources(device) for each in metrics):
+    for source in itertools.chain.from_iterable(each.sources() for each in metrics):
         if taken := measures.asked.keys() & source.columns.keys():
             raise UserError(f"{source.key}: {min(taken)} is measured by another metric; rename it")
         try:
-            measure = source.load()
+            measure = source.load(device)
         except UserError as error:
             measures.lacking.append((source, str(error)))
             continue

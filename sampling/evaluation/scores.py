@@ -31,12 +31,12 @@ class Scores(MetricConfig):
 
     verifiers: Mapping[str, VerifierConfig]
 
-    def sources(self, device: torch.device) -> list[Source]:
+    def sources(self) -> list[Source]:
         sources = []
         for name, config in self.verifiers.items():
             settings = {k: v for k, v in asdict(config).items() if k not in ("batch_size", "name")}
-            load = partial(_load, name, config, device)
-            sources.append(Source(name, {name: column_digest(settings)}, load))
+            digests = {name: column_digest(settings)}
+            sources.append(Source(name, digests, partial(_load, name, config)))
         return sources
 
     def numbers(self, evaluated: Evaluated) -> Numbers:

@@ -19,8 +19,6 @@ from sampling.evaluation.metric import (
 from sampling.verifiers.load import ImageModelConfig
 
 if TYPE_CHECKING:
-    import torch
-
     from sampling.prompts import Prompt
 
 INCEPTION = "inception"
@@ -96,7 +94,7 @@ class SetsConfig(MetricConfig):
                 "makes one; raise num_images, give more prompts, or leave sets out"
             )
 
-    def sources(self, device: "torch.device") -> list[Source]:
+    def sources(self) -> list[Source]:
         from sampling.evaluation.metrics_rows import column_digest
         from sampling.evaluation.set_models import load_set_model
 
@@ -104,7 +102,7 @@ class SetsConfig(MetricConfig):
         for key, columns in self.networks().items():
             given = self.inception if key == INCEPTION else asdict(getattr(self, key))
             digests = dict.fromkeys(columns, column_digest([key, given]))
-            load = functools.partial(load_set_model, self, key, columns, device)
+            load = functools.partial(load_set_model, self, key, columns)
             sources.append(Source(f"sets.{key}", digests, load))
         return sources
 
