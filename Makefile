@@ -12,7 +12,7 @@ LINKS := .venv/src/blackpoint
 
 # Importing compiles what our commands use: a quarter of what is installed, while pip would compile
 # all of it, for two minutes.
-IMPORTED := import scripts.demo_steps, train.run, wandb, pytest; \
+IMPORTED := import blackpoint.scripts.miniature.demo_steps, blackpoint.train.run, wandb, pytest; \
   from diffusers import StableDiffusionPipeline, UNet2DConditionModel; \
   from transformers import CLIPTextModel
 
@@ -59,11 +59,11 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m scripts.bench
+	$(BIN)/python -m blackpoint.scripts.bench.bench
 
 black-point: $(INSTALLED)
-	$(BIN)/python -m scripts.black_point_study
+	$(BIN)/python -m blackpoint.scripts.studies.black_point_study
 
 full-architecture: $(INSTALLED)
-	$(BIN)/python -m scripts.full_architecture architecture=sd15
-	$(BIN)/python -m scripts.full_architecture architecture=sd21_base
+	$(BIN)/python -m blackpoint.scripts.measurements.full_architecture architecture=sd15
+	$(BIN)/python -m blackpoint.scripts.measurements.full_architecture architecture=sd21_base

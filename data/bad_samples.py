@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data.files.errors import UserError
+from blackpoint.data.files.errors import UserError
 
 NUM_LISTED = 20
 MAX_SHOWN_CHARACTERS = 200

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data.buckets import Size
-from data.files.errors import UserError
-from data.mixed_reader import MixedReader
-from data.reader import Place, Reader
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.mixed_reader import MixedReader
+from blackpoint.data.order.buckets import Size
+from blackpoint.data.reader import Place, Reader
 
 
 def slice_size(batch_size: int, world_size: int) -> int:

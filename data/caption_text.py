@@ -12,7 +12,7 @@ Which of several a sample has in an epoch is drawn by `caption_number` (data/tra
 import json
 from typing import Any
 
-from data.images.decode import BadImage
+from blackpoint.data.images.decode import BadImage
 
 CAPTION_FIELD = "caption"
 Captions = tuple[str, ...]

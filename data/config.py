@@ -6,12 +6,12 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from data.buckets import BucketsConfig, bucket_table
-from data.files.errors import UserError
-from data.files.paths import PathText
-from data.images.decode import MAX_IMAGE_PIXELS
-from data.mixture import MixtureEntry
-from data.shards import check_cache_fields
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import PathText
+from blackpoint.data.images.decode import MAX_IMAGE_PIXELS
+from blackpoint.data.mixture import MixtureEntry
+from blackpoint.data.order.buckets import BucketsConfig, bucket_table
+from blackpoint.data.shards.listing import check_cache_fields
 
 
 @dataclass

@@ -9,11 +9,11 @@ decoder so that a run goes on with the one that it began with.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from data.shard_digest import file_digest, samples_digest
-from data.shards import EMPTY_FILE, is_encoded
+from blackpoint.data.shards.listing import EMPTY_FILE, is_encoded
+from blackpoint.data.shards.shard_digest import file_digest, samples_digest
 
 if TYPE_CHECKING:  # torch takes a second
-    from data.reader import Reader
+    from blackpoint.data.reader import Reader
 
 NUM_NAMED = 5
 

@@ -26,11 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
-from data.buckets import Size
-from data.files.errors import UserError
-from data.images.decode import STORED_COLORS, BadImage
-from data.reader import Reader
-from data.shards import EMPTY_FILE, ENCODING_FILE
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.images.decode import STORED_COLORS, BadImage
+from blackpoint.data.order.buckets import Size
+from blackpoint.data.reader import Reader
+from blackpoint.data.shards.listing import EMPTY_FILE, ENCODING_FILE
 
 FORMAT_VERSION = 2
 KEY_BYTES = 16

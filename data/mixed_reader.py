@@ -7,11 +7,11 @@ one bucket, and so of one data set.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from data.files.errors import UserError
-from data.latents import LatentReader
-from data.mixture import Schedule
-from data.order import Place
-from data.reader import Reader, collate
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.latents import LatentReader
+from blackpoint.data.mixture import Schedule
+from blackpoint.data.order.order import Place
+from blackpoint.data.reader import Reader, collate
 
 
 class MixedReader:

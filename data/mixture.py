@@ -19,7 +19,7 @@ from fractions import Fraction
 import numpy as np
 from omegaconf import MISSING
 
-from data.files.paths import PathText
+from blackpoint.data.files.paths import PathText
 
 MAX_CYCLE = 1 << 16
 """Largest M; weights whose whole numbers sum to more are rounded to multiples of 1 / MAX_CYCLE."""

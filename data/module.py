@@ -17,25 +17,25 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 
-from data.bad_samples import NUM_LISTED, BadSample, refusal, too_many
-from data.batches import TrainingBatches, ValidationBatches, slice_size
-from data.buckets import Size, bucket_table, square
-from data.config import DataConfig
-from data.files.errors import UserError
-from data.files.notes import first
-from data.files.signals import leave_signals_to_parent
-from data.identity import identity
-from data.images.decode import DECODER_VERSION
-from data.index import INDEX_FOLDER, Index, has_index
-from data.latents import Encoding, LatentReader
-from data.mixed_reader import MixedReader, check_alike
-from data.order import BucketOrder
-from data.reader import Reader
-from data.shard_set import ShardSet, index_shards, indexing_command, open_shards
-from data.shards import is_encoded
-from data.sorted_samples import sorted_samples
-from data.summary import bucket_rows, summary_lines
-from data.verify import verify
+from blackpoint.data.bad_samples import NUM_LISTED, BadSample, refusal, too_many
+from blackpoint.data.batches import TrainingBatches, ValidationBatches, slice_size
+from blackpoint.data.config import DataConfig
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.notes import first
+from blackpoint.data.files.signals import leave_signals_to_parent
+from blackpoint.data.identity import identity
+from blackpoint.data.images.decode import DECODER_VERSION
+from blackpoint.data.index.index import INDEX_FOLDER, Index, has_index
+from blackpoint.data.index.shard_set import ShardSet, index_shards, indexing_command, open_shards
+from blackpoint.data.index.verify import verify
+from blackpoint.data.latents import Encoding, LatentReader
+from blackpoint.data.mixed_reader import MixedReader, check_alike
+from blackpoint.data.order.buckets import Size, bucket_table, square
+from blackpoint.data.order.order import BucketOrder
+from blackpoint.data.order.sorted_samples import sorted_samples
+from blackpoint.data.reader import Reader
+from blackpoint.data.shards.listing import is_encoded
+from blackpoint.data.summary import bucket_rows, summary_lines
 
 VALIDATION = "data.validation_shards"
 

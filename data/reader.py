@@ -3,8 +3,9 @@
 Position n of a data set of N samples is pass n // N, sample permute(n % N): the order of all
 epochs is a function of the seed, position 10^6 costs what position 0 costs, and any process can
 read any position. A sample that can't be decoded is replaced by one that (seed, epoch, index)
-chooses; the batch names it. With buckets, data/order.py says which sample is where, and a sample is
-replaced by one of its bucket; where none of that is usable, by any other, cut to the same size.
+chooses; the batch names it. With buckets, data/order/order.py says which sample is where, and a
+sample is replaced by one of its bucket; where none of that is usable, by any other, cut to the same
+size.
 """
 
 import bisect
@@ -21,17 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.bad_samples import BadSample, listing
-from data.buckets import Size, bucket_of
-from data.caption_text import Captions, json_captions, text_captions
-from data.files.errors import UserError
-from data.images.decode import DECODER_VERSION, MAX_IMAGE_PIXELS, BadImage, decode
-from data.index import Index
-from data.order import BucketOrder, Place
-from data.permutation import permute
-from data.record import JSON, Span
-from data.remote_shards import RemoteShards
-from data.transform import CENTER, caption_number, draw, transform
+from blackpoint.data.bad_samples import BadSample, listing
+from blackpoint.data.caption_text import Captions, json_captions, text_captions
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.images.decode import DECODER_VERSION, MAX_IMAGE_PIXELS, BadImage, decode
+from blackpoint.data.index.index import Index
+from blackpoint.data.order.buckets import Size, bucket_of
+from blackpoint.data.order.order import BucketOrder, Place
+from blackpoint.data.order.permutation import permute
+from blackpoint.data.record import JSON, Span
+from blackpoint.data.shards.remote_shards import RemoteShards
+from blackpoint.data.transform import CENTER, caption_number, draw, transform
 
 MAX_REPLACEMENTS = 100
 MAX_FROM_BUCKET = 20
@@ -64,7 +65,7 @@ class Reader:
     _files: dict[int, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        assert self.resolution > 0, "0 is for train/sizes.py to replace"
+        assert self.resolution > 0, "0 is for train/records/sizes.py to replace"
         if self.remote is None:
             self.index.check_shards(self.shards)
         chosen = sorted(

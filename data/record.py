@@ -2,14 +2,14 @@
 
 A record has 52 bytes, whatever the sample. `caption_form` tells what the caption's bytes are: TEXT,
 a member that is the caption, or JSON, a .json member with a field that is the caption or a list of
-captions (data/sample_keys.py).
+captions (data/shards/sample_keys.py).
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from data.images.luminance import REC_601
+from blackpoint.data.images.luminance import REC_601
 
 TEXT, JSON = 0, 1
 MAX_KEY_BYTES = 0xFFFF

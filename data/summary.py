@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.bad_samples import printable
-from data.images.decode import STORED_COLORS
-from data.reader import Reader
-from data.shards import is_encoded
+from blackpoint.data.bad_samples import printable
+from blackpoint.data.images.decode import STORED_COLORS
+from blackpoint.data.reader import Reader
+from blackpoint.data.shards.listing import is_encoded
 
 NUM_NAMED = 5  # of the samples that are left out
 ROWS_AT_ONCE = 1 << 16

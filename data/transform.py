@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.buckets import Size
+from blackpoint.data.order.buckets import Size
 
 
 class Draws(NamedTuple):

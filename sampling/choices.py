@@ -3,8 +3,8 @@
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
-from data.files.errors import UserError
-from data.files.paths import Holds
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import Holds
 
 MAX_SEED = 2**64 - 1
 """torch.Generator takes no larger one."""
@@ -13,7 +13,7 @@ PredictionType = Literal["v_prediction", "epsilon", "sample"]  # named as in dif
 Spacing = Literal["trailing", "leading", "linspace"]
 Attention = Literal["auto", "xformers", "sdpa"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-AutoDtype = Literal["auto", "float32", "float16", "bfloat16"]  # sampling/precision.py
+AutoDtype = Literal["auto", "float32", "float16", "bfloat16"]  # sampling/runtime/precision.py
 Tf32 = Literal["auto", True, False]  # the true and false of YAML
 PLAIN_FORMATS: dict[str, Any] = {"dtype": "float32", "encoder_dtype": "float32", "tf32": False}
 """What `auto` takes where a GPU offers nothing else, and what results without a record of number

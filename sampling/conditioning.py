@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from data.files.errors import UserError
-from data.files.notes import first
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.notes import first
 
 log = logging.getLogger(__name__)
 

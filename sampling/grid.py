@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sampling.schedule import NoiseSchedule
+    from blackpoint.sampling.schedule import NoiseSchedule
 else:
     Tensor = Any
 

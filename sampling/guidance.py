@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.files.errors import UserError
+from blackpoint.data.files.errors import UserError
 
 Output = Float[Tensor, "b c h w"]
 Condition = TypeVar("Condition")

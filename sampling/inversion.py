@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sampling.grid import Denoise, Prediction, SamplingGrid
-from sampling.process import Process
+from blackpoint.sampling.grid import Denoise, Prediction, SamplingGrid
+from blackpoint.sampling.process import Process
 
 Method = Literal["ddim", "fixed_point", "anderson", "renoise"]
 Latents = Float[Tensor, "b c h w"]

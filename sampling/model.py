@@ -18,21 +18,28 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from data.files.errors import UserError
-from data.files.signals import stop_if_asked
-from sampling.architecture import check_architecture, sample_size_of
-from sampling.checkpoint import Weights, resolve
-from sampling.conditioning import Conditioning, encode_classes, encode_text, joined
-from sampling.encoders import Encoders, dtype_of
-from sampling.grid import Denoise, Prediction, SampleState
-from sampling.guidance import NO_GUIDANCE, Guidance, guided_output
-from sampling.loading import Part, empty_unet, load_tokenizer, load_unet, read_json, read_scheduler
-from sampling.noise import initial_noise, step_noise
-from sampling.pixel_codec import IMAGE_CHANNELS
-from sampling.pixel_folder import PixelForm
-from sampling.process import Process
-from sampling.samplers import check_sampler, run
-from sampling.saving import save_model
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.signals import stop_if_asked
+from blackpoint.sampling.checkpoints.architecture import check_architecture, sample_size_of
+from blackpoint.sampling.checkpoints.encoders import Encoders, dtype_of
+from blackpoint.sampling.checkpoints.loading import (
+    Part,
+    empty_unet,
+    load_tokenizer,
+    load_unet,
+    read_json,
+    read_scheduler,
+)
+from blackpoint.sampling.checkpoints.resolve import Weights, resolve
+from blackpoint.sampling.checkpoints.saving import save_model
+from blackpoint.sampling.conditioning import Conditioning, encode_classes, encode_text, joined
+from blackpoint.sampling.grid import Denoise, Prediction, SampleState
+from blackpoint.sampling.guidance import NO_GUIDANCE, Guidance, guided_output
+from blackpoint.sampling.noise import initial_noise, step_noise
+from blackpoint.sampling.pixels.folder import PixelForm
+from blackpoint.sampling.pixels.pixel_codec import IMAGE_CHANNELS
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.samplers import check_sampler, run
 
 log = logging.getLogger(__name__)
 

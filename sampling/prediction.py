@@ -13,7 +13,7 @@ Shapes: x0, eps, x_t, v are (B, ...); alpha and sigma broadcast against them, su
 from jaxtyping import Float
 from torch import Tensor
 
-from sampling.choices import PredictionType
+from blackpoint.sampling.choices import PredictionType
 
 Latent = Float[Tensor, "b *chw"]
 Coefficient = Float[Tensor, "..."] | float

@@ -11,12 +11,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from data.files.errors import UserError
-from sampling.grid import Prediction, SamplingGrid
-from sampling.prediction import PredictionType, to_eps, to_x0
-from sampling.samplers import SAMPLERS
-from sampling.schedule import NoiseSchedule, Spacing
-from sampling.scheduler_config import ABOVE_THE_CLEANEST, read_scheduler_config
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.checkpoints.scheduler_config import (
+    ABOVE_THE_CLEANEST,
+    read_scheduler_config,
+)
+from blackpoint.sampling.grid import Prediction, SamplingGrid
+from blackpoint.sampling.prediction import PredictionType, to_eps, to_x0
+from blackpoint.sampling.samplers import SAMPLERS
+from blackpoint.sampling.schedule import NoiseSchedule, Spacing
 
 EXPORT_TOLERANCE = 1e-5
 SCHEME_KEYS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
@@ -137,7 +140,8 @@ class Process:
     def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":
         """Reads a scheduler_config of any diffusers scheduler class that has such a process.
 
-        A key that is absent means what it means to that class (sampling/scheduler_config.py).
+        A key that is absent means what it means to that class
+        (sampling/checkpoints/scheduler_config.py).
         """
         settings = read_scheduler_config(config)
         return cls(

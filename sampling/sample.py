@@ -12,20 +12,20 @@ import torch
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.files.errors import UserError
-from data.files.signals import stop_if_asked
-from data.files.whole_file import write_whole
-from data.images.decode import BadImage
-from data.images.pictures import open_picture
-from sampling.config import SampleConfig
-from sampling.fingerprint import sampling_digest
-from sampling.model import DiffusionModel
-from sampling.pictures import caption_grid, to_picture, write_png
-from sampling.precision import set_tf32
-from sampling.prompts import read_prompts
-from sampling.sample_record import SampleRecord
-from sampling.speed import prepare_unet
-from sampling.tasks import Task
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.signals import stop_if_asked
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.data.images.decode import BadImage
+from blackpoint.data.images.pictures import open_picture
+from blackpoint.sampling.checkpoints.fingerprint import sampling_digest
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.options import SampleConfig
+from blackpoint.sampling.prompts.prompt_set import read_prompts
+from blackpoint.sampling.runtime.pictures import caption_grid, to_picture, write_png
+from blackpoint.sampling.runtime.precision import set_tf32
+from blackpoint.sampling.runtime.speed import prepare_unet
+from blackpoint.sampling.runtime.tasks import Task
+from blackpoint.sampling.sample_record import SampleRecord
 
 log = logging.getLogger(__name__)
 

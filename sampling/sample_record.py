@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from data.files.errors import UserError
-from data.files.whole_file import write_new
-from sampling.choices import recorded_formats
-from sampling.config import SampleConfig
-from sampling.export import require_empty
-from sampling.precision import settle
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import write_new
+from blackpoint.sampling.choices import recorded_formats
+from blackpoint.sampling.export.export import require_empty
+from blackpoint.sampling.options import SampleConfig
+from blackpoint.sampling.runtime.precision import settle
 
 RECORD, FORMATS, CONTENT = "sample.json", ("dtype", "tf32"), "checkpoint_digest"
 DIGEST_BYTES = 12

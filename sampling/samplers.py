@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
 
-from data.files.errors import UserError
-from sampling.grid import Denoise, SampleState, SamplingGrid, StepNoise
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.grid import Denoise, SampleState, SamplingGrid, StepNoise
 
 Step = Callable[[Denoise, SamplingGrid, SampleState, float, StepNoise | None], SampleState]
 """(denoise, grid, state, eta, noise) -> the state one level on; eta is the share of fresh noise."""

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from data.files.errors import UserError
-from sampling.choices import Spacing
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.choices import Spacing
 
 SD_BETA_START, SD_BETA_END, SD_NUM_STEPS = 0.00085, 0.012, 1000
 

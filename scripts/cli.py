@@ -14,51 +14,54 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-from data.files.errors import NOT_WRITABLE, Resumable, RunFailed, UserError
-from data.files.notes import tell_counts
-from data.files.signals import RESUMABLE_STATUS, Stopped, listen
+from blackpoint.data.files.errors import NOT_WRITABLE, Resumable, RunFailed, UserError
+from blackpoint.data.files.notes import tell_counts
+from blackpoint.data.files.signals import RESUMABLE_STATUS, Stopped, listen
 
 # verb: (module with config_class() and run(config) -> int, purpose)
 VERBS: dict[str, tuple[str, str]] = {
     "train": (
-        "scripts.run_train",
+        "blackpoint.scripts.verbs.train",
         "Fine-tunes a Stable Diffusion UNet to zero terminal SNR and v-prediction by default.",
     ),
-    "sample": ("scripts.run_sample", "Paints images from prompts and seeds with a checkpoint."),
+    "sample": (
+        "blackpoint.scripts.verbs.sample",
+        "Paints images from prompts and seeds with a checkpoint.",
+    ),
     "search": (
-        "scripts.run_search",
+        "blackpoint.scripts.verbs.search",
         "Searches over starting noises for the image that verifiers score best.",
     ),
     "evaluate": (
-        "scripts.run_evaluate",
+        "blackpoint.scripts.verbs.evaluate",
         "Measures a checkpoint: FID, KID, IS, scores, brightness; or runs a study of several.",
     ),
     "sweep": (
-        "scripts.run_sweep",
+        "blackpoint.scripts.verbs.sweep",
         "Trains, evaluates and searches every cell of a grid, here or as a SLURM array.",
     ),
     "export": (
-        "scripts.run_export",
+        "blackpoint.scripts.verbs.export",
         "Writes a diffusers folder from a run and verifies it with the stock pipeline.",
     ),
     "data pack": (
-        "scripts.data_pack",
+        "blackpoint.scripts.verbs.data_pack",
         "Packs a folder of captioned images into WebDataset shards with an index.",
     ),
     "data encode": (
-        "scripts.data_encode",
+        "blackpoint.scripts.verbs.data_encode",
         "Encodes shards into latents and prompt embeddings, to train without the encoders.",
     ),
     "data check": (
-        "scripts.data_check",
+        "blackpoint.scripts.verbs.data_check",
         "Reports what shards hold and what in them is bad; indexes shards made elsewhere.",
     ),
     "demo": (
-        "scripts.run_demo",
+        "blackpoint.scripts.verbs.demo",
         "Shows the flaw, fine-tunes it away, exports, and writes runs/demo/report.html.",
     ),
     "report": (
-        "scripts.run_report",
+        "blackpoint.scripts.verbs.report",
         "Writes one self-contained HTML page about a run, an evaluation, a search or a sweep.",
     ),
 }
@@ -156,11 +159,11 @@ def _dispatch(arguments: list[str]) -> int:
     module_name, verb_purpose = VERBS[verb]
     module = importlib.import_module(module_name)
     if flags - {"--print-config"}:
-        from scripts.config_fields import describe
+        from blackpoint.scripts.config_fields import describe
 
         print(describe(chosen_config_class(module, rest), verb, verb_purpose), end="")
         return 0
-    from scripts.config import check_outputs, load, to_yaml
+    from blackpoint.scripts.config import check_outputs, load, to_yaml
 
     config: object = load(chosen_config_class(module, rest), rest)
     if flags:

@@ -17,11 +17,11 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
-from data.files.errors import UserError
-from data.files.paths import BadPath, Holds, expanded, obstacle
-from data.files.yaml_text import read_yaml_file
-from data.files.yaml_text import to_yaml as to_yaml
-from scripts.config_fields import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import BadPath, Holds, expanded, obstacle
+from blackpoint.data.files.yaml_text import read_yaml_file
+from blackpoint.data.files.yaml_text import to_yaml as to_yaml
+from blackpoint.scripts.config_fields import (
     Field,
     container_of,
     fields_of,
@@ -33,7 +33,7 @@ from scripts.config_fields import (
     nested_class,
     type_name,
 )
-from scripts.config_values import Texts, parse
+from blackpoint.scripts.config_values import Texts, parse
 
 ConfigT = TypeVar("ConfigT")
 REFERENCE = re.compile(r"\$\{([\w.]+)")

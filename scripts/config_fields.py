@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import docstring_parser
 from omegaconf import MISSING
 
-from data.files.paths import Holds
+from blackpoint.data.files.paths import Holds
 
 HELP_WIDTH = 100
 

@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 from omegaconf import MISSING
 
-from data.files.errors import UserError
-from data.files.paths import BadPath, Holds, expanded, is_verbatim
-from data.files.yaml_text import read_yaml
-from sampling.prompts import prompts_path
-from scripts.config_fields import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import BadPath, Holds, expanded, is_verbatim
+from blackpoint.data.files.yaml_text import read_yaml
+from blackpoint.sampling.prompts.prompt_set import prompts_path
+from blackpoint.scripts.config_fields import (
     container_of,
     fields_of,
     holds,

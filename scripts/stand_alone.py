@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from data.files.errors import Resumable, RunFailed, UserError
+from blackpoint.data.files.errors import Resumable, RunFailed, UserError
 
 
 def run_script(name: str, body: Callable[[], object]) -> int:

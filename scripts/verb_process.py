@@ -19,6 +19,6 @@ def verb_command(*arguments: str) -> list[str]:
 if "blackpoint" not in sys.modules:  # run as a file, or again by a process that spawned
     sys.path = [path for path in sys.path if path != str(FILE.parent)]  # Python put it first
     sys.path.insert(0, str(FILE.parents[1]))
-    from scripts.cli import entry
+    from blackpoint.scripts.cli import entry
 
     entry()

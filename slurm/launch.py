@@ -8,6 +8,6 @@ import sys
 import this_code  # noqa: F401
 
 if __name__ == "__main__":
-    from scripts.slurm_job import main
+    from blackpoint.scripts.cluster.slurm_job import main
 
     sys.exit(main(sys.argv[1:]))

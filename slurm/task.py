@@ -10,7 +10,7 @@ from pathlib import Path
 import this_code  # noqa: F401
 
 if __name__ == "__main__":
-    from scripts.cli import entry
+    from blackpoint.scripts.cli import entry
 
     try:
         entry()

@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _fresh_notes() -> None:
     """What one test had said once, another may expect to be said."""
-    from data.files.notes import forget
+    from blackpoint.data.files.notes import forget
 
     forget()
 

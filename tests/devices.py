@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from sampling import precision
+from blackpoint.sampling.runtime import precision
 
 OLD, NEW = (6, 1), (8, 0)
 

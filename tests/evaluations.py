@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sampling.evaluation.metric import Metric
-from sampling.evaluation.metrics import MetricsConfig
-from sampling.evaluation.metrics_study import evaluate_to_folder
-from sampling.evaluation.metrics_summary import Summary
-from sampling.tasks import Task
-from scripts.config import load
+from blackpoint.sampling.evaluation.config import MetricsConfig
+from blackpoint.sampling.evaluation.metrics.metric import Metric
+from blackpoint.sampling.evaluation.run import evaluate_to_folder
+from blackpoint.sampling.evaluation.summary import Summary
+from blackpoint.sampling.runtime.tasks import Task
+from blackpoint.scripts.config import load
 
 PROMPTS = [
     {"prompt": "a cat on a black background", "category": "dark"},

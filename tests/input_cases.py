@@ -22,10 +22,10 @@ import yaml
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data.config import DataConfig
-from data.index import INDEX_FOLDER
-from data.module import CaptionedImages
-from scripts.cli import main
+from blackpoint.data.config import DataConfig
+from blackpoint.data.index.index import INDEX_FOLDER
+from blackpoint.data.module import CaptionedImages
+from blackpoint.scripts.cli import main
 from tests.data_images import encoded, picture
 
 IMAGES = ("0.png", "1.png", "sub/2.png")

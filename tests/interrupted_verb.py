@@ -79,6 +79,6 @@ if "INTERRUPTED" in os.environ:  # here, and in every process that is spawned
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from scripts.cli import entry
+    from blackpoint.scripts.cli import entry
 
     entry()

@@ -8,11 +8,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data.files.errors import UserError
-from data.index import Index
-from data.pack import PackConfig, PackResult, pack
-from data.reader import Reader
-from data.shards import find_shards
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.index.index import Index
+from blackpoint.data.pack.pack import PackConfig, PackResult, pack
+from blackpoint.data.reader import Reader
+from blackpoint.data.shards.listing import find_shards
 from tests.data_images import encoded, picture
 
 Sample = tuple[bytes, tuple[str, ...]]

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from sampling.model import DiffusionModel
-from sampling.process import Process
-from sampling.schedule import NoiseSchedule
-from train.config import TrainConfig
-from train.model_config import ModelConfig
-from train.pixel_model import build_pixel_model
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.config.model_config import ModelConfig
+from blackpoint.train.pixel_model import build_pixel_model
 
 CLASSES = ["a black background", "a white background", "a gray background"]
 UNET = {

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sampling.conditioning import Conditioning
-from sampling.grid import SampleState
-from sampling.guidance import NO_GUIDANCE, Guidance
-from sampling.process import Process
-from sampling.samplers import run
-from sampling.search.driver import MakeSearch, PromptSearch, drive, open_search
-from sampling.search.journal import Journal
-from sampling.search.problem import Problem
-from sampling.search.runner import SearchSampling, TrialRunner
+from blackpoint.sampling.conditioning import Conditioning
+from blackpoint.sampling.grid import SampleState
+from blackpoint.sampling.guidance import NO_GUIDANCE, Guidance
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.samplers import run
+from blackpoint.sampling.search.driver import MakeSearch, PromptSearch, drive, open_search
+from blackpoint.sampling.search.journal import Journal
+from blackpoint.sampling.search.problem import Problem
+from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
 from tests.toy_denoisers import ZERO_SNR, ideal_gaussian
 
 SHAPE = (1, 4, 4)

@@ -31,7 +31,7 @@ Runner = Callable[[list[str], Path], tuple[int, str]]
 def in_its_own_process(arguments: list[str], folder: Path) -> tuple[int, str]:
     """Runs the command as a shell does."""
     found = subprocess.run(
-        [sys.executable, "-m", "scripts.cli", *arguments],
+        [sys.executable, "-m", "blackpoint.scripts.cli", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

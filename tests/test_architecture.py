@@ -10,8 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.model import DiffusionModel
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.model import DiffusionModel
 from tests.pixel_models import pixel_model
 from tests.tiny_pipeline import make_tiny_pipeline
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.digits import caption, digit_samples
-from sampling.evaluation.digit_perceptron import DigitPerceptron
-from sampling.evaluation.digit_reader import DigitReader
-from sampling.evaluation.luminance import border_luminance
-from sampling.model import DiffusionModel
-from scripts.cli import main
+from blackpoint.sampling.evaluation.luminance import border_luminance
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.scripts.cli import main
+from blackpoint.scripts.miniature.digit_perceptron import DigitPerceptron
+from blackpoint.scripts.miniature.digit_reader import DigitReader
+from blackpoint.scripts.miniature.digits import caption, digit_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets" / "tiny_sd"

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from data.files.errors import UserError
-from scripts import bench_memory, bench_reader
-from scripts.bench import PARTS, BenchConfig, main, table
-from scripts.bench_startup import commands, required_keys
-from scripts.bench_timing import Seconds, ratio_row, row, time_round
-from scripts.cli import VERBS
-from scripts.config import to_yaml
+from blackpoint.data.files.errors import UserError
+from blackpoint.scripts.bench import memory as bench_memory
+from blackpoint.scripts.bench import reader as bench_reader
+from blackpoint.scripts.bench.bench import PARTS, BenchConfig, main, table
+from blackpoint.scripts.bench.startup import commands, required_keys
+from blackpoint.scripts.bench.timing import Seconds, ratio_row, row, time_round
+from blackpoint.scripts.cli import VERBS
+from blackpoint.scripts.config import to_yaml
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import make_tiny_shards, tiny_config
 from tests.warm_verb import WarmVerb
@@ -79,7 +80,7 @@ def test_quick_bench_writes_the_table_and_every_raw_second(
 ) -> None:
     for module in (bench_memory, bench_reader):
         monkeypatch.setattr(module, "subprocess", types.SimpleNamespace(run=warm_run))
-    monkeypatch.setattr("train.encode_tasks.usable_cores", lambda: 1)
+    monkeypatch.setattr("blackpoint.train.encode.tasks.usable_cores", lambda: 1)
     base, shards = make_tiny_pipeline(tmp_path / "base"), make_tiny_shards(tmp_path / "images")
     config = tmp_path / "tiny.yaml"
     config.write_text(to_yaml(tiny_config(tmp_path / "unused", base, shards)))

@@ -7,12 +7,12 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
-from sampling.card_clients import Architecture, client_facts, has_sd_betas
-from sampling.model_card import model_card
-from sampling.pixel_codec import PixelCodec
-from sampling.pixel_folder import PixelForm
-from sampling.process import Process
-from scripts.make_random_base import ARCHITECTURES
+from blackpoint.sampling.export.clients import Architecture, client_facts, has_sd_betas
+from blackpoint.sampling.export.model_card import model_card
+from blackpoint.sampling.pixels.folder import PixelForm
+from blackpoint.sampling.pixels.pixel_codec import PixelCodec
+from blackpoint.sampling.process import Process
+from blackpoint.scripts.measurements.make_random_base import ARCHITECTURES
 from tests.toy_denoisers import SD, ZERO_SNR
 
 SD1, LIKE_V, LIKE_EPS = Architecture("SD 1"), Architecture("SD 2", 0.12), Architecture("SD 2", 0.05)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sampling import card_schedulers as card
-from sampling.card_schedulers import DROP_ZERO_SNR, RIGHT_AT_ZERO_SNR
-from sampling.grid import Prediction, SampleState
-from sampling.prediction import to_eps
-from sampling.process import Process
-from sampling.samplers import run
+from blackpoint.sampling.export import client_schedulers as card
+from blackpoint.sampling.export.client_schedulers import DROP_ZERO_SNR, RIGHT_AT_ZERO_SNR
+from blackpoint.sampling.grid import Prediction, SampleState
+from blackpoint.sampling.prediction import to_eps
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.samplers import run
 from tests.toy_denoisers import SD, ZERO_SNR
 
 SIDE = 16

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.checkpoint import resolve, weight_files
-from sampling.fingerprint import vae_digest
-from sampling.model import DiffusionModel
-from scripts.cli import main
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.checkpoints.fingerprint import vae_digest
+from blackpoint.sampling.checkpoints.resolve import resolve, weight_files
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.scripts.cli import main
 from tests.tiny_pipeline import make_tiny_pipeline
 
 PARTS = {

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from data.files.errors import Resumable, RunFailed, UserError
-from scripts import cli
-from scripts.config import load
-from scripts.config_fields import fields_of, nested_class
+from blackpoint.data.files.errors import Resumable, RunFailed, UserError
+from blackpoint.scripts import cli
+from blackpoint.scripts.config import load
+from blackpoint.scripts.config_fields import fields_of, nested_class
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,7 +62,7 @@ def run_python(code: str) -> str:
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_help_and_version_import_neither_torch_nor_omegaconf(argument: str) -> None:
     heavy = run_python(
-        "import sys; from scripts.cli import main;"
+        "import sys; from blackpoint.scripts.cli import main;"
         f"assert main(['{argument}']) == 0;"
         "print('heavy', sorted({'torch', 'omegaconf', 'numpy', 'lightning'} & set(sys.modules)))"
     )

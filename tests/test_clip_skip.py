@@ -10,13 +10,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.evaluation.metrics import MetricsConfig
-from sampling.model import DiffusionModel
-from sampling.search.config import SearchConfig
-from sampling.search.run import search_to_folder
-from scripts.cli import main
-from scripts.config import load
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.evaluation.config import MetricsConfig
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.run import search_to_folder
+from blackpoint.scripts.cli import main
+from blackpoint.scripts.config import load
 from tests.evaluations import arguments, evaluate, write_prompts
 from tests.pixel_models import pixel_model
 from tests.tiny_pipeline import make_tiny_pipeline

@@ -15,16 +15,16 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from sampling.model import DiffusionModel
-from sampling.noise import derive_seed
-from sampling.speed import prepare_unet
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.noise import derive_seed
+from blackpoint.sampling.runtime.speed import prepare_unet
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.draws import draw
+from blackpoint.train.dropout import SampleDropout, SampleSeeds, keep_mask
+from blackpoint.train.module import FineTuner
 from tests.pixel_models import CLASSES, UVIT, pixel_model, pixel_train_config
 from tests.speed_stand_ins import install
 from tests.tiny_run import tiny_config
-from train.config import TrainConfig
-from train.draws import draw
-from train.dropout import SampleDropout, SampleSeeds, keep_mask
-from train.module import FineTuner
 
 DROPOUT = {"dropout.probability": 0.2}
 # What reaches into the UNet, all at once: a break says where it is. The optimizer, the loss and

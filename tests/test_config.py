@@ -7,9 +7,9 @@ from typing import Literal
 import pytest
 from omegaconf import MISSING
 
-from data.files.errors import UserError
-from scripts.config import load, to_yaml
-from scripts.config_fields import describe, fields_of
+from blackpoint.data.files.errors import UserError
+from blackpoint.scripts.config import load, to_yaml
+from blackpoint.scripts.config_fields import describe, fields_of
 
 
 @dataclass

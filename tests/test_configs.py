@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from data.shards import find_shards
-from sampling.process import Process
-from sampling.schedule import NoiseSchedule
-from scripts.cli import VERBS, chosen_config_class
-from scripts.config import load, read_yaml
-from scripts.config_fields import fields_of, nested_class
-from train.config import TrainConfig
-from train.process import fine_tuned_process
-from train.schedule_config import ShiftConfig
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.shards.listing import find_shards
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.scripts.cli import VERBS, chosen_config_class
+from blackpoint.scripts.config import load, read_yaml
+from blackpoint.scripts.config_fields import fields_of, nested_class
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.config.schedule_config import ShiftConfig
+from blackpoint.train.target_process import fine_tuned_process
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -13,16 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train.run
-from data.batches import TrainingBatches, ValidationBatches, even_batches
-from data.buckets import Buckets, BucketsConfig, bucket_of, bucket_table, square
-from data.config import DataConfig
-from data.files.errors import UserError
-from data.index import Index
-from data.module import CaptionedImages
-from data.order import BucketOrder
-from data.pack import PackConfig, pack
-from data.transform import resized
+import blackpoint.train.run
+from blackpoint.data.batches import TrainingBatches, ValidationBatches, even_batches
+from blackpoint.data.config import DataConfig
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.index.index import Index
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.order.buckets import Buckets, BucketsConfig, bucket_of, bucket_table, square
+from blackpoint.data.order.order import BucketOrder
+from blackpoint.data.pack.pack import PackConfig, pack
+from blackpoint.data.transform import resized
 from tests.data_images import encoded, picture
 from tests.test_data_module import damage, samples, take
 from tests.tiny_run import tiny_config
@@ -360,7 +360,7 @@ def test_a_bucket_that_the_autoencoder_cannot_halve_is_refused(
         **{"data.buckets.enabled": True, "data.buckets.step_px": 5},
     )
     with pytest.raises(UserError, match="data.buckets.step_px=5 makes .* multiple of 2 px"):
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
     assert not (tmp_path / "run").exists()
 
 
@@ -370,10 +370,15 @@ def test_training_with_buckets_resumes_to_the_bit(
 ) -> None:
     from tests.test_train_run import Killed, assert_same_run, kill, stop_in_step
 
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
     overrides = {"data.buckets.enabled": True, "data.buckets.step_px": 8}
     overrides |= {"data.validation_shards": str(rectangles), "trainer.accumulate_grad_batches": 2}
-    assert train.run.fit(tiny_config(tmp_path / "a", pipeline, rectangles, **overrides)) == 0
+    assert (
+        blackpoint.train.run.fit(tiny_config(tmp_path / "a", pipeline, rectangles, **overrides))
+        == 0
+    )
     assert "   width  height      images   share" in capsys.readouterr().err
     rows = (tmp_path / "a" / "buckets.csv").read_text().splitlines()
     assert rows[0] == "data_set,width,height,num_images,num_enlarged"
@@ -382,6 +387,6 @@ def test_training_with_buckets_resumes_to_the_bit(
     with pytest.MonkeyPatch.context() as patch:
         stop_in_step(patch, 4, kill)
         with pytest.raises(Killed):
-            train.run.fit(config)
-    assert train.run.fit(config) == 0
+            blackpoint.train.run.fit(config)
+    assert blackpoint.train.run.fit(config) == 0
     assert_same_run(tmp_path / "b", tmp_path / "a")

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from data.identity import identity
-from data.images.decode import BadImage
-from data.index import INDEX_FOLDER, Index, build_index
-from data.latents import LatentReader
-from data.shards import find_shards
-from data.transform import caption_number, draw
-from sampling.model import DiffusionModel
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.identity import identity
+from blackpoint.data.images.decode import BadImage
+from blackpoint.data.index.index import INDEX_FOLDER, Index, build_index
+from blackpoint.data.latents import LatentReader
+from blackpoint.data.shards.listing import find_shards
+from blackpoint.data.transform import caption_number, draw
+from blackpoint.sampling.model import DiffusionModel
 from tests.packed_captions import captions_of, packed, reader_of, write_images
 from tests.tiny_encode import encoded
 from tests.tiny_pipeline import make_tiny_pipeline

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from data.bad_samples import BadSample
-from data.caption_parts import common_pattern, grouped, named
-from data.caption_tables import CaptionFields, find_tables
-from data.captions import CaptionedFile, captioned_files, find_captions
-from data.files.errors import UserError
-from data.image_folder import walk
-from data.kohya_metadata import metadata_rows
+from blackpoint.data.bad_samples import BadSample
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.pack.caption_parts import common_pattern, grouped, named
+from blackpoint.data.pack.caption_tables import CaptionFields, find_tables
+from blackpoint.data.pack.captions import CaptionedFile, captioned_files, find_captions
+from blackpoint.data.pack.image_folder import walk
+from blackpoint.data.pack.kohya_metadata import metadata_rows
 from tests.packed_captions import (
     captions_of,
     image_rows,

@@ -11,13 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data.caption_text import caption_members, checked_captions, json_captions, text_captions
-from data.check import CheckConfig, check
-from data.embedded_images import EmbeddedImages
-from data.images.decode import BadImage
-from data.index import INDEX_FOLDER, build_index
-from data.pack import PackConfig
-from scripts.cli import main
+from blackpoint.data.caption_text import (
+    caption_members,
+    checked_captions,
+    json_captions,
+    text_captions,
+)
+from blackpoint.data.check.check import CheckConfig, check
+from blackpoint.data.images.decode import BadImage
+from blackpoint.data.index.index import INDEX_FOLDER, build_index
+from blackpoint.data.pack.embedded_images import EmbeddedImages
+from blackpoint.data.pack.pack import PackConfig
+from blackpoint.scripts.cli import main
 from tests.packed_captions import (
     captions_of,
     image_rows,

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save
 
-from data.check import CheckConfig, check
-from data.check_report import CheckReport
-from data.files.errors import RunFailed, UserError
-from data.index import Index, IndexWriter, build_index
-from data.reader import Reader
-from data.shards import ENCODING_FILE
-from data.tar_samples import split_name
-from scripts.cli import main
+from blackpoint.data.check.check import CheckConfig, check
+from blackpoint.data.check.report import CheckReport
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.data.index.index import Index, IndexWriter, build_index
+from blackpoint.data.reader import Reader
+from blackpoint.data.shards.listing import ENCODING_FILE
+from blackpoint.data.shards.tar_samples import split_name
+from blackpoint.scripts.cli import main
 from tests.damaged_data import (
     END,
     OddSample,

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.check import CheckConfig, check
-from data.files.errors import UserError
-from data.images.decode import MAX_IMAGE_PIXELS, decode
-from data.index import Index, build_index
-from data.module import CaptionedImages, DataConfig
-from data.pack import PackConfig, pack
-from data.reader import Reader
-from data.scan import ShardScan, scan_shard
-from data.shards import find_shards
+from blackpoint.data.check.check import CheckConfig, check
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.images.decode import MAX_IMAGE_PIXELS, decode
+from blackpoint.data.index.index import Index, build_index
+from blackpoint.data.index.scan import ShardScan, scan_shard
+from blackpoint.data.module import CaptionedImages, DataConfig
+from blackpoint.data.pack.pack import PackConfig, pack
+from blackpoint.data.reader import Reader
+from blackpoint.data.shards.listing import find_shards
 from tests.damaged_data import (
     BLOCK,
     DamagedShard,

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from data.images.decode import BadImage, decode
-from data.images.luminance import luminance
-from data.transform import CENTER, crop_box, draw, transform
+from blackpoint.data.images.decode import BadImage, decode
+from blackpoint.data.images.luminance import luminance
+from blackpoint.data.transform import CENTER, crop_box, draw, transform
 from tests.data_images import encoded, picture, png_of_size
 
 

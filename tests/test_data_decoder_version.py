@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import train.run
-from data.files.errors import RunFailed
-from data.images.decode import DECODER_VERSION, STORED_COLORS
-from data.index import Index
-from data.latents import Encoding
-from data.module import CaptionedImages
-from data.pack import PackConfig, pack
-from data.shards import ENCODING_FILE
+import blackpoint.train.run
+from blackpoint.data.files.errors import RunFailed
+from blackpoint.data.images.decode import DECODER_VERSION, STORED_COLORS
+from blackpoint.data.index.index import Index
+from blackpoint.data.latents import Encoding
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.pack.pack import PackConfig, pack
+from blackpoint.data.shards.listing import ENCODING_FILE
+from blackpoint.train.records.run_directory import IDENTITY, RunRecord, write_identity
 from tests.data_images import encoded as image_bytes
 from tests.data_images import picture
 from tests.icc_profiles import ADOBE_RGB, gamma, rgb_profile
 from tests.tiny_encode import encoded, stop_after, tree
 from tests.tiny_run import Killed, assert_same_run, kill, stop_in_step, tiny_config
-from train.run_directory import IDENTITY, RunRecord, write_identity
 
 NOTE = "begun before images were converted to sRGB"
 
@@ -41,7 +41,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def earlier_decoder(patch: pytest.MonkeyPatch) -> None:
     """Makes new runs and encodings those of the version before."""
-    for module in ("train.run_directory", "train.encode_settings"):
+    for module in ("blackpoint.train.records.run_directory", "blackpoint.train.encode.settings"):
         patch.setattr(f"{module}.DECODER_VERSION", STORED_COLORS)
 
 
@@ -96,25 +96,27 @@ def test_a_run_from_before_goes_on_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
     config = tiny_config(tmp_path / "run", pipeline, wide)
     unbroken = tiny_config(tmp_path / "unbroken", pipeline, wide)
     with pytest.MonkeyPatch.context() as patch:
         earlier_decoder(patch)
-        train.run.fit(unbroken)
+        blackpoint.train.run.fit(unbroken)
         stop_in_step(patch, 4, kill)
         with pytest.raises(Killed):
-            train.run.fit(config)
+            blackpoint.train.run.fit(config)
     forget_decoder(tmp_path / "run")
     assert RunRecord.read(tmp_path / "run").decoder == STORED_COLORS
     assert RunRecord.read(tmp_path / "new").decoder == DECODER_VERSION
     capfd.readouterr()
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     assert NOTE in capfd.readouterr().err
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")
     recorded = json.loads((tmp_path / "run" / IDENTITY).read_text())["data"]
     assert recorded["data.shards"]["decoder"] == STORED_COLORS
-    train.run.fit(tiny_config(tmp_path / "new", pipeline, wide))
+    blackpoint.train.run.fit(tiny_config(tmp_path / "new", pipeline, wide))
     assert NOTE not in capfd.readouterr().err
     assert RunRecord.read(tmp_path / "new").decoder == DECODER_VERSION
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from data.digits import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.scripts.miniature.digits import (
     BACKGROUNDS,
     DIGIT_NAMES,
     INKS,
@@ -12,7 +13,6 @@ from data.digits import (
     digit_samples,
     mnist_digits,
 )
-from data.files.errors import UserError
 
 
 def test_border_is_the_background_alone() -> None:

@@ -12,23 +12,23 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import train.run
-from data.files.errors import RunFailed, UserError
-from data.index import Index
-from data.index_contents import DIGESTS_FILE, STAMPS_FILE
-from data.latents import Encoding
-from data.module import CaptionedImages
-from data.pack import PackConfig, pack
-from sampling.encoders import Encoders
-from sampling.fingerprint import text_encoder_digest, vae_digest
-from sampling.model import DiffusionModel
-from scripts.cli import main
+import blackpoint.train.run
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.data.index.contents import DIGESTS_FILE, STAMPS_FILE
+from blackpoint.data.index.index import Index
+from blackpoint.data.latents import Encoding
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.pack.pack import PackConfig, pack
+from blackpoint.sampling.checkpoints.encoders import Encoders
+from blackpoint.sampling.checkpoints.fingerprint import text_encoder_digest, vae_digest
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.scripts.cli import main
+from blackpoint.train.encode.encode import EncodeConfig, encode
+from blackpoint.train.module import FineTuner
+from blackpoint.train.records.metrics_file import read_metrics
 from tests.data_images import picture, write_folder
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import make_tiny_shards, tiny_config
-from train.encode import EncodeConfig, encode
-from train.metrics_file import read_metrics
-from train.module import FineTuner
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,9 @@ def test_training_from_the_cache_is_training_on_the_images(
 
     Seen: 2e-8 in float32 (weights of size 1: 1.2e-7), 3e-6 in float16, 3e-5 in bfloat16.
     """
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
     encode(config_for(shards, pipeline, tmp_path / "cache", dtype=dtype))
     folders = {"images": shards, "latents": tmp_path / "cache"}
     losses, weights = [], []
@@ -122,7 +124,10 @@ def test_training_from_the_cache_is_training_on_the_images(
         overrides = {"optimizer.epsilon": 1e-3, "data.validation_shards": str(folder)}
         overrides |= {"trainer.max_steps": 3}
         overrides |= {"data.crop": "center"} if name == "images" else {}
-        assert train.run.fit(tiny_config(tmp_path / name, pipeline, folder, **overrides)) == 0
+        assert (
+            blackpoint.train.run.fit(tiny_config(tmp_path / name, pipeline, folder, **overrides))
+            == 0
+        )
         metrics = read_metrics(tmp_path / name / "metrics.csv")
         losses.append(
             [value for key in ("train/loss", "validation/loss") for _, value in metrics[key]]
@@ -141,18 +146,20 @@ def test_cached_training_loads_no_encoder(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
     loaded: list[str] = []
     get = Encoders.get
     monkeypatch.setattr(
         Encoders, "get", lambda model, name, on: (loaded.append(name), get(model, name, on))[1]
     )
     config = tiny_config(tmp_path / "off", pipeline, cache, **{"trainer.max_steps": 1})
-    train.run.fit(config)
+    blackpoint.train.run.fit(config)
     assert not loaded
     assert "the VAE and the text encoder are not loaded" in capsys.readouterr().err
     overrides = {"trainer.max_steps": 1, "preview.every_steps": 1, "preview.num_steps": 1}
-    train.run.fit(tiny_config(tmp_path / "on", pipeline, cache, **overrides))
+    blackpoint.train.run.fit(tiny_config(tmp_path / "on", pipeline, cache, **overrides))
     assert {"vae", "text_encoder"} == set(loaded)
     assert "preview.every_steps=0" in capsys.readouterr().err
 
@@ -166,7 +173,7 @@ def test_previews_show_a_broken_encoder_before_anything_is_written(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"layers_per_block": 2}))
     config = tiny_config(tmp_path / "run", broken, cache, **{"preview.every_steps": 1})
     with pytest.raises(UserError, match="vae: .* missing weights"):
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
     assert not (tmp_path / "run").exists()
 
 
@@ -185,7 +192,7 @@ def test_cache_of_other_encoders_is_refused(
         shutil.rmtree(other / part)
         shutil.copytree(make_tiny_pipeline(tmp_path / "seed1", seed=1) / part, other / part)
     with pytest.raises(UserError) as caught:
-        train.run.fit(tiny_config(tmp_path / "run", other, cache))
+        blackpoint.train.run.fit(tiny_config(tmp_path / "run", other, cache))
     message = str(caught.value)
     assert f"data.shards={cache}: was encoded with the {name} " in message
     assert f"checkpoint={pipeline}, but checkpoint={other}" in message
@@ -218,7 +225,7 @@ def test_what_a_cache_excludes_is_refused(
     pipeline: Path, cache: Path, tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        train.run.fit(tiny_config(tmp_path / "run", pipeline, cache, **overrides))
+        blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, cache, **overrides))
     assert not (tmp_path / "run").exists()
 
 
@@ -312,7 +319,7 @@ def test_failure_leaves_nothing(
     def fail(*arguments: object) -> bytes:
         raise error
 
-    monkeypatch.setattr("train.sample_encoder.to_bytes", fail)
+    monkeypatch.setattr("blackpoint.train.encode.sample_encoder.to_bytes", fail)
     expected = RunFailed if isinstance(error, OSError) else error
     with pytest.raises(expected):
         encode(config_for(shards, pipeline, tmp_path / "out"))

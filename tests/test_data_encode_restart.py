@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import train.encode
-import train.encode_shards
-from data.files.errors import RunFailed, UserError
+import blackpoint.train.encode.encode
+import blackpoint.train.encode.shards
+from blackpoint.data.files.errors import RunFailed, UserError
 from tests.interrupted_verb import interrupted
 from tests.tiny_encode import arguments, encoded, nothing_beside, stop_after, tree
 from tests.tiny_pipeline import make_tiny_pipeline
@@ -119,7 +119,7 @@ def test_an_encoding_that_was_changed_is_refused(unbroken: Path, tmp_path: Path)
     path = folder / "encoding.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vae": "0" * 32}))
     with pytest.raises(UserError, match=r"have the key \w{12}, but .* with the key \w{12}"):
-        train.encode.Encoding.read(folder)
+        blackpoint.train.encode.encode.Encoding.read(folder)
 
 
 @pytest.mark.slow

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image, ImageOps
 
-from data.files.errors import RunFailed, UserError
-from data.index import INDEX_FOLDER, Index, build_index
-from data.index_contents import DIGESTS_FILE, STAMPS_FILE
-from data.latents import DEFAULT_FORMATS, Encoding
-from data.module import CaptionedImages
-from data.shard_file import ShardFile
-from sampling.tasks import Task
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.data.index.contents import DIGESTS_FILE, STAMPS_FILE
+from blackpoint.data.index.index import INDEX_FOLDER, Index, build_index
+from blackpoint.data.latents import DEFAULT_FORMATS, Encoding
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.shards.shard_file import ShardFile
+from blackpoint.sampling.runtime.tasks import Task
 from tests.damaged_data import OddSample, write_tar
 from tests.data_images import encoded as image_bytes
 from tests.data_images import picture
@@ -89,7 +89,7 @@ def test_a_source_that_changes_meanwhile_is_found_before_the_output_is_whole(
 ) -> None:
     source, output = write_source(tmp_path / "source"), tmp_path / "out"
     build_index(source)
-    monkeypatch.setattr("train.encode.this_task", lambda: task)
+    monkeypatch.setattr("blackpoint.train.encode.encode.this_task", lambda: task)
     write = ShardFile.write
 
     def changing(self: ShardFile, key: str, members: dict[str, bytes]) -> Any:

@@ -15,21 +15,21 @@ from typing import Any
 import pytest
 import torch
 
-import data.partial
-import train.encode
-import train.encode_shards
-from data.files.errors import UserError
-from data.index import IndexWriter
-from data.latents import Encoding
-from data.partial import Partial
-from data.shard_file import ShardFile
-from sampling.tasks import Task, this_task
+import blackpoint.data.work.partial
+import blackpoint.train.encode.encode
+import blackpoint.train.encode.shards
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.index.index import IndexWriter
+from blackpoint.data.latents import Encoding
+from blackpoint.data.shards.shard_file import ShardFile
+from blackpoint.data.work.partial import Partial
+from blackpoint.sampling.runtime.tasks import Task, this_task
+from blackpoint.train.encode.encode import EncodeConfig, EncodeResult
+from blackpoint.train.encode.tasks import process_devices
 from tests.interleaved import killed_at, other_process_at
 from tests.tiny_encode import arguments, encoded, nothing_beside, stop_after, tree
 from tests.waiting import PATIENCE_S, names_in, wait_for
 from tests.warm_verb import WarmVerb
-from train.encode import EncodeConfig, EncodeResult
-from train.encode_tasks import process_devices
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,15 +54,18 @@ def _one_at_a_time(load: Any, lock: Any) -> Any:
 def as_tasks(monkeypatch: pytest.MonkeyPatch):
     """Runs a function as two tasks at once, in threads of this process; returns what came out."""
     loading = threading.Lock()  # the libraries load models in one thread at a time
-    for module, name in ((train.encode, "planned_encoding"), (train.encode_shards, "_encoder")):
+    for module, name in (
+        (blackpoint.train.encode.encode, "planned_encoding"),
+        (blackpoint.train.encode.shards, "_encoder"),
+    ):
         monkeypatch.setattr(module, name, _one_at_a_time(getattr(module, name), loading))
 
     def task() -> Task:
         rank = int(threading.current_thread().name.rpartition("_")[2])
         return Task(rank, 2, rank)
 
-    monkeypatch.setattr(train.encode, "this_task", task)
-    monkeypatch.setattr(train.encode_shards, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(blackpoint.train.encode.encode, "this_task", task)
+    monkeypatch.setattr(blackpoint.train.encode.shards, "LOOK_EVERY_S", 0.01)
 
     def run(function: Any) -> list[Any]:
         with ThreadPoolExecutor(2, "task") as threads:
@@ -77,7 +80,7 @@ def test_two_tasks_share_the_work_and_write_the_same_bytes(
     pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path, as_tasks, monkeypatch
 ) -> None:
     makers: dict[int, str] = {}
-    make, both_work = train.encode_shards._make, threading.Barrier(2, timeout=PATIENCE_S)
+    make, both_work = blackpoint.train.encode.shards._make, threading.Barrier(2, timeout=PATIENCE_S)
 
     def noted(rules: Any, number: int, *arguments: Any) -> None:
         assert number not in makers
@@ -87,7 +90,7 @@ def test_two_tasks_share_the_work_and_write_the_same_bytes(
             both_work.wait()
         make(rules, number, *arguments)
 
-    monkeypatch.setattr(train.encode_shards, "_make", noted)
+    monkeypatch.setattr(blackpoint.train.encode.shards, "_make", noted)
     results = as_tasks(lambda: encoded(shards, pipeline, tmp_path / "out"))
     assert [(found.num_samples, found.num_shards) for found in results] == [(12, 4)] * 2
     assert sorted(makers) == [0, 1, 2, 3, 4]  # each once; 4 is the empty caption
@@ -131,17 +134,20 @@ def test_without_locks_the_bytes_are_the_same(
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (train.encode, "compared_source"),
-        (train.encode, "refuse_used_output"),
+        (blackpoint.train.encode.encode, "compared_source"),
+        (blackpoint.train.encode.encode, "refuse_used_output"),
         (Partial, "_join"),
         (Partial, "_check_settings"),
-        (data.partial, "write_whole"),  # of the settings, when the folders are there
-        (train.encode_shards, "write_part"),
-        (train.encode, "read_part"),
-        (train.encode, "shard_content_of"),
+        (
+            blackpoint.data.work.partial,
+            "write_whole",
+        ),  # of the settings, when the folders are there
+        (blackpoint.train.encode.shards, "write_part"),
+        (blackpoint.train.encode.encode, "read_part"),
+        (blackpoint.train.encode.encode, "shard_content_of"),
         (IndexWriter, "append"),
         (IndexWriter, "close"),
-        (train.encode, "read_empty"),
+        (blackpoint.train.encode.encode, "read_empty"),
         (Encoding, "write"),
         (os, "fsync"),
         (Partial, "__exit__"),
@@ -188,7 +194,7 @@ def test_a_task_that_comes_late_finds_the_output(
     first = encoded(shards, pipeline, tmp_path / "out")
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    monkeypatch.setattr(train.encode, "Partial", None)
+    monkeypatch.setattr(blackpoint.train.encode.encode, "Partial", None)
     late = encoded(shards, pipeline, tmp_path / "out")
     assert (first.num_kept_shards, late.num_kept_shards) == (0, 4)
     assert late.num_samples == first.num_samples
@@ -199,7 +205,7 @@ def test_tasks_do_not_all_index_the_source(
 ) -> None:
     source = shutil.copytree(shards, tmp_path / "source")
     shutil.rmtree(source / "index")
-    monkeypatch.setattr(train.encode, "this_task", lambda: Task(1, 2, 1))
+    monkeypatch.setattr(blackpoint.train.encode.encode, "this_task", lambda: Task(1, 2, 1))
     with pytest.raises(UserError, match="no index.*blackpoint data check shards="):
         encoded(source, pipeline, tmp_path / "out")
     assert not (source / "index").exists()
@@ -224,7 +230,7 @@ def test_processes_share_gpus_out_and_cores(monkeypatch: pytest.MonkeyPatch) -> 
     def devices(task: Task, **options: Any) -> list[str]:
         return process_devices(EncodeConfig("s", "c", "o", **options), task)
 
-    monkeypatch.setattr("train.encode_tasks.usable_cores", lambda: 3)
+    monkeypatch.setattr("blackpoint.train.encode.tasks.usable_cores", lambda: 3)
     assert devices(Task(), device="cpu") == ["cpu"] * 3
     assert devices(Task(1, 2, 1), device="cpu") == ["cpu"]
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
@@ -241,7 +247,7 @@ def test_several_processes_write_the_same_bytes(
     pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     given = arguments(shards, pipeline, tmp_path / "out", num_processes=2, num_workers=1)
-    run = [sys.executable, "-m", "scripts.cli", *given]
+    run = [sys.executable, "-m", "blackpoint.scripts.cli", *given]
     found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0 and "encoded 12 samples in 4 shards" in found.stdout, found.stderr
     assert tree(tmp_path / "out") == tree(unbroken)

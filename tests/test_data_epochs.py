@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from data.batches import TrainingBatches, ValidationBatches
-from data.index import Index
-from data.module import CaptionedImages
-from data.pack import PackConfig, pack
-from data.reader import Reader
-from data.shards import find_shards
+from blackpoint.data.batches import TrainingBatches, ValidationBatches
+from blackpoint.data.index.index import Index
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.pack.pack import PackConfig, pack
+from blackpoint.data.reader import Reader
+from blackpoint.data.shards.listing import find_shards
 from tests.data_images import write_folder
 
 NUM_IMAGES = 30

@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.index
-from data.check import CheckConfig, check
-from data.config import DataConfig
-from data.files.errors import UserError
-from data.identity import differences
-from data.index import INDEX_FOLDER, Index, build_index
-from data.index_contents import DIGESTS_FILE, STAMPS_FILE
-from data.module import CaptionedImages
-from data.pack import PackConfig, pack
-from data.reader import Reader
-from data.shard_digest import shard_content, text_content
-from data.shards import find_shards
-from scripts.measure_identity import IdentityCostConfig, markdown, measure
+import blackpoint.data.index.index
+from blackpoint.data.check.check import CheckConfig, check
+from blackpoint.data.config import DataConfig
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.identity import differences
+from blackpoint.data.index.contents import DIGESTS_FILE, STAMPS_FILE
+from blackpoint.data.index.index import INDEX_FOLDER, Index, build_index
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.pack.pack import PackConfig, pack
+from blackpoint.data.reader import Reader
+from blackpoint.data.shards.listing import find_shards
+from blackpoint.data.shards.shard_digest import shard_content, text_content
+from blackpoint.scripts.measurements.measure_identity import IdentityCostConfig, markdown, measure
 from tests.damaged_data import OddSample, good_samples, write_tar
 from tests.data_images import write_folder
 
@@ -73,7 +73,7 @@ def text_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return text_content(path, rows)
 
-    monkeypatch.setattr(data.index, "text_content", counted)
+    monkeypatch.setattr(blackpoint.data.index.index, "text_content", counted)
     return names
 
 

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
-import data.images.decode as decoder
-from data.files.notes import forget
-from data.images.decode import STORED_COLORS, BadImage, decode
-from data.images.pictures import open_picture, picture_files
-from data.index import Index, build_index
-from data.pack import PackConfig, pack
+import blackpoint.data.images.decode as decoder
+from blackpoint.data.files.notes import forget
+from blackpoint.data.images.decode import STORED_COLORS, BadImage, decode
+from blackpoint.data.images.pictures import open_picture, picture_files
+from blackpoint.data.index.index import Index, build_index
+from blackpoint.data.pack.pack import PackConfig, pack
 from tests.data_images import encoded, picture, png_of_size
 from tests.icc_profiles import (
     ADOBE_RGB,

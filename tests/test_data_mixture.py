@@ -11,22 +11,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train.run
-from data.batches import TrainingBatches
-from data.buckets import BucketsConfig
-from data.config import DataConfig
-from data.files.errors import UserError
-from data.latents import Encoding
-from data.mixed_reader import MixedReader
-from data.mixture import MAX_CYCLE, MixtureEntry, Schedule, whole_weights
-from data.module import CaptionedImages
-from data.pack import PackConfig, pack
-from scripts.config import load
+import blackpoint.train.run
+from blackpoint.data.batches import TrainingBatches
+from blackpoint.data.config import DataConfig
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.latents import Encoding
+from blackpoint.data.mixed_reader import MixedReader
+from blackpoint.data.mixture import MAX_CYCLE, MixtureEntry, Schedule, whole_weights
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.order.buckets import BucketsConfig
+from blackpoint.data.pack.pack import PackConfig, pack
+from blackpoint.scripts.config import load
+from blackpoint.train.config.config import TrainConfig
 from tests.data_images import write_folder
 from tests.test_data_buckets import write_images
 from tests.test_data_module import damage, samples, take
 from tests.tiny_run import tiny_config
-from train.config import TrainConfig
 
 SIZES = {"art": 5, "photos": 30}
 
@@ -256,9 +256,9 @@ def test_the_command_line_and_yaml_name_data_sets(tmp_path: Path) -> None:
 def test_latents_mix_where_they_were_encoded_alike(
     pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from blackpoint.train.encode.encode import encode
     from tests.test_data_encode import config_for
     from tests.test_train_run import Killed, assert_same_run, kill, stop_in_step
-    from train.encode import encode
 
     encode(config_for(shards, pipeline, tmp_path / "one"))
     encode(config_for(shards, pipeline, tmp_path / "two"))
@@ -281,16 +281,18 @@ def test_latents_mix_where_they_were_encoded_alike(
         module(latents, {"one": 1, "two": 1})
     (tmp_path / "two" / "encoding.json").write_text(text)
 
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
     overrides: dict[str, Any] = {"data.shards": None, "preview.every_steps": 0}
     overrides |= {
         "data.mixture": {n: {"shards": str(p), "weight": 1.0} for n, p in latents.items()}
     }
-    assert train.run.fit(tiny_config(tmp_path / "a", pipeline, shards, **overrides)) == 0
+    assert blackpoint.train.run.fit(tiny_config(tmp_path / "a", pipeline, shards, **overrides)) == 0
     config = tiny_config(tmp_path / "b", pipeline, shards, **overrides)
     with pytest.MonkeyPatch.context() as patch:
         stop_in_step(patch, 4, kill)
         with pytest.raises(Killed):
-            train.run.fit(config)
-    assert train.run.fit(config) == 0
+            blackpoint.train.run.fit(config)
+    assert blackpoint.train.run.fit(config) == 0
     assert_same_run(tmp_path / "b", tmp_path / "a")

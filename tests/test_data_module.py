@@ -12,13 +12,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from data.batches import TrainingBatches, ValidationBatches
-from data.files.errors import UserError
-from data.index import Index
-from data.module import CaptionedImages, DataConfig
-from data.pack import PackConfig, pack
-from data.reader import Reader
-from data.shards import find_shards
+from blackpoint.data.batches import TrainingBatches, ValidationBatches
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.index.index import Index
+from blackpoint.data.module import CaptionedImages, DataConfig
+from blackpoint.data.pack.pack import PackConfig, pack
+from blackpoint.data.reader import Reader
+from blackpoint.data.shards.listing import find_shards
 from tests.data_images import encoded, picture, write_folder
 
 NUM_IMAGES = 30

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.permutation import permute
+from blackpoint.data.order.permutation import permute
 
 
 @given(st.integers(1, 700), st.integers(0, 2**63), st.integers(0, 10**6))

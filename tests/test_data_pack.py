@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import webdataset
 
-from data.bad_samples import BadSample
-from data.captions import CaptionedFile, captioned_files, find_captions, sample_key
-from data.files.errors import UserError
-from data.images.decode import decode
-from data.images.luminance import luminance
-from data.index import RECORD, Index, build_index
-from data.index_contents import STAMPS_FILE
-from data.pack import PackConfig, pack
+from blackpoint.data.bad_samples import BadSample
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.images.decode import decode
+from blackpoint.data.images.luminance import luminance
+from blackpoint.data.index.contents import STAMPS_FILE
+from blackpoint.data.index.index import RECORD, Index, build_index
+from blackpoint.data.pack.captions import CaptionedFile, captioned_files, find_captions, sample_key
+from blackpoint.data.pack.pack import PackConfig, pack
 from tests.data_images import encoded, picture, write_damaged, write_folder
 
 
@@ -192,7 +192,7 @@ def test_an_interrupted_pack_leaves_nothing(tmp_path: Path, monkeypatch) -> None
         raise KeyboardInterrupt
 
     source = write_folder(tmp_path / "in", 3)
-    monkeypatch.setattr("data.pack_shard.ShardFile.write", interrupt)
+    monkeypatch.setattr("blackpoint.data.pack.pack_shard.ShardFile.write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         packed(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

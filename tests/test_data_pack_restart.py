@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from data.bad_samples import BadSample
-from data.captions import CaptionedFile
-from data.files.errors import RunFailed, UserError
-from data.fingerprints import Fingerprints
-from data.index import Index, IndexWriter
-from data.index_contents import STAMPS_FILE
-from data.pack import PackConfig, PackResult, pack
-from data.pack_shard import ShardFile
-from data.partial import Partial
-from data.shard_file import member_bytes
-from data.shard_list import read_list, shard_lists
-from data.workers import run_in_processes
+from blackpoint.data.bad_samples import BadSample
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.data.index.contents import STAMPS_FILE
+from blackpoint.data.index.index import Index, IndexWriter
+from blackpoint.data.pack.captions import CaptionedFile
+from blackpoint.data.pack.fingerprints import Fingerprints
+from blackpoint.data.pack.pack import PackConfig, PackResult, pack
+from blackpoint.data.pack.pack_shard import ShardFile
+from blackpoint.data.pack.shard_list import read_list, shard_lists
+from blackpoint.data.shards.shard_file import member_bytes
+from blackpoint.data.work.partial import Partial
+from blackpoint.data.work.workers import run_in_processes
 from tests.data_images import encoded, picture, write_damaged, write_folder
 from tests.interleaved import killed_at
 from tests.interrupted_verb import interrupted
@@ -238,7 +238,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         pytest.skip("needs root to mount a small disk")
     try:
         given = arguments(source, disk / "out", "num_processes=2")
-        run = [sys.executable, "-m", "scripts.cli", *given]
+        run = [sys.executable, "-m", "blackpoint.scripts.cli", *given]
         full = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
         assert full.returncode == 1 and "No space left on device" in full.stderr, full.stderr
         assert "Traceback" not in full.stderr and not (disk / "out").exists()
@@ -281,7 +281,7 @@ def test_workers_do_each_job_once_and_end() -> None:
 
 def test_ctrl_c_reaches_no_worker_also_not_the_first() -> None:
     code = (
-        "from data.workers import run_in_processes; from tests.worker_jobs import blocked_signals\n"
+        "from blackpoint.data.work.workers import run_in_processes; from tests.worker_jobs import blocked_signals\n"
         "print([{2, 15} <= s for s in run_in_processes(blocked_signals, range(3), 2, print)])"
     )
     found = subprocess.run(  # a process of its own: it has not started Python's tracker yet
@@ -298,14 +298,14 @@ def test_a_killed_worker_leaves_a_pack_that_continues(tmp_path: Path, monkeypatc
             yield from list(run_in_processes(*arguments))[:2]  # type: ignore[arg-type]
             raise RunFailed("a worker process was ended by signal 9")
 
-        patch.setattr("data.pack.run_in_processes", killed)
+        patch.setattr("blackpoint.data.pack.pack.run_in_processes", killed)
         with pytest.raises(RunFailed, match="signal 9; 4 shards.*Run the same command again"):
             packed(source, tmp_path / "out")
     assert packed(source, tmp_path / "out").num_kept_shards == 4
 
 
 def test_workers_import_neither_torch_nor_webdataset() -> None:
-    code = "import sys, data.pack; print({'torch', 'webdataset', 'lightning'} & set(sys.modules))"
+    code = "import sys, blackpoint.data.pack.pack; print({'torch', 'webdataset', 'lightning'} & set(sys.modules))"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -343,7 +343,7 @@ def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
 
 
 def test_fingerprints_know_every_name_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.fingerprints.NUM_RECENT", 64)
+    monkeypatch.setattr("blackpoint.data.pack.fingerprints.NUM_RECENT", 64)
     names, total = Fingerprints(), 1_000
     assert all(names.add(f"{number}.png") for number in range(total))
     assert not any(names.add(f"{number}.png") for number in range(0, total, 7))
@@ -362,7 +362,7 @@ def test_memory_is_flat_in_the_number_of_files(tmp_path: Path) -> None:
             path.write_bytes(content)
             path.with_suffix(".txt").write_text(f"a caption of some forty letters {number:06d}")
         code = (
-            "import resource, sys\nfrom data.pack import PackConfig, pack\n"
+            "import resource, sys\nfrom blackpoint.data.pack.pack import PackConfig, pack\n"
             "pack(PackConfig(sys.argv[1], sys.argv[2], samples_per_shard=500, num_processes=1))\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data.remote
-from data.files.errors import RunFailed, Unreachable, UserError
-from data.files.lock import locked
-from data.remote import Changed, TooLarge, fetch, read_range
-from data.shard_cache import ShardCache
+import blackpoint.data.shards.remote
+from blackpoint.data.files.errors import RunFailed, Unreachable, UserError
+from blackpoint.data.files.lock import locked
+from blackpoint.data.shards.remote import Changed, TooLarge, fetch, read_range
+from blackpoint.data.shards.shard_cache import ShardCache
 from tests.shard_server import (
     ShardServer,
     answers,
@@ -33,7 +33,7 @@ SIZE = 3_000_000
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardServer]:
     """Serves six shards of noise, 3 MB each; pauses are short."""
-    monkeypatch.setattr(data.remote, "PAUSES_S", (0.01,) * 4)
+    monkeypatch.setattr(blackpoint.data.shards.remote, "PAUSES_S", (0.01,) * 4)
     (tmp_path / "served").mkdir()
     for number in range(6):
         content = np.random.default_rng(number).bytes(SIZE)
@@ -106,7 +106,7 @@ def test_a_file_that_changes_meanwhile_is_not_mixed(server: ShardServer, tmp_pat
 def test_a_stall_is_a_dropped_connection(
     server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.remote, "STALL_S", 2.0)
+    monkeypatch.setattr(blackpoint.data.shards.remote, "STALL_S", 2.0)
     released = threading.Event()
     server.faults = [stalls_after(1_000_000, released)]
     fetch(f"{server.url}/0.tar", tmp_path / "a", SIZE)
@@ -153,7 +153,7 @@ def test_an_object_store_gives_the_same_bytes(
 ) -> None:
     import fsspec
 
-    monkeypatch.setattr(data.remote, "PAUSES_S", (0.01,) * 4)
+    monkeypatch.setattr(blackpoint.data.shards.remote, "PAUSES_S", (0.01,) * 4)
     content = np.random.default_rng(0).bytes(SIZE)
     url = f"memory://{tmp_path.name}/0.tar" if protocol == "memory" else f"file://{tmp_path}/0.tar"
     with fsspec.open(url, "wb") as file:
@@ -249,7 +249,7 @@ def test_a_kill_during_a_download_does_no_damage(server: ShardServer, tmp_path: 
     released = threading.Event()
     server.faults = [stalls_after(2_000_000, released)]
     code = (
-        "import sys; from pathlib import Path; from data.shard_cache import ShardCache\n"
+        "import sys; from pathlib import Path; from blackpoint.data.shards.shard_cache import ShardCache\n"
         "ShardCache(Path(sys.argv[1]), 10**9, 'x').open(sys.argv[2], '0.tar', 3000000)"
     )
     cache = ShardCache(tmp_path / "cache", 10**9, "data.cache_gigabytes")

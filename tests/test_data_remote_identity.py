@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-import data.remote
-from data.check import CheckConfig, check
-from data.config import DataConfig
-from data.files.errors import UserError
-from data.index import INDEX_FOLDER, build_index
-from data.index_contents import DIGESTS_FILE, STAMPS_FILE
-from data.module import CaptionedImages
-from data.shards import find_shards
+import blackpoint.data.shards.remote
+from blackpoint.data.check.check import CheckConfig, check
+from blackpoint.data.config import DataConfig
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.index.contents import DIGESTS_FILE, STAMPS_FILE
+from blackpoint.data.index.index import INDEX_FOLDER, build_index
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.shards.listing import find_shards
 from tests.damaged_data import OddSample, good_samples, write_tar
 from tests.shard_server import ShardServer, serving
 
@@ -47,7 +47,7 @@ def without_digests(folder: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardServer]:
-    monkeypatch.setattr(data.remote, "PAUSES_S", (0.01,) * 4)
+    monkeypatch.setattr(blackpoint.data.shards.remote, "PAUSES_S", (0.01,) * 4)
     (tmp_path / "set").mkdir()
     write(tmp_path / "set", OLD, 1e9)
     reindex(tmp_path / "set")

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from data.check import CheckConfig, check
-from data.config import DataConfig
-from data.files.errors import UserError
-from data.identity import identity
-from data.images.decode import BadImage
-from data.index import INDEX_FOLDER, Index, build_index
-from data.module import CaptionedImages
-from data.sample_keys import SampleKeys
-from data.scan import APART
-from data.shards import find_shards
+from blackpoint.data.check.check import CheckConfig, check
+from blackpoint.data.config import DataConfig
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.identity import identity
+from blackpoint.data.images.decode import BadImage
+from blackpoint.data.index.index import INDEX_FOLDER, Index, build_index
+from blackpoint.data.index.scan import APART
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.shards.listing import find_shards
+from blackpoint.data.shards.sample_keys import SampleKeys
 from tests.data_images import encoded, picture
 from tests.packed_captions import captions_of, reader_of, samples_of
 

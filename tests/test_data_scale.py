@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.index import FORMAT_VERSION, INDEX_FOLDER, Index
-from data.pack import PackConfig, pack
-from data.reader import Reader
-from data.record import RECORD
+from blackpoint.data.index.index import FORMAT_VERSION, INDEX_FOLDER, Index
+from blackpoint.data.pack.pack import PackConfig, pack
+from blackpoint.data.reader import Reader
+from blackpoint.data.record import RECORD
 from tests.data_images import write_folder
 from tests.waiting import PATIENCE_S
 

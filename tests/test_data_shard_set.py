@@ -11,23 +11,23 @@ import fsspec
 import pytest
 import torch
 
-import data.remote
-from data.check import CheckConfig, check
-from data.config import DataConfig
-from data.files.errors import RunFailed, Unreachable, UserError
-from data.index import INDEX_FOLDER, Index, IndexWriter, has_index
-from data.latents import Encoding, to_bytes, write_empty
-from data.module import CaptionedImages
-from data.pack import PackConfig, pack
-from data.record import ShardRecords
-from data.shard_file import ShardFile
-from data.shard_set import open_shards
-from sampling.tasks import Task
-from scripts.cli import main
+import blackpoint.data.shards.remote
+from blackpoint.data.check.check import CheckConfig, check
+from blackpoint.data.config import DataConfig
+from blackpoint.data.files.errors import RunFailed, Unreachable, UserError
+from blackpoint.data.index.index import INDEX_FOLDER, Index, IndexWriter, has_index
+from blackpoint.data.index.shard_set import open_shards
+from blackpoint.data.latents import Encoding, to_bytes, write_empty
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.pack.pack import PackConfig, pack
+from blackpoint.data.record import ShardRecords
+from blackpoint.data.shards.shard_file import ShardFile
+from blackpoint.sampling.runtime.tasks import Task
+from blackpoint.scripts.cli import main
+from blackpoint.train.encode.config import EncodeConfig
+from blackpoint.train.encode.encode import open_source
 from tests.data_images import write_folder
 from tests.shard_server import ShardServer, answers, cut_short, drops_after, serving
-from train.encode import open_source
-from train.encode_config import EncodeConfig
 
 NUM_IMAGES = 30
 BRACES = "shard-{000000..000003}.tar"
@@ -45,7 +45,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardServer]:
     """Serves a copy of the shards."""
-    monkeypatch.setattr(data.remote, "PAUSES_S", (0.01,) * 4)
+    monkeypatch.setattr(blackpoint.data.shards.remote, "PAUSES_S", (0.01,) * 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     shutil.copytree(packed, tmp_path / "served" / "set")
     with serving(tmp_path / "served") as server:
@@ -132,7 +132,7 @@ def test_a_bad_server_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # One download may meet nearly all of the faults, while another takes the good answers.
-    monkeypatch.setattr(data.remote, "PAUSES_S", (0.01,) * 21)
+    monkeypatch.setattr(blackpoint.data.shards.remote, "PAUSES_S", (0.01,) * 21)
     server.faults = [
         answers(503),
         drops_after(500),

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-import data.sorted_samples as module_of
-from data.buckets import BucketsConfig, bucket_table
-from data.config import DataConfig
-from data.files.errors import UserError
-from data.index import INDEX_FOLDER, Index
-from data.module import CaptionedImages
-from data.order import BucketOrder
-from data.record import RECORD
-from data.sorted_samples import sorted_samples
+import blackpoint.data.order.sorted_samples as module_of
+from blackpoint.data.config import DataConfig
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.index.index import INDEX_FOLDER, Index
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.order.buckets import BucketsConfig, bucket_table
+from blackpoint.data.order.order import BucketOrder
+from blackpoint.data.order.sorted_samples import sorted_samples
+from blackpoint.data.record import RECORD
 from tests.test_data_buckets import ON, write_images
 
 

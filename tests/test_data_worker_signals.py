@@ -10,7 +10,7 @@ from tests.waiting import PATIENCE_S
 
 ORPHAN = """
 import os, sys, time
-from data.files import signals
+from blackpoint.data.files import signals
 signals.LOOK_EVERY_S = 0.05
 parent = os.getpid()
 init = signals.leave_signals_to_parent()

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.files.errors import UserError
-from sampling.evaluation.digit_perceptron import DigitPerceptron
-from sampling.evaluation.digit_reader import DigitReader, save_weights
-from sampling.evaluation.rows import read_rows
-from scripts.demo_steps import EXPECTED, outcome
-from scripts.run_demo import DemoConfig, run
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.report.rows import read_rows
+from blackpoint.scripts.miniature.demo_steps import EXPECTED, outcome
+from blackpoint.scripts.miniature.digit_perceptron import DigitPerceptron
+from blackpoint.scripts.miniature.digit_reader import DigitReader, save_weights
+from blackpoint.scripts.verbs.demo import DemoConfig, run
 from tests.tiny_pipeline import make_tiny_pipeline
 
 FINE_TUNE = """

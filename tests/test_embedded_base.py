@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.digits import BACKGROUNDS, DIGIT_NAMES, INKS, digit_samples
-from sampling.schedule import NoiseSchedule
-from train.embedded_base import (
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.scripts.miniature.digits import BACKGROUNDS, DIGIT_NAMES, INKS, digit_samples
+from blackpoint.scripts.miniature.embedded_base import (
     build_text_encoder,
     build_tokenizer,
     build_unet,

@@ -8,12 +8,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from data.files.errors import UserError
-from sampling.evaluation import metrics_rows, scores, set_models
-from sampling.evaluation.metrics_rows import read_images, read_rows, write_rows
-from sampling.evaluation.metrics_summary import read_summary
-from sampling.tasks import Task
-from scripts.cli import main
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.evaluation import rows as metrics_rows
+from blackpoint.sampling.evaluation.metrics import scores, set_models
+from blackpoint.sampling.evaluation.rows import read_images, read_rows, write_rows
+from blackpoint.sampling.evaluation.summary import read_summary
+from blackpoint.sampling.runtime.tasks import Task
+from blackpoint.scripts.cli import main
 from tests.evaluations import (
     arguments,
     evaluate,
@@ -25,7 +26,7 @@ from tests.evaluations import (
 )
 from tests.pixel_models import pixel_model
 
-PAINT = "sampling.evaluation.metrics_painter.ImageGenerator.generate"
+PAINT = "blackpoint.sampling.evaluation.generate.ImageGenerator.generate"
 BRIGHT = ["verifiers.bright.kind=luminance", "verifiers.bright.target=1"]
 
 
@@ -83,7 +84,7 @@ def test_columns_that_are_not_asked_for_stay(
     fewer = evaluate(arguments(pipeline, prompts, output))
     assert "bright" not in {each.name for each in fewer.metrics}
     assert all("bright" in row for row in read_images(output))
-    monkeypatch.setattr("sampling.evaluation.metrics_measures.Measures.measure", None)
+    monkeypatch.setattr("blackpoint.sampling.evaluation.measures.Measures.measure", None)
     assert numbers(evaluate(arguments(pipeline, prompts, output, *BRIGHT))) == numbers(first)
 
 
@@ -136,7 +137,7 @@ def test_references_are_measured_once(
     shared = [*with_sets(reference), f"reference_cache={tmp_path / 'shared'}"]
     first = evaluate(arguments(pipeline, prompts, tmp_path / "first", *shared))
     with monkeypatch.context() as patch:
-        patch.setattr("sampling.evaluation.reference_set.read_reference", None)
+        patch.setattr("blackpoint.sampling.evaluation.metrics.reference_set.read_reference", None)
         second = evaluate(arguments(pipeline, prompts, tmp_path / "second", *shared))
         assert numbers(second) == numbers(first) and second.notes == first.notes
     [kept] = (tmp_path / "shared").iterdir()
@@ -179,7 +180,7 @@ def test_memory_is_that_of_the_largest_process(
 ) -> None:
     given = arguments(pipeline, prompts, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr("sampling.evaluation.image_rows.peak_bytes", lambda device: 99.5e9)
+        patch.setattr("blackpoint.sampling.evaluation.image_rows.peak_bytes", lambda device: 99.5e9)
         evaluate(given)
     evaluate([*given, *BRIGHT])
     found = read_summary(tmp_path / "out")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sampling.evaluation.metrics_rows import finished_keys, read_images, read_rows, write_rows
-from sampling.evaluation.metrics_summary import read_summary
-from sampling.evaluation.results import read_results
-from scripts.cli import main
+from blackpoint.sampling.evaluation.rows import finished_keys, read_images, read_rows, write_rows
+from blackpoint.sampling.evaluation.summary import read_summary
+from blackpoint.sampling.report.results import read_results
+from blackpoint.scripts.cli import main
 from tests.evaluations import (
     PROMPTS,
     arguments,
@@ -89,7 +89,7 @@ def test_the_same_again_does_nothing_and_a_lost_part_is_made_again(
     given = arguments(pipeline, prompts, tmp_path / "out", *with_sets(reference))
     first = evaluate(given)
     with monkeypatch.context() as patch:
-        patch.setattr("sampling.evaluation.metrics_painter.ImageGenerator.generate", None)
+        patch.setattr("blackpoint.sampling.evaluation.generate.ImageGenerator.generate", None)
         again = evaluate(given)
         assert numbers(again) == numbers(first) and again.seconds == first.seconds
     rows = read_rows(tmp_path / "out")
@@ -108,7 +108,7 @@ def test_a_metric_that_is_added_later_is_measured_on_the_images_that_are_there(
     plain = evaluate(arguments(pipeline, prompts, output))
     more = [*with_sets(reference), "verifiers.bright.kind=luminance", "verifiers.bright.target=1"]
     with monkeypatch.context() as patch:
-        patch.setattr("sampling.evaluation.metrics_painter.ImageGenerator.generate", None)
+        patch.setattr("blackpoint.sampling.evaluation.generate.ImageGenerator.generate", None)
         later = evaluate(arguments(pipeline, prompts, output, *more))
     at_once = evaluate(arguments(pipeline, prompts, tmp_path / "once", *more))
     assert numbers(later) == numbers(at_once)

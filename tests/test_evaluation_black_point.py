@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from data.digits import BACKGROUNDS, INKS, digit_of
-from data.files.errors import UserError
-from sampling.evaluation import black_point_study
-from sampling.evaluation.black_point import BlackPointConfig, Captions, study_cells
-from sampling.evaluation.black_point_study import Identity, Load, reference_rows, run_study
-from sampling.evaluation.black_point_summary import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.evaluation import black_point_study
+from blackpoint.sampling.evaluation.black_point import BlackPointConfig, Captions, study_cells
+from blackpoint.sampling.evaluation.black_point_study import (
+    Identity,
+    Load,
+    reference_rows,
+    run_study,
+)
+from blackpoint.sampling.evaluation.black_point_summary import (
     OPEN_RATIO,
     READ,
     Finding,
@@ -25,10 +29,11 @@ from sampling.evaluation.black_point_summary import (
     summary,
     write_summary,
 )
-from sampling.evaluation.digit_reader import DigitReader, save_weights
-from sampling.evaluation.rows import DATA, Row, read_rows, write_rows
-from sampling.evaluation.statistics import Estimate
-from scripts.evaluation import digit_captions
+from blackpoint.sampling.report.rows import DATA, Row, read_rows, write_rows
+from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.scripts.miniature.digit_reader import DigitReader, save_weights
+from blackpoint.scripts.miniature.digits import BACKGROUNDS, INKS, digit_of
+from blackpoint.scripts.miniature.evaluation import digit_captions
 from tests.digit_painter import SquarePainter, load_square_painter
 
 IDENTITIES = {"base": Identity("a"), "fine_tuned": Identity("b")}

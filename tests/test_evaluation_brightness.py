@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.files.errors import UserError
-from sampling.evaluation.brightness import LuminanceRange, luminance_range
-from sampling.evaluation.metrics_measures import luminance_error
-from sampling.prompts import Prompt, read_prompt_set
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.evaluation.measures import luminance_error
+from blackpoint.sampling.evaluation.metrics.brightness import LuminanceRange, luminance_range
+from blackpoint.sampling.prompts.prompt_set import Prompt, read_prompt_set
 
 PROMPTS = Path(__file__).parents[1] / "configs" / "prompts" / "brightness.jsonl"
 

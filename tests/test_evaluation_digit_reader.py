@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.evaluation.digit_reader import DigitReader, contrast_map, save_weights
-from train.digit_reader import train_reader
+from blackpoint.data.files.errors import UserError
+from blackpoint.scripts.miniature.digit_reader import DigitReader, contrast_map, save_weights
+from blackpoint.scripts.miniature.train_digit_reader import train_reader
 
 
 def bars(num_images: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy.spatial.distance import pdist
 
-from sampling.evaluation import diversity
-from sampling.evaluation.diversity import diversity_change, mean_pairwise_distance
-from sampling.evaluation.statistics import bca_interval, influences
+from blackpoint.sampling.statistics import diversity
+from blackpoint.sampling.statistics.diversity import diversity_change, mean_pairwise_distance
+from blackpoint.sampling.statistics.estimates import bca_interval, influences
 
 FEATURES = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
 

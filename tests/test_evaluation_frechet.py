@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from sampling.evaluation.frechet import (
+from blackpoint.sampling.statistics.frechet import (
     Gaussian,
     frechet_distance,
     frechet_estimates,
@@ -13,7 +13,7 @@ from sampling.evaluation.frechet import (
     gaussian_of,
     lack_of_images,
 )
-from scripts.measure_intervals import coverage, gaussian_sets
+from blackpoint.scripts.measurements.measure_intervals import coverage, gaussian_sets
 
 
 def rows(count: int, size: int, seed: int = 0) -> torch.Tensor:

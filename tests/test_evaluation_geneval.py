@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.files.errors import UserError
-from sampling.evaluation.geneval import TASKS, read_geneval
-from sampling.evaluation.statistics import proportion
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.evaluation.metrics.geneval import TASKS, read_geneval
+from blackpoint.sampling.statistics.estimates import proportion
 
 
 def write(path: Path, rows: list[Any]) -> Path:

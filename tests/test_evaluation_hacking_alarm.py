@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from sampling.evaluation.diversity import diversity_change
-from sampling.evaluation.hacking_alarm import PairedScores, fewest_prompts, hacking_alarm
-from sampling.evaluation.paired import mean_difference
-from sampling.evaluation.statistics import Estimate, smallest_detectable_effect
+from blackpoint.sampling.statistics.diversity import diversity_change
+from blackpoint.sampling.statistics.estimates import Estimate, smallest_detectable_effect
+from blackpoint.sampling.statistics.hacking_alarm import PairedScores, fewest_prompts, hacking_alarm
+from blackpoint.sampling.statistics.paired import mean_difference
 
 
 def scores(verifier: str, shift: float, n: int = 60, seed: int = 0) -> PairedScores:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sampling.evaluation.imagenet_features import ImageNetFeatures
+from blackpoint.sampling.verifiers.models.imagenet_features import ImageNetFeatures
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `demo` is not installed")
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.files.errors import UserError
-from sampling.evaluation.noise_invariance import noise_dependence
-from sampling.model import DiffusionModel
-from sampling.process import Process
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.evaluation.metrics.noise_invariance import noise_dependence
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.process import Process
 from tests.search_problems import GaussianModel
 from tests.toy_denoisers import SD, STD, ZERO_SNR
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from data.files.errors import UserError
-from sampling.evaluation.paired import count_outcomes, holm, mean_difference
-from sampling.evaluation.statistics import mean
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.statistics.estimates import mean
+from blackpoint.sampling.statistics.paired import count_outcomes, holm, mean_difference
 
 RNG = np.random.default_rng(0)
 BASELINE = RNG.normal(5, 2, 80)

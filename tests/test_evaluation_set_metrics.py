@@ -13,21 +13,21 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from data.files.errors import UserError
-from sampling.evaluation.frechet import frechet_distance, gaussian_of
-from sampling.evaluation.kernel_distance import distances_without, kernel_distance
-from sampling.evaluation.metric import FEATURE_COLUMN, LOGIT_COLUMN, Metric
-from sampling.evaluation.set_metrics import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.evaluation.metrics.metric import FEATURE_COLUMN, LOGIT_COLUMN, Metric
+from blackpoint.sampling.evaluation.metrics.set_metrics import (
     ball_counts,
     feature_metrics,
     jackknife_parts,
     logit_metrics,
     num_splits,
 )
-from sampling.evaluation.set_models import load_set_model, read_reference
-from sampling.evaluation.sets import SetsConfig
-from sampling.verifiers.load import ImageModelConfig
-from sampling.verifiers.reference import inception_score
+from blackpoint.sampling.evaluation.metrics.set_models import load_set_model, read_reference
+from blackpoint.sampling.evaluation.metrics.sets import SetsConfig
+from blackpoint.sampling.statistics.frechet import frechet_distance, gaussian_of
+from blackpoint.sampling.statistics.kernel_distance import distances_without, kernel_distance
+from blackpoint.sampling.verifiers.load import ImageModelConfig
+from blackpoint.sampling.verifiers.reference import inception_score
 from tests.tiny_vision import ThreeColors, eight_bit_images
 
 CPU = torch.device("cpu")

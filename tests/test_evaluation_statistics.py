@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from data.files.errors import UserError
-from sampling.evaluation import statistics
-from scripts.measure_intervals import DISTRIBUTIONS
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.statistics import estimates as statistics
+from blackpoint.scripts.measurements.measure_intervals import DISTRIBUTIONS
 
 
 def test_wilson_interval_has_newcombes_published_values() -> None:

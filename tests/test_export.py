@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import CLIPTokenizer
 
-from data.files.errors import RunFailed, UserError
-from sampling.export import export, moved_into_place
-from sampling.model import DiffusionModel
-from sampling.model_card import model_card
-from sampling.process import Process
-from sampling.schedule import NoiseSchedule
-from scripts.cli import main
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.export.export import export, moved_into_place
+from blackpoint.sampling.export.model_card import model_card
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.scripts.cli import main
 from tests.tiny_pipeline import make_tiny_pipeline
 
 ZERO_SNR = {

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from sampling.samplers import SAMPLERS
-from sampling.search.config import ALGORITHMS
-from sampling.verifiers.load import KINDS
+from blackpoint.sampling.samplers import SAMPLERS
+from blackpoint.sampling.search.config import ALGORITHMS
+from blackpoint.sampling.verifiers.load import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("data", "sampling", "scripts", "train")
@@ -59,7 +59,10 @@ def extend(root: Path, heading: str) -> None:
 def run(root: Path, *arguments: str) -> str:
     """Runs a command line of the copy; returns what it prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.cli", *arguments], cwd=root, capture_output=True, text=True
+        [sys.executable, "-m", "blackpoint.scripts.cli", *arguments],
+        cwd=root,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sampling.errors import UserError
-from sampling.evaluation import metrics
-from sampling.evaluation.metrics_rows import read_images
-from sampling.evaluation.metrics_study import evaluate_to_folder
-from sampling.tasks import Task
-from scripts.config import load
-from scripts.config_fields import fields_of
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.evaluation import config as metrics
+from blackpoint.sampling.evaluation.rows import read_images
+from blackpoint.sampling.evaluation.run import evaluate_to_folder
+from blackpoint.sampling.runtime.tasks import Task
+from blackpoint.scripts.config import load
+from blackpoint.scripts.config_fields import fields_of
 from tests.evaluations import arguments, metric, write_prompts
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"

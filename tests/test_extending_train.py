@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from blackpoint.train.records.metrics_file import read_metrics
 from tests.tiny_run import tiny_config
-from train.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -17,7 +17,7 @@ HEADINGS = ("A loss weight", "A metric of training", "A verb")
 BLOCK = re.compile(r"```python\n# (\S+?)(?:: (\w+))?\n(.*?)```", re.DOTALL)
 RUN = """
 import sys
-from scripts.cli import main
+from blackpoint.scripts.cli import main
 assert main(["steps", "num_steps=3"]) == 0
 sys.exit(main(["train", sys.argv[1], "loss.weighting=root_snr"]))
 """
@@ -63,7 +63,7 @@ def test_the_additions_of_the_page_work(pipeline: Path, shards: Path, tmp_path: 
         (copy / new_file).write_text(content, encoding="utf-8")
         add_to_table(copy / existing, table, line, new_file)
     config = tiny_config(tmp_path / "run", pipeline, shards, **{"trainer.max_steps": 1})
-    from scripts.config import to_yaml
+    from blackpoint.scripts.config import to_yaml
 
     (tmp_path / "train.yaml").write_text(to_yaml(config), encoding="utf-8")
     ran = subprocess.run(

@@ -24,22 +24,22 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-import sampling.encoders
-from sampling.grid import SampleState, SamplingGrid, renoise
-from sampling.guidance import Guidance
-from sampling.inversion import Inverter, invert
-from sampling.model import DiffusionModel
-from sampling.noise import seeded_noise
-from sampling.process import Process
-from sampling.samplers import SAMPLERS
-from sampling.schedule import NoiseSchedule
-from sampling.verifiers.load import VerifierConfig, load_verifier
+import blackpoint.sampling.checkpoints.encoders
+from blackpoint.sampling.grid import SampleState, SamplingGrid, renoise
+from blackpoint.sampling.guidance import Guidance
+from blackpoint.sampling.inversion import Inverter, invert
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.noise import seeded_noise
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.samplers import SAMPLERS
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.module import FineTuner
 from tests import test_verifiers_clip, test_verifiers_hpsv2, test_verifiers_image_reward
 from tests.pixel_models import CLASSES, pixel_model, pixel_train_config
 from tests.tiny_run import tiny_config
 from tests.tiny_vision import make_tiny_vit
-from train.config import TrainConfig
-from train.module import FineTuner
 
 GPU = torch.device("cuda:0")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -71,7 +71,9 @@ def mode(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
         (Process, "final_alpha_bar"),
     ):
         monkeypatch.setattr(owner, name, on_host(getattr(owner, name)))
-    monkeypatch.setattr(sampling.encoders, "_overflowed", lambda given, result: False)
+    monkeypatch.setattr(
+        blackpoint.sampling.checkpoints.encoders, "_overflowed", lambda given, result: False
+    )
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -261,7 +263,7 @@ def test_verifiers(
     monkeypatch.setattr(nn.Module, "to", to)
     if kind == "hpsv2":
         monkeypatch.setattr(
-            "sampling.verifiers.models.hpsv2.ARCHITECTURE", test_verifiers_hpsv2.SMALL
+            "blackpoint.sampling.verifiers.models.hpsv2.ARCHITECTURE", test_verifiers_hpsv2.SMALL
         )
     verifier: Any = load_verifier(config, GPU)
     with mode:

@@ -9,12 +9,12 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionPipeline
 from torch.testing import assert_close
 
-from sampling.export import export
-from sampling.grid import SampleState
-from sampling.inversion import Inverter, invert
-from sampling.model import DiffusionModel
-from sampling.process import Process
-from sampling.samplers import run
+from blackpoint.sampling.export.export import export
+from blackpoint.sampling.grid import SampleState
+from blackpoint.sampling.inversion import Inverter, invert
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.samplers import run
 from tests.tiny_pipeline import SD15_SCHEDULER_CONFIG, make_tiny_pipeline
 from tests.toy_denoisers import noise_of, reader, toy_network
 

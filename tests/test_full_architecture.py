@@ -13,18 +13,22 @@ from diffusers import UNet2DConditionModel
 from lightning.pytorch import LightningModule
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.export import moved_into_place
-from sampling.model import DiffusionModel
-from scripts import full_architecture, make_random_base
-from scripts.full_architecture_table import describe_machine, markdown
-from scripts.make_random_base import ARCHITECTURES, RandomBaseConfig, build_on_meta
-from scripts.measured_process import run_measured
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.export.export import moved_into_place
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.scripts.measurements import full_architecture, make_random_base
+from blackpoint.scripts.measurements.full_architecture_table import describe_machine, markdown
+from blackpoint.scripts.measurements.make_random_base import (
+    ARCHITECTURES,
+    RandomBaseConfig,
+    build_on_meta,
+)
+from blackpoint.scripts.measurements.measured_process import run_measured
+from blackpoint.train import run
+from blackpoint.train.callbacks.checkpoints import forget_pages
+from blackpoint.train.ema import Ema
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import make_tiny_shards, tiny_config
-from train import run
-from train.checkpoints import forget_pages
-from train.ema import Ema
 
 PUBLISHED = {
     "sd15": (859_520_964, 83_653_863, 123_060_480),
@@ -149,12 +153,12 @@ MEMORY = """
 import dataclasses, gc, json, shutil, sys
 from pathlib import Path
 import torch
-from scripts import make_random_base as bases
-from sampling.export import export
-from sampling.model import DiffusionModel
+from blackpoint.scripts.measurements import make_random_base as bases
+from blackpoint.sampling.export.export import export
+from blackpoint.sampling.model import DiffusionModel
 from tests.tiny_run import make_tiny_shards, tiny_config
-from train.ema import Ema
-from train.run import fit
+from blackpoint.train.ema import Ema
+from blackpoint.train.run import fit
 
 def rss(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -6,8 +6,8 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.guidance import Guidance, guided_output, rescale_guidance
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.guidance import Guidance, guided_output, rescale_guidance
 
 # Of values up to 20, each rounded by 1e-6 at most, a few times over.
 ROUNDING = 5e-5

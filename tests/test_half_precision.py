@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-import train.run
-from sampling.export import export
-from sampling.model import DiffusionModel
-from sampling.schedule import NoiseSchedule
+import blackpoint.train.run
+from blackpoint.sampling.export.export import export
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.schedule import NoiseSchedule
 from tests.tiny_pipeline import make_overflowing_pipeline, make_tiny_pipeline
 from tests.tiny_run import make_tiny_shards, tiny_config
 
@@ -85,7 +85,7 @@ def test_half_precision_base_trains_in_float32_and_exports_its_schedule(
 ) -> None:
     length = {"trainer.max_steps": 1, "trainer.validate_every_steps": 0}
     config = tiny_config(tmp_path / "run", pipelines[name], shards, **length)
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     saved = torch.load(tmp_path / "run/checkpoints/step_00000001.ckpt", weights_only=True)
     for key in ("state_dict", "current_model_state"):
         assert {value.dtype for value in saved[key].values()} == {torch.float32}

@@ -6,13 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sampling.grid import Prediction, SampleState, SamplingGrid
-from sampling.inversion import (
-    Inverter,
-    invert,
-)
-from sampling.process import Process
-from sampling.samplers import run
+from blackpoint.sampling.grid import Prediction, SampleState, SamplingGrid
+from blackpoint.sampling.inversion import Inverter, invert
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.samplers import run
 from tests.toy_denoisers import SD, STD, ZERO_SNR, ideal_gaussian, noise_of, reader
 
 

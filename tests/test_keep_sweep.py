@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sampling.evaluation.results import Cell, Results, Value
-from sampling.evaluation.statistics import Estimate
-from scripts import keep_sweep
-from scripts.keep_sweep import cell_seconds, main
+from blackpoint.sampling.report.results import Cell, Results, Value
+from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.scripts.studies import keep_sweep
+from blackpoint.scripts.studies.keep_sweep import cell_seconds, main
 
 
 def made_up(is_paired: bool) -> Results:

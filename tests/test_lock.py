@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.files.lock import Lock, is_locked, locked
+from blackpoint.data.files.lock import Lock, is_locked, locked
 
 
 def test_a_lock_has_one_holder_who_is_named(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_a_child_with_its_descriptor_holds_a_lock_to_its_end(tmp_path: Path) -> 
 
 
 def test_a_killed_holder_frees_its_lock(tmp_path: Path) -> None:
-    code = "import os, sys; from pathlib import Path; from data.files.lock import Lock\n"
+    code = "import os, sys; from pathlib import Path; from blackpoint.data.files.lock import Lock\n"
     code += "lock = Lock(Path(sys.argv[1])); lock.acquire(); os.kill(os.getpid(), 9)"
     root = Path(__file__).resolve().parents[1]
     path = tmp_path / "lock"

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from data.check import CheckConfig, check
-from data.images.luminance import REC_601, REC_709
-from data.images.luminance import luminance as picture_luminance
-from data.index import Index, IndexWriter
-from data.index_contents import INDEX_FOLDER
-from data.part import Part, part_path, read_part, write_part
-from data.record import ShardRecords, Span
-from sampling.evaluation.luminance import border_luminance, image_luminance, luminance
+from blackpoint.data.check.check import CheckConfig, check
+from blackpoint.data.images.luminance import REC_601, REC_709
+from blackpoint.data.images.luminance import luminance as picture_luminance
+from blackpoint.data.index.contents import INDEX_FOLDER
+from blackpoint.data.index.index import Index, IndexWriter
+from blackpoint.data.record import ShardRecords, Span
+from blackpoint.data.work.part import Part, part_path, read_part, write_part
+from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance, luminance
 from tests.tiny_run import make_tiny_shards
 
 

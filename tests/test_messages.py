@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.cli import VERBS
-from scripts.config_fields import fields_of, item_hint, nested_class
-from scripts.run_evaluate import STUDIES
+from blackpoint.scripts.cli import VERBS
+from blackpoint.scripts.config_fields import fields_of, item_hint, nested_class
+from blackpoint.scripts.verbs.evaluate import STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = re.compile(r"(?<![\w./\-{}$\]\0])([a-z_][a-z0-9_]*(?:\.[A-Za-z_]\w*)*)=(?:[\w.\[\"]|\.\.\.)")
@@ -30,25 +30,27 @@ RUNS = {
     "demo": ("train", "evaluate", "search", "data pack", "export"),
 }
 """Verbs that run others, whose messages they pass on."""
-WRITES_CODE = ("sampling/model_card.py",)
+WRITES_CODE = ("sampling/export/model_card.py",)
 """Modules whose texts are Python for others."""
 FACTS = {
-    "data/remote.py": {"bytes"},  # a header of HTTP
-    "sampling/card_schedulers.py": {"eta"},  # an argument of diffusers' DDIMScheduler
+    "data/shards/remote.py": {"bytes"},  # a header of HTTP
+    "sampling/export/client_schedulers.py": {"eta"},  # an argument of diffusers' DDIMScheduler
     "sampling/process.py": {"prediction_type", "timestep_spacing"},  # scheduler_config.json
-    "sampling/scheduler_config.py": {"rescale_betas_zero_snr"},  # of scheduler_config.json too
+    "sampling/checkpoints/scheduler_config.py": {
+        "rescale_betas_zero_snr"
+    },  # of scheduler_config.json too
     "scripts/cli.py": {"key"},
     "scripts/config.py": {"key"},
     "scripts/config_fields.py": {"key"},
-    "scripts/demo_steps.py": {"control"},
-    "scripts/report_content.py": {"control"},
+    "scripts/miniature/demo_steps.py": {"control"},
+    "scripts/verbs/report_content.py": {"control"},
 }
 """What looks like a key and is none of a verb's."""
 NOT_PRINTED = {
     ("sampling/process.py", "allow_unsound"): ("search", "export", "data encode"),
-    ("sampling/pictures.py", "dtype"): ("train",),
-    ("sampling/speed.py", "attention"): ("data encode",),
-    ("sampling/speed.py", "compile"): ("evaluate", "data encode"),
+    ("sampling/runtime/pictures.py", "dtype"): ("train",),
+    ("sampling/runtime/speed.py", "attention"): ("data encode",),
+    ("sampling/runtime/speed.py", "compile"): ("evaluate", "data encode"),
     ("sampling/samplers.py", "sampler"): ("train", "export", "data encode"),
     ("sampling/search/config.py", "algorithm"): ("evaluate",),
     ("sampling/search/config.py", "compile"): ("evaluate",),

@@ -11,12 +11,12 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling import encoders
-from sampling.loading import Part
-from sampling.model import DiffusionModel
-from sampling.process import Process
-from sampling.schedule import NoiseSchedule
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.checkpoints import encoders
+from blackpoint.sampling.checkpoints.loading import Part
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.schedule import NoiseSchedule
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.warm_verb import in_warm_process
 

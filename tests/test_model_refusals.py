@@ -14,10 +14,10 @@ import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
-from data.files.errors import RunFailed, UserError
-from sampling.model import DiffusionModel
-from sampling.process import Process
-from sampling.schedule import NoiseSchedule
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.schedule import NoiseSchedule
 from tests.tiny_pipeline import make_tiny_pipeline
 
 
@@ -188,8 +188,8 @@ def test_wrong_scheduler_config_is_refused(entries, message):
 def test_a_hub_that_does_not_answer_is_said_and_not_a_traceback(tmp_path):
     code = (
         "import time\ntime.sleep = lambda seconds: None  # between the tries\n"
-        "from sampling.model import DiffusionModel\n"
-        "from data.files.errors import UserError\n"
+        "from blackpoint.sampling.model import DiffusionModel\n"
+        "from blackpoint.data.files.errors import UserError\n"
         "try:\n    DiffusionModel.load('someone/something')\n"
         "except UserError as error:\n    print(error)"
     )

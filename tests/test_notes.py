@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data.files.notes import first, tell_counts
-from sampling.loading import load_tokenizer
-from sampling.model import DiffusionModel
-from scripts.cli import main
+from blackpoint.data.files.notes import first, tell_counts
+from blackpoint.sampling.checkpoints.loading import load_tokenizer
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.scripts.cli import main
 from tests.tiny_pipeline import NUM_TOKENS, make_tiny_pipeline
 
 LONG = "a red one " * 20

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from data.config import DataConfig
-from data.files.paths import BadPath, Holds, expanded, obstacle
-from sampling.config import SampleConfig
-from scripts.cli import VERBS, main
-from scripts.config import load
-from scripts.config_fields import fields_of, holds, is_text, item_hint, nested_class
-from scripts.run_evaluate import STUDIES
+from blackpoint.data.config import DataConfig
+from blackpoint.data.files.paths import BadPath, Holds, expanded, obstacle
+from blackpoint.sampling.options import SampleConfig
+from blackpoint.scripts.cli import VERBS, main
+from blackpoint.scripts.config import load
+from blackpoint.scripts.config_fields import fields_of, holds, is_text, item_hint, nested_class
+from blackpoint.scripts.verbs.evaluate import STUDIES
 from tests.tiny_pipeline import make_tiny_pipeline
 
 CONFIGS: dict[str, type] = {
@@ -60,7 +60,7 @@ def test_every_text_field_is_a_path_a_choice_or_known_as_text(verb: str) -> None
 
 @pytest.mark.parametrize("verb", CONFIGS)
 def test_home_and_variables_are_expanded_in_every_path(verb: str, home: Path) -> None:
-    from scripts.config_values import Texts
+    from blackpoint.scripts.config_values import Texts
 
     for path, hint in text_fields(CONFIGS[verb]):
         if holds(hint, Holds.PATH):
@@ -79,8 +79,8 @@ def test_yaml_and_command_line_expand_alike(home: Path, tmp_path: Path) -> None:
 
 
 def test_entries_of_mappings_are_expanded(home: Path) -> None:
-    from data.pack import PackConfig
-    from sampling.search.config import SearchConfig
+    from blackpoint.data.pack.pack import PackConfig
+    from blackpoint.sampling.search.config import SearchConfig
 
     search = load(
         SearchConfig,

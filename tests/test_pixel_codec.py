@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sampling.pixel_codec import KINDS, PixelCodec
+from blackpoint.sampling.pixels.pixel_codec import KINDS, PixelCodec
 
 # Of values up to 20: some dozen roundings of 1e-6 at most.
 ROUNDING = 2e-5

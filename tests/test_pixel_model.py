@@ -11,11 +11,11 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.export import export
-from sampling.export_check import check_against_diffusers
-from sampling.model import DiffusionModel
-from sampling.noise import initial_noise
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.export.export import export
+from blackpoint.sampling.export.verify import check_against_diffusers
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.noise import initial_noise
 from tests.pixel_models import CLASSES, UVIT, pixel_model
 
 CONDITIONS = ("none", "class", "text")
@@ -155,7 +155,7 @@ def test_models_that_cannot_be_are_refused(changes: dict[str, Any], expected: st
 
 
 def test_sizes_that_the_model_cannot_take_are_refused(pipeline: Path) -> None:
-    from train.pixel_model import build_pixel_model
+    from blackpoint.train.pixel_model import build_pixel_model
 
     model = pixel_model("none")
     with pytest.raises(UserError, match="height=18 must be a positive multiple of 4 px"):

@@ -6,17 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from data.files.errors import UserError
-from sampling.choices import PLAIN_FORMATS
-from sampling.config import SampleConfig
-from sampling.precision import current, settle
-from scripts.cli import main
-from scripts.config import load, to_yaml
-from scripts.sweep_config import CLASSES
-from scripts.sweep_identity import differing
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.choices import PLAIN_FORMATS
+from blackpoint.sampling.options import SampleConfig
+from blackpoint.sampling.runtime.precision import current, settle
+from blackpoint.scripts.cli import main
+from blackpoint.scripts.config import load, to_yaml
+from blackpoint.scripts.sweep.config import CLASSES
+from blackpoint.scripts.sweep.identity import differing
+from blackpoint.train.config.config import TrainConfig
 from tests.devices import NEW, OLD, fake_gpus
 from tests.tiny_run import tiny_config
-from train.config import TrainConfig
 
 CPU, GPU, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 AUTO = dict.fromkeys(PLAIN_FORMATS, "auto")

@@ -9,11 +9,17 @@ import torch
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-import train.run
-import train.start
-from data.files.errors import UserError
-from sampling.fingerprint import text_encoder_digest
-from scripts.cli import main
+import blackpoint.train.run
+import blackpoint.train.start
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.checkpoints.fingerprint import text_encoder_digest
+from blackpoint.scripts.cli import main
+from blackpoint.train.cluster.device import check_count, settled, training_device
+from blackpoint.train.draws import draw
+from blackpoint.train.module import FineTuner
+from blackpoint.train.records.continuing import check_continues
+from blackpoint.train.records.run_directory import RunRecord, write_records
+from blackpoint.train.start import starting_model
 from tests.devices import auto_takes_bfloat16, fake_gpus
 from tests.pixel_models import pixel_train_config
 from tests.tiny_pipeline import make_overflowing_pipeline
@@ -24,19 +30,15 @@ from tests.tiny_run import (
     stop_in_step,
     tiny_config,
 )
-from train.continuing import check_continues
-from train.device import check_count, settled, training_device
-from train.draws import draw
-from train.module import FineTuner
-from train.run_directory import RunRecord, write_records
-from train.start import starting_model
 
 LENGTH = {"trainer.max_steps": 2, "trainer.validate_every_steps": 0}
 
 
 @pytest.fixture(autouse=True)
 def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
 
 
 def tuner_of(pipeline: Path, shards: Path, dtype: str) -> FineTuner:
@@ -103,7 +105,7 @@ def test_a_base_made_for_the_run_keeps_its_text_encoder_in_float32(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FineTuner, "training_step", training_step)
-        assert train.run.fit(config) == 0
+        assert blackpoint.train.run.fit(config) == 0
     assert held == [torch.bfloat16] * 2
     base = tmp_path / "run" / "base"
     assert text_encoder_digest(base) == text_encoder_digest(pipeline)  # of values in float32
@@ -116,12 +118,14 @@ def test_a_run_records_what_auto_took_and_goes_on_in_nothing_else(
     run_dir = tmp_path / "run"
     config = tiny_config(run_dir, pipeline, shards)
     explicit = {"trainer.encoder_dtype": "bfloat16"}
-    assert train.run.fit(tiny_config(tmp_path / "whole", pipeline, shards, **explicit)) == 0
+    assert (
+        blackpoint.train.run.fit(tiny_config(tmp_path / "whole", pipeline, shards, **explicit)) == 0
+    )
     with monkeypatch.context() as patch:
         auto_takes_bfloat16(patch)
         stop_in_step(patch, 4, kill)
         with pytest.raises(Killed):
-            train.run.fit(config)
+            blackpoint.train.run.fit(config)
     assert "note: trainer.encoder_dtype=auto took bfloat16" in capsys.readouterr().err
     saved = OmegaConf.load(run_dir / "config.yaml")
     assert saved.trainer.encoder_dtype == "bfloat16" and saved.trainer.tf32 is False
@@ -155,10 +159,10 @@ def test_a_run_without_a_record_goes_on_in_float32(
 ) -> None:
     """Its config.yaml has tf32=false, or nothing, and no encoder_dtype."""
     config = tiny_config(tmp_path / "run", pipeline, shards)
-    assert train.run.fit(tiny_config(tmp_path / "whole", pipeline, shards)) == 0
+    assert blackpoint.train.run.fit(tiny_config(tmp_path / "whole", pipeline, shards)) == 0
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_in_step(patch, 4, kill)
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
     path = tmp_path / "run" / "config.yaml"
     old = OmegaConf.load(path)
     del old.trainer["encoder_dtype"]
@@ -167,7 +171,7 @@ def test_a_run_without_a_record_goes_on_in_float32(
     OmegaConf.save(old, path)
     capsys.readouterr()
     auto_takes_bfloat16(monkeypatch)
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     told = capsys.readouterr().err
     assert "without a record of number formats; it goes on with trainer.encoder_dtype=float" in told
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -238,11 +242,11 @@ def test_each_process_probes_its_own_gpu(
         probed.append(device)
         raise Killed
 
-    monkeypatch.setattr("train.device.eight_bit_problem", probe)
-    monkeypatch.setattr(train.start, "prepare_unet", prepare_unet)
+    monkeypatch.setattr("blackpoint.train.cluster.device.eight_bit_problem", probe)
+    monkeypatch.setattr(blackpoint.train.start, "prepare_unet", prepare_unet)
     options = {"trainer.devices": 4, "optimizer.name": "adamw_8bit"}
     with pytest.raises(Killed):
-        train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **options))
+        blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **options))
     own = torch.device("cuda", number)
     assert probed == [own, own] and set(current) == {own}
     assert training_device() == own

@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from data.latents import Encoding
-from sampling.evaluation.metrics_rows import read_images, read_rows, write_rows
-from sampling.model import DiffusionModel
-from scripts.cli import main
+from blackpoint.data.latents import Encoding
+from blackpoint.sampling.evaluation.rows import read_images, read_rows, write_rows
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.scripts.cli import main
+from blackpoint.train.encode.config import EncodeConfig
+from blackpoint.train.encode.encode import encode
 from tests.devices import auto_takes_bfloat16
 from tests.evaluations import arguments, write_prompts
 from tests.tiny_sweep import EVALUATE, cells, sweep
-from train.encode import encode
-from train.encode_config import EncodeConfig
 
 RECORD = {"device": "cpu", "dtype": "bfloat16", "tf32": False}
 BRIGHT = ["verifiers.bright.kind=luminance", "verifiers.bright.target=1"]
-PAINT = "sampling.evaluation.metrics_painter.ImageGenerator.generate"
+PAINT = "blackpoint.sampling.evaluation.generate.ImageGenerator.generate"
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from sampling.prediction import (
+from blackpoint.sampling.prediction import (
     add_noise,
     eps_to_x0,
     to_eps,
@@ -17,7 +17,7 @@ from sampling.prediction import (
     v_to_x0,
     x0_to_eps,
 )
-from sampling.schedule import NoiseSchedule
+from blackpoint.sampling.schedule import NoiseSchedule
 
 ZERO_SNR = NoiseSchedule.scaled_linear().zero_terminal_snr()
 SD = NoiseSchedule.scaled_linear()

@@ -11,8 +11,13 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data.files.errors import UserError
-from sampling.prompts import Prompt, iterate_prompts, read_prompt_set, read_prompts
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.prompts.prompt_set import (
+    Prompt,
+    iterate_prompts,
+    read_prompt_set,
+    read_prompts,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -137,7 +142,7 @@ def test_many_prompts_take_little_memory_and_time(tmp_path: Path) -> None:
     (tmp_path / "many.jsonl").write_text(f"{line}\n" * 100_000)
     code = (
         "import resource, sys, time\n"
-        "from sampling.prompts import read_prompt_set\n"
+        "from blackpoint.sampling.prompts.prompt_set import read_prompt_set\n"
         "memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "before, start = memory(), time.process_time()\n"
         "prompts = read_prompt_set(sys.argv[1])\n"

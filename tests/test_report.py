@@ -10,22 +10,21 @@ import pytest
 import torch
 from PIL import Image
 
-from data.files.errors import UserError
-from sampling.evaluation import run_plots
-from sampling.evaluation.black_point import BlackPointConfig
-from sampling.evaluation.black_point_study import Identity, reference_rows, run_study
-from sampling.evaluation.black_point_summary import write_summary
-from sampling.evaluation.digit_reader import DigitReader, save_weights
-from sampling.evaluation.prompt_luminance import prompt_slugs
-from sampling.evaluation.rows import read_rows, write_rows
-from sampling.evaluation.run_page import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.evaluation.black_point import BlackPointConfig
+from blackpoint.sampling.evaluation.black_point_study import Identity, reference_rows, run_study
+from blackpoint.sampling.evaluation.black_point_summary import write_summary
+from blackpoint.sampling.prompts.brightness_target import prompt_slugs
+from blackpoint.sampling.report import training_plots as run_plots
+from blackpoint.sampling.report.rows import read_rows, write_rows
+from blackpoint.sampling.report.training_page import (
     WIDEST_PX,
     at_a_glance,
     chosen_grids,
     embedded,
     run_figures,
 )
-from sampling.evaluation.run_series import (
+from blackpoint.sampling.report.training_series import (
     NUM_STRETCHES,
     bin_label,
     bin_order,
@@ -33,9 +32,10 @@ from sampling.evaluation.run_series import (
     preview_luminance,
     smoothed,
 )
-from scripts.evaluation import digit_captions
-from scripts.report_content import collect, write
-from scripts.run_report import ReportConfig
+from blackpoint.scripts.miniature.digit_reader import DigitReader, save_weights
+from blackpoint.scripts.miniature.evaluation import digit_captions
+from blackpoint.scripts.verbs.report import ReportConfig
+from blackpoint.scripts.verbs.report_content import collect, write
 from tests.digit_painter import load_square_painter
 
 

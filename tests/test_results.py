@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sampling.evaluation.results import Cell, Picture, Results, Value, read_results
-from sampling.evaluation.results_page import render, tables_of, write_results
-from sampling.evaluation.results_plots import scaling_curves, series_of
-from sampling.evaluation.results_tables import (
+from blackpoint.sampling.report.results import Cell, Picture, Results, Value, read_results
+from blackpoint.sampling.report.results_page import render, tables_of, write_results
+from blackpoint.sampling.report.results_plots import scaling_curves, series_of
+from blackpoint.sampling.report.results_tables import (
     Table,
     cells_table,
     metrics_table,
@@ -25,8 +25,8 @@ from sampling.evaluation.results_tables import (
     to_markdown,
     win_matrix,
 )
-from sampling.evaluation.statistics import Estimate
-from scripts.cli import main
+from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.scripts.cli import main
 from tests.waiting import PATIENCE_S
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -366,8 +366,10 @@ def test_the_tables_and_the_page_go_to_wandb(
         def finish(self) -> None:
             sent["finished"] = True
 
-    monkeypatch.setattr("scripts.report_results.start_run", lambda *_: Run())
-    monkeypatch.setattr("scripts.report_results.read_results", lambda _: made_up(tmp_path))
+    monkeypatch.setattr("blackpoint.scripts.verbs.report_results.start_run", lambda *_: Run())
+    monkeypatch.setattr(
+        "blackpoint.scripts.verbs.report_results.read_results", lambda _: made_up(tmp_path)
+    )
     (tmp_path / "sweep.json").write_text("{}")
     assert main(["report", f"run_dir={tmp_path}", "wandb.enabled=true"]) == 0
     assert {"settings", "cells", "wins_score", "report", "finished"} <= set(sent)

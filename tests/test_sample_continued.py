@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sampling import sample
-from sampling.model import DiffusionModel
-from scripts.cli import main
+from blackpoint.sampling import sample
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.scripts.cli import main
 from tests.interrupted_verb import interrupted
 from tests.tiny_pipeline import make_tiny_pipeline
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data.files.errors import RunFailed, UserError
-from sampling.model import DiffusionModel
-from sampling.pictures import caption_grid, to_picture
-from sampling.sample import SampleConfig, read_prompts, sample_to_folder
-from scripts.cli import main
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.runtime.pictures import caption_grid, to_picture
+from blackpoint.sampling.sample import SampleConfig, read_prompts, sample_to_folder
+from blackpoint.scripts.cli import main
 from tests.tiny_pipeline import make_tiny_pipeline
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.grid import SampleState, SamplingGrid, renoise
-from sampling.noise import derive_seed, initial_noise, step_noise
-from sampling.prediction import training_target
-from sampling.samplers import SAMPLERS, check_sampler, run
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.grid import SampleState, SamplingGrid, renoise
+from blackpoint.sampling.noise import derive_seed, initial_noise, step_noise
+from blackpoint.sampling.prediction import training_target
+from blackpoint.sampling.samplers import SAMPLERS, check_sampler, run
 from tests.toy_denoisers import (
     MEAN,
     ZERO_SNR,

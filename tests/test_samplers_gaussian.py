@@ -25,9 +25,9 @@ import math
 import pytest
 from torch.testing import assert_close
 
-from sampling.grid import SampleState, SamplingGrid
-from sampling.noise import step_noise
-from sampling.samplers import SAMPLERS, run
+from blackpoint.sampling.grid import SampleState, SamplingGrid
+from blackpoint.sampling.noise import step_noise
+from blackpoint.sampling.samplers import SAMPLERS, run
 from tests.toy_denoisers import (
     MEAN,
     SD,

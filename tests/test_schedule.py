@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.schedule import NoiseSchedule, rescale_zero_terminal_snr
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.schedule import NoiseSchedule, rescale_zero_terminal_snr
 
 STOCK = {
     "scaled_linear": NoiseSchedule.scaled_linear,

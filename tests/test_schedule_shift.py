@@ -8,12 +8,12 @@ import torch
 from diffusers import DDIMScheduler
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.process import Process
-from sampling.schedule import NoiseSchedule
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.config.schedule_config import ScheduleConfig, ShiftConfig
+from blackpoint.train.target_process import fine_tuned_process
 from tests.test_train_config import config
-from train.process import fine_tuned_process
-from train.schedule_config import ScheduleConfig, ShiftConfig
 
 SD = NoiseSchedule.scaled_linear()
 ZERO_SNR = SD.zero_terminal_snr()

@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.model import DiffusionModel
-from sampling.process import Process
-from sampling.samplers import SAMPLERS
-from sampling.scheduler_config import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.checkpoints.scheduler_config import (
     ABOVE_THE_CLEANEST,
     ALWAYS_LINSPACE,
     ON_THE_LIST,
     SAME_DEFAULTS,
 )
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.samplers import SAMPLERS
 from tests.pixel_models import pixel_model
 from tests.tiny_pipeline import make_tiny_pipeline
 

@@ -12,15 +12,24 @@ import torch
 from scipy import integrate, stats
 from torch.testing import assert_close
 
-from data.files.errors import RunFailed, UserError
-from sampling.guidance import Guidance
-from sampling.noise import seeded_noise
-from sampling.search.algorithms.fk_steering import FkSteeringConfig, fk_steering, systematic
-from sampling.search.algorithms.halving import HalvingConfig, halving, measured_kendall, walk
-from sampling.search.algorithms.paths import PathsConfig, paths
-from sampling.search.algorithms.random_search import RandomSearchConfig, random_search
-from sampling.search.algorithms.zero_order import ZeroOrderConfig, zero_order
-from sampling.search.problem import Neighbour, Problem, Search, Seeded
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.guidance import Guidance
+from blackpoint.sampling.noise import seeded_noise
+from blackpoint.sampling.search.algorithms.fk_steering import (
+    FkSteeringConfig,
+    fk_steering,
+    systematic,
+)
+from blackpoint.sampling.search.algorithms.halving import (
+    HalvingConfig,
+    halving,
+    measured_kendall,
+    walk,
+)
+from blackpoint.sampling.search.algorithms.paths import PathsConfig, paths
+from blackpoint.sampling.search.algorithms.random_search import RandomSearchConfig, random_search
+from blackpoint.sampling.search.algorithms.zero_order import ZeroOrderConfig, zero_order
+from blackpoint.sampling.search.problem import Neighbour, Problem, Search, Seeded
 from tests.search_problems import SHAPE, GaussianModel, linear, pixel_law, runner, scores_of, search
 
 

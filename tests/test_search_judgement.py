@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.evaluation.search_page import read_search
-from sampling.model import DiffusionModel
-from sampling.search.calibration import find_batch_size
-from sampling.search.config import DiversityConfig, SearchConfig
-from sampling.search.run import search_to_folder
-from sampling.verifiers.load import VerifierConfig, load_verifiers
-from sampling.wandb_run import WandbConfig
-from scripts.report_content import write
-from scripts.run_report import ReportConfig
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.report.search_page import read_search
+from blackpoint.sampling.runtime.tracking import WandbConfig
+from blackpoint.sampling.search.calibration import find_batch_size
+from blackpoint.sampling.search.config import DiversityConfig, SearchConfig
+from blackpoint.sampling.search.run import search_to_folder
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifiers
+from blackpoint.scripts.verbs.report import ReportConfig
+from blackpoint.scripts.verbs.report_content import write
 from tests.search_problems import runner
 from tests.tiny_vision import make_tiny_clip
 
@@ -73,7 +73,7 @@ def test_a_hacked_verifier_sets_off_the_alarm(
 
 
 def luminance(image: torch.Tensor) -> float:
-    from sampling.evaluation.luminance import image_luminance
+    from blackpoint.sampling.evaluation.luminance import image_luminance
 
     return float(image_luminance(image[None]))
 
@@ -129,7 +129,7 @@ def test_a_batch_size_that_is_found_changes_no_choice(pipeline: Path, tmp_path: 
 
 def test_memory_that_ends_bounds_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     one = runner(1)
-    monkeypatch.setattr("sampling.search.calibration.LEAST_GAIN", 0.0)
+    monkeypatch.setattr("blackpoint.sampling.search.calibration.LEAST_GAIN", 0.0)
 
     def rehearse(batch: list[Any]) -> None:
         if len(batch) > 16:

@@ -10,26 +10,26 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.grid import Prediction, SampleState, SamplingGrid
-from sampling.guidance import Guidance
-from sampling.inversion import Inverter, invert
-from sampling.model import DiffusionModel
-from sampling.noise import seeded_noise
-from sampling.samplers import run
-from sampling.search.algorithms.noise_optimisation import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.grid import Prediction, SampleState, SamplingGrid
+from blackpoint.sampling.guidance import Guidance
+from blackpoint.sampling.inversion import Inverter, invert
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.noise import seeded_noise
+from blackpoint.sampling.samplers import run
+from blackpoint.sampling.search.algorithms.noise_optimisation import (
     NoiseOptimisationConfig,
     noise_optimisation,
     rate,
 )
-from sampling.search.config import SearchConfig
-from sampling.search.driver import PromptSearch
-from sampling.search.gradients import checkpointed, fixed_inverse, through_the_run
-from sampling.search.problem import Problem
-from sampling.search.run import search_to_folder
-from sampling.search.runner import SearchSampling, TrialRunner
-from sampling.verifiers.load import VerifierConfig, load_verifier
-from sampling.verifiers.stability import Stability
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.driver import PromptSearch
+from blackpoint.sampling.search.gradients import checkpointed, fixed_inverse, through_the_run
+from blackpoint.sampling.search.problem import Problem
+from blackpoint.sampling.search.run import search_to_folder
+from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.sampling.verifiers.stability import Stability
 from tests.search_problems import GaussianModel, search
 from tests.toy_denoisers import ZERO_SNR, reader
 

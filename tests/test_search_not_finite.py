@@ -11,26 +11,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from sampling.evaluation.frechet import Gaussian
-from sampling.evaluation.plain import number, recorded
-from sampling.grid import SamplingGrid
-from sampling.inversion import Inverter, invert
-from sampling.search.algorithms.fk_steering import FkSteeringConfig, fk_steering
-from sampling.search.algorithms.halving import HalvingConfig, halving, measured_kendall, walk
-from sampling.search.algorithms.noise_optimisation import (
+from blackpoint.data.files.plain import number, recorded
+from blackpoint.sampling.grid import SamplingGrid
+from blackpoint.sampling.inversion import Inverter, invert
+from blackpoint.sampling.search.algorithms.fk_steering import FkSteeringConfig, fk_steering
+from blackpoint.sampling.search.algorithms.halving import (
+    HalvingConfig,
+    halving,
+    measured_kendall,
+    walk,
+)
+from blackpoint.sampling.search.algorithms.noise_optimisation import (
     NoiseOptimisationConfig,
     noise_optimisation,
 )
-from sampling.search.algorithms.paths import PathsConfig, paths
-from sampling.search.algorithms.random_search import RandomSearchConfig, random_search
-from sampling.search.algorithms.zero_order import ZeroOrderConfig, zero_order
-from sampling.search.config import DiversityConfig
-from sampling.search.driver import PromptSearch
-from sampling.search.judgement import alarms, judge
-from sampling.search.problem import Outcome, Problem, Search, Seeded, Trial
-from sampling.search.runner import TrialRunner
-from sampling.verifiers.ensemble import combined
-from sampling.verifiers.oracle import Oracle
+from blackpoint.sampling.search.algorithms.paths import PathsConfig, paths
+from blackpoint.sampling.search.algorithms.random_search import RandomSearchConfig, random_search
+from blackpoint.sampling.search.algorithms.zero_order import ZeroOrderConfig, zero_order
+from blackpoint.sampling.search.config import DiversityConfig
+from blackpoint.sampling.search.driver import PromptSearch
+from blackpoint.sampling.search.judge import alarms, judge
+from blackpoint.sampling.search.problem import Outcome, Problem, Search, Seeded, Trial
+from blackpoint.sampling.search.runner import TrialRunner
+from blackpoint.sampling.statistics.frechet import Gaussian
+from blackpoint.sampling.verifiers.ensemble import combined
+from blackpoint.sampling.verifiers.oracle import Oracle
 from tests.search_problems import GaussianModel, Scored, linear, runner, scores_of, search
 from tests.toy_denoisers import ZERO_SNR, noise_of, reader
 

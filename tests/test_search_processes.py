@@ -13,12 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.files.errors import RunFailed, UserError
-from sampling.search.config import SearchConfig
-from sampling.search.parts import forget_stop, share_of, stopped, tell_stop, wait_until
-from sampling.search.run import search_to_folder
-from sampling.tasks import Task
-from sampling.verifiers.load import VerifierConfig
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.runtime.sharing import (
+    forget_stop,
+    share_of,
+    stopped,
+    tell_stop,
+    wait_until,
+)
+from blackpoint.sampling.runtime.tasks import Task
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.run import search_to_folder
+from blackpoint.sampling.verifiers.load import VerifierConfig
 from tests.waiting import names_in, wait_for
 from tests.warm_verb import WarmVerb
 
@@ -197,7 +203,7 @@ def test_a_verifier_of_sets_wants_one_process(pipeline: Path, tmp_path: Path) ->
 
 
 def test_two_commands_do_not_write_into_one_folder(pipeline: Path, tmp_path: Path) -> None:
-    from sampling.search.journal import Journal
+    from blackpoint.sampling.search.journal import Journal
 
     journal = Journal(tmp_path)
     with pytest.raises(UserError, match="another process is searching there"):

@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.model import DiffusionModel
-from sampling.search.config import SearchConfig
-from sampling.search.run import search_to_folder
-from sampling.verifiers.load import VerifierConfig
-from scripts.cli import main
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.run import search_to_folder
+from blackpoint.sampling.verifiers.load import VerifierConfig
+from blackpoint.scripts.cli import main
 
 SELF = VerifierConfig(kind="self_supervised", checkpoint="features")
 ORACLE = VerifierConfig(kind="oracle", checkpoint="features", metric="is")
@@ -124,7 +124,7 @@ def test_the_same_command_continues_and_another_is_refused(
     pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = search_to_folder(config(pipeline, tmp_path / "whole"))
-    from sampling.search import journal
+    from blackpoint.sampling.search import journal
 
     class Killed(Exception):
         pass

@@ -2,9 +2,9 @@
 
 import pytest
 
-from data.files.errors import UserError
-from sampling.choices import MAX_SEED, check_seed
-from scripts.cli import main
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.choices import MAX_SEED, check_seed
+from blackpoint.scripts.cli import main
 
 VERIFIER = "verifiers.a.kind=luminance"
 GIVEN = {
@@ -44,8 +44,8 @@ def test_the_last_of_several_seeds_counts(capsys) -> None:
 
 
 def test_seeds_that_rows_cannot_keep_are_refused_before_sampling(tmp_path) -> None:
-    from sampling.evaluation.metrics_painter import jobs_of
-    from sampling.prompts import Prompt
+    from blackpoint.sampling.evaluation.generate import jobs_of
+    from blackpoint.sampling.prompts.prompt_set import Prompt
 
     jobs = jobs_of([Prompt("a")], 2, 2**63 - 2)
     assert [job.seed for job in jobs] == [2**63 - 2, 2**63 - 1]

@@ -19,19 +19,19 @@ import torch
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-from sampling.search.config import SearchConfig
-from sampling.search.run import search_to_folder
-from scripts.config import load
-from scripts.frozen import CODE, ROOT
-from scripts.requeue import STOPPED, read_starts
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.run import search_to_folder
+from blackpoint.scripts.cluster.frozen import CODE, ROOT
+from blackpoint.scripts.cluster.requeue import STOPPED, read_starts
+from blackpoint.scripts.config import load
+from blackpoint.train.encode.config import EncodeConfig
+from blackpoint.train.encode.encode import encode
+from blackpoint.train.records.metrics_file import read_metrics
+from blackpoint.train.records.run_directory import newest_step
 from tests.slurm_cluster import MARKS, Cluster, wait_until
 from tests.tiny_encode import tree
 from tests.tiny_run import make_tiny_shards, tiny_config
 from tests.waiting import names_in
-from train.encode import encode
-from train.encode_config import EncodeConfig
-from train.metrics_file import read_metrics
-from train.run_directory import newest_step
 
 pytestmark = MARKS
 NUM_STEPS = 40
@@ -129,7 +129,7 @@ def test_time_limit_signal_requeues_on_two_nodes_with_the_code_of_the_first_star
     job = submit(cluster, checkout, *TWO_NODES)
     run_dir = checkout / "runs" / f"tiny-{job}"
     wait_for_step(checkout, run_dir)
-    for edited in ("train/run.py", "scripts/slurm_job.py", "slurm/launch.py"):
+    for edited in ("train/run.py", "scripts/cluster/slurm_job.py", "slurm/launch.py"):
         (checkout / edited).write_text("raise SystemExit('edited')\n")
     (checkout / "tiny.yaml").write_text("seed: 7\n")
     cluster.run("scancel", "--signal=USR1", job)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from data.files.errors import UserError
-from data.files.signals import RESUMABLE_STATUS
-from scripts import slurm_allocation, slurm_job
-from scripts.frozen import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.signals import RESUMABLE_STATUS
+from blackpoint.scripts.cluster import slurm_allocation, slurm_job
+from blackpoint.scripts.cluster.frozen import (
     CODE,
     ROOT,
     freeze,
@@ -23,7 +23,7 @@ from scripts.frozen import (
     remove_unused,
     unfreeze,
 )
-from scripts.requeue import (
+from blackpoint.scripts.cluster.requeue import (
     MAX_FRUITLESS,
     MAX_RESTARTS,
     RECORD,
@@ -32,9 +32,9 @@ from scripts.requeue import (
     record_start,
     requeue,
 )
-from scripts.requeue_study import Requeue, RequeueStudyConfig, page
-from scripts.slurm_allocation import expand, read_allocation, rendezvous
-from scripts.slurm_job import config_of_job, train_job
+from blackpoint.scripts.cluster.slurm_allocation import expand, read_allocation, rendezvous
+from blackpoint.scripts.cluster.slurm_job import config_of_job, train_job
+from blackpoint.scripts.measurements.requeue_study import Requeue, RequeueStudyConfig, page
 from tests.tiny_run import tiny_config
 
 JOB = {

@@ -38,7 +38,7 @@ def test_killed_cells_are_continued_and_finished_ones_left_alone(
         cluster.start()
         settings = ["config=sweep.yaml", "num_kills=3", "at_once=4", "timeout_s=3000"]
         done = subprocess.run(
-            [sys.executable, "-m", "scripts.sweep_study", *settings],
+            [sys.executable, "-m", "blackpoint.scripts.studies.sweep_study", *settings],
             cwd=checkout,
             env=cluster.environment | {"OMP_NUM_THREADS": "1"},
             capture_output=True,

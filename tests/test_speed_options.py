@@ -16,14 +16,14 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch.testing import assert_close
 
-import train.run
-from data.files.errors import UserError
-from sampling.model import DiffusionModel
-from sampling.speed import prepare_unet
+import blackpoint.train.run
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.runtime.speed import prepare_unet
+from blackpoint.train.module import FineTuner
+from blackpoint.train.records.metrics_file import read_metrics
 from tests.speed_stand_ins import EightBitStandIn, attention_stand_in, calls, install
 from tests.tiny_run import tiny_config
-from train.metrics_file import read_metrics
-from train.module import FineTuner
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "bf16-mixed": {"trainer.precision": "bf16-mixed"},
@@ -49,13 +49,17 @@ NO_COMPILER = "there is no C++ compiler (g++) for torch.compile"
 
 @pytest.fixture(autouse=True)
 def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
 
 
 @pytest.fixture(scope="module")
 def plain(pipeline: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+        patch.setattr(
+            blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+        )
         return two_steps(tmp_path_factory.mktemp("plain"), pipeline, shards)
 
 
@@ -63,7 +67,7 @@ def two_steps(folder: Path, pipeline: Path, shards: Path, **options: Any) -> dic
     """Trains two steps and returns their losses and the checkpoint."""
     length = {"trainer.max_steps": 2, "trainer.validate_every_steps": 0}
     config = tiny_config(folder / "run", pipeline, shards, **length, **options)
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     metrics = read_metrics(folder / "run" / "metrics.csv")
     saved = torch.load(folder / "run/checkpoints/step_00000002.ckpt", weights_only=True)
     return {"losses": [loss for _, loss in metrics["train/loss"]], "saved": saved}
@@ -180,9 +184,9 @@ def test_compiled_run_resumes_to_the_bit_validates_previews_and_exports(
     pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With gradient checkpointing, channels_last and the average swapped in and out."""
-    from sampling.export import export
+    from blackpoint.sampling.export.export import export
 
-    monkeypatch.setattr(train.run, "export", export)
+    monkeypatch.setattr(blackpoint.train.run, "export", export)
     options = {
         "trainer.compile": True,
         "trainer.channels_last": True,
@@ -203,9 +207,9 @@ def test_compiled_run_resumes_to_the_bit_validates_previews_and_exports(
             with pytest.MonkeyPatch.context() as patch:
                 stop_at(patch, step=3)
                 with pytest.raises(KeyError, match="killed"):
-                    train.run.fit(config)
+                    blackpoint.train.run.fit(config)
             torch.compiler.reset()  # as in a new process
-        assert train.run.fit(config) == 0
+        assert blackpoint.train.run.fit(config) == 0
         path = tmp_path / name / "checkpoints" / "step_00000004.ckpt"
         saved[name] = torch.load(path, weights_only=True)
         assert (tmp_path / name / "export" / "model_index.json").is_file()
@@ -243,8 +247,8 @@ def test_fp16_training_scales_and_unscales_once(
         plugin = MixedPrecision("16-mixed", "cpu")  # type: ignore[arg-type]
         return lightning.pytorch.Trainer(plugins=[*plugins, plugin], **others)
 
-    monkeypatch.setattr("train.device.check_device", lambda config, device: None)
-    monkeypatch.setattr("train.trainer.Trainer", trainer)
+    monkeypatch.setattr("blackpoint.train.cluster.device.check_device", lambda config, device: None)
+    monkeypatch.setattr("blackpoint.train.callbacks.trainer.Trainer", trainer)
     options = {"optimizer.name": name, "trainer.precision": "16-mixed"}
     found = two_steps(tmp_path, pipeline, shards, **options)
     assert found["losses"] == pytest.approx(plain["losses"], rel=1e-2)

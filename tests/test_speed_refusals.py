@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import train.run
-from data.files.errors import UserError
-from sampling.model import DiffusionModel
-from sampling.precision import check_dtype, check_tf32, set_tf32
-from sampling.speed import head_widths, prepare_unet
+import blackpoint.train.run
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.runtime.precision import check_dtype, check_tf32, set_tf32
+from blackpoint.sampling.runtime.speed import head_widths, prepare_unet
+from blackpoint.train.cluster.device import check_count, check_device
 from tests.speed_stand_ins import EightBitStandIn, attention_stand_in, calls, install
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import tiny_config
-from train.device import check_count, check_device
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +139,11 @@ def test_more_devices_than_gpus_are_refused_before_anything_is_written(
     config = config_of(**{"trainer.devices": 2})
     config.run_dir = str(tmp_path / "run")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("train.device.training_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(
+        "blackpoint.train.cluster.device.training_device", lambda: torch.device("cuda")
+    )
     with pytest.raises(UserError, match="trainer.devices=2 needs 2 GPUs.*sees 1; set .*devices=1"):
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
     assert not list(tmp_path.iterdir())
     check_count(config, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

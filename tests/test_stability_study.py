@@ -15,10 +15,9 @@ import torch
 from scipy import stats
 from torchmetrics.image.kid import poly_mmd
 
-from sampling.evaluation.kernel_distance import kernel_distance
-from sampling.evaluation.stability import StabilityStudyConfig
-from sampling.evaluation.stability_arms import Place, Prices, arms, places
-from sampling.evaluation.stability_findings import (
+from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
+from blackpoint.sampling.evaluation.stability_arms import Place, Prices, arms, places
+from blackpoint.sampling.evaluation.stability_findings import (
     ablation,
     best_of,
     cheaper,
@@ -28,9 +27,10 @@ from sampling.evaluation.stability_findings import (
     counts,
     expected_of_best,
 )
-from sampling.evaluation.stability_rows import Ascent, Found, Noises
-from sampling.verifiers.load import VerifierConfig
-from scripts.cli import main
+from blackpoint.sampling.evaluation.stability_rows import Ascent, Found, Noises
+from blackpoint.sampling.statistics.kernel_distance import kernel_distance
+from blackpoint.sampling.verifiers.load import VerifierConfig
+from blackpoint.scripts.cli import main
 
 QUALITY = {"dark": VerifierConfig(kind="luminance", target=0.0)}
 QUALITY["border"] = VerifierConfig(kind="luminance", target=0.0, where="border")
@@ -227,7 +227,7 @@ def arguments(pipeline: Path, output: Path, reference: Path, *more: str) -> list
 
 
 def make_references(folder: Path) -> Path:
-    from sampling.pictures import to_picture
+    from blackpoint.sampling.runtime.pictures import to_picture
 
     folder.mkdir()
     for number, image in enumerate(torch.rand(4, 3, 16, 16)):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.bench_startup import required_keys
-from scripts.cli import VERBS
+from blackpoint.scripts.bench.startup import required_keys
+from blackpoint.scripts.cli import VERBS
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import make_tiny_shards
 
@@ -23,7 +23,7 @@ TRAINING = {"lightning", "pytorch_lightning", "wandb", "webdataset", "bitsandbyt
 PLOTS = {"matplotlib"}
 CODE = """
 import sys
-from scripts.cli import main
+from blackpoint.scripts.cli import main
 status = main(sys.argv[1:])
 print("imported:", *sorted({name.partition(".")[0] for name in sys.modules}))
 sys.exit(status)
@@ -75,7 +75,7 @@ def test_packing_and_checking_shards_never_import_torch(image_folder: Path, tmp_
 
 
 def test_encoding_imports_no_trainer(tmp_path: Path) -> None:
-    """Importing data.module would: it is a LightningDataModule."""
+    """Importing blackpoint.data.module would: it is a LightningDataModule."""
     base, shards = make_tiny_pipeline(tmp_path / "base"), make_tiny_shards(tmp_path / "images", 3)
     settings = {"source": shards, "checkpoint": base, "output": tmp_path / "latents"}
     settings |= {"resolution": 16, "num_workers": 0}

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from data.files.errors import Resumable, UserError
-from data.files.signals import deferred, received, stop_if_asked, stoppable
+from blackpoint.data.files.errors import Resumable, UserError
+from blackpoint.data.files.signals import deferred, received, stop_if_asked, stoppable
 
 
 def interrupted_in_a_library(number: int) -> None:
@@ -103,7 +103,7 @@ def test_what_tidies_up_is_not_stopped_again(
             os.kill(os.getpid(), signal.SIGUSR1)
             stop_if_asked()
         finally:
-            monkeypatch.setattr("data.files.signals.NO_SAFE_POINT_S", 0.0)
+            monkeypatch.setattr("blackpoint.data.files.signals.NO_SAFE_POINT_S", 0.0)
             os.kill(os.getpid(), signal.SIGTERM)
             tidied.append(True)
     assert tidied

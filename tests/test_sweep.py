@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from sampling.evaluation.metrics_summary import read_summary
-from scripts import sweep_runner
-from scripts.cli import main
-from scripts.run_sweep import share_of_element
-from scripts.sweep_cells import trainings_of
-from scripts.sweep_runner import log_of, read_cell
+from blackpoint.sampling.evaluation.summary import read_summary
+from blackpoint.scripts.cli import main
+from blackpoint.scripts.sweep import runner as sweep_runner
+from blackpoint.scripts.sweep.cells import trainings_of
+from blackpoint.scripts.sweep.runner import log_of, read_cell
+from blackpoint.scripts.verbs.sweep import share_of_element
 from tests.tiny_sweep import EVALUATE, cells, sweep
 from tests.waiting import PATIENCE_S, names_in, wait_for
 from tests.warm_verb import WarmVerb
@@ -299,7 +299,7 @@ def test_stopped_it_says_so_and_goes_on(pipeline: Path, tmp_path: Path) -> None:
     grid = {"evaluate.seed": [0, 1]}
     path = sweep(tmp_path, evaluate={**with_model(pipeline), "num_images": 16}, grid=grid)
     process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.cli", "sweep", str(path)],
+        [sys.executable, "-m", "blackpoint.scripts.cli", "sweep", str(path)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

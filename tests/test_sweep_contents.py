@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from scripts import content_digest
-from scripts.content_digest import BLOCK_BYTES, NUM_PIECES, PIECE_BYTES, digest_of_weights
+from blackpoint.scripts.sweep import content_digest
+from blackpoint.scripts.sweep.content_digest import (
+    BLOCK_BYTES,
+    NUM_PIECES,
+    PIECE_BYTES,
+    digest_of_weights,
+)
 from tests.tiny_sweep import EVALUATE, cells
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from data.files.errors import UserError
-from scripts import sweep_runner
-from scripts.cli import main
-from scripts.sweep_runner import LOCK, read_cell
+from blackpoint.data.files.errors import UserError
+from blackpoint.scripts.cli import main
+from blackpoint.scripts.sweep import runner as sweep_runner
+from blackpoint.scripts.sweep.runner import LOCK, read_cell
+from blackpoint.train.records.run_lock import RunLock
 from tests.tiny_sweep import EVALUATE, cells, sweep
 from tests.waiting import wait_for
-from train.run_lock import RunLock
 
 MODEL = {**EVALUATE, "checkpoint": "model"}
 SLEEPS = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(3600)"

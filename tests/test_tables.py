@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.captions import captioned_files, find_captions
-from data.files.tables import BadTable, csv_rows
-from sampling.prompts import read_prompts
-from scripts.cli import main
+from blackpoint.data.files.tables import BadTable, csv_rows
+from blackpoint.data.pack.captions import captioned_files, find_captions
+from blackpoint.sampling.prompts.prompt_set import read_prompts
+from blackpoint.scripts.cli import main
 from tests.data_images import encoded, picture
 
 CELLS = st.text(st.characters(exclude_characters="\0\r", exclude_categories=("Cs",)), max_size=12)

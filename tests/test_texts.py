@@ -13,13 +13,13 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sampling.config import SampleConfig
-from sampling.prompts import read_prompts
-from sampling.search.config import SearchConfig
-from scripts.cli import main
-from scripts.config import load, to_yaml
-from scripts.config_fields import fields_of, is_text
-from scripts.sweep_config import SweepConfig
+from blackpoint.sampling.options import SampleConfig
+from blackpoint.sampling.prompts.prompt_set import read_prompts
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.scripts.cli import main
+from blackpoint.scripts.config import load, to_yaml
+from blackpoint.scripts.config_fields import fields_of, is_text
+from blackpoint.scripts.sweep.config import SweepConfig
 from tests.tiny_pipeline import make_tiny_pipeline
 
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)))
@@ -90,10 +90,10 @@ def test_every_text_field_takes_any_text(verb: str) -> None:
     """Choices and paths aside, which have rules of their own."""
     import importlib
 
-    from data.files.paths import Holds
-    from scripts.cli import VERBS
-    from scripts.config_fields import container_of, holds, item_hint
-    from scripts.config_values import Texts, parse
+    from blackpoint.data.files.paths import Holds
+    from blackpoint.scripts.cli import VERBS
+    from blackpoint.scripts.config_fields import container_of, holds, item_hint
+    from blackpoint.scripts.config_values import Texts, parse
 
     config_class = importlib.import_module(VERBS[verb][0]).config_class()
     for path, field in fields_of(config_class).items():
@@ -190,8 +190,8 @@ def test_the_prompt_that_is_sampled_is_the_one_that_was_typed(tmp_path: Path, te
 
 
 def test_a_search_of_any_prompt_is_continued(tmp_path: Path) -> None:
-    from sampling.prompts import Prompt
-    from sampling.search.folder import SETTINGS, check_folder
+    from blackpoint.sampling.prompts.prompt_set import Prompt
+    from blackpoint.sampling.search.folder import SETTINGS, check_folder
 
     config = load(
         SearchConfig,

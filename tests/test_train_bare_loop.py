@@ -2,7 +2,7 @@
 
 The loop is plain torch over the classes of diffusers and transformers. Of the product it takes what
 is a contract, not mathematics: which samples come in which order with which captions (`data`), and
-the draws of t, eps and the posterior's noise (`train.draws`).
+the draws of t, eps and the posterior's noise (`blackpoint.train.draws`).
 """
 
 import subprocess
@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-import train.run
-from data.module import CaptionedImages
+import blackpoint.train.run
+from blackpoint.data.module import CaptionedImages
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.draws import draw
 from tests.tiny_run import load_checkpoint, tiny_config
-from train.config import TrainConfig
-from train.draws import draw
 
 pytestmark = pytest.mark.slow
 
@@ -125,12 +125,14 @@ def test_training_makes_the_weights_and_the_average_of_a_bare_loop(
     config = tiny_config(tmp_path / "run", pipeline, shards, **SETTINGS | MODES[mode])
     assert (config.batch_size, config.ema.decay, config.optimizer.warmup_steps) == (4, 0.9, 2)
     if config.trainer.devices == 1:
-        monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
-        assert train.run.fit(config) == 0
+        monkeypatch.setattr(
+            blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+        )
+        assert blackpoint.train.run.fit(config) == 0
     else:
         yaml = tmp_path / "run.yaml"
         yaml.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        command = [sys.executable, "-m", "scripts.cli", "train", str(yaml)]
+        command = [sys.executable, "-m", "blackpoint.scripts.cli", "train", str(yaml)]
         assert subprocess.run(command, timeout=300).returncode == 0
     saved = load_checkpoint(tmp_path / "run", config.trainer.max_steps)
     expected = bare_loop(config, pipeline)

@@ -10,23 +10,23 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-import train.base_identity
-import train.run
-from data.files.errors import UserError
-from sampling.model import DiffusionModel
-from tests.pixel_models import pixel_model
-from tests.tiny_run import Killed, assert_same_run, kill, stop_in_step, tiny_config
-from train.base_identity import base_differences, base_identity
-from train.config import TrainConfig
-from train.continuing import check_continues
-from train.run_directory import (
+import blackpoint.train.records.base_identity
+import blackpoint.train.run
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.records.base_identity import base_differences, base_identity
+from blackpoint.train.records.continuing import check_continues
+from blackpoint.train.records.run_directory import (
     IDENTITY,
     RunRecord,
     read_identity,
     write_identity,
     write_records,
 )
-from train.run_identity import check_same_base
+from blackpoint.train.records.run_identity import check_same_base
+from tests.pixel_models import pixel_model
+from tests.tiny_run import Killed, assert_same_run, kill, stop_in_step, tiny_config
 
 LONG_AGO = (1e9, 1e9)
 
@@ -92,13 +92,13 @@ def test_a_base_is_read_again_only_where_its_files_look_otherwise(
 ) -> None:
     read: list[str] = []
     for name in ("unet_digest", "vae_digest", "text_encoder_digest", "tokenizer_digest"):
-        real = getattr(train.base_identity, name)
+        real = getattr(blackpoint.train.records.base_identity, name)
 
         def count(*of: Any, name: str = name, real: Any = real, **more: Any) -> str:
             read.append(name)
             return real(*of, **more)
 
-        monkeypatch.setattr(train.base_identity, name, count)
+        monkeypatch.setattr(blackpoint.train.records.base_identity, name, count)
     base, said = copied(pipeline, tmp_path / "base"), list[str]()
     first = base_identity(config_of(base), say=said.append)
     assert len(read) == 4 and len(said) == 1 and "read the base" in said[0]
@@ -133,27 +133,29 @@ def test_a_base_is_the_same_in_another_form(pipeline: Path, tmp_path: Path) -> N
 def test_a_resume_finds_its_base_at_another_place_and_refuses_another(
     pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
     base = copied(pipeline, tmp_path / "base")
     config = tiny_config(tmp_path / "run", base, shards)
     with pytest.MonkeyPatch.context() as patch:
         stop_in_step(patch, 4, kill)
         with pytest.raises(Killed):
-            train.run.fit(config)
+            blackpoint.train.run.fit(config)
     moved = base.rename(tmp_path / "moved")
     changed = copied(moved, base)
     CHANGES["VAE"](changed)
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("[!.]*.*")}
     with pytest.raises(UserError, match=r"run of another base: checkpoint=.*/base .* another VAE;"):
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
     assert {path: path.read_bytes() for path in before} == before
     elsewhere = tiny_config(tmp_path / "run", moved, shards)
-    assert train.run.fit(elsewhere) == 0
-    assert train.run.fit(tiny_config(tmp_path / "unbroken", moved, shards)) == 0
+    assert blackpoint.train.run.fit(elsewhere) == 0
+    assert blackpoint.train.run.fit(tiny_config(tmp_path / "unbroken", moved, shards)) == 0
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")
-    assert train.run.fit(elsewhere) == 0
+    assert blackpoint.train.run.fit(elsewhere) == 0
     with pytest.raises(UserError, match="run of another base"):  # of a finished run, too
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
 
 
 def test_a_run_without_a_record_is_adopted_once_where_its_base_was(
@@ -214,16 +216,16 @@ def test_a_run_that_has_only_its_export_left_to_do_compares_what_is_named_anew(
     pipeline: Path, shards: Path, tmp_path: Path
 ) -> None:
     values = {"trainer.max_steps": 1}
-    assert train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **values)) == 0
+    assert blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **values)) == 0
     shutil.rmtree(tmp_path / "run" / "export")
     other = shutil.copytree(pipeline, tmp_path / "other")
     change_weight(other, "vae")
     before = (tmp_path / "run" / "config.yaml").read_text()
     with pytest.raises(UserError, match="another VAE"):
-        train.run.fit(tiny_config(tmp_path / "run", other, shards, **values))
+        blackpoint.train.run.fit(tiny_config(tmp_path / "run", other, shards, **values))
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     shutil.rmtree(other / "tokenizer")
     with pytest.raises(UserError, match="is no whole base|tokenizer is missing"):
-        train.run.fit(tiny_config(tmp_path / "run", other, shards, **values))
-    assert train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **values)) == 0
+        blackpoint.train.run.fit(tiny_config(tmp_path / "run", other, shards, **values))
+    assert blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **values)) == 0
     assert (tmp_path / "run" / "export").is_dir()

@@ -16,14 +16,19 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import train.run
-from data.files.errors import RunFailed, UserError
-from sampling.checkpoint import last_checkpoint
+import blackpoint.train.run
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.checkpoints.resolve import last_checkpoint
+from blackpoint.train.callbacks.checkpoints import (
+    AtomicCheckpointIO,
+    checkpoint_steps,
+    damage,
+    read_best,
+)
+from blackpoint.train.config.config import TrainConfig
 from tests.interrupted_verb import interrupt_at_change
 from tests.tiny_run import Killed, assert_same_run, kill, stop_in_step, tiny_config
 from tests.warm_verb import WarmVerb
-from train.checkpoints import AtomicCheckpointIO, checkpoint_steps, damage, read_best
-from train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports have their own tests."""
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +46,10 @@ def unbroken(pipeline: Path, shards: Path, tmp_path_factory: pytest.TempPathFact
     """A run of 6 steps that nothing disturbed."""
     run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
-        train.run.fit(every_two(run_dir, pipeline, shards))
+        patch.setattr(
+            blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+        )
+        blackpoint.train.run.fit(every_two(run_dir, pipeline, shards))
     return run_dir
 
 
@@ -53,7 +62,7 @@ def stop_at(step: int, config: TrainConfig) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         stop_in_step(patch, step, kill)
         with pytest.raises(Killed):
-            train.run.fit(config)
+            blackpoint.train.run.fit(config)
     return Path(config.run_dir)
 
 
@@ -79,7 +88,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     run_dir = stop_at(5, config)
     assert list(checkpoint_steps(run_dir / "checkpoints")) == [2, 4]
     spoil(run_dir / "checkpoints/step_00000004.ckpt")
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     told = capsys.readouterr().err
     assert "WARNING" in told and "step_00000004.ckpt is damaged" in told
     assert "going on from step 2" in told
@@ -91,10 +100,10 @@ def test_damage_of_the_last_step_is_mended_too(
     unbroken: Path, pipeline: Path, shards: Path, tmp_path: Path
 ) -> None:
     config = every_two(tmp_path / "run", pipeline, shards)
-    train.run.fit(config)
+    blackpoint.train.run.fit(config)
     (tmp_path / "run/export").rmdir()
     truncate(tmp_path / "run/checkpoints/step_00000006.ckpt")
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     assert_same_run(tmp_path / "run", unbroken)
 
 
@@ -106,7 +115,7 @@ def test_a_run_of_damaged_checkpoints_only_says_what_to_remove(
     for path in checkpoint_steps(run_dir / "checkpoints").values():
         truncate(path)
     with pytest.raises(UserError, match="every checkpoint is damaged .*remove .*checkpoints"):
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
 
 
 def test_a_whole_checkpoint_shows_no_damage(unbroken: Path, tmp_path: Path) -> None:
@@ -146,11 +155,11 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_one_before(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", failing)
         with pytest.raises(RunFailed, match=f"{os.strerror(error)}. Step 2 is kept.*same command"):
-            train.run.fit(config)
+            blackpoint.train.run.fit(config)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [
         "step_00000002.ckpt"
     ]
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     assert_same_run(tmp_path / "run", unbroken)
 
 
@@ -163,7 +172,7 @@ def test_a_disk_that_is_really_full(pipeline: Path, shards: Path, tmp_path: Path
         pytest.skip("needs root to mount a small disk")
     try:
         with pytest.raises(RunFailed, match="No space left on device") as caught:
-            train.run.fit(every_two(disk / "run", pipeline, shards))
+            blackpoint.train.run.fit(every_two(disk / "run", pipeline, shards))
         assert "same command continues" in str(caught.value)
         assert not list((disk / "run").rglob("*.tmp"))
     finally:
@@ -175,7 +184,7 @@ def test_the_best_checkpoint_is_kept_and_named(
 ) -> None:
     losses = {1: 0.5, 2: 0.2, 3: 0.4, 4: 0.3, 5: 0.9, 6: 0.8}
     monkeypatch.setattr(
-        "train.validation.ValidationLoss.measure",
+        "blackpoint.train.callbacks.validation.ValidationLoss.measure",
         lambda self, trainer, module: {"validation/loss": losses[trainer.global_step]},
     )
     settings = {
@@ -187,7 +196,7 @@ def test_the_best_checkpoint_is_kept_and_named(
     config = tiny_config(tmp_path / "run", pipeline, shards, **settings)
     run_dir = stop_at(4, config)
     assert list(checkpoint_steps(run_dir / "checkpoints")) == [2, 4]
-    train.run.fit(config)
+    blackpoint.train.run.fit(config)
     assert list(checkpoint_steps(run_dir / "checkpoints")) == [2, 6]
     assert json.loads((run_dir / "checkpoints/best.json").read_text()) == {
         "step": 2,
@@ -196,7 +205,7 @@ def test_the_best_checkpoint_is_kept_and_named(
     without = tiny_config(
         tmp_path / "without", pipeline, shards, **settings, **{"trainer.keep_best": False}
     )
-    train.run.fit(without)
+    blackpoint.train.run.fit(without)
     assert list(checkpoint_steps(tmp_path / "without/checkpoints")) == [6]
 
 
@@ -224,8 +233,8 @@ def test_a_run_directory_has_one_process(
     with (run_dir / ".lock").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match='in use by another process.*"host".*another run_dir'):
-            train.run.fit(config)
-    assert train.run.fit(config) == 0
+            blackpoint.train.run.fit(config)
+    assert blackpoint.train.run.fit(config) == 0
     assert_same_run(run_dir, unbroken)
 
 
@@ -242,14 +251,14 @@ def test_two_starts_at_once_do_not_share_a_new_directory(
         fcntl.flock(files[0], fcntl.LOCK_EX)
         return ""
 
-    prepare = train.run.CaptionedImages.setup
+    prepare = blackpoint.train.run.CaptionedImages.setup
     monkeypatch.setattr(
-        train.run.CaptionedImages,
+        blackpoint.train.run.CaptionedImages,
         "setup",
         lambda self, stage: (other_was_faster(config), prepare(self, stage))[1],
     )
     with pytest.raises(UserError, match="in use by another process"):
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     files[0].close()
 
@@ -261,13 +270,13 @@ def test_a_file_system_without_locks_is_used_and_said(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    assert train.run.fit(every_two(tmp_path / "run", pipeline, shards)) == 0
+    assert blackpoint.train.run.fit(every_two(tmp_path / "run", pipeline, shards)) == 0
     assert "can't be locked (No locks available)" in capsys.readouterr().err
 
 
 def without_export_but(function: Callable[..., None], *arguments: Any) -> None:
     """Prepares a process of its own: exports have their own tests there too."""
-    train.run.export = lambda source, output, weights: output.mkdir()  # type: ignore[assignment]
+    blackpoint.train.run.export = lambda source, output, weights: output.mkdir()  # type: ignore[assignment]
     function(*arguments)
 
 
@@ -283,7 +292,7 @@ def test_killed_at_any_change_of_its_folder_it_ends_with_the_same_bits(
         "data.validation_shards": str(shards),
     }
     unbroken = tiny_config(tmp_path / "unbroken", pipeline, shards, **settings)
-    train.run.fit(unbroken)
+    blackpoint.train.run.fit(unbroken)
     config = tiny_config(tmp_path / "run", pipeline, shards, **settings)
     yaml = tmp_path / "run.yaml"
     yaml.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.process import Process
-from sampling.schedule import NoiseSchedule
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.config.learning_rate import learning_rate_factor
+from blackpoint.train.target_process import fine_tuned_process
 from tests.tiny_run import tiny_config
-from train.config import TrainConfig
-from train.learning_rate import learning_rate_factor
-from train.process import fine_tuned_process
 
 SD = Process(NoiseSchedule.scaled_linear(), "epsilon", "leading")
 

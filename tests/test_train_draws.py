@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from sampling.noise import derive_seed
-from sampling.schedule import NoiseSchedule
-from train.draws import PHI, Draws, draw, draw_validation, stratified_timesteps
-from train.loss_config import LossConfig
-from train.snr_bins import snr_bins
+from blackpoint.sampling.noise import derive_seed
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.draws import PHI, Draws, draw, draw_validation, stratified_timesteps
+from blackpoint.train.loss_config import LossConfig
+from blackpoint.train.snr_bins import snr_bins
 
 SHAPE = (4, 8, 8)
 NAMES = ("posterior_noise", "t", "eps")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from torch.testing import assert_close
 
-from train.ema import Ema, ema_decay
+from blackpoint.train.ema import Ema, ema_decay
 
 
 @given(st.integers(0, 10**7), st.floats(0, 0.99999))

@@ -11,8 +11,19 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-import train.run
-from sampling.schedule import NoiseSchedule
+import blackpoint.train.run
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.loss_config import LossConfig
+from blackpoint.train.module import FineTuner
+from blackpoint.train.records.continuing import as_started, check_continues
+from blackpoint.train.records.run_directory import RunRecord
+from blackpoint.train.weighting import (
+    check_sound,
+    floor_of,
+    floored_v_weights,
+    loss_weights,
+    v_weights,
+)
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import (
     Killed,
@@ -22,11 +33,6 @@ from tests.tiny_run import (
     stop_in_step,
     tiny_config,
 )
-from train.continuing import as_started, check_continues
-from train.loss_config import LossConfig
-from train.module import FineTuner
-from train.run_directory import RunRecord
-from train.weighting import check_sound, floor_of, floored_v_weights, loss_weights, v_weights
 
 SD = NoiseSchedule.scaled_linear()
 ZERO_SNR = SD.zero_terminal_snr()
@@ -138,7 +144,9 @@ def test_a_run_that_is_older_than_the_key_goes_on_with_its_weights(
 ) -> None:
     """Equal to the bit to an unbroken run whose floor is max(w, 0.1) at every timestep."""
     pipeline, shards = make_tiny_pipeline(tmp_path / "base"), make_tiny_shards(tmp_path / "data")
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
     options = {"loss.weighting": "min_snr", "trainer.checkpoint_every_steps": 2}
     options |= {"trainer.max_steps": 4}
     old, unbroken, new = (tmp_path / name for name in ("old", "unbroken", "new"))
@@ -150,15 +158,15 @@ def test_a_run_that_is_older_than_the_key_goes_on_with_its_weights(
             if run_dir == old:
                 stop_in_step(patch, 2, kill, FineTuner)
                 with pytest.raises(Killed):
-                    train.run.fit(config)
+                    blackpoint.train.run.fit(config)
             else:
-                assert train.run.fit(config) == 0
+                assert blackpoint.train.run.fit(config) == 0
     make_old(old)
     capsys.readouterr()
-    assert train.run.fit(tiny_config(old, pipeline, shards, **options)) == 0
+    assert blackpoint.train.run.fit(tiny_config(old, pipeline, shards, **options)) == 0
     assert "goes on with the same weights (loss.floor_where=everywhere)" in capsys.readouterr().err
     assert_same_run(old, unbroken, step=4)
-    assert train.run.fit(tiny_config(new, pipeline, shards, **options)) == 0
+    assert blackpoint.train.run.fit(tiny_config(new, pipeline, shards, **options)) == 0
     assert "floor_where" not in capsys.readouterr().err
     with pytest.raises(AssertionError):  # the rule of new runs trains other weights
         assert_same_run(new, unbroken, step=4)

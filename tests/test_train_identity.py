@@ -7,20 +7,27 @@ from pathlib import Path
 
 import pytest
 
-import train.run
-from data.files.errors import UserError
-from data.index import INDEX_FOLDER
-from data.index_contents import DIGESTS_FILE, STAMPS_FILE
+import blackpoint.train.run
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.index.contents import DIGESTS_FILE, STAMPS_FILE
+from blackpoint.data.index.index import INDEX_FOLDER
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.records.continuing import check_continues
+from blackpoint.train.records.run_directory import (
+    IDENTITY,
+    RunRecord,
+    read_identity,
+    write_identity,
+)
+from blackpoint.train.records.run_identity import check_same_data
 from tests.tiny_run import Killed, assert_same_run, kill, stop_in_step, tiny_config
-from train.config import TrainConfig
-from train.continuing import check_continues
-from train.run_directory import IDENTITY, RunRecord, read_identity, write_identity
-from train.run_identity import check_same_data
 
 
 @pytest.fixture(autouse=True)
 def exports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
 
 
 @pytest.fixture
@@ -31,7 +38,7 @@ def stopped(pipeline: Path, shards: Path, tmp_path: Path) -> TrainConfig:
     with pytest.MonkeyPatch.context() as patch:
         stop_in_step(patch, 4, kill)
         with pytest.raises(Killed):
-            train.run.fit(config)
+            blackpoint.train.run.fit(config)
     return config
 
 
@@ -51,9 +58,9 @@ def test_a_resume_finds_its_data_at_another_place(
     (tmp_path / "shards").rename(tmp_path / "gone")
     monkeypatch.chdir(tmp_path / "scratch")
     stopped.data.shards = "node"
-    assert train.run.fit(stopped) == 0
+    assert blackpoint.train.run.fit(stopped) == 0
     unbroken = tiny_config(tmp_path / "unbroken", pipeline, tmp_path / "gone")
-    assert train.run.fit(unbroken) == 0
+    assert blackpoint.train.run.fit(unbroken) == 0
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")
 
 
@@ -62,11 +69,11 @@ def test_other_data_at_the_same_place_are_refused_by_name(
 ) -> None:
     recaption(tmp_path / "shards")
     with pytest.raises(UserError, match="run of other data") as error:
-        train.run.fit(stopped)
+        blackpoint.train.run.fit(stopped)
     assert "data.shards: other content in shard-000000.tar, of 1 shards" in str(error.value)
     stopped.data.validation_shards = str(tmp_path / "shards")
     with pytest.raises(UserError, match="data.validation_shards: was not set"):
-        train.run.fit(stopped)
+        blackpoint.train.run.fit(stopped)
 
 
 def test_rewritten_shards_that_were_not_indexed_anew_are_refused(
@@ -75,20 +82,20 @@ def test_rewritten_shards_that_were_not_indexed_anew_are_refused(
     (shard,) = (tmp_path / "shards").glob("*.tar")
     shard.write_bytes(shard.read_bytes().replace(b"white background", b"green background"))
     with pytest.raises(UserError, match="shard-000000.tar has changed since the index"):
-        train.run.fit(stopped)
+        blackpoint.train.run.fit(stopped)
 
 
 def test_a_finished_run_does_nothing_for_its_own_data_alone(
     stopped: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train.run.fit(stopped) == 0
+    assert blackpoint.train.run.fit(stopped) == 0
     shutil.copytree(tmp_path / "shards", tmp_path / "moved")
     stopped.data.shards = str(tmp_path / "moved")
-    assert train.run.fit(stopped) == 0
+    assert blackpoint.train.run.fit(stopped) == 0
     assert "is finished" in capsys.readouterr().err
     recaption(tmp_path / "moved")
     with pytest.raises(UserError, match="run of other data"):
-        train.run.fit(stopped)
+        blackpoint.train.run.fit(stopped)
 
 
 def test_a_run_without_a_record_is_adopted_once_where_its_data_were(
@@ -103,7 +110,7 @@ def test_a_run_without_a_record_is_adopted_once_where_its_data_were(
     with pytest.raises(UserError, match="continue it once with the data where they were"):
         check_continues(tmp_path / "run", stopped)
     stopped.data.shards = os.path.relpath(tmp_path / "shards")
-    assert train.run.fit(stopped) == 0
+    assert blackpoint.train.run.fit(stopped) == 0
     told = capsys.readouterr().err
     assert "did not record what its data hold" in told and "had no digests" in told
     assert read_identity(tmp_path / "run")["data"] == recorded["data"]

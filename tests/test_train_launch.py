@@ -10,13 +10,13 @@ import pytest
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-import train.run
-from data.files.errors import UserError
-from scripts.cli import main
+import blackpoint.train.run
+from blackpoint.data.files.errors import UserError
+from blackpoint.scripts.cli import main
+from blackpoint.train.cluster.cluster import as_launched
+from blackpoint.train.records.metrics_file import read_metrics
 from tests.tiny_run import tiny_config
 from tests.waiting import PATIENCE_S
-from train.cluster import as_launched
-from train.metrics_file import read_metrics
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1"}
 LIGHTNING = {"NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
@@ -86,7 +86,7 @@ def test_a_rank_that_no_launcher_gave_is_refused_before_anything_is_written(
         assert as_launched(config) is config
         return
     with pytest.raises(UserError, match=f"^{name}=. is set in the environment.*unset {name}`"):
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
     assert not (tmp_path / "run").exists()
 
 
@@ -97,12 +97,17 @@ def test_torchrun_trains_one_run_on_its_processes(
     config = tiny_config(tmp_path / "run2", pipeline, shards)
     OmegaConf.save(OmegaConf.structured(config), tmp_path / "run.yaml")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "scripts.cli"]
+    torchrun += [
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+        "-m",
+        "blackpoint.scripts.cli",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # torchrun's own, without its warning
     command = [*torchrun, "train", str(tmp_path / "run.yaml")]
     assert subprocess.run(command, env=environment, timeout=PATIENCE_S).returncode == 0
     assert (tmp_path / "run2/export/model_index.json").exists()
-    assert train.run.fit(tiny_config(tmp_path / "run1", pipeline, shards)) == 0
+    assert blackpoint.train.run.fit(tiny_config(tmp_path / "run1", pipeline, shards)) == 0
     for name in ("train/loss", "train/gradient_norm"):
         one, two = (read_metrics(tmp_path / r / "metrics.csv")[name] for r in ("run1", "run2"))
         assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, 7))
@@ -114,7 +119,7 @@ def test_a_run_that_cannot_be_exported_says_so_first_and_ends_well(
 ) -> None:
     values: dict[str, Any] = {"loss.prediction_type": "epsilon", "allow_unsound": True}
     config = tiny_config(tmp_path / "run", pipeline, shards, **values, **{"trainer.max_steps": 1})
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     before, _, after = capsys.readouterr().err.partition("global batch")
     assert "note: epsilon-prediction with zero terminal SNR is not exported" in before
     assert "allow_unsound=true" in before
@@ -141,5 +146,5 @@ def test_other_unsound_runs_are_exported(
     values: dict[str, Any], pipeline: Path, shards: Path, tmp_path: Path
 ) -> None:
     values = values | {"trainer.max_steps": 1, "allow_unsound": True}
-    assert train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **values)) == 0
+    assert blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **values)) == 0
     assert (tmp_path / "run/export/model_index.json").exists()

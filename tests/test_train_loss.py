@@ -8,18 +8,18 @@ import torch
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-import train.run
-from data.files.errors import UserError
-from sampling.model import DiffusionModel
-from sampling.prediction import add_noise, training_target, v_to_x0
-from sampling.schedule import NoiseSchedule
+import blackpoint.train.run
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.prediction import add_noise, training_target, v_to_x0
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.draws import draw
+from blackpoint.train.loss import squared_error
+from blackpoint.train.loss_config import LossConfig
+from blackpoint.train.module import FineTuner
+from blackpoint.train.records.metrics_file import read_metrics
+from blackpoint.train.snr_bins import snr_bins
 from tests.tiny_run import make_tiny_shards, tiny_config, tiny_tuner
-from train.draws import draw
-from train.loss import squared_error
-from train.loss_config import LossConfig
-from train.metrics_file import read_metrics
-from train.module import FineTuner
-from train.snr_bins import snr_bins
 
 SHAPE = (4, 8, 8)
 SD = NoiseSchedule.scaled_linear()
@@ -200,7 +200,9 @@ def test_killed_and_resumed_run_with_every_option_equals_an_unbroken_one(
         "trainer.checkpoint_every_steps": 1,
         "trainer.validate_every_steps": 0,
     }
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
     runs = [tmp_path / "unbroken", tmp_path / "resumed"]
     original = FineTuner.training_step
 
@@ -212,10 +214,10 @@ def test_killed_and_resumed_run_with_every_option_equals_an_unbroken_one(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FineTuner, "training_step", killed)
         with pytest.raises(Killed):
-            train.run.fit(tiny_config(runs[1], pipeline, shards, **overrides))
+            blackpoint.train.run.fit(tiny_config(runs[1], pipeline, shards, **overrides))
     assert not (runs[1] / "export").exists()
     for run_dir in runs:
-        assert train.run.fit(tiny_config(run_dir, pipeline, shards, **overrides)) == 0
+        assert blackpoint.train.run.fit(tiny_config(run_dir, pipeline, shards, **overrides)) == 0
     name = "checkpoints/step_00000002.ckpt"
     one, two = (torch.load(run_dir / name, weights_only=True) for run_dir in runs)
     for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import train.run
-from data.files.errors import UserError
+import blackpoint.train.run
+from blackpoint.data.files.errors import UserError
+from blackpoint.train.loss import scale_errors, scale_weights, squared_error
+from blackpoint.train.loss_config import LossConfig
+from blackpoint.train.records.metrics_file import read_metrics
 from tests.test_train_loss import batch_of
 from tests.tiny_run import tiny_config, tiny_tuner
-from train.loss import scale_errors, scale_weights, squared_error
-from train.loss_config import LossConfig
-from train.metrics_file import read_metrics
 
 FACTORS = [1, 2, 4]
 
@@ -69,7 +69,7 @@ def test_training_minimises_the_weighted_sum_and_logs_each_scale(
 ) -> None:
     settings = {"loss.pool_factors": [1, 2], "trainer.log_every_steps": 1}
     config = tiny_config(tmp_path / "run", pipeline, shards, **settings)
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
     for (_, one), (_, two), (_, plain), (_, total) in zip(
         rows["train/loss_pool_1"],
@@ -102,7 +102,7 @@ def test_scales_that_do_not_divide_are_refused_before_anything_is_written(
 ) -> None:
     config = tiny_config(tmp_path / "run", pipeline, shards, **{"loss.pool_factors": [1, 3]})
     with pytest.raises(UserError, match="3 does not divide latents of"):
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
     assert not (tmp_path / "run").exists()
 
 

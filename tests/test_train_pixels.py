@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.export import export
-from sampling.model import DiffusionModel
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.export.export import export
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.train.config.model_config import DropoutConfig
+from blackpoint.train.dropout import SampleDropout, add_dropout, keep_mask
+from blackpoint.train.module import FineTuner
+from blackpoint.train.records.metrics_file import read_metrics
+from blackpoint.train.run import fit
 from tests.pixel_models import CLASSES, pixel_model, pixel_train_config
 from tests.tiny_run import Killed, assert_same_run, kill, load_checkpoint, stop_in_step, tiny_config
-from train.dropout import SampleDropout, add_dropout, keep_mask
-from train.metrics_file import read_metrics
-from train.model_config import DropoutConfig
-from train.module import FineTuner
-from train.run import fit
 
 DROPOUT = {"dropout.probability": 0.2, "dropout.max_resolution": 4}
 
@@ -179,8 +179,8 @@ def test_a_caption_that_is_no_class_is_refused(shards: Path, tmp_path: Path) -> 
 
 
 def test_cached_latents_are_refused_for_a_pixel_model(tmp_path: Path, pipeline: Path) -> None:
-    from train.encode import encode
-    from train.encode_config import EncodeConfig
+    from blackpoint.train.encode.config import EncodeConfig
+    from blackpoint.train.encode.encode import encode
 
     pixel_model("none").save(tmp_path / "model")
     from tests.tiny_run import make_tiny_shards
@@ -221,7 +221,7 @@ def class_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import numpy as np
     from PIL import Image
 
-    from data.pack import PackConfig, pack
+    from blackpoint.data.pack.pack import PackConfig, pack
 
     folder = tmp_path_factory.mktemp("classes")
     (folder / "source").mkdir()

@@ -11,12 +11,12 @@ import pytest
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-import train.run
+import blackpoint.train.run
+from blackpoint.train.callbacks.checkpoints import checkpoint_steps
+from blackpoint.train.records.metrics_file import read_metrics
 from tests.test_data_buckets import write_images
 from tests.tiny_run import tiny_config
 from tests.waiting import PATIENCE_S, wait_for
-from train.checkpoints import checkpoint_steps
-from train.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +31,7 @@ def start(
     config = tiny_config(run_dir, pipeline, shards, **values)
     yaml = run_dir.with_suffix(".yaml")
     yaml.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    return subprocess.Popen([sys.executable, "-m", "scripts.cli", "train", str(yaml)])
+    return subprocess.Popen([sys.executable, "-m", "blackpoint.scripts.cli", "train", str(yaml)])
 
 
 @pytest.mark.parametrize("with_buckets", [False, True])
@@ -43,7 +43,7 @@ def test_two_processes_have_the_losses_of_one(
         shards = write_images(tmp_path / "rectangles", 20)
         values = {"data.buckets.enabled": True, "data.buckets.step_px": 8}
     together = start(tmp_path / "run2", pipeline, shards, 6, **values)
-    assert train.run.fit(tiny_config(tmp_path / "run1", pipeline, shards, **values)) == 0
+    assert blackpoint.train.run.fit(tiny_config(tmp_path / "run1", pipeline, shards, **values)) == 0
     assert together.wait(PATIENCE_S) == 0
     metrics = [read_metrics(tmp_path / name / "metrics.csv") for name in ("run1", "run2")]
     for name in ("train/loss", "train/gradient_norm"):
@@ -55,7 +55,7 @@ def test_two_processes_have_the_losses_of_one(
 STOPPED_IN_STEP_3 = """
 import os, signal, sys
 import pytest
-from scripts.cli import main
+from blackpoint.scripts.cli import main
 from tests.tiny_run import stop_in_step
 
 stop_in_step(pytest.MonkeyPatch(), 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -66,9 +66,11 @@ sys.exit(main(sys.argv[1:]))
 def test_a_run_of_two_processes_goes_on_in_one(
     pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
     unbroken = tiny_config(tmp_path / "unbroken", pipeline, shards)
-    assert train.run.fit(unbroken) == 0
+    assert blackpoint.train.run.fit(unbroken) == 0
     config = tiny_config(tmp_path / "run", pipeline, shards)
     OmegaConf.save(OmegaConf.structured(config), tmp_path / "run.yaml")
     script = tmp_path / "stopped.py"
@@ -80,7 +82,7 @@ def test_a_run_of_two_processes_goes_on_in_one(
     )
     assert stopped.returncode == 75
     assert max(checkpoint_steps(tmp_path / "run/checkpoints")) == 4
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     for name in ("train/loss", "train/gradient_norm"):
         one, two = (
             read_metrics(tmp_path / folder / "metrics.csv")[name] for folder in ("unbroken", "run")

@@ -12,15 +12,15 @@ import pytest
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-import train.run
-from data.files.errors import UserError
-from data.files.yaml_text import read_yaml_file
-from sampling.dotted import flat
+import blackpoint.train.run
+from blackpoint.data.files.dotted import flat
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.yaml_text import read_yaml_file
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.records.continuing import check_continues
+from blackpoint.train.records.resume_keys import RULES, Rule, When, rule_of
+from blackpoint.train.records.run_directory import RunRecord, write_records
 from tests.tiny_run import Killed, kill, load_checkpoint, stop_in_step, tiny_config
-from train.config import TrainConfig
-from train.continuing import check_continues
-from train.resume_keys import RULES, Rule, When, rule_of
-from train.run_directory import RunRecord, write_records
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "resume.md"
 # What decides the weights, or what a number in the records means.
@@ -97,7 +97,7 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
         calls.append(checkpoint)
         output.mkdir()
 
-    monkeypatch.setattr(train.run, "export", export)
+    monkeypatch.setattr(blackpoint.train.run, "export", export)
     yield calls
 
 
@@ -106,11 +106,13 @@ def runs(pipeline: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory)
     """`unbroken` of 6 steps, and `stopped` in the fourth."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
-        assert train.run.fit(config_of(folder / "unbroken", pipeline, shards)) == 0
+        patch.setattr(
+            blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+        )
+        assert blackpoint.train.run.fit(config_of(folder / "unbroken", pipeline, shards)) == 0
         stop_in_step(patch, 4, kill)
         with pytest.raises(Killed):
-            train.run.fit(config_of(folder / "stopped", pipeline, shards))
+            blackpoint.train.run.fit(config_of(folder / "stopped", pipeline, shards))
     return folder
 
 
@@ -158,7 +160,10 @@ def test_a_change_that_is_allowed_leaves_the_weights_as_they_were(
     rule: str, runs: Path, pipeline: Path, shards: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(runs / "stopped", tmp_path / "run")
-    assert train.run.fit(config_of(tmp_path / "run", pipeline, shards, **CHANGED[rule])) == 0
+    assert (
+        blackpoint.train.run.fit(config_of(tmp_path / "run", pipeline, shards, **CHANGED[rule]))
+        == 0
+    )
     assert_same_weights(tmp_path / "run", runs / "unbroken")
     saved = flat(read_yaml_file(tmp_path / "run" / "config.yaml"))
     assert {key: saved[key] for key in CHANGED[rule]} == CHANGED[rule]
@@ -173,7 +178,7 @@ def test_a_step_takes_the_same_images_in_other_portions(
     shutil.copytree(runs / "stopped", tmp_path / "run")
     portions = {"batch_size": batch_size, "trainer.accumulate_grad_batches": accumulated}
     config = config_of(tmp_path / "run", pipeline, shards, **portions)
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     assert_same_weights(tmp_path / "run", runs / "unbroken", rtol=1e-3, atol=2e-5)
     assert load_checkpoint(tmp_path / "run", 6)["global_step"] == 6
 
@@ -205,17 +210,19 @@ def test_a_finished_run_goes_on_where_it_is_to_be_longer(
 ) -> None:
     shutil.copytree(runs / "unbroken", tmp_path / "run")
     longer = config_of(tmp_path / "run", pipeline, shards, **{"trainer.max_steps": 8})
-    assert train.run.fit(longer) == 0
+    assert blackpoint.train.run.fit(longer) == 0
     assert [path.name for path in exports] == ["step_00000008.ckpt"]
     assert (tmp_path / "run" / "export_step_00000006").is_dir()
     assert read_yaml_file(tmp_path / "run" / "config.yaml")["trainer"]["max_steps"] == 8
     whole = config_of(tmp_path / "whole", pipeline, shards, **{"trainer.max_steps": 8})
-    assert train.run.fit(whole) == 0
+    assert blackpoint.train.run.fit(whole) == 0
     assert_same_weights(tmp_path / "run", tmp_path / "whole", 8)
-    assert train.run.fit(longer) == 0  # and is finished again
+    assert blackpoint.train.run.fit(longer) == 0  # and is finished again
     assert len(exports) == 2
     with pytest.raises(UserError, match=r"max_steps=7: .* has done 8 steps already"):
-        train.run.fit(config_of(tmp_path / "run", pipeline, shards, **{"trainer.max_steps": 7}))
+        blackpoint.train.run.fit(
+            config_of(tmp_path / "run", pipeline, shards, **{"trainer.max_steps": 7})
+        )
 
 
 def test_a_run_may_end_at_the_step_that_it_has_saved(
@@ -223,7 +230,7 @@ def test_a_run_may_end_at_the_step_that_it_has_saved(
 ) -> None:
     shutil.copytree(runs / "stopped", tmp_path / "run")
     config = config_of(tmp_path / "run", pipeline, shards, **{"trainer.max_steps": 3})
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     assert [path.name for path in exports] == ["step_00000003.ckpt"]
     assert read_yaml_file(tmp_path / "run" / "config.yaml")["trainer"]["max_steps"] == 3
 

@@ -14,9 +14,13 @@ import torch
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-import train.run
-from data.files.errors import Resumable, RunFailed, UserError
-from sampling.model import DiffusionModel
+import blackpoint.train.run
+from blackpoint.data.files.errors import Resumable, RunFailed, UserError
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.module import FineTuner
+from blackpoint.train.records.continuing import check_continues
+from blackpoint.train.records.metrics_file import read_metrics
 from tests.tiny_run import (
     Killed,
     assert_same_run,
@@ -25,10 +29,6 @@ from tests.tiny_run import (
     stop_in_step,
     tiny_config,
 )
-from train.config import TrainConfig
-from train.continuing import check_continues
-from train.metrics_file import read_metrics
-from train.module import FineTuner
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Path, str]]]
         calls.append((checkpoint, weights))
         output.mkdir()
 
-    monkeypatch.setattr(train.run, "export", export)
+    monkeypatch.setattr(blackpoint.train.run, "export", export)
     yield calls
 
 
@@ -48,9 +48,11 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Path, str]]]
 def unbroken(pipeline: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps that nothing disturbed, with everything switched on but wandb."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+        patch.setattr(
+            blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+        )
         run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
-        assert train.run.fit(full_config(run_dir, pipeline, shards)) == 0
+        assert blackpoint.train.run.fit(full_config(run_dir, pipeline, shards)) == 0
     return run_dir
 
 
@@ -106,8 +108,8 @@ def test_killed_and_resumed_run_equals_an_unbroken_one(
     with pytest.MonkeyPatch.context() as patch:
         stop_in_step(patch, step, kill)
         with pytest.raises(Killed):
-            train.run.fit(config)
-    assert train.run.fit(config) == 0
+            blackpoint.train.run.fit(config)
+    assert blackpoint.train.run.fit(config) == 0
     assert_same_run(tmp_path / "run", unbroken)
     starts = json.loads((tmp_path / "run/environment.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 3 * (step // 3)]
@@ -121,9 +123,9 @@ def test_signal_finishes_the_step_saves_and_resumes(
     with pytest.MonkeyPatch.context() as patch:
         stop_in_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Resumable, match="step 4 of 6.*same command"):
-            train.run.fit(config)
+            blackpoint.train.run.fit(config)
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     assert_same_run(tmp_path / "run", unbroken)
 
 
@@ -131,7 +133,7 @@ def test_finished_run_does_nothing(
     unbroken: Path, pipeline: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")}
-    assert train.run.fit(full_config(unbroken, pipeline, shards)) == 0
+    assert blackpoint.train.run.fit(full_config(unbroken, pipeline, shards)) == 0
     assert "finished: 6 steps" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")} == before
 
@@ -141,7 +143,7 @@ def test_other_config_is_refused_with_the_differing_keys(
 ) -> None:
     config = full_config(unbroken, pipeline, shards, **{"optimizer.learning_rate": 2e-3, "seed": 1})
     with pytest.raises(UserError, match="choose another run_dir") as caught:
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
     assert "optimizer.learning_rate: 0.001 there, 0.002 now" in str(caught.value)
     assert "seed: 0 there, 1 now" in str(caught.value)
     assert "ema" not in str(caught.value)
@@ -165,7 +167,7 @@ def test_parts_of_a_run_without_its_config_are_refused(
 ) -> None:
     (tmp_path / "metrics.csv").write_text("years of work")
     with pytest.raises(UserError, match="metrics.csv but no run .config.yaml is missing"):
-        train.run.fit(tiny_config(tmp_path, pipeline, shards))
+        blackpoint.train.run.fit(tiny_config(tmp_path, pipeline, shards))
     assert (tmp_path / "metrics.csv").read_text() == "years of work"
 
 
@@ -178,7 +180,7 @@ def test_wrong_input_leaves_no_run_directory(
 ) -> None:
     config = tiny_config(tmp_path / "run", pipeline, shards, **{key: value})
     with pytest.raises(ValueError, match=str(value)):
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
     assert not (tmp_path / "run").exists()
 
 
@@ -188,7 +190,7 @@ def test_a_file_in_the_way_of_the_run_directory_is_the_users_to_move(
     (tmp_path / "file").write_text("")
     config = tiny_config(tmp_path / "file" / "run", pipeline, shards)
     with pytest.raises(UserError, match="run_dir=.*Not a directory.*choose another run_dir"):
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
@@ -204,10 +206,10 @@ def test_a_directory_that_cannot_be_written_to_at_the_start_is_wrong_input(
     def refuse(*arguments: Any) -> None:
         raise OSError(number, os.strerror(number), "/runs/theirs")
 
-    monkeypatch.setattr(f"train.run.{place}", refuse)
+    monkeypatch.setattr(f"blackpoint.train.run.{place}", refuse)
     expected = f"run_dir=.*/runs/theirs: {os.strerror(number)}.*get the right to write"
     with pytest.raises(UserError, match=expected):
-        train.run.fit(tiny_config(tmp_path / "run", pipeline, shards))
+        blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards))
 
 
 def test_rights_that_are_lost_later_are_a_failure_of_the_run(
@@ -216,9 +218,9 @@ def test_rights_that_are_lost_later_are_a_failure_of_the_run(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("train.metrics.CsvMetrics.log_metrics", refuse)
+    monkeypatch.setattr("blackpoint.train.callbacks.metrics.CsvMetrics.log_metrics", refuse)
     with pytest.raises(RunFailed, match="Permission denied.*the same command continues"):
-        train.run.fit(tiny_config(tmp_path / "run", pipeline, shards))
+        blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards))
 
 
 @pytest.mark.parametrize("log_every_steps", [1, 100])
@@ -242,7 +244,7 @@ def test_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
     monkeypatch.setattr(FineTuner, "predict", predict)
     overrides = {"trainer.log_every_steps": log_every_steps}
     with pytest.raises(RunFailed, match="loss of step 5 is not finite for 1 of 4") as caught:
-        train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **overrides))
+        blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **overrides))
     assert f": {poisoned[0]}. " in str(caught.value)
     saved = list((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name for path in saved] == ["step_00000003.ckpt"]
@@ -256,7 +258,7 @@ def test_no_checkpoint_follows_a_non_finite_loss_that_no_step_has_looked_at(
     pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU the loss is looked at when rows are due; saving must look again."""
-    from train.watch import Watch
+    from blackpoint.train.callbacks.watch import Watch
 
     looks: list[str] = []
     original = Watch.check_finite
@@ -273,7 +275,7 @@ def test_no_checkpoint_follows_a_non_finite_loss_that_no_step_has_looked_at(
     )
     overrides = {"trainer.log_every_steps": 100, "ema.enabled": False}
     with pytest.raises(RunFailed, match="loss of step 1 is not finite"):
-        train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **overrides))
+        blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **overrides))
     assert looks == ["saving"]
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
@@ -291,7 +293,7 @@ def test_accumulation_equals_the_batch_in_one_piece(
         **{"batch_size": 2, "trainer.accumulate_grad_batches": 2},
     )
     for config in (whole, halves):
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
     one, two = load_checkpoint(tmp_path / "whole", 2), load_checkpoint(tmp_path / "halves", 2)
     assert_close(one["state_dict"], two["state_dict"], rtol=0, atol=1e-5)
 
@@ -318,7 +320,7 @@ def test_options_train(
     config = tiny_config(
         tmp_path / "run", pipeline, shards, **{**overrides, "trainer.max_steps": 1}
     )
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     saved = load_checkpoint(tmp_path / "run", 1)
     assert all(value.dtype == torch.float32 for value in saved["state_dict"].values())
     assert exports == [
@@ -334,7 +336,7 @@ def test_gradient_checkpointing_does_not_change_the_loss(
     unbroken: Path, pipeline: Path, shards: Path, tmp_path: Path
 ) -> None:
     overrides = {"trainer.gradient_checkpointing": True, "trainer.max_steps": 1}
-    train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **overrides))
+    blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **overrides))
     one, two = (
         read_metrics(d / "metrics.csv")["train/loss"][0] for d in (tmp_path / "run", unbroken)
     )
@@ -348,7 +350,7 @@ def test_half_precision_without_a_gpu_is_refused(
         pytest.skip("there is a GPU")
     config = tiny_config(tmp_path, pipeline, shards, **{"trainer.precision": "16-mixed"})
     with pytest.raises(UserError, match="16-mixed needs a GPU"):
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
 
 
 def test_prompt_embeddings_are_cached_within_a_bound(
@@ -359,7 +361,7 @@ def test_prompt_embeddings_are_cached_within_a_bound(
     captions = ["a red one", "", "a blue two", ""]
     expected = torch.cat([model.encode_prompts([c]).prompt_embeds for c in captions])
     one_embedding = 16 * 32 * 4
-    monkeypatch.setattr("train.module.CAPTION_CACHE_BYTES", 2 * one_embedding)
+    monkeypatch.setattr("blackpoint.train.module.CAPTION_CACHE_BYTES", 2 * one_embedding)
     for _ in range(2):
         assert_close(tuner.embed(captions), expected, rtol=0, atol=0)
         assert list(tuner._captions) == ["a blue two", ""]
@@ -376,9 +378,9 @@ def test_wandb_runs_offline_and_keeps_its_run_id(
     with pytest.MonkeyPatch.context() as patch:
         stop_in_step(patch, 1, kill)
         with pytest.raises(Killed):
-            train.run.fit(config)
+            blackpoint.train.run.fit(config)
     time.sleep(1.1)  # wandb names its folders by the second
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     assert "wandb is offline" in capsys.readouterr().err
     run_id = (run_dir / "wandb" / "run_id").read_text()
     assert len(list((run_dir / "wandb").glob(f"offline-run-*-{run_id}"))) == 2

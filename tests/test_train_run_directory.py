@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from data.files.errors import UserError
-from data.images.decode import DECODER_VERSION
-from scripts.config import load
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.images.decode import DECODER_VERSION
+from blackpoint.scripts.config import load
+from blackpoint.train.config.config import PreviewConfig, TrainConfig
+from blackpoint.train.records.continuing import check_continues
+from blackpoint.train.records.run_directory import RunRecord, write_records
+from blackpoint.train.run import batches_note
 from tests.tiny_run import tiny_config
-from train.config import PreviewConfig, TrainConfig
-from train.continuing import check_continues
-from train.run import batches_note
-from train.run_directory import RunRecord, write_records
 
 
 def read_environment(run_dir: Path) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def test_the_global_batch_is_said(tmp_path: Path) -> None:
 
 
 def test_a_config_that_omegaconf_wrote_is_the_same_config(tmp_path: Path) -> None:
-    """Runs begun before texts were written by data.files.yaml_text go on."""
+    """Runs begun before texts were written by blackpoint.data.files.yaml_text go on."""
     config = tiny_config(tmp_path, Path("sd"), Path("shards"), **{"preview.prompts": ["no", "1e5"]})
     old = OmegaConf.to_yaml(OmegaConf.structured(config))
     (tmp_path / "config.yaml").write_text(old)

@@ -16,19 +16,19 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
-import train.run
-from data.files import signals
-from data.files.errors import Resumable, Unreachable, UserError
-from data.index import INDEX_FOLDER, has_index
-from data.module import CaptionedImages
-from scripts.cli import main
+import blackpoint.train.run
+from blackpoint.data.files import signals
+from blackpoint.data.files.errors import Resumable, Unreachable, UserError
+from blackpoint.data.index.index import INDEX_FOLDER, has_index
+from blackpoint.data.module import CaptionedImages
+from blackpoint.scripts.cli import main
+from blackpoint.train.callbacks.checkpoints import checkpoint_steps
+from blackpoint.train.callbacks.interruption import lost_process
+from blackpoint.train.callbacks.metrics import CsvMetrics, log_metrics
+from blackpoint.train.cluster.cluster import cluster_environment, num_started
+from blackpoint.train.records.metrics_file import read_metrics
 from tests.tiny_run import tiny_config
 from tests.waiting import PATIENCE_S
-from train.checkpoints import checkpoint_steps
-from train.cluster import cluster_environment, num_started
-from train.interruption import lost_process
-from train.metrics import CsvMetrics, log_metrics
-from train.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 TASK = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "blackpoint"}
@@ -45,7 +45,7 @@ class Signal:
             os.kill(os.getpid(), self.number)
 
 sys.meta_path.insert(0, Signal())
-runpy.run_module("scripts.cli", run_name="__main__", alter_sys=True)
+runpy.run_module("blackpoint.scripts.cli", run_name="__main__", alter_sys=True)
 """
 
 
@@ -70,7 +70,7 @@ def test_a_signal_that_a_library_swallowed_stops_the_run_before_its_first_step(
 ) -> None:
     monkeypatch.setattr(signals._flag, "received", "SIGTERM")
     with pytest.raises(Resumable, match="step 0 of 6, nothing to save"):
-        train.run.fit(tiny_config(tmp_path / "run", pipeline, shards))
+        blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards))
     assert not checkpoint_steps(tmp_path / "run" / "checkpoints")
 
 
@@ -168,7 +168,7 @@ def test_tasks_that_would_wait_for_an_index_are_told_how_to_make_it(
     shutil.copyfile(tmp_path / "shards" / "shard-000000.tar", tmp_path / "shards" / "other.tar")
     config = tiny_config(tmp_path / "run", pipeline, first, **options)
     with pytest.raises(UserError, match="has no index, and 2 processes") as error:
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
     assert not has_index(tmp_path / "shards") and not (tmp_path / "run").exists()
     program, *arguments = shlex.split(str(error.value).partition("Make it first: ")[2])
     assert program == "blackpoint" and f"cache_dir={tmp_path / 'a cache'}" in arguments

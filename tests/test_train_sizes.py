@@ -8,26 +8,26 @@ from typing import Any
 import pytest
 from diffusers import StableDiffusionPipeline
 
-import data.summary
-import train.run
-from data.files.errors import UserError
-from data.files.yaml_text import read_yaml_file
-from data.index import Index
-from data.latents import Encoding
-from data.reader import Reader
-from data.shards import find_shards
-from data.summary import enlarged_lines
-from sampling.model import DiffusionModel
+import blackpoint.data.summary
+import blackpoint.train.run
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.yaml_text import read_yaml_file
+from blackpoint.data.index.index import Index
+from blackpoint.data.latents import Encoding
+from blackpoint.data.reader import Reader
+from blackpoint.data.shards.listing import find_shards
+from blackpoint.data.summary import enlarged_lines
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.train.config.config import OptimizerConfig
+from blackpoint.train.config.learning_rate import warmup_note
+from blackpoint.train.encode.config import EncodeConfig
+from blackpoint.train.encode.encode import encode
+from blackpoint.train.records.checkpoint_size import checkpoint_size
+from blackpoint.train.records.run_directory import RunRecord, write_records
+from blackpoint.train.records.sizes import sized
 from tests.pixel_models import pixel_model, pixel_train_config
 from tests.tiny_encode import encoded
 from tests.tiny_run import tiny_config
-from train.checkpoint_size import checkpoint_size
-from train.config import OptimizerConfig
-from train.encode import encode
-from train.encode_config import EncodeConfig
-from train.learning_rate import warmup_note
-from train.run_directory import RunRecord, write_records
-from train.sizes import sized
 
 OWN_PX = 16
 """What the tiny pipeline is made for: 8 positions of 2 px. The images have it too."""
@@ -35,7 +35,9 @@ OWN_PX = 16
 
 @pytest.fixture(autouse=True)
 def exports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
 
 
 def side_of(run_dir: Path) -> int:
@@ -50,17 +52,17 @@ def test_a_run_takes_the_size_of_its_checkpoint_and_keeps_it(
     pipeline: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unset: dict[str, Any] = {"data.resolution": 0, "trainer.max_steps": 1}
-    assert train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **unset)) == 0
+    assert blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **unset)) == 0
     assert side_of(tmp_path / "run") == OWN_PX
     told = capsys.readouterr().err
     assert f"data.resolution={OWN_PX}, the size that checkpoint={pipeline} was made for" in told
     assert "enlarged" not in told
     larger = {"data.resolution": 2 * OWN_PX, "trainer.max_steps": 1}
-    assert train.run.fit(tiny_config(tmp_path / "old", pipeline, shards, **larger)) == 0
+    assert blackpoint.train.run.fit(tiny_config(tmp_path / "old", pipeline, shards, **larger)) == 0
     told = capsys.readouterr().err
     assert f"data.shards={shards}: 12 of 12 images are enlarged to data.resolution=32; " in told
     longer = tiny_config(tmp_path / "old", pipeline, shards, **(unset | {"trainer.max_steps": 2}))
-    assert train.run.fit(longer) == 0
+    assert blackpoint.train.run.fit(longer) == 0
     assert side_of(tmp_path / "old") == 2 * OWN_PX
     assert "was made for" not in capsys.readouterr().err
 
@@ -101,7 +103,7 @@ def test_pixel_space_models_have_their_own_size(
     assert DiffusionModel.load(tmp_path / "pixels").image_size == 16
     config = pixel_train_config(tmp_path / "run", shards, "none", **{"data.resolution": 0})
     with pytest.raises(UserError, match="data.resolution=0: a model that is made for the run has"):
-        train.run.fit(config)
+        blackpoint.train.run.fit(config)
     write_records(
         RunRecord.read(tmp_path / "run"), pixel_train_config(tmp_path / "run", shards, "none")
     )
@@ -160,8 +162,8 @@ def test_the_images_of_a_large_index_are_counted_by_pieces(
     (exact,) = enlarged_lines("data.shards=x", reader_of(shards, OWN_PX + 1), what)
     assert exact == f"WARNING: data.shards=x: 12 of 12 images are enlarged to {what}"
     assert enlarged_lines("data.shards=x", reader_of(shards, OWN_PX), what) == []
-    monkeypatch.setattr(data.summary, "ROWS_AT_ONCE", 2)
-    monkeypatch.setattr(data.summary, "MAX_ROWS", 4)
+    monkeypatch.setattr(blackpoint.data.summary, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(blackpoint.data.summary, "MAX_ROWS", 4)
     looked: list[int] = []
     read, reader = Index.read, reader_of(shards, OWN_PX + 1)  # which may compare fresh shards
     monkeypatch.setattr(
@@ -189,6 +191,6 @@ def test_a_run_says_that_its_warm_up_is_longer(
     pipeline: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = {"trainer.max_steps": 1, "optimizer.warmup_steps": 3}
-    assert train.run.fit(tiny_config(tmp_path, pipeline, shards, **values)) == 0
+    assert blackpoint.train.run.fit(tiny_config(tmp_path, pipeline, shards, **values)) == 0
     told = capsys.readouterr().err
     assert told.index("optimizer.warmup_steps=3 is no less than") < told.index("step 1/1")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-import data.remote
-from data.files.signals import RESUMABLE_STATUS
-from scripts.cli import main
+import blackpoint.data.shards.remote
+from blackpoint.data.files.signals import RESUMABLE_STATUS
+from blackpoint.scripts.cli import main
 from tests.shard_server import serving
 from tests.tiny_run import stop_in_step, tiny_config
 
@@ -22,7 +22,7 @@ def test_a_server_that_stops_answering_leaves_a_run_that_the_same_command_contin
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(data.remote, "PAUSES_S", (0.01,) * 2)
+    monkeypatch.setattr(blackpoint.data.shards.remote, "PAUSES_S", (0.01,) * 2)
     with serving(shards) as server:
         values = {"data.cache_dir": str(tmp_path / "cache"), "data.cache_gigabytes": 0.0}
         values |= {"data.num_workers": num_workers, "trainer.max_steps": 12}

@@ -11,13 +11,13 @@ from unittest.mock import MagicMock
 import pytest
 import wandb
 
-import train.run
-import train.run_directory
-from sampling.wandb_run import WandbConfig, run_id
-from scripts.cli import main
+import blackpoint.train.records.run_directory
+import blackpoint.train.run
+from blackpoint.sampling.runtime.tracking import WandbConfig, run_id
+from blackpoint.scripts.cli import main
+from blackpoint.train.records.metrics_file import drop_rows_after
+from blackpoint.train.records.tracking import finish, sent_rows, wandb_logger
 from tests.tiny_run import Killed, kill, stop_in_step, tiny_config
-from train.metrics_file import drop_rows_after
-from train.tracking import finish, sent_rows, wandb_logger
 
 
 def wandb_rows(run_dir: Path) -> list[tuple[int, str]]:
@@ -66,15 +66,17 @@ def test_wandb_gets_every_row_once_however_the_run_was_broken(
         "preview.num_steps": 1,
         "preview.num_images": 1,
     }
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
     config = tiny_config(run_dir, pipeline, shards, **settings)
     for step in (5, 4):  # the second start does not come as far as the first
         with pytest.MonkeyPatch.context() as patch:
             stop_in_step(patch, step, kill)
             with pytest.raises(Killed):
-                train.run.fit(config)
+                blackpoint.train.run.fit(config)
         time.sleep(1.1)  # wandb names its folders by the second
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     assert "wandb is offline" in capsys.readouterr().err
     run_id = (run_dir / "wandb" / "run_id").read_text()
     assert len(list((run_dir / "wandb").glob(f"offline-run-*-{run_id}"))) == 3

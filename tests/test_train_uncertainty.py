@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from train.uncertainty import LearnedUncertainty
+from blackpoint.train.uncertainty import LearnedUncertainty
 
 
 def test_it_starts_at_zero_where_the_loss_is_the_plain_one() -> None:

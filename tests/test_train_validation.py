@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import train.run
-from sampling.prediction import to_eps, to_x0
-from sampling.schedule import NoiseSchedule
+import blackpoint.train.run
+from blackpoint.sampling.prediction import to_eps, to_x0
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.callbacks.validation import ValidationLoss
+from blackpoint.train.draws import draw_validation
+from blackpoint.train.module import FineTuner
+from blackpoint.train.records.metrics_file import read_metrics
+from blackpoint.train.snr_bins import snr_bins
 from tests.tiny_run import make_tiny_shards, tiny_config, tiny_tuner
-from train.draws import draw_validation
-from train.metrics_file import read_metrics
-from train.module import FineTuner
-from train.snr_bins import snr_bins
-from train.validation import ValidationLoss
 
 UNSOUND: dict[str, Any] = {"loss.prediction_type": "epsilon", "allow_unsound": True}
 NOT_ZERO_SNR: dict[str, Any] = {
@@ -131,7 +131,9 @@ def test_the_best_checkpoint_is_chosen_by_the_error_of_the_networks_own_output(
 ) -> None:
     """So that the best of a run that began when there was no other loss stays comparable."""
     shards = make_tiny_shards(tmp_path / "images")
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
     options: dict[str, Any] = NOT_ZERO_SNR | {
         "loss.prediction_type": "epsilon",
         "data.validation_shards": str(shards),
@@ -139,7 +141,7 @@ def test_the_best_checkpoint_is_chosen_by_the_error_of_the_networks_own_output(
         "trainer.validate_every_steps": 1,
         "trainer.checkpoint_every_steps": 1,
     }
-    assert train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **options)) == 0
+    assert blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **options)) == 0
     metrics = read_metrics(tmp_path / "run" / "metrics.csv")
     best = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
     own = dict(metrics["validation/epsilon_loss"])

@@ -10,19 +10,23 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.testing import assert_close
 
-import train.run
-from data.batches import TrainingBatches
-from data.files.errors import UserError
-from sampling.evaluation.prompt_luminance import LuminanceTarget, luminance_target, prompt_slugs
-from sampling.schedule import NoiseSchedule
+import blackpoint.train.run
+from blackpoint.data.batches import TrainingBatches
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.prompts.brightness_target import (
+    LuminanceTarget,
+    luminance_target,
+    prompt_slugs,
+)
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.callbacks.metrics import CsvMetrics
+from blackpoint.train.callbacks.previews import measure
+from blackpoint.train.callbacks.watch import FETCH, LoaderClock
+from blackpoint.train.module import FineTuner
+from blackpoint.train.records.metrics_file import drop_rows_after, read_metrics
+from blackpoint.train.snr_bins import snr_bins, totals_by_bin
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import make_tiny_shards, tiny_config
-from train.metrics import CsvMetrics
-from train.metrics_file import drop_rows_after, read_metrics
-from train.module import FineTuner
-from train.previews import measure
-from train.snr_bins import snr_bins, totals_by_bin
-from train.watch import FETCH, LoaderClock
 
 SLEEP_S = 0.15
 PROMPTS = ["a solid black background", "a red one", "a red one on a white background"]
@@ -56,12 +60,14 @@ def run_dir(folder: Path) -> Path:
         "preview.num_images": 2,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+        patch.setattr(
+            blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+        )
         patch.setattr(TrainingBatches, "__iter__", slowly)
         config = tiny_config(
             folder / "run", folder / "pipeline", folder / "images" / "shards", **overrides
         )
-        assert train.run.fit(config) == 0
+        assert blackpoint.train.run.fit(config) == 0
     return folder / "run"
 
 
@@ -170,7 +176,9 @@ def test_a_device_without_float64_is_not_given_any(
         return tensor
 
     original = FineTuner.losses
-    monkeypatch.setattr(train.run, "export", lambda source, output, weights: output.mkdir())
+    monkeypatch.setattr(
+        blackpoint.train.run, "export", lambda source, output, weights: output.mkdir()
+    )
     monkeypatch.setattr(SingleDeviceStrategy, "reduce", reduce)
     monkeypatch.setattr(
         FineTuner, "losses", lambda self, *a: original(self, *a).as_subclass(WithoutFloat64)
@@ -182,7 +190,7 @@ def test_a_device_without_float64_is_not_given_any(
         "data.validation_shards": str(shards),
     }
     config = tiny_config(tmp_path / "run", folder / "pipeline", shards, **overrides)
-    assert train.run.fit(config) == 0
+    assert blackpoint.train.run.fit(config) == 0
     metrics = read_metrics(tmp_path / "run" / "metrics.csv")
     assert "validation/loss" in metrics
     assert any(name.startswith("train/loss_") for name in metrics)

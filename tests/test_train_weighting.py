@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.prediction import add_noise, to_eps, to_x0
-from sampling.process import Process
-from sampling.schedule import NoiseSchedule
-from scripts import plot_loss_weights
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.prediction import add_noise, to_eps, to_x0
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.scripts.measurements import plot_loss_weights
+from blackpoint.train.loss_config import LossConfig
+from blackpoint.train.loss_weights import sigmoid
+from blackpoint.train.target_process import fine_tuned_process
+from blackpoint.train.weighting import check_sound, floor_of, loss_weights, v_weights
 from tests.tiny_run import tiny_config
-from train.loss_config import LossConfig
-from train.loss_weights import sigmoid
-from train.process import fine_tuned_process
-from train.weighting import check_sound, floor_of, loss_weights, v_weights
 
 SD = NoiseSchedule.scaled_linear()
 ZERO_SNR = SD.zero_terminal_snr()

@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from data.files.errors import UserError
-from data.images.decode import decode
-from sampling.evaluation import reference_set
-from sampling.evaluation.reference_set import Reference
-from sampling.evaluation.set_models import read_reference
-from sampling.pictures import read_picture, to_picture
-from sampling.search.config import SearchConfig
-from sampling.search.folder import SETTINGS, check_folder, decoder_note
-from sampling.verifiers.load import VerifierConfig
-from sampling.verifiers.reference import picture_features, reference_pictures
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.images.decode import decode
+from blackpoint.sampling.evaluation.metrics import reference_set
+from blackpoint.sampling.evaluation.metrics.reference_set import Reference
+from blackpoint.sampling.evaluation.metrics.set_models import read_reference
+from blackpoint.sampling.runtime.pictures import read_picture, to_picture
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.folder import SETTINGS, check_folder, decoder_note
+from blackpoint.sampling.verifiers.load import VerifierConfig
+from blackpoint.sampling.verifiers.reference import picture_features, reference_pictures
 from tests.data_images import encoded, picture
 from tests.icc_profiles import ADOBE_RGB, gamma, rgb_profile
 from tests.test_imports import MODULES, relative
@@ -28,12 +28,12 @@ SIDE = 16
 OPEN_WHAT_WE_WROTE = {
     "data/images/decode.py",
     "sampling/evaluation/image_rows.py",
-    "sampling/evaluation/results_page.py",
-    "sampling/evaluation/run_page.py",
-    "scripts/black_point_study.py",
+    "sampling/report/results_page.py",
+    "sampling/report/training_page.py",
+    "scripts/studies/black_point_study.py",
     # what other trainers do, to be timed
-    "scripts/bench_accelerate.py",
-    "scripts/bench_reader.py",
+    "scripts/bench/accelerate.py",
+    "scripts/bench/reader.py",
 }
 
 
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_read_is_named(
     def refuse(folder: Path) -> None:
         raise PermissionError(13, "Permission denied", str(folder / "private"))
 
-    monkeypatch.setattr("sampling.verifiers.reference.picture_files", refuse)
+    monkeypatch.setattr("blackpoint.sampling.verifiers.reference.picture_files", refuse)
     with pytest.raises(UserError, match="reference=.*private can't be read .Permission denied."):
         reference_pictures(str(tmp_path))
 

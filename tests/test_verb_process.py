@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.verb_process import verb_command
+from blackpoint.scripts.verb_process import verb_command
 
 
 @pytest.mark.parametrize("is_safe", [False, True])
@@ -33,7 +33,7 @@ def test_packages_of_the_working_folder_stand_in_for_none_of_ours(
 
 def test_the_code_is_that_of_this_process(tmp_path: Path) -> None:
     """Also of a copy, such as the frozen one of a run, that no path of Python's names."""
-    from scripts import verb_process
+    from blackpoint.scripts import verb_process
 
     (tmp_path / "copy" / "scripts").mkdir(parents=True)
     source = Path(verb_process.__file__).read_text()
@@ -41,7 +41,7 @@ def test_the_code_is_that_of_this_process(tmp_path: Path) -> None:
     (tmp_path / "copy" / "scripts" / "__init__.py").touch()
     cli = "def entry() -> None:\n    print('the copy')\n"
     (tmp_path / "copy" / "scripts" / "cli.py").write_text(cli)
-    code = "import subprocess; from scripts.verb_process import verb_command as c; "
+    code = "import subprocess; from blackpoint.scripts.verb_process import verb_command as c; "
     done = subprocess.run(
         [sys.executable, str(copy / "verb_process.py"), "once more"],
         env={k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"},

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import ViTForImageClassification, ViTImageProcessor
 
-from data.files.errors import RunFailed, UserError
-from sampling.evaluation.digit_reader import DigitReader, save_weights
-from sampling.verifiers.load import VerifierConfig, load_verifier
-from sampling.verifiers.models.classifier import Classifier, ClassifierConfig, label_in
-from sampling.verifiers.models.image_model import ImageModel
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.sampling.verifiers.models.classifier import Classifier, ClassifierConfig, label_in
+from blackpoint.sampling.verifiers.models.image_model import ImageModel
+from blackpoint.scripts.miniature.digit_reader import DigitReader, save_weights
 from tests.tiny_pipeline import DIGITS
 from tests.tiny_vision import IMAGE_PX, LABELS, eight_bit_images, make_tiny_vit
 
 CPU = torch.device("cpu")
-READER = "sampling.evaluation.digit_reader:DigitReader"
+READER = "blackpoint.scripts.miniature.digit_reader:DigitReader"
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import CLIPModel, CLIPProcessor
 
-from data.files.errors import RunFailed, UserError
-from sampling.verifiers.load import VerifierConfig, load_verifier
-from sampling.verifiers.models.clip import load_clip
-from sampling.verifiers.verifier import checked_scores
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.sampling.verifiers.models.clip import load_clip
+from blackpoint.sampling.verifiers.verifier import checked_scores
 from tests.tiny_vision import IMAGE_PX, eight_bit_images, make_tiny_clip
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.verifiers.ensemble import combined
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.verifiers.ensemble import combined
 
 RULES = ["mean_rank", "z_score", "minimum", "weighted_sum"]
 groups = st.integers(1, 6).flatmap(

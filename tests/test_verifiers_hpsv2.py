@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from torchvision.transforms import InterpolationMode
 
-from data.files.errors import UserError
-from sampling.verifiers.load import VerifierConfig, load_verifier
-from sampling.verifiers.models import hpsv2
-from sampling.verifiers.verifier import ImageVerifier
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.sampling.verifiers.models import hpsv2
+from blackpoint.sampling.verifiers.verifier import ImageVerifier
 from tests.tiny_vision import eight_bit_images, spread_out
 
 CPU = torch.device("cpu")

@@ -17,10 +17,10 @@ from transformers import (
     BlipVisionModel,
 )
 
-from data.files.errors import UserError
-from sampling.verifiers.load import VerifierConfig, load_verifier
-from sampling.verifiers.models.image_reward import MAX_TOKENS, MEAN, STD
-from sampling.verifiers.models.preprocessing import CLIP_MEAN, CLIP_STD
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.sampling.verifiers.models.image_reward import MAX_TOKENS, MEAN, STD
+from blackpoint.sampling.verifiers.models.preprocessing import CLIP_MEAN, CLIP_STD
 from tests.tiny_vision import eight_bit_images, spread_out
 
 CPU = torch.device("cpu")

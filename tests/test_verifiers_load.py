@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 from torch.testing import assert_close
 
-from data.files.errors import RunFailed, UserError
-from sampling.verifiers.load import VerifierConfig, load_verifier
-from sampling.verifiers.models.import_path import import_object
-from sampling.verifiers.verifier import checked_scores
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.sampling.verifiers.models.import_path import import_object
+from blackpoint.sampling.verifiers.verifier import checked_scores
 
 CPU = torch.device("cpu")
 OWN_CODE = """
@@ -147,7 +147,7 @@ def test_configs_come_from_yaml() -> None:
 
 
 def test_reading_a_config_does_not_import_torch() -> None:
-    code = "import sampling.verifiers.load, sys; print('torch' in sys.modules)"
+    code = "import blackpoint.sampling.verifiers.load, sys; print('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True

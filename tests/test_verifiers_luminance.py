@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
 
 CPU = torch.device("cpu")
 unit = st.floats(0, 1, width=32)

@@ -12,12 +12,12 @@ from torch.testing import assert_close
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-from data.files.errors import UserError
-from sampling.evaluation.frechet import frechet_distance, gaussian_of
-from sampling.verifiers.load import VerifierConfig, load_verifier
-from sampling.verifiers.models.image_model import ImageModel
-from sampling.verifiers.oracle import Oracle, OracleConfig
-from sampling.verifiers.reference import inception_score
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.statistics.frechet import frechet_distance, gaussian_of
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.sampling.verifiers.models.image_model import ImageModel
+from blackpoint.sampling.verifiers.oracle import Oracle, OracleConfig
+from blackpoint.sampling.verifiers.reference import inception_score
 from tests.tiny_vision import eight_bit_images, make_tiny_vit
 
 CPU = torch.device("cpu")

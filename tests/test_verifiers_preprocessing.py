@@ -18,8 +18,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from data.files.errors import UserError
-from sampling.verifiers.models.preprocessing import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.verifiers.models.preprocessing import (
     Preprocessing,
     from_processor,
     load_preprocessing,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from data.files.errors import RunFailed, UserError
-from sampling.verifiers.models.pretrained import NEEDED_FILES, find_folder
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.verifiers.models.pretrained import NEEDED_FILES, find_folder
 
 
 def fetched(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception) -> Any:

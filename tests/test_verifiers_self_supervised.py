@@ -18,9 +18,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from data.files.errors import RunFailed, UserError
-from sampling.verifiers.load import VerifierConfig, load_verifier
-from sampling.verifiers.models.preprocessing import load_preprocessing
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
+from blackpoint.sampling.verifiers.models.preprocessing import load_preprocessing
 from tests.tiny_vision import (
     IMAGE_PX,
     eight_bit_images,

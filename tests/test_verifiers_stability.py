@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from data.files.errors import UserError
-from sampling.grid import SampleState
-from sampling.guidance import Guidance
-from sampling.inversion import Inverter, invert
-from sampling.noise import seeded_noise
-from sampling.samplers import run
-from sampling.search.algorithms.halving import HalvingConfig, halving
-from sampling.search.algorithms.random_search import RandomSearchConfig, random_search
-from sampling.search.algorithms.zero_order import ZeroOrderConfig, zero_order
-from sampling.search.config import SearchConfig
-from sampling.search.run import search_to_folder
-from sampling.search.runner import SearchSampling, TrialRunner
-from sampling.verifiers.load import VerifierConfig
-from sampling.verifiers.stability import Stability
-from sampling.verifiers.verifier import TrajectoryVerifier, of_images, score_run
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.grid import SampleState
+from blackpoint.sampling.guidance import Guidance
+from blackpoint.sampling.inversion import Inverter, invert
+from blackpoint.sampling.noise import seeded_noise
+from blackpoint.sampling.samplers import run
+from blackpoint.sampling.search.algorithms.halving import HalvingConfig, halving
+from blackpoint.sampling.search.algorithms.random_search import RandomSearchConfig, random_search
+from blackpoint.sampling.search.algorithms.zero_order import ZeroOrderConfig, zero_order
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.run import search_to_folder
+from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
+from blackpoint.sampling.verifiers.load import VerifierConfig
+from blackpoint.sampling.verifiers.stability import Stability
+from blackpoint.sampling.verifiers.verifier import TrajectoryVerifier, of_images, score_run
 from tests.search_problems import GaussianModel, Scored, search
 from tests.toy_denoisers import ZERO_SNR, reader
 

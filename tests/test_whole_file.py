@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from data.files.whole_file import whole_file, whole_folder, write_new, write_whole
+from blackpoint.data.files.whole_file import whole_file, whole_folder, write_new, write_whole
 from tests.interleaved import dead_process
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from data.files.whole_file import write_whole
+from blackpoint.data.files.whole_file import write_whole
 
 os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 write_whole(Path(sys.argv[1]), "of the killed")

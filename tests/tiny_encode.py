@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from data.index_contents import STAMPS_FILE
-from data.shard_file import ShardFile
-from train.encode import EncodeConfig, EncodeResult, encode
+from blackpoint.data.index.contents import STAMPS_FILE
+from blackpoint.data.shards.shard_file import ShardFile
+from blackpoint.train.encode.encode import EncodeConfig, EncodeResult, encode
 
 OPTIONS: dict[str, Any] = {"resolution": 16, "batch_size": 2, "samples_per_shard": 3}
 OPTIONS |= {"num_workers": 0, "num_processes": 1, "device": "cpu"}

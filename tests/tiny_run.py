@@ -10,12 +10,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch.testing import assert_close
 
-from data.pack import PackConfig, pack
-from sampling.model import DiffusionModel
-from train.config import TrainConfig
-from train.metrics_file import read_metrics
-from train.module import FineTuner
-from train.process import fine_tuned_process
+from blackpoint.data.pack.pack import PackConfig, pack
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.module import FineTuner
+from blackpoint.train.records.metrics_file import read_metrics
+from blackpoint.train.target_process import fine_tuned_process
 
 
 def make_tiny_shards(folder: Path, num_images: int = 12) -> Path:

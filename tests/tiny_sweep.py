@@ -5,9 +5,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts.config import load
-from scripts.sweep_cells import Cell, cells_of
-from scripts.sweep_config import SweepConfig
+from blackpoint.scripts.config import load
+from blackpoint.scripts.sweep.cells import Cell, cells_of
+from blackpoint.scripts.sweep.config import SweepConfig
 
 EVALUATE = {
     "prompts": ["a cat on a black background", "a street"],

@@ -4,11 +4,11 @@ import math
 
 import torch
 
-from sampling.grid import Prediction, SampleState, SamplingGrid
-from sampling.noise import initial_noise
-from sampling.prediction import to_eps, to_x0
-from sampling.samplers import run
-from sampling.schedule import NoiseSchedule
+from blackpoint.sampling.grid import Prediction, SampleState, SamplingGrid
+from blackpoint.sampling.noise import initial_noise
+from blackpoint.sampling.prediction import to_eps, to_x0
+from blackpoint.sampling.samplers import run
+from blackpoint.sampling.schedule import NoiseSchedule
 
 SD = NoiseSchedule.scaled_linear()
 ZERO_SNR = SD.zero_terminal_snr()

@@ -20,8 +20,18 @@ from typing import Any
 from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ["scripts.run_train", "scripts.run_search", "scripts.run_evaluate", "scripts.data_encode"]
-MODULES = ["train.run", "train.encode", "sampling.search.run", "sampling.evaluation.metrics"]
+VERBS = [
+    "blackpoint.scripts.verbs.train",
+    "blackpoint.scripts.verbs.search",
+    "blackpoint.scripts.verbs.evaluate",
+    "blackpoint.scripts.verbs.data_encode",
+]
+MODULES = [
+    "blackpoint.train.run",
+    "blackpoint.train.encode.encode",
+    "blackpoint.sampling.search.run",
+    "blackpoint.sampling.evaluation.config",
+]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([*VERBS, *MODULES])
 
@@ -38,7 +48,7 @@ class WarmVerb:
         *arguments: str,
         environment: Mapping[str, str] | None = None,
         before: Callable[[], None] | None = None,
-        module: str = "scripts.cli",
+        module: str = "blackpoint.scripts.cli",
         log: str | None = None,
     ) -> None:
         self._output = tempfile.TemporaryDirectory(prefix="warm-verb-")

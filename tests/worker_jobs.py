@@ -1,4 +1,4 @@
-"""Jobs for the tests of data.workers: spawned processes import them by name."""
+"""Jobs for the tests of blackpoint.data.work.workers: spawned processes import them by name."""
 
 import os
 import signal

@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sampling.noise import derive_seed
-from train.loss_config import LossConfig
+from blackpoint.sampling.noise import derive_seed
+from blackpoint.train.loss_config import LossConfig
 
 # Fractions of the circle in fixed point: exact for positions that no floating point could hold.
 BITS = 128

@@ -15,9 +15,9 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from data.files.errors import UserError
-from sampling.noise import derive_seed
-from train.model_config import DropoutConfig
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.noise import derive_seed
+from blackpoint.train.config.model_config import DropoutConfig
 
 STEP = 0x9E3779B97F4A7C15 - 2**64  # of SplitMix64, as the signed integers of torch hold it
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)

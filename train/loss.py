@@ -6,10 +6,10 @@ With several scales (Hoogeboom et al. 2023, section 3.2), D_p the means over p x
 
     L = sum_p w_p || D_p[target - output] ||^2 / (C H W / p^2),   w_p = p or 1
 
-The target is v, eps or x0 (`sampling.prediction.training_target`), and v by default: with v the
-last timestep of a zero-terminal-SNR schedule carries full weight, its target being -x0. Other
-weights are in `train.weighting`, the learned one in `train.uncertainty`, the draws of t and eps in
-`train.draws`.
+The target is v, eps or x0 (`blackpoint.sampling.prediction.training_target`), and v by default:
+with v the last timestep of a zero-terminal-SNR schedule carries full weight, its target being -x0.
+Other weights are in `blackpoint.train.weighting`, the learned one in
+`blackpoint.train.uncertainty`, the draws of t and eps in `blackpoint.train.draws`.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.files.errors import UserError
-from train.loss_config import ScaleWeights
+from blackpoint.data.files.errors import UserError
+from blackpoint.train.loss_config import ScaleWeights
 
 
 def squared_error(

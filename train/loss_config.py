@@ -7,10 +7,10 @@ and eps in train/draws.py.
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from data.files.errors import UserError
-from sampling.choices import PredictionType
-from sampling.rules import check_ranges
-from train.loss_weights import WEIGHTS
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.rules import check_ranges
+from blackpoint.sampling.choices import PredictionType
+from blackpoint.train.loss_weights import WEIGHTS
 
 if TYPE_CHECKING:
     Weighting = str

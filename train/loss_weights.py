@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sampling.schedule import NoiseSchedule
-    from train.loss_config import LossConfig
+    from blackpoint.sampling.schedule import NoiseSchedule
+    from blackpoint.train.loss_config import LossConfig
 
 
 def min_snr(schedule: "NoiseSchedule", gamma: float) -> "Tensor":

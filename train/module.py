@@ -16,17 +16,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from sampling.conditioning import Conditioning
-from sampling.model import DiffusionModel
-from sampling.prediction import add_noise, training_target
-from train.config import TrainConfig
-from train.draws import Draws, draw
-from train.dropout import add_dropout
-from train.learning_rate import learning_rate_factor
-from train.loss import scale_errors, scale_weights, squared_error
-from train.optimizer import build_optimizer
-from train.uncertainty import LearnedUncertainty
-from train.weighting import loss_weights
+from blackpoint.sampling.conditioning import Conditioning
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.prediction import add_noise, training_target
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.config.learning_rate import learning_rate_factor
+from blackpoint.train.draws import Draws, draw
+from blackpoint.train.dropout import add_dropout
+from blackpoint.train.loss import scale_errors, scale_weights, squared_error
+from blackpoint.train.optimizer import build_optimizer
+from blackpoint.train.uncertainty import LearnedUncertainty
+from blackpoint.train.weighting import loss_weights
 
 Batch = dict[str, Any]
 CAPTION_CACHE_BYTES = 64 * 2**20
@@ -182,7 +182,7 @@ class FineTuner(LightningModule):
         return batch | {name: batch[name].to(device, non_blocking=True) for name in names}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Builds AdamW and its learning rate's course (train/learning_rate.py)."""
+        """Builds AdamW and its learning rate's course (train/config/learning_rate.py)."""
         settings = self.config.optimizer
         optimizer = build_optimizer(self.unet.parameters(), settings)
         if self.uncertainty is not None:

@@ -14,7 +14,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
-from train.config import OptimizerConfig
+from blackpoint.train.config.config import OptimizerConfig
 
 EIGHT_BIT_MIN_VALUES = 4096  # bitsandbytes keeps 32 bits for smaller tensors
 

@@ -1,8 +1,8 @@
 """Builds a pixel-space UNet or U-ViT from diffusers' blocks (Hoogeboom et al. 2023, section 3.3).
 
 All is stock UNet2DConditionModel: down- and up-sampling around it are the codec's
-(sampling/pixel_codec.py), transformer blocks are its cross-attention levels, and a class joins the
-embedding of t. As in the paper, the last layer of every branch starts at zero.
+(sampling/pixels/pixel_codec.py), transformer blocks are its cross-attention levels, and a class
+joins the embedding of t. As in the paper, the last layer of every branch starts at zero.
 """
 
 import math
@@ -11,13 +11,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from data.files.errors import UserError
-from sampling.conditioning import NO_TEXT_WIDTH
-from sampling.model import DiffusionModel
-from sampling.pixel_codec import PixelCodec
-from sampling.pixel_folder import PixelForm
-from sampling.process import Process
-from train.model_config import ModelConfig
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.conditioning import NO_TEXT_WIDTH
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.pixels.folder import PixelForm
+from blackpoint.sampling.pixels.pixel_codec import PixelCodec
+from blackpoint.sampling.process import Process
+from blackpoint.train.config.model_config import ModelConfig
 
 MAX_NORM_GROUPS = 32
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from data.files.errors import (
+from blackpoint.data.files.errors import (
     FORBIDDEN,
     NOT_WRITABLE,
     NotExportable,
@@ -20,33 +20,43 @@ from data.files.errors import (
     RunFailed,
     UserError,
 )
-from data.module import CaptionedImages
-from data.summary import bucket_rows, write_buckets
-from sampling.export import export
-from sampling.model import DiffusionModel
-from train.checkpoints import checkpoint_steps, latest_valid_checkpoint, remove_partial_files
-from train.cluster import as_launched, cluster_environment, num_started
-from train.config import TrainConfig
-from train.continuing import as_started, check_continues
-from train.device import prepare_device
-from train.first_process import is_first_process, note, say
-from train.interruption import StopOnSignal, lost_process
-from train.learning_rate import warmup_note
-from train.metrics import CsvMetrics
-from train.module import FineTuner
-from train.run_directory import (
+from blackpoint.data.module import CaptionedImages
+from blackpoint.data.summary import bucket_rows, write_buckets
+from blackpoint.sampling.export.export import export
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.train.callbacks.checkpoints import (
+    checkpoint_steps,
+    latest_valid_checkpoint,
+    remove_partial_files,
+)
+from blackpoint.train.callbacks.interruption import StopOnSignal, lost_process
+from blackpoint.train.callbacks.metrics import CsvMetrics
+from blackpoint.train.callbacks.trainer import build_callbacks, build_trainer
+from blackpoint.train.cluster.cluster import as_launched, cluster_environment, num_started
+from blackpoint.train.cluster.device import prepare_device
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.config.learning_rate import warmup_note
+from blackpoint.train.module import FineTuner
+from blackpoint.train.records.continuing import as_started, check_continues
+from blackpoint.train.records.first_process import is_first_process, note, say
+from blackpoint.train.records.run_directory import (
     RunRecord,
     describe_batch,
     write_config,
     write_identity,
     write_records,
 )
-from train.run_identity import check_renamed, checked_identity
-from train.run_lock import RunLock
-from train.sizes import sized
-from train.start import check_sizes, hold_encoders, keep_base, load_encoders, starting_model
-from train.tracking import finish, sent_rows, wandb_logger
-from train.trainer import build_callbacks, build_trainer
+from blackpoint.train.records.run_identity import check_renamed, checked_identity
+from blackpoint.train.records.run_lock import RunLock
+from blackpoint.train.records.sizes import sized
+from blackpoint.train.records.tracking import finish, sent_rows, wandb_logger
+from blackpoint.train.start import (
+    check_sizes,
+    hold_encoders,
+    keep_base,
+    load_encoders,
+    starting_model,
+)
 
 
 def fit(config: TrainConfig) -> int:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sampling.schedule import NoiseSchedule
+from blackpoint.sampling.schedule import NoiseSchedule
 
 LOG_SNR_EDGES = (6, 4, 2, 0, -2, -4, -6)  # natural logarithm; falls as t rises
 

@@ -5,21 +5,21 @@ from pathlib import Path
 
 import torch
 
-from data.module import CaptionedImages
-from sampling.errors import UserError
-from sampling.export import moved_into_place
-from sampling.model import DiffusionModel
-from sampling.process import Process
-from sampling.schedule import NoiseSchedule
-from sampling.speed import prepare_unet
-from train.checkpoint_size import check_side
-from train.config import PreviewConfig, TrainConfig
-from train.device import COMPUTE_DTYPE
-from train.dropout import dropout_levels
-from train.first_process import note
-from train.loss import check_scales
-from train.pixel_model import build_pixel_model
-from train.process import fine_tuned_process
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.module import CaptionedImages
+from blackpoint.sampling.export.export import moved_into_place
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.runtime.speed import prepare_unet
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.cluster.device import COMPUTE_DTYPE
+from blackpoint.train.config.config import PreviewConfig, TrainConfig
+from blackpoint.train.dropout import dropout_levels
+from blackpoint.train.loss import check_scales
+from blackpoint.train.pixel_model import build_pixel_model
+from blackpoint.train.records.checkpoint_size import check_side
+from blackpoint.train.records.first_process import note
+from blackpoint.train.target_process import fine_tuned_process
 
 BASE = "base"
 

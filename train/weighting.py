@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.files.errors import UserError
-from sampling.choices import PredictionType
-from sampling.schedule import NoiseSchedule
-from train.loss_config import LossConfig
-from train.loss_weights import WEIGHTS
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.choices import PredictionType
+from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.loss_config import LossConfig
+from blackpoint.train.loss_weights import WEIGHTS
 
 # Of runs whose floor holds everywhere: about a third of min-SNR's mean on SD's rescaled schedule.
 FLOOR_EVERYWHERE = 0.1

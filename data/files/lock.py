@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import lock_descriptor, unlock_descriptor
 
-from data.files.signals import sleep
+from blackpoint.data.files.signals import sleep
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 POLL_S = 0.05

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-from data.files.errors import Resumable
+from blackpoint.data.files.errors import Resumable
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler sends before it kills."""

@@ -17,7 +17,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageCms
 
-from data.files.notes import first
+from blackpoint.data.files.notes import first
 
 SRGB_LEVELS = 2
 MIN_CONTRAST_LEVELS = 128

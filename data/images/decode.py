@@ -27,7 +27,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError, __version__
 
-from data.images.color import LAB, to_srgb
+from blackpoint.data.images.color import LAB, to_srgb
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 MAX_IMAGE_PIXELS = 89_478_485

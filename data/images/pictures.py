@@ -4,9 +4,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.files.walk import visible_files
-from data.images.decode import IMAGE_SUFFIXES, decode
-from data.images.source_file import MAX_IMAGE_BYTES, read_source_file
+from blackpoint.data.files.walk import visible_files
+from blackpoint.data.images.decode import IMAGE_SUFFIXES, decode
+from blackpoint.data.images.source_file import MAX_IMAGE_BYTES, read_source_file
 
 
 def picture_files(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ import os
 import stat
 from pathlib import Path
 
-from data.images.decode import BadImage
+from blackpoint.data.images.decode import BadImage
 
 MAX_IMAGE_BYTES = 1 << 31
 MAX_CAPTION_BYTES = 1 << 24

@@ -21,10 +21,10 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from data.files.errors import UserError
-from data.files.paths import OutputText, PathText
-from sampling.choices import check_seed
-from sampling.evaluation.rows import DATA
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.sampling.choices import check_seed
+from blackpoint.sampling.report.rows import DATA
 
 
 @dataclass

@@ -16,8 +16,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from data.files.errors import RunFailed, UserError
-from sampling.evaluation.black_point import (
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.evaluation.black_point import (
     BlackPointConfig,
     Caption,
     Captions,
@@ -26,10 +26,10 @@ from sampling.evaluation.black_point import (
     study_cells,
     wanted_keys,
 )
-from sampling.evaluation.digit_reader import DigitReader
-from sampling.evaluation.luminance import border_luminance, image_luminance
-from sampling.evaluation.rows import DATA, DECIMALS, Row, read_rows, write_rows
-from sampling.pictures import to_picture
+from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
+from blackpoint.sampling.report.rows import DATA, DECIMALS, Row, read_rows, write_rows
+from blackpoint.sampling.runtime.pictures import to_picture
+from blackpoint.scripts.miniature.digit_reader import DigitReader
 
 CHUNK_IMAGES = 50
 
@@ -64,7 +64,7 @@ class Identity:
 
 def load_painter(checkpoint: str) -> Painter:
     """Loads a checkpoint for sampling, on the GPU where there is one."""
-    from sampling.model import DiffusionModel
+    from blackpoint.sampling.model import DiffusionModel
 
     model = DiffusionModel.load(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
     model.unet.to(memory_format=torch.channels_last)  # 1.2 to 1.3x the images/s on a CPU

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sampling.evaluation import statistics
-from sampling.evaluation.rows import DATA, Row, write_rows
-from sampling.evaluation.statistics import Estimate
+from blackpoint.sampling.report.rows import DATA, Row, write_rows
+from blackpoint.sampling.statistics import estimates as statistics
+from blackpoint.sampling.statistics.estimates import Estimate
 
 OPEN_STD = "open: std of border luminance"
 OPEN_RATIO = "open: std over the data's"

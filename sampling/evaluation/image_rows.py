@@ -14,10 +14,10 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torchvision.transforms.functional import pil_to_tensor
 
-from sampling.evaluation.metric import Pixels, Row
-from sampling.evaluation.metrics_measures import Measures, luminance_rows
-from sampling.evaluation.metrics_painter import ImageGenerator, Job
-from sampling.evaluation.metrics_rows import (
+from blackpoint.sampling.evaluation.generate import ImageGenerator, Job
+from blackpoint.sampling.evaluation.measures import Measures, luminance_rows
+from blackpoint.sampling.evaluation.metrics.metric import Pixels, Row
+from blackpoint.sampling.evaluation.rows import (
     PARTS,
     Key,
     carried_columns,
@@ -26,11 +26,11 @@ from sampling.evaluation.metrics_rows import (
     read_rows,
     write_rows,
 )
-from sampling.evaluation.metrics_summary import JSON_FILE
-from sampling.memory import GB, peak_bytes
-from sampling.pictures import write_png
-from sampling.search.parts import share_of
-from sampling.tasks import Task
+from blackpoint.sampling.evaluation.summary import JSON_FILE
+from blackpoint.sampling.runtime.memory import GB, peak_bytes
+from blackpoint.sampling.runtime.pictures import write_png
+from blackpoint.sampling.runtime.sharing import share_of
+from blackpoint.sampling.runtime.tasks import Task
 
 IMAGE_COLUMN = "luminance"
 """Column that a row has once its image was generated."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.images.luminance import WEIGHTS
+from blackpoint.data.images.luminance import WEIGHTS
 
 BORDER_PX = 2
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from data.files.errors import UserError
-from data.files.paths import OutputText, PathText
-from sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
-from sampling.search.algorithms.noise_optimisation import NoiseOptimisationConfig
-from sampling.verifiers.load import ImageModelConfig, VerifierConfig
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
+from blackpoint.sampling.search.algorithms.noise_optimisation import NoiseOptimisationConfig
+from blackpoint.sampling.verifiers.load import ImageModelConfig, VerifierConfig
 
 Optimisation = Literal["stability", "fixed_inverse", "reward"]
 LEAST = {"num_optimisation_steps": 2, "batch_size": 1, "gradient_batch_size": 1, "seed": 0}

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sampling.evaluation.stability import StabilityStudyConfig, standard_scores
-from sampling.search.config import EnsembleRule, SearchConfig
-from sampling.search.costs import BACKWARD_NFE
-from sampling.verifiers.load import VerifierConfig
+from blackpoint.sampling.evaluation.stability import StabilityStudyConfig, standard_scores
+from blackpoint.sampling.search.config import EnsembleRule, SearchConfig
+from blackpoint.sampling.search.costs import BACKWARD_NFE
+from blackpoint.sampling.verifiers.load import VerifierConfig
 
 POOL, BEST_OF = "pool", "best_of"
 

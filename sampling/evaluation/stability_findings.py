@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special, stats
 
-from sampling.evaluation.paired import Outcomes, count_outcomes, holm, mean_difference
-from sampling.evaluation.stability_arms import Prices
-from sampling.evaluation.stability_rows import Found, Scores
-from sampling.evaluation.statistics import Estimate, mean, smallest_detectable_effect
+from blackpoint.sampling.evaluation.stability_arms import Prices
+from blackpoint.sampling.evaluation.stability_rows import Found, Scores
+from blackpoint.sampling.statistics.estimates import Estimate, mean, smallest_detectable_effect
+from blackpoint.sampling.statistics.paired import Outcomes, count_outcomes, holm, mean_difference
 
 FEWEST = 3
 """Noises with finite scores that a rank correlation needs."""

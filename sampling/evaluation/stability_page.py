@@ -4,27 +4,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.files.whole_file import write_whole
-from sampling.evaluation.report import page_template
-from sampling.evaluation.run_page import embedded
-from sampling.evaluation.stability import StabilityStudyConfig
-from sampling.evaluation.stability_findings import (
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
+from blackpoint.sampling.evaluation.stability_findings import (
     Versus,
     ablation,
     cheaper,
     comparisons,
     correlations,
 )
-from sampling.evaluation.stability_pictures import gallery
-from sampling.evaluation.stability_plots import (
+from blackpoint.sampling.evaluation.stability_pictures import gallery
+from blackpoint.sampling.evaluation.stability_plots import (
     ablation_plot,
     correlation_plot,
     cost_plot,
     title_of,
 )
-from sampling.evaluation.stability_rows import Found
-from sampling.evaluation.stability_sets import SetMetric
-from sampling.evaluation.stability_tables import (
+from blackpoint.sampling.evaluation.stability_rows import Found
+from blackpoint.sampling.evaluation.stability_sets import SetMetric
+from blackpoint.sampling.evaluation.stability_tables import (
     Table,
     ablation_table,
     cheaper_table,
@@ -36,6 +34,8 @@ from sampling.evaluation.stability_tables import (
     set_table,
     versus_table,
 )
+from blackpoint.sampling.report.report import page_template
+from blackpoint.sampling.report.training_page import embedded
 
 TEMPLATE = Path(__file__).with_name("stability.html.j2")
 WIDEST_PX = 256

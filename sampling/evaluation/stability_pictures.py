@@ -9,18 +9,18 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from data.files.whole_file import write_whole
-from sampling.evaluation.stability_arms import POOL, arms
-from sampling.evaluation.stability_rows import Found
-from sampling.model import DiffusionModel
-from sampling.pictures import to_picture
-from sampling.precision import set_tf32
-from sampling.sample import find_device
-from sampling.search.folder import SETTINGS, settled_formats
-from sampling.search.journal import read_rows
-from sampling.search.setup import note
-from sampling.search.winners import WINNERS
-from sampling.speed import prepare_unet
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.evaluation.stability_arms import POOL, arms
+from blackpoint.sampling.evaluation.stability_rows import Found
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.runtime.pictures import to_picture
+from blackpoint.sampling.runtime.precision import set_tf32
+from blackpoint.sampling.runtime.speed import prepare_unet
+from blackpoint.sampling.sample import find_device
+from blackpoint.sampling.search.folder import SETTINGS, settled_formats
+from blackpoint.sampling.search.journal import read_rows
+from blackpoint.sampling.search.setup import note
+from blackpoint.sampling.search.winners import WINNERS
 
 SHOWN_PROMPTS = 8
 

@@ -7,9 +7,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from sampling.evaluation.plots import COLORS, STYLE, panels, svg_text
-from sampling.evaluation.stability_arms import Place, Prices
-from sampling.evaluation.stability_findings import (
+from blackpoint.sampling.evaluation.stability_arms import Place, Prices
+from blackpoint.sampling.evaluation.stability_findings import (
     Choice,
     Correlation,
     best_of,
@@ -17,8 +16,9 @@ from sampling.evaluation.stability_findings import (
     methods,
     rivals,
 )
-from sampling.evaluation.stability_rows import Found, Scores
-from sampling.evaluation.statistics import Estimate, mean
+from blackpoint.sampling.evaluation.stability_rows import Found, Scores
+from blackpoint.sampling.report.plots import COLORS, STYLE, panels, svg_text
+from blackpoint.sampling.statistics.estimates import Estimate, mean
 
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from sampling.evaluation.plain import number
-from sampling.evaluation.stability import StabilityStudyConfig
-from sampling.evaluation.stability_arms import (
+from blackpoint.data.files.plain import number
+from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
+from blackpoint.sampling.evaluation.stability_arms import (
     BEST_OF,
     POOL,
     Arm,
@@ -20,8 +20,8 @@ from sampling.evaluation.stability_arms import (
     optimisations,
     stability_scores,
 )
-from sampling.search.journal import ROWS, read_rows
-from sampling.search.winners import WINNERS
+from blackpoint.sampling.search.journal import ROWS, read_rows
+from blackpoint.sampling.search.winners import WINNERS
 
 Scores = dict[str, np.ndarray]
 """Column -> (P, K): a row a prompt, a column a noise; NaN where a verifier gave no number."""

@@ -18,15 +18,23 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sampling.evaluation.frechet import Gaussian, frechet_distance, gaussian_of
-from sampling.evaluation.kernel_distance import kernel_distance, kernel_mean
-from sampling.evaluation.stability import StabilityStudyConfig
-from sampling.evaluation.stability_pictures import painted
-from sampling.evaluation.stability_rows import Found
-from sampling.evaluation.statistics import FEWEST_GROUPS, Estimate, jackknife
-from sampling.sample import find_device
-from sampling.verifiers.models.image_model import ImageModel, load_classifier, load_features
-from sampling.verifiers.reference import inception_score, picture_features, reference_pictures
+from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
+from blackpoint.sampling.evaluation.stability_pictures import painted
+from blackpoint.sampling.evaluation.stability_rows import Found
+from blackpoint.sampling.sample import find_device
+from blackpoint.sampling.statistics.estimates import FEWEST_GROUPS, Estimate, jackknife
+from blackpoint.sampling.statistics.frechet import Gaussian, frechet_distance, gaussian_of
+from blackpoint.sampling.statistics.kernel_distance import kernel_distance, kernel_mean
+from blackpoint.sampling.verifiers.models.image_model import (
+    ImageModel,
+    load_classifier,
+    load_features,
+)
+from blackpoint.sampling.verifiers.reference import (
+    inception_score,
+    picture_features,
+    reference_pictures,
+)
 
 FEATURES, LOGITS = "features", "logits"
 RANDOM = "random"

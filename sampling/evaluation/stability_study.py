@@ -18,28 +18,28 @@ from typing import Any
 
 import torch
 
-from data.files.errors import RunFailed, UserError
-from data.files.whole_file import write_whole
-from sampling.evaluation.plain import csv_text, finite
-from sampling.evaluation.stability import StabilityStudyConfig
-from sampling.evaluation.stability_arms import Arm, arms, places
-from sampling.evaluation.stability_findings import methods, rivals
-from sampling.evaluation.stability_page import write_pages
-from sampling.evaluation.stability_rows import Found, Noises, read_found
-from sampling.evaluation.stability_sets import load_reference, set_metrics
-from sampling.model import DiffusionModel
-from sampling.prompts import read_prompt_set
-from sampling.sample import find_device
-from sampling.search.folder import SETTINGS, check_folder, settled_formats
-from sampling.search.judgement import HACKING
-from sampling.search.parts import stopped
-from sampling.search.run import search_to_folder
-from sampling.search.setup import MAX_CHECKED, note
-from sampling.tasks import Task
-from sampling.verifiers.load import load_verifiers
-from sampling.verifiers.models.image_model import load_classifier, load_features
-from sampling.verifiers.reference import reference_pictures
-from sampling.verifiers.verifier import of_images
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.data.files.plain import csv_text, finite
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.evaluation.stability import StabilityStudyConfig
+from blackpoint.sampling.evaluation.stability_arms import Arm, arms, places
+from blackpoint.sampling.evaluation.stability_findings import methods, rivals
+from blackpoint.sampling.evaluation.stability_page import write_pages
+from blackpoint.sampling.evaluation.stability_rows import Found, Noises, read_found
+from blackpoint.sampling.evaluation.stability_sets import load_reference, set_metrics
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.prompts.prompt_set import read_prompt_set
+from blackpoint.sampling.runtime.sharing import stopped
+from blackpoint.sampling.runtime.tasks import Task
+from blackpoint.sampling.sample import find_device
+from blackpoint.sampling.search.folder import SETTINGS, check_folder, settled_formats
+from blackpoint.sampling.search.judge import HACKING
+from blackpoint.sampling.search.run import search_to_folder
+from blackpoint.sampling.search.setup import MAX_CHECKED, note
+from blackpoint.sampling.verifiers.load import load_verifiers
+from blackpoint.sampling.verifiers.models.image_model import load_classifier, load_features
+from blackpoint.sampling.verifiers.reference import reference_pictures
+from blackpoint.sampling.verifiers.verifier import of_images
 
 PAIRS, CHOSEN, SETS, PEAKS = "pairs.csv.gz", "chosen.csv", "sets.json", "peaks.json"
 

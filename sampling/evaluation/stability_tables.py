@@ -5,19 +5,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sampling.evaluation.hacking_alarm import fewest_prompts
-from sampling.evaluation.metrics_summary import title_at_n
-from sampling.evaluation.stability_arms import Place, Prices
-from sampling.evaluation.stability_findings import (
+from blackpoint.sampling.evaluation.stability_arms import Place, Prices
+from blackpoint.sampling.evaluation.stability_findings import (
     SELECTION,
     Cheaper,
     Choice,
     Correlation,
     Versus,
 )
-from sampling.evaluation.stability_rows import Found
-from sampling.evaluation.stability_sets import SetMetric
-from sampling.evaluation.statistics import LEVEL, Estimate
+from blackpoint.sampling.evaluation.stability_rows import Found
+from blackpoint.sampling.evaluation.stability_sets import SetMetric
+from blackpoint.sampling.evaluation.summary import title_at_n
+from blackpoint.sampling.statistics.estimates import LEVEL, Estimate
+from blackpoint.sampling.statistics.hacking_alarm import fewest_prompts
 
 COMPARED_WITH_PLAIN = ("random noise", "best-of-N")
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from data.files.whole_file import write_whole
-from sampling.search.algorithms.halving import HalvingConfig, measured_kendall, walk
-from sampling.search.driver import drive, open_search
-from sampling.search.journal import ROWS, Journal, read_rows
-from sampling.search.problem import Problem, Seeded, Trial
-from sampling.search.runner import TrialRunner
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.search.algorithms.halving import HalvingConfig, measured_kendall, walk
+from blackpoint.sampling.search.driver import drive, open_search
+from blackpoint.sampling.search.journal import ROWS, Journal, read_rows
+from blackpoint.sampling.search.problem import Problem, Seeded, Trial
+from blackpoint.sampling.search.runner import TrialRunner
 
 FOLDER, FOUND = "calibration", "kendall.json"
 LARGEST, LEAST_GAIN = 128, 1.05

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import MISSING
 
-from data.files.errors import UserError
-from data.files.paths import OutputText, PathText
-from sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
-from sampling.samplers import SAMPLERS, SamplerName, check_sampler
-from sampling.search.algorithms import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
+from blackpoint.sampling.runtime.tracking import WandbConfig
+from blackpoint.sampling.samplers import SAMPLERS, SamplerName, check_sampler
+from blackpoint.sampling.search.algorithms import (
     fk_steering,
     halving,
     noise_optimisation,
@@ -20,10 +21,9 @@ from sampling.search.algorithms import (
     random_search,
     zero_order,
 )
-from sampling.search.problem import Algorithm
-from sampling.verifiers.kind import RunForm
-from sampling.verifiers.load import VerifierConfig
-from sampling.wandb_run import WandbConfig
+from blackpoint.sampling.search.problem import Algorithm
+from blackpoint.sampling.verifiers.kind import RunForm
+from blackpoint.sampling.verifiers.load import VerifierConfig
 
 ALGORITHMS = {
     "random": random_search.ALGORITHM,

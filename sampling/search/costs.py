@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
-from sampling.grid import SamplingGrid
-from sampling.samplers import SAMPLERS
+from blackpoint.sampling.grid import SamplingGrid
+from blackpoint.sampling.samplers import SAMPLERS
 
 if TYPE_CHECKING:
-    from sampling.guidance import Guidance
-    from sampling.verifiers.verifier import TrajectoryVerifier
+    from blackpoint.sampling.guidance import Guidance
+    from blackpoint.sampling.verifiers.verifier import TrajectoryVerifier
 
 BACKWARD_NFE = 2
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.files.errors import RunFailed, UserError
-from sampling.search.journal import Journal
-from sampling.search.problem import Outcome, Problem, Result, Search, Trial, by_score
-from sampling.search.runner import TrialRunner
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.search.journal import Journal
+from blackpoint.sampling.search.problem import Outcome, Problem, Result, Search, Trial, by_score
+from blackpoint.sampling.search.runner import TrialRunner
 
 MakeSearch = Callable[[Problem], Search]
 EVERY_S = 5.0

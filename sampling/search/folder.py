@@ -11,16 +11,16 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.files.errors import UserError
-from data.files.whole_file import write_whole
-from data.images.decode import DECODER_VERSION
-from sampling.choices import recorded_formats
-from sampling.precision import settle
-from sampling.prompts import Prompt
-from sampling.search.config import SearchConfig
-from sampling.search.costs import Ledger
-from sampling.search.journal import ROWS, read_rows
-from sampling.search.parts import files_of
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.data.images.decode import DECODER_VERSION
+from blackpoint.sampling.choices import recorded_formats
+from blackpoint.sampling.prompts.prompt_set import Prompt
+from blackpoint.sampling.runtime.precision import settle
+from blackpoint.sampling.runtime.sharing import files_of
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.costs import Ledger
+from blackpoint.sampling.search.journal import ROWS, read_rows
 
 SETTINGS, LEDGER, DIGEST = "search.json", "ledger.json", "prompts_digest"
 DECODER = "decoder"
@@ -37,7 +37,7 @@ FREE = (
     "wandb",
 )  # keys that change scores by rounding alone, or not at all
 FORMATS = ("dtype", "tf32")
-"""Keys whose `auto` is settled on the device (sampling/precision.py)."""
+"""Keys whose `auto` is settled on the device (sampling/runtime/precision.py)."""
 
 
 def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) -> dict[str, Any]:

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sampling.conditioning import Conditioning
-from sampling.grid import Denoise, Prediction, SampleState
-from sampling.guidance import Guidance
-from sampling.samplers import run
-from sampling.search.problem import Outcome, Result, Trial
-from sampling.verifiers.stability import Stability
-from sampling.verifiers.verifier import TrajectoryVerifier, score_run
+from blackpoint.sampling.conditioning import Conditioning
+from blackpoint.sampling.grid import Denoise, Prediction, SampleState
+from blackpoint.sampling.guidance import Guidance
+from blackpoint.sampling.samplers import run
+from blackpoint.sampling.search.problem import Outcome, Result, Trial
+from blackpoint.sampling.verifiers.stability import Stability
+from blackpoint.sampling.verifiers.verifier import TrajectoryVerifier, score_run
 
 if TYPE_CHECKING:
-    from sampling.search.runner import TrialRunner
+    from blackpoint.sampling.search.runner import TrialRunner
 
 
 def gradient_batch(runner: "TrialRunner", batch: Sequence[tuple[int, Trial]]) -> list[Result]:

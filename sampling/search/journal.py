@@ -6,7 +6,7 @@ before the last level, lies beside it until the prompt is finished: what was pai
 again. Rows are found by (prompt_index, candidate), never by their place in the file.
 `scores` holds what each verifier said, `score` what choices see: null for what is not finite.
 
-Several processes write a file each (sampling/search/parts.py) and read all of them.
+Several processes write a file each (sampling/runtime/sharing.py) and read all of them.
 """
 
 import json
@@ -19,14 +19,14 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from data.files.errors import UserError
-from data.files.lock import Lock
-from data.files.whole_file import write_whole
-from sampling.evaluation.plain import number, recorded
-from sampling.grid import SampleState
-from sampling.search.costs import Ledger
-from sampling.search.parts import files_of
-from sampling.search.problem import Outcome, Result, Trial
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.lock import Lock
+from blackpoint.data.files.plain import number, recorded
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.grid import SampleState
+from blackpoint.sampling.runtime.sharing import files_of
+from blackpoint.sampling.search.costs import Ledger
+from blackpoint.sampling.search.problem import Outcome, Result, Trial
 
 ROWS, STATES = "candidates.jsonl", "states"
 Rows = dict[int, dict[str, Any]]

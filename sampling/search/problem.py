@@ -20,10 +20,10 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from sampling.grid import SampleState, SamplingGrid
-from sampling.search.costs import Ledger
-from sampling.verifiers.kind import RunForm
-from sampling.verifiers.load import VerifierConfig
+from blackpoint.sampling.grid import SampleState, SamplingGrid
+from blackpoint.sampling.search.costs import Ledger
+from blackpoint.sampling.verifiers.kind import RunForm
+from blackpoint.sampling.verifiers.load import VerifierConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ class Seeded:
 
     def noise(self, shape: Sequence[int]) -> Tensor:
         """Returns unit noise (C, H, W)."""
-        from sampling.noise import seeded_noise
+        from blackpoint.sampling.noise import seeded_noise
 
         return seeded_noise(self.seed, shape)
 
@@ -192,7 +192,7 @@ class Problem:
 
     def draw_seed(self, *parts: int | str) -> int:
         """Returns a seed below 2^31 that is recorded and works in every tool."""
-        from sampling.noise import derive_seed
+        from blackpoint.sampling.noise import derive_seed
 
         return derive_seed(self.seed, self.prompt_index, *parts) >> 32
 

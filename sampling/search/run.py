@@ -18,15 +18,24 @@ from typing import Any
 
 import torch
 
-from data.files.errors import UserError
-from data.files.whole_file import write_whole
-from sampling.prompts import Prompt, read_prompt_set
-from sampling.sample import find_device
-from sampling.search import calibration
-from sampling.search.algorithms.random_search import random_search
-from sampling.search.config import SearchConfig
-from sampling.search.driver import SearchProgress, check_budget, drive, open_search
-from sampling.search.folder import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.prompts.prompt_set import Prompt, read_prompt_set
+from blackpoint.sampling.runtime.sharing import (
+    PARTS,
+    forget_stop,
+    own_folder,
+    share_of,
+    tell_stop,
+    wait_until,
+)
+from blackpoint.sampling.runtime.tasks import Task, this_task
+from blackpoint.sampling.sample import find_device
+from blackpoint.sampling.search import calibration
+from blackpoint.sampling.search.algorithms.random_search import random_search
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.driver import SearchProgress, check_budget, drive, open_search
+from blackpoint.sampling.search.folder import (
     FORMATS,
     SETTINGS,
     check_folder,
@@ -38,19 +47,11 @@ from sampling.search.folder import (
     spent_in,
     spent_on,
 )
-from sampling.search.journal import ROWS, STATES, FolderInUse, Journal, join_rows
-from sampling.search.judgement import HACKING, alarms, extractor, send_tables
-from sampling.search.parts import (
-    PARTS,
-    forget_stop,
-    own_folder,
-    share_of,
-    tell_stop,
-    wait_until,
-)
-from sampling.search.problem import Outcome, Problem, Search
-from sampling.search.runner import TrialRunner
-from sampling.search.setup import (
+from blackpoint.sampling.search.journal import ROWS, STATES, FolderInUse, Journal, join_rows
+from blackpoint.sampling.search.judge import HACKING, alarms, extractor, send_tables
+from blackpoint.sampling.search.problem import Outcome, Problem, Search
+from blackpoint.sampling.search.runner import TrialRunner
+from blackpoint.sampling.search.setup import (
     Loaded,
     is_reproducible,
     load,
@@ -58,8 +59,14 @@ from sampling.search.setup import (
     note,
     rank_values,
 )
-from sampling.search.winners import BASELINE, BESTS, WINNERS, WinnerRows, Winners, read_winners
-from sampling.tasks import Task, this_task
+from blackpoint.sampling.search.winners import (
+    BASELINE,
+    BESTS,
+    WINNERS,
+    WinnerRows,
+    Winners,
+    read_winners,
+)
 
 BASELINES = "baselines"
 

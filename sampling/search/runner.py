@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sampling.conditioning import Conditioning, joined
-from sampling.grid import Denoise, SampleState, renoise
-from sampling.guidance import Guidance
-from sampling.model import DiffusionModel
-from sampling.noise import step_noise
-from sampling.samplers import run
-from sampling.search.costs import BACKWARD_NFE, Costs, Ledger
-from sampling.search.gradients import gradient_batch
-from sampling.search.problem import Noise, Outcome, Renoised, Result, Seeded, Trial
-from sampling.search.scoring import AnyVerifier, Scoring, Trace
+from blackpoint.sampling.conditioning import Conditioning, joined
+from blackpoint.sampling.grid import Denoise, SampleState, renoise
+from blackpoint.sampling.guidance import Guidance
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.noise import step_noise
+from blackpoint.sampling.samplers import run
+from blackpoint.sampling.search.costs import BACKWARD_NFE, Costs, Ledger
+from blackpoint.sampling.search.gradients import gradient_batch
+from blackpoint.sampling.search.problem import Noise, Outcome, Renoised, Result, Seeded, Trial
+from blackpoint.sampling.search.scoring import AnyVerifier, Scoring, Trace
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sampling.grid import SampleState, SamplingGrid
-from sampling.process import Process
-from sampling.verifiers.verifier import (
+from blackpoint.sampling.grid import SampleState, SamplingGrid
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.verifiers.verifier import (
     SCORE_DECIMALS,
     Images,
     Latents,

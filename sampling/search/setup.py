@@ -9,21 +9,26 @@ from dataclasses import dataclass
 
 import torch
 
-from sampling.errors import UserError
-from sampling.guidance import Guidance
-from sampling.model import DiffusionModel
-from sampling.precision import set_tf32
-from sampling.sample import find_device
-from sampling.samplers import SAMPLERS
-from sampling.search.config import EnsembleRule, SearchConfig
-from sampling.search.problem import Problem, Ranking, by_score
-from sampling.search.runner import SearchSampling, TrialRunner
-from sampling.search.scoring import AnyVerifier
-from sampling.speed import prepare_unet
-from sampling.tasks import Task
-from sampling.verifiers.ensemble import combined
-from sampling.verifiers.load import VerifierConfig, load_verifiers
-from sampling.verifiers.verifier import SetVerifier, TrajectoryVerifier, Verifier, of_images
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.guidance import Guidance
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.runtime.precision import set_tf32
+from blackpoint.sampling.runtime.speed import prepare_unet
+from blackpoint.sampling.runtime.tasks import Task
+from blackpoint.sampling.sample import find_device
+from blackpoint.sampling.samplers import SAMPLERS
+from blackpoint.sampling.search.config import EnsembleRule, SearchConfig
+from blackpoint.sampling.search.problem import Problem, Ranking, by_score
+from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
+from blackpoint.sampling.search.scoring import AnyVerifier
+from blackpoint.sampling.verifiers.ensemble import combined
+from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifiers
+from blackpoint.sampling.verifiers.verifier import (
+    SetVerifier,
+    TrajectoryVerifier,
+    Verifier,
+    of_images,
+)
 
 log = logging.getLogger(__name__)
 

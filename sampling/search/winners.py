@@ -16,16 +16,16 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sampling.evaluation.plain import recorded
-from sampling.grid import SampleState
-from sampling.pictures import caption_grid, read_picture, to_picture
-from sampling.prompts import Prompt
-from sampling.search.driver import PromptSearch
-from sampling.search.journal import read_rows
-from sampling.search.judgement import judge
-from sampling.search.parts import files_of
-from sampling.search.problem import Given, Neighbour, Noise, Outcome, Result
-from sampling.search.setup import Loaded
+from blackpoint.data.files.plain import recorded
+from blackpoint.sampling.grid import SampleState
+from blackpoint.sampling.prompts.prompt_set import Prompt
+from blackpoint.sampling.runtime.pictures import caption_grid, read_picture, to_picture
+from blackpoint.sampling.runtime.sharing import files_of
+from blackpoint.sampling.search.driver import PromptSearch
+from blackpoint.sampling.search.journal import read_rows
+from blackpoint.sampling.search.judge import judge
+from blackpoint.sampling.search.problem import Given, Neighbour, Noise, Outcome, Result
+from blackpoint.sampling.search.setup import Loaded
 
 BESTS, IMAGES, WINNERS = "bests", "images", "winners.jsonl"
 BASELINE = "baseline"

@@ -9,23 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from data.files.errors import RunFailed, UserError
-from sampling.verifiers.kind import VerifierKind, VerifierOptions
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sampling.verifiers.verifier import Images, ImageVerifier
+    from blackpoint.sampling.verifiers.verifier import Images, ImageVerifier
 
 
 def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
     """Returns the verifier that a function, class or object makes; raises UserError."""
     from torch import nn
 
-    from sampling.verifiers.models.import_path import built_object
-    from sampling.verifiers.models.pretrained import frozen
-    from sampling.verifiers.verifier import ImageVerifier
+    from blackpoint.sampling.verifiers.models.import_path import built_object
+    from blackpoint.sampling.verifiers.models.pretrained import frozen
+    from blackpoint.sampling.verifiers.verifier import ImageVerifier
 
     path = str(config.module)
     scorer: Any = built_object(path, "module", config.checkpoint)

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.files.errors import UserError
-from sampling.verifiers.verifier import SCORE_DECIMALS
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.verifiers.verifier import SCORE_DECIMALS
 
 Rule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
 

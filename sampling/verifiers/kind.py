@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from data.files.paths import PathText
-from sampling.choices import Dtype
+from blackpoint.data.files.paths import PathText
+from blackpoint.sampling.choices import Dtype
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from data.files.errors import UserError
-from data.files.paths import PathText
-from sampling.verifiers import custom, luminance, oracle, stability
-from sampling.verifiers.kind import VerifierKind, VerifierOptions
-from sampling.verifiers.models import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import PathText
+from blackpoint.sampling.verifiers import custom, luminance, oracle, stability
+from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
+from blackpoint.sampling.verifiers.models import (
     aesthetic,
     classifier,
     clip_score,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from sampling.verifiers.verifier import TrajectoryVerifier, Verifier
+    from blackpoint.sampling.verifiers.verifier import TrajectoryVerifier, Verifier
 
 KINDS = {
     "clip_score": clip_score.KIND,
@@ -104,7 +104,7 @@ def load_verifiers(
     configs: Mapping[str, VerifierConfig], device: torch.device
 ) -> dict[str, Verifier | TrajectoryVerifier]:
     """Loads every verifier, by name; those of one CLIP folder share its towers."""
-    from sampling.verifiers.models.clip import shared_clips
+    from blackpoint.sampling.verifiers.models.clip import shared_clips
 
     found: dict[str, Verifier | TrajectoryVerifier] = {}
     with shared_clips():
@@ -120,7 +120,7 @@ def load_verifier(config: VerifierConfig, device: torch.device) -> Verifier | Tr
     """Loads what the config names; raises UserError naming the file that is missing."""
     import torch
 
-    from sampling.precision import check_dtype
+    from blackpoint.sampling.runtime.precision import check_dtype
 
     check_dtype(device, config.dtype)
     return KINDS[config.kind].load(config, device, getattr(torch, config.dtype))

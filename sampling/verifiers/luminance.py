@@ -2,7 +2,8 @@
 
     score = -|mean luminance - target|
 
-0 is best. Luminance as in `sampling.evaluation.luminance`; exact, cheap, and without a model.
+0 is best. Luminance as in `blackpoint.sampling.evaluation.luminance`; exact, cheap, and without a
+model.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from data.files.errors import UserError
-from sampling.verifiers.kind import VerifierKind, VerifierOptions
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sampling.evaluation.prompt_luminance import LuminanceTarget
-    from sampling.verifiers.verifier import Images, ImageVerifier
+    from blackpoint.sampling.prompts.brightness_target import LuminanceTarget
+    from blackpoint.sampling.verifiers.verifier import Images, ImageVerifier
 
 
 @dataclass
@@ -36,8 +37,8 @@ def load(config: LuminanceConfig, device: torch.device, dtype: torch.dtype) -> I
     """Makes the verifier; it has no weights."""
     import torch
 
-    from sampling.evaluation.luminance import border_luminance, image_luminance
-    from sampling.verifiers.verifier import ImageVerifier
+    from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
+    from blackpoint.sampling.verifiers.verifier import ImageVerifier
 
     def scores(images: Images, prompts: Sequence[str]) -> Tensor:
         targets = [target_of(config, prompt) for prompt in prompts]
@@ -52,7 +53,7 @@ def load(config: LuminanceConfig, device: torch.device, dtype: torch.dtype) -> I
 
 def target_of(config: LuminanceConfig, prompt: str) -> LuminanceTarget:
     """Returns what is asked for; raises UserError where neither config nor prompt says it."""
-    from sampling.evaluation.prompt_luminance import LuminanceTarget, luminance_target
+    from blackpoint.sampling.prompts.brightness_target import LuminanceTarget, luminance_target
 
     if config.target is not None:
         return LuminanceTarget(config.target, config.where)

@@ -15,17 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from data.files.errors import UserError
-from data.files.paths import PathText
-from sampling.verifiers.kind import VerifierKind, VerifierOptions
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import PathText
+from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sampling.evaluation.frechet import Gaussian
-    from sampling.verifiers.models.image_model import ImageModel
-    from sampling.verifiers.verifier import Images
+    from blackpoint.sampling.statistics.frechet import Gaussian
+    from blackpoint.sampling.verifiers.models.image_model import ImageModel
+    from blackpoint.sampling.verifiers.verifier import Images
 
 
 @dataclass
@@ -82,8 +82,8 @@ class Oracle:
     def _value(self, rows: list[Tensor]) -> float:
         import torch
 
-        from sampling.evaluation.frechet import frechet_distance
-        from sampling.verifiers.reference import inception_score
+        from blackpoint.sampling.statistics.frechet import frechet_distance
+        from blackpoint.sampling.verifiers.reference import inception_score
 
         if self._reference is None:
             return inception_score(torch.stack(rows)) if rows else 1.0
@@ -105,8 +105,8 @@ class Oracle:
 
 def load(config: OracleConfig, device: torch.device, dtype: torch.dtype) -> Oracle:
     """Loads a classifier for IS; features and the reference for FID."""
-    from sampling.verifiers.models.image_model import load_classifier, load_features
-    from sampling.verifiers.reference import load_reference
+    from blackpoint.sampling.verifiers.models.image_model import load_classifier, load_features
+    from blackpoint.sampling.verifiers.reference import load_reference
 
     source = (config.checkpoint, config.module, device, dtype)
     if config.reference is None:

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.files.errors import UserError
-from data.images.decode import IMAGE_SUFFIXES, BadImage
-from data.images.pictures import picture_files
-from sampling.evaluation.frechet import Gaussian, gaussian_of
-from sampling.pictures import read_picture
-from sampling.verifiers.models.image_model import ImageModel
-from sampling.verifiers.models.pretrained import load_weights
-from sampling.verifiers.verifier import Images
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.images.decode import IMAGE_SUFFIXES, BadImage
+from blackpoint.data.images.pictures import picture_files
+from blackpoint.sampling.runtime.pictures import read_picture
+from blackpoint.sampling.statistics.frechet import Gaussian, gaussian_of
+from blackpoint.sampling.verifiers.models.image_model import ImageModel
+from blackpoint.sampling.verifiers.models.pretrained import load_weights
+from blackpoint.sampling.verifiers.verifier import Images
 
 
 def inception_score(logits: Float[Tensor, "n k"]) -> float:

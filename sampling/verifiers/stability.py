@@ -16,17 +16,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from data.files.errors import UserError
-from sampling.verifiers.kind import VerifierKind, VerifierOptions
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sampling.grid import Denoise, SamplingGrid
-    from sampling.inversion import Inversion, Inverter
-    from sampling.process import Process
-    from sampling.verifiers.verifier import Latents
+    from blackpoint.sampling.grid import Denoise, SamplingGrid
+    from blackpoint.sampling.inversion import Inversion, Inverter
+    from blackpoint.sampling.process import Process
+    from blackpoint.sampling.verifiers.verifier import Latents
 
 Measure = Literal["cosine", "residual", "contraction"]
 FEWEST_ITERATIONS = {"residual": 2, "contraction": 3}
@@ -92,7 +92,7 @@ class Stability:
 
     def measure(self, x: Latents, level: int, denoise: Denoise, grid: SamplingGrid) -> Inversion:
         """Inverts what runs are at `level`, back to noise."""
-        from sampling.inversion import invert
+        from blackpoint.sampling.inversion import invert
 
         with_gradients = self._measure != "cosine"
         return invert(
@@ -115,7 +115,7 @@ class Stability:
 
 def load(config: StabilityConfig, device: torch.device, dtype: torch.dtype) -> Stability:
     """Makes the verifier; it has no weights of its own."""
-    from sampling.inversion import Inverter
+    from blackpoint.sampling.inversion import Inverter
 
     inverter = Inverter(config.inversion, config.num_iterations, config.model_time)
     guidance_scale = config.inversion_guidance_scale

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.files.errors import RunFailed
-from sampling.grid import Denoise, SamplingGrid
-from sampling.process import Process
-from sampling.verifiers.kind import VerifierOptions
+from blackpoint.data.files.errors import RunFailed
+from blackpoint.sampling.grid import Denoise, SamplingGrid
+from blackpoint.sampling.process import Process
+from blackpoint.sampling.verifiers.kind import VerifierOptions
 
 SCORE_DECIMALS = 4
 """Scores that agree in so many decimals are tied."""

@@ -24,9 +24,9 @@ from typing import Literal
 
 import numpy as np
 
-from sampling.errors import UserError
-from sampling.samplers import SAMPLERS
-from sampling.search.problem import (
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.samplers import SAMPLERS
+from blackpoint.sampling.search.problem import (
     Algorithm,
     Outcome,
     Problem,

@@ -11,8 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sampling.errors import UserError
-from sampling.search.problem import Algorithm, Goal, Outcome, Problem, Search, Seeded, Trial
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.search.problem import (
+    Algorithm,
+    Goal,
+    Outcome,
+    Problem,
+    Search,
+    Seeded,
+    Trial,
+)
 
 
 @dataclass

@@ -20,9 +20,17 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from sampling.errors import UserError
-from sampling.samplers import SAMPLERS
-from sampling.search.problem import Algorithm, Given, Problem, Search, SearchSettings, Seeded, Trial
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.samplers import SAMPLERS
+from blackpoint.sampling.search.problem import (
+    Algorithm,
+    Given,
+    Problem,
+    Search,
+    SearchSettings,
+    Seeded,
+    Trial,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

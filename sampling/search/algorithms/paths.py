@@ -9,9 +9,17 @@ sigma / (sigma + alpha) is nearest. The survivors of the last round are sampled 
 
 from dataclasses import dataclass
 
-from sampling.errors import UserError
-from sampling.grid import SamplingGrid
-from sampling.search.problem import Algorithm, Outcome, Problem, Renoised, Search, Seeded, Trial
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.grid import SamplingGrid
+from blackpoint.sampling.search.problem import (
+    Algorithm,
+    Outcome,
+    Problem,
+    Renoised,
+    Search,
+    Seeded,
+    Trial,
+)
 
 
 @dataclass

@@ -5,7 +5,7 @@ Ma et al. 2025, section 3.1. Candidate k of prompt i starts from a seed that any
 
 from dataclasses import dataclass
 
-from sampling.search.problem import Algorithm, Problem, Search, Seeded, Trial
+from blackpoint.sampling.search.problem import Algorithm, Problem, Search, Seeded, Trial
 
 
 @dataclass

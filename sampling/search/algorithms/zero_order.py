@@ -6,8 +6,8 @@ again.
 
 from dataclasses import dataclass
 
-from sampling.errors import UserError
-from sampling.search.problem import Algorithm, Neighbour, Problem, Search, Seeded, Trial
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.search.problem import Algorithm, Neighbour, Problem, Search, Seeded, Trial
 
 
 @dataclass

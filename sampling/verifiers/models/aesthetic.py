@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.files.errors import UserError
-from sampling.verifiers.kind import VerifierKind, VerifierOptions
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from sampling.verifiers.verifier import Images, ImageVerifier
+    from blackpoint.sampling.verifiers.verifier import Images, ImageVerifier
 
 BASE = "openai/clip-vit-large-patch14"
 REMEDY = (
@@ -33,8 +33,8 @@ def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> I
     """Loads the head from the checkpoint, and the CLIP that it stands on from `base`."""
     from torch.nn.functional import normalize
 
-    from sampling.verifiers.models.image_model import load_features
-    from sampling.verifiers.verifier import ImageVerifier
+    from blackpoint.sampling.verifiers.models.image_model import load_features
+    from blackpoint.sampling.verifiers.verifier import ImageVerifier
 
     head = load_head(str(config.checkpoint), device)
     clip = load_features(config.base or BASE, None, device, dtype, field="base")
@@ -54,8 +54,8 @@ def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> I
 
 def load_head(checkpoint: str, device: torch.device) -> nn.Sequential:
     """Reads the head, in float32; raises UserError for a file that is none."""
-    from sampling.verifiers.models.linear_head import linear_chain
-    from sampling.verifiers.models.pretrained import frozen, load_weights
+    from blackpoint.sampling.verifiers.models.linear_head import linear_chain
+    from blackpoint.sampling.verifiers.models.pretrained import frozen, load_weights
 
     state = load_weights(Path(checkpoint), "checkpoint", REMEDY)
     try:

@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from data.files.errors import UserError
-from sampling.verifiers.kind import VerifierKind, VerifierOptions
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sampling.verifiers.models.image_model import ImageModel
-    from sampling.verifiers.verifier import Images, ImageVerifier
+    from blackpoint.sampling.verifiers.models.image_model import ImageModel
+    from blackpoint.sampling.verifiers.verifier import Images, ImageVerifier
 
 
 @dataclass
@@ -89,8 +89,8 @@ class Classifier:
 
 def load(config: ClassifierConfig, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
     """Loads the network; raises UserError for labels that do not fit it."""
-    from sampling.verifiers.models.image_model import load_classifier
-    from sampling.verifiers.verifier import ImageVerifier
+    from blackpoint.sampling.verifiers.models.image_model import load_classifier
+    from blackpoint.sampling.verifiers.verifier import ImageVerifier
 
     model = load_classifier(config.checkpoint, config.module, device, dtype)
     classifier = Classifier(model, config)

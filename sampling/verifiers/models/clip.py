@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.files.notes import first
-from sampling.loading import require_tokenizer
-from sampling.verifiers.kind import VerifierOptions
-from sampling.verifiers.models.preprocessing import load_preprocessing
-from sampling.verifiers.models.pretrained import find_folder, load_model
-from sampling.verifiers.verifier import Images
+from blackpoint.data.files.notes import first
+from blackpoint.sampling.checkpoints.loading import require_tokenizer
+from blackpoint.sampling.verifiers.kind import VerifierOptions
+from blackpoint.sampling.verifiers.models.preprocessing import load_preprocessing
+from blackpoint.sampling.verifiers.models.pretrained import find_folder, load_model
+from blackpoint.sampling.verifiers.verifier import Images
 
 log = logging.getLogger(__name__)
 

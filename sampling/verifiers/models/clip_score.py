@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sampling.verifiers.kind import VerifierKind, VerifierOptions
+from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from sampling.verifiers.verifier import ImageVerifier
+    from blackpoint.sampling.verifiers.verifier import ImageVerifier
 
 EXAMPLE = "openai/clip-vit-large-patch14"
 
 
 def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
     """Loads any transformers CLIPModel; scores are from 0 to 100."""
-    from sampling.verifiers.models.clip import load_clip
-    from sampling.verifiers.verifier import ImageVerifier
+    from blackpoint.sampling.verifiers.models.clip import load_clip
+    from blackpoint.sampling.verifiers.verifier import ImageVerifier
 
     clip = load_clip(config, EXAMPLE, device, dtype)
     return ImageVerifier(

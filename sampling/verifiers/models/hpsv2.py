@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sampling.errors import UserError
-from sampling.verifiers.kind import VerifierKind, VerifierOptions
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sampling.verifiers.verifier import Images, ImageVerifier
+    from blackpoint.sampling.verifiers.verifier import Images, ImageVerifier
 
 ARCHITECTURE = "ViT-H-14"
 REMEDY = "download HPS_v2.1_compressed.pt (or HPS_v2_compressed.pt) of xswu/HPSv2 and give its path"
@@ -29,8 +29,12 @@ class HpsV2:
     """An open_clip model with its tokenizer; scores are cosines, about 0.2 to 0.4."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        from sampling.verifiers.models.clip import TextCache
-        from sampling.verifiers.models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+        from blackpoint.sampling.verifiers.models.clip import TextCache
+        from blackpoint.sampling.verifiers.models.preprocessing import (
+            CLIP_MEAN,
+            CLIP_STD,
+            Preprocessing,
+        )
 
         self._model, self._tokenizer = model, tokenizer
         self._texts = TextCache(self._text_features)
@@ -48,7 +52,7 @@ class HpsV2:
         return (features * self._texts(prompts)).sum(dim=-1)
 
     def _text_features(self, prompts: list[str]) -> Tensor:
-        from sampling.verifiers.models.clip import warn_if_cut
+        from blackpoint.sampling.verifiers.models.clip import warn_if_cut
 
         for prompt in prompts:
             num_tokens = len(self._tokenizer.encode(prompt)) + 2  # start and end
@@ -59,8 +63,8 @@ class HpsV2:
 
 def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
     """Loads the state dict of an open_clip model once; raises UserError for what is missing."""
-    from sampling.verifiers.models.pretrained import frozen, load_weights
-    from sampling.verifiers.verifier import ImageVerifier
+    from blackpoint.sampling.verifiers.models.pretrained import frozen, load_weights
+    from blackpoint.sampling.verifiers.verifier import ImageVerifier
 
     try:
         import open_clip

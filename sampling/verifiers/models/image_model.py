@@ -12,15 +12,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from data.files.errors import RunFailed, UserError
-from sampling.verifiers.models.import_path import built_object
-from sampling.verifiers.models.preprocessing import (
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.verifiers.models.import_path import built_object
+from blackpoint.sampling.verifiers.models.preprocessing import (
     LibraryPreprocessing,
     Preprocessing,
     load_preprocessing,
 )
-from sampling.verifiers.models.pretrained import ANYTHING, find_folder, frozen, load_model
-from sampling.verifiers.verifier import Images
+from blackpoint.sampling.verifiers.models.pretrained import (
+    ANYTHING,
+    find_folder,
+    frozen,
+    load_model,
+)
+from blackpoint.sampling.verifiers.verifier import Images
 
 EXAMPLE = "facebook/dinov2-base"
 POOLER = r"(.*\.)?pooler\."

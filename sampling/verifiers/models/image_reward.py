@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.files.errors import UserError
-from sampling.verifiers.kind import VerifierKind, VerifierOptions
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from sampling.verifiers.verifier import Images, ImageVerifier
+    from blackpoint.sampling.verifiers.verifier import Images, ImageVerifier
 
 EXAMPLE = "THUDM/ImageReward"
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -49,7 +49,11 @@ class ImageReward:
     """BLIP's image tower, its text tower that looks at the image, and a linear head."""
 
     def __init__(self, vision: Any, text: Any, head: nn.Module, tokenizer: Any) -> None:
-        from sampling.verifiers.models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+        from blackpoint.sampling.verifiers.models.preprocessing import (
+            CLIP_MEAN,
+            CLIP_STD,
+            Preprocessing,
+        )
 
         self._vision, self._text, self._head = vision, text, head
         self._tokenizer = tokenizer
@@ -75,7 +79,7 @@ class ImageReward:
         return (rewards - MEAN) / STD
 
     def _tokens(self, prompts: list[str]) -> Any:
-        from sampling.verifiers.models.clip import warn_if_cut
+        from blackpoint.sampling.verifiers.models.clip import warn_if_cut
 
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._read:
@@ -97,8 +101,13 @@ def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> I
 
     The tokenizer may also lie in the folder itself. Raises UserError for what is missing.
     """
-    from sampling.verifiers.models.pretrained import HUB_ID, download, frozen, load_weights
-    from sampling.verifiers.verifier import ImageVerifier
+    from blackpoint.sampling.verifiers.models.pretrained import (
+        HUB_ID,
+        download,
+        frozen,
+        load_weights,
+    )
+    from blackpoint.sampling.verifiers.verifier import ImageVerifier
 
     checkpoint = str(config.checkpoint)
     folder = Path(checkpoint)
@@ -127,7 +136,7 @@ def _built(state: dict[str, Tensor], med_config: dict[str, Any]) -> tuple[Any, A
     """Builds the three parts in the sizes that the weights have, and fills them strictly."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-    from sampling.verifiers.models.linear_head import linear_chain
+    from blackpoint.sampling.verifiers.models.linear_head import linear_chain
 
     seen = _part(state, "blip.visual_encoder.")
     patches = seen["patch_embed.proj.weight"]  # (width, 3, px, px)
@@ -168,8 +177,8 @@ def _vision_name(key: str) -> str:
 def _tokenizer(folder: Path, base: str | None) -> Any:
     from transformers import BertTokenizer
 
-    from sampling.loading import require_tokenizer
-    from sampling.verifiers.models.pretrained import HUB_ID, download
+    from blackpoint.sampling.checkpoints.loading import require_tokenizer
+    from blackpoint.sampling.verifiers.models.pretrained import HUB_ID, download
 
     beside = any((folder / file).is_file() for file in TOKENIZER_FILES)
     source = base or (str(folder) if beside else TOKENIZER)

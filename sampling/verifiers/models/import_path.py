@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data.files.errors import UserError
+from blackpoint.data.files.errors import UserError
 
 log = logging.getLogger(__name__)
 

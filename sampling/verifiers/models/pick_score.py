@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sampling.verifiers.kind import VerifierKind, VerifierOptions
+from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from sampling.verifiers.verifier import ImageVerifier
+    from blackpoint.sampling.verifiers.verifier import ImageVerifier
 
 EXAMPLE = "yuvalkirstain/PickScore_v1"
 
 
 def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
     """Loads a transformers CLIPModel with a trained logit scale."""
-    from sampling.verifiers.models.clip import load_clip
-    from sampling.verifiers.verifier import ImageVerifier
+    from blackpoint.sampling.verifiers.models.clip import load_clip
+    from blackpoint.sampling.verifiers.verifier import ImageVerifier
 
     clip = load_clip(config, EXAMPLE, device, dtype)
     scale = clip.model.logit_scale.float().exp()

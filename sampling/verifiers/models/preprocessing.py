@@ -19,8 +19,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from data.files.errors import UserError
-from sampling.verifiers.verifier import Images
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.verifiers.verifier import Images
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data.files.errors import FORBIDDEN, FULL, RunFailed, UserError
-from sampling.checkpoint import HUB_ID, is_unreachable
+from blackpoint.data.files.errors import FORBIDDEN, FULL, RunFailed, UserError
+from blackpoint.sampling.checkpoints.resolve import HUB_ID, is_unreachable
 
 NEEDED_FILES = ("*.json", "*.txt", "model*.safetensors")
 NOTHING, ANYTHING = r"(?!)", ""

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sampling.errors import RunFailed
-from sampling.verifiers.kind import VerifierKind, VerifierOptions
+from blackpoint.data.files.errors import RunFailed
+from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sampling.verifiers.verifier import Images, ImageVerifier
+    from blackpoint.sampling.verifiers.verifier import Images, ImageVerifier
 
 
 @dataclass
@@ -34,8 +34,8 @@ def load(config: SelfSupervisedConfig, device: torch.device, dtype: torch.dtype)
     """Loads the features, and compares each final image's with its preview's."""
     from torch.nn.functional import cosine_similarity
 
-    from sampling.verifiers.models.image_model import load_features
-    from sampling.verifiers.verifier import ImageVerifier
+    from blackpoint.sampling.verifiers.models.image_model import load_features
+    from blackpoint.sampling.verifiers.verifier import ImageVerifier
 
     features = load_features(config.checkpoint, config.module, device, dtype)
 

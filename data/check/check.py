@@ -1,0 +1,324 @@
+"""`blackpoint data check`: reads every sample of a data set and tells what is in it.
+
+The shards may be ours or anyone's (img2dataset's, say). What is counted is in data/check/report.py;
+here the shards are read, an index that exists is compared with what was read, and where there is
+none it is written, as training would do at its start.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from omegaconf import MISSING
+
+from blackpoint.data.bad_samples import BadSample, too_many, write_list
+from blackpoint.data.check.report import CheckReport, IndexState, summarize
+from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
+from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.data.files.whole_file import scratch_folder, whole_file, whole_folder, write_whole
+from blackpoint.data.images.decode import MAX_IMAGE_PIXELS
+from blackpoint.data.index.contents import ShardDigests, add_stamps, read_stamps, write_digests
+from blackpoint.data.index.index import INDEX_FOLDER, Index, IndexWriter, has_index
+from blackpoint.data.index.scan import FACT, scan_shards
+from blackpoint.data.index.shard_set import ShardSet, open_shards
+from blackpoint.data.index.verify import changed_on_server, check_index_keys
+from blackpoint.data.shards.listing import ENCODING_FILE, check_cache_fields, is_encoded
+from blackpoint.data.shards.remote_address import shown
+from blackpoint.data.shards.sample_keys import SampleKeys
+from blackpoint.data.shards.shard_digest import ShardContent, samples_digest
+from blackpoint.data.work.progress import progress
+from blackpoint.data.work.workers import usable_cores
+
+REPORT_FILE = "report.json"
+BAD_FILE = "bad_samples.jsonl"
+
+
+@dataclass
+class CheckConfig:
+    """The shards to read, and where the report goes."""
+
+    shards: PathText = MISSING
+    """Shards, ours or made elsewhere: a folder, a pattern such as shards/{00000..00009}.tar, or the
+    same as a URL (https://, s3://, gs://)."""
+    output: OutputText | None = None
+    """Folder for report.json and bad_samples.jsonl; null: the report is only printed."""
+    resolution: int | None = None
+    """Counts images whose shorter side is below this many pixels, which training would enlarge."""
+    num_processes: int = 0
+    """Processes that read shards, one shard at a time; 0: one a usable CPU core."""
+    max_bad_share: float = 0.01
+    """An index is written for shards without one if at most this share is bad, 0 to 1."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Images with more pixels are refused as decompression bombs."""
+    image_key: str | None = None
+    """Extension of the members that are images, as in image_key=input.jpg, where index/ is not made
+    yet; null: the one that is an image's, and whatever an index that is there was made with."""
+    caption_key: str | None = None
+    """Likewise of the captions: caption for .caption members, json.NAME for the field NAME of .json
+    members, a text or a list of texts; null: .txt, "caption" in .json, .caption."""
+    cache_dir: PathText | None = None
+    """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
+    $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint."""
+    cache_gigabytes: float = 50.0
+    """Shards from URLs are kept up to this size, in 10^9 bytes; they are read in order, so little
+    more than the largest will do."""
+    full: bool = False
+    """Reads shards from URLs where they are, also those that are in the cache. All that is read is
+    compared with the index byte for byte in any case."""
+    allow_shell_urls: bool = False
+    """Lets pipe:COMMAND stand for a shard: the shell runs it, and its output is the shard."""
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and self.resolution < 1:
+            raise UserError(f"resolution={self.resolution}: must be at least 1.")
+        if self.num_processes < 0:
+            raise UserError(f"num_processes={self.num_processes}: must be 0 or more.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1.")
+        if self.max_image_pixels < 1:
+            raise UserError(f"max_image_pixels={self.max_image_pixels}: must be at least 1.")
+        check_cache_fields(self)
+
+
+def check(config: CheckConfig) -> CheckReport:
+    """Reads the shards, whatever is wrong with them, and returns the report.
+
+    Writes it into `config.output`, the index of shards that have none into their folder, or the
+    cache's, and the digests that an index lacks beside it.
+    Raises UserError where there are no shards to read or the output can't be written.
+    """
+    chosen = open_shards(config.shards, "shards", config, in_order=True)
+    shards, folder = chosen.paths, chosen.folder
+    output = _prepared(config.output)
+    latents = is_encoded(folder)
+    try:
+        with _scratch(folder) as scratch:
+            bad = _read_shards(config, chosen, scratch)
+            found, facts = Index(scratch), np.fromfile(scratch / "facts", FACT)
+            state = _index_state(found, chosen, latents)
+            # The size and luminance of what was encoded stand only in the index that it came with.
+            measured = Index(folder) if latents and state.state == "valid" else found
+            report = summarize(
+                config.shards, shards, found, measured, facts, bad, config.resolution
+            )
+            report.index = state
+            if latents:
+                report.encoding = _encoding(folder)
+            elif state.state == "absent":
+                _publish(scratch, chosen, report, config.max_bad_share)
+    except WriteFailed as error:
+        raise RunFailed(f"shards={config.shards}: the check could not write: {error}.") from None
+    if output:
+        _write(output, report)
+    return report
+
+
+def _read_shards(config: CheckConfig, chosen: ShardSet, scratch: Path) -> list[BadSample]:
+    """Reads the shards into an index and a file of FACT in `scratch`; returns what is bad."""
+    shards, keys = chosen.paths, _keys(chosen)
+    remote = chosen.remote and replace(chosen.remote, anew=config.full)
+    num_processes = config.num_processes or usable_cores()
+    limits = (config.max_image_pixels, num_processes, is_encoded(chosen.folder))
+    bad, contents = list[BadSample](), list[ShardContent]()
+    with ExitStack() as stack:
+        with disk_writes():
+            writer = stack.enter_context(IndexWriter(scratch, keys=keys))
+        advance = stack.enter_context(progress("checking", len(shards)))
+        for number, scan in enumerate(scan_shards(shards, *limits, advance, remote, keys)):
+            with disk_writes(), (scratch / "facts").open("ab") as facts_file:
+                facts_file.write(scan.facts.tobytes())
+                writer.append(number, scan.records)
+            bad += scan.bad
+            contents.append(scan.content)
+        with disk_writes():
+            writer.close(shards, bad, contents)
+    return bad
+
+
+def _keys(shards: ShardSet) -> SampleKeys:
+    """Returns the members to read: those asked for, or those that the index was made with."""
+    if not has_index(shards.folder):
+        return shards.keys
+    try:
+        index = Index(shards.folder)
+    except UserError:
+        return shards.keys  # named in the report
+    check_index_keys(shards, index)
+    return index.keys
+
+
+def _prepared(output: str | None) -> Path | None:
+    if output is None:
+        return None
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output={output}: can't be written: {error.strerror}. Name a folder."
+        ) from None
+    return Path(output)
+
+
+def _write(output: Path, report: CheckReport) -> None:
+    try:
+        with whole_file(output / BAD_FILE) as path:
+            write_list(path, report.bad)
+        write_whole(output / REPORT_FILE, json.dumps(report.as_json(), indent=1) + "\n")
+    except OSError as error:
+        raise RunFailed(f"output={output}: can't be written: {error.strerror}.") from None
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Yields a new folder beside the shards, or among the system's if that can't be written."""
+    with ExitStack() as stack:
+        try:
+            scratch = stack.enter_context(scratch_folder(folder))
+        except OSError:
+            with disk_writes():
+                scratch = stack.enter_context(scratch_folder(Path(tempfile.gettempdir())))
+        yield scratch
+
+
+def _index_state(found: Index, shards: ShardSet, latents: bool) -> IndexState:
+    """Compares the index of the shards, if there is one, with what was found in them."""
+    folder = shards.folder
+    place = folder / INDEX_FOLDER
+    if not has_index(folder):
+        notes = ["Encode the images again with `blackpoint data encode`."] if latents else []
+        return IndexState("absent", str(place), notes)
+    remedy = f"Remove {place} and check again: it is then written anew."
+    if latents:
+        remedy = "Encode the images again with `blackpoint data encode`."
+    try:
+        index = Index(folder, shards.kept)
+        records = index.records
+        if len(records) != index.num_samples:
+            raise ValueError(f"{len(records)} records for {index.num_samples} samples")
+    except (UserError, OSError, ValueError) as error:
+        return IndexState("stale", str(place), [f"can't be read: {error}", remedy])
+    notes, num_damaged, num_new = [], 0, 0
+    for path in shards.paths:
+        name, size = path.name, found.shard_bytes[path.name]
+        if name not in index.shard_bytes:
+            notes.append(f"{name} is not in it")
+        elif index.shard_bytes[name] != size:
+            notes.append(f"{name} had {index.shard_bytes[name]} bytes when indexed, has {size}")
+        else:
+            before = _offsets(index, name)
+            now = _offsets(found, name)
+            num_damaged += len(np.setdiff1d(before, now))
+            num_new += len(np.setdiff1d(now, before))
+            notes += _differences(index, found, name, len(before) == len(now))
+    if shards.remote is not None:
+        changed, _ = changed_on_server(index, shards.remote)
+        notes += [f"{shown(source)}: {error}" for source, error in changed.items()]
+    if shards.is_whole:
+        absent = sorted(set(index.shard_names) - {path.name for path in shards.paths})
+        notes += [f"{name} is in it but not in the folder" for name in absent]
+    if num_new:
+        notes.append(f"{num_new} usable samples are not in it")
+    if num_damaged:
+        damage = f"{num_damaged} of its samples can't be used; training replaces them"
+        return IndexState("stale" if notes else "valid", str(place), [*notes, damage, remedy])
+    if notes:
+        return IndexState("stale", str(place), [*notes, remedy])
+    return IndexState("valid", str(place), _completed(index, found))
+
+
+def _differences(index: Index, found: Index, name: str, same_number: bool) -> list[str]:
+    """Says how a shard of the right size differs from the one that was indexed."""
+    now = found.digests.get(name)
+    if now is None:
+        return []  # unreadable, and named among what is bad
+    then = index.digests.get(name)
+    if then is None:  # indexed before there were digests: its samples are all there is to compare
+        then = ShardDigests(now.whole, now.text, samples_digest(index.rows(name), index.keys.field))
+    if then.whole != now.whole:
+        what = "images have" if then.text == now.text else "headers, captions or images have"
+        return [f"{name}: its {what} changed since it was indexed"]
+    if then.samples != now.samples and same_number:
+        return [f"{name}: its captions or images are not where they were when it was indexed"]
+    return []
+
+
+def _completed(index: Index, found: Index) -> list[str]:
+    """Adds digests that an index lacks, and how its shards look now; returns notes of those."""
+    absent = {name: row for name, row in found.digests.items() if name not in index.digests}
+    known = read_stamps(index.places)
+    seen = {name: stamps.pop() for name, stamps in read_stamps(found.places).items()}
+    fresh = {name: stamp for name, stamp in seen.items() if stamp not in known.get(name, ())}
+    place = index.places[0]
+    notes = []
+    if absent:
+        written = write_digests(index.places, place, index.digests | absent)
+        notes = [f"had no digests of {len(absent)} shards; they are in {written}"]
+        if written is None:
+            notes = [f"has no digests of {len(absent)} shards, and they can't be written to it"]
+    if fresh:
+        add_stamps(index.places, fresh)
+    return notes
+
+
+def _offsets(index: Index, shard: str) -> np.ndarray:
+    samples = index.shard_samples[shard]
+    if not len(samples):
+        return np.empty(0, np.uint64)
+    return index.records["image_offset"][samples.start : samples.stop]
+
+
+def _publish(
+    scratch: Path,
+    shards: ShardSet,
+    report: CheckReport,
+    max_bad_share: float,
+) -> None:
+    """Moves the index that was made on the way to where training looks for it, if it may."""
+    state = report.index
+    num_seen = report.num_samples + len(report.bad)
+    if not report.num_samples:
+        state.notes.append("not written: no sample can be used")
+    elif too_many(len(report.bad), num_seen, max_bad_share):
+        state.notes.append(
+            f"not written: {len(report.bad)} of {num_seen} samples can't be used, above "
+            f"max_bad_share={max_bad_share:g}. Repair or remove them, or raise max_bad_share"
+        )
+    elif not shards.is_whole:
+        state.notes.append(
+            f"not written: an index covers a whole folder. Check shards={shards.folder} to write it"
+        )
+    else:
+        try:
+            (scratch / INDEX_FOLDER).rename(shards.folder / INDEX_FOLDER)
+        except OSError as error:
+            if not has_index(shards.folder):
+                _keep(scratch, shards, state, error.strerror)
+                return
+        state.state = "written"
+
+
+def _keep(scratch: Path, shards: ShardSet, state: IndexState, reason: str | None) -> None:
+    """Copies the index of shards whose folder can't be written to where training looks next."""
+    place = shards.kept / INDEX_FOLDER
+    try:
+        shards.kept.mkdir(parents=True, exist_ok=True)
+        with whole_folder(place) as folder:
+            shutil.copytree(scratch / INDEX_FOLDER, folder, dirs_exist_ok=True)
+    except OSError:
+        if not has_index(shards.kept):
+            state.notes.append(f"not written: {shards.folder} can't be written to ({reason})")
+            return
+    state.state, state.folder = "written", str(place)
+
+
+def _encoding(folder: Path) -> dict[str, object]:
+    try:
+        encoding = json.loads((folder / ENCODING_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {"error": f"{ENCODING_FILE} can't be read: {error}"}
+    return encoding if isinstance(encoding, dict) else {"error": f"{ENCODING_FILE} is no object"}

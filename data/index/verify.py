@@ -1,0 +1,198 @@
+"""At the start of a run: whether shards are still those that were indexed.
+
+- Local shards: size and time of change decide; where the time differs, all but the images is
+  compared (`Index.check_shards`).
+- Shards on a server: size and version (ETag, Last-Modified) decide; where the version differs from
+  the one that was seen last, the shard is read there and all bytes are compared.
+- An index from before there were digests is taken at its word once: the digests are those of the
+  shards that are there now, which are read for it, and that is said.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from blackpoint.data.files.errors import Unreachable, UserError
+from blackpoint.data.index.contents import (
+    ShardDigests,
+    add_stamps,
+    read_stamps,
+    stamped,
+    write_digests,
+)
+from blackpoint.data.index.index import Index
+from blackpoint.data.index.shard_set import ShardSet
+from blackpoint.data.shards.listing import is_encoded
+from blackpoint.data.shards.remote import COMMAND, Changed, Refused, facts, fetch, shown
+from blackpoint.data.shards.remote_shards import RemoteShards, server_stamp
+from blackpoint.data.shards.shard_cache import GIGABYTE
+from blackpoint.data.shards.shard_digest import (
+    ShardContent,
+    file_digest,
+    headers_fit,
+    samples_digest,
+    shard_content,
+)
+from blackpoint.data.work.progress import progress
+from blackpoint.data.work.workers import usable_cores
+
+NUM_REQUESTS = 16
+"""Requests to a server at a time."""
+TRIES = 3
+
+
+def verify(shards: ShardSet) -> list[str]:
+    """Returns notes for the user; raises UserError, which names shards that have changed."""
+    index = Index(shards.folder, shards.kept)
+    check_index_keys(shards, index)
+    if shards.remote is None:
+        notes = adopt(index, shards.paths)
+        index.check_shards(shards.paths)
+        return notes
+    changed, notes = changed_on_server(index, shards.remote)
+    if changed:
+        first, *others = changed
+        raise shards.remote.unlike_the_index(first, changed[first], others)
+    return notes
+
+
+def check_index_keys(shards: ShardSet, index: Index) -> None:
+    """Raises UserError where another image or caption is asked for than was indexed."""
+    made_with = index.keys.chosen()
+    for name, value in shards.keys.chosen().items():
+        if made_with.get(name) != value:
+            then = f"with {name}={made_with[name]}" if name in made_with else f"without {name}"
+            there = " (of shards on a server, there)" if shards.remote else ""
+            remedy = f"Remove {index.places[0]}{there}; the next run builds it anew"
+            if is_encoded(shards.folder):
+                remedy = "Those of latents were chosen when their images were encoded"
+            raise UserError(
+                f"{shards.section}{name}={value}: the index {index.places[0]} was made {then}. "
+                f"{remedy}. Or leave {shards.section}{name} at null, which takes what is indexed."
+            )
+
+
+def adopt(index: Index, shards: Sequence[Path]) -> list[str]:
+    """Digests local shards whose index has none; returns notes for the user.
+
+    Raises UserError for a shard whose size, or the headers of whose samples, are others than the
+    index says.
+    """
+    unknown = [path for path in shards if path.name not in index.digests]
+    if not unknown:
+        return []
+    index.check_shards(unknown)
+    digests, stamps, unlike = dict(index.digests), dict[str, str](), dict[str, str]()
+    total = sum(index.shard_bytes[path.name] for path in unknown) / GIGABYTE
+    with (
+        ThreadPoolExecutor(usable_cores()) as pool,
+        progress("digesting", len(unknown)) as advance,
+    ):
+        found = pool.map(lambda path: _adopted(index, path), unknown)
+        for path, content in zip(unknown, found, strict=True):
+            advance()
+            if content is None:
+                unlike[path.name] = "has changed since"
+                continue
+            samples = samples_digest(index.rows(path.name), index.keys.field)
+            digests[path.name] = ShardDigests(content.whole, content.text, samples)
+            if content.stamp:
+                stamps[path.name] = stamped(content.stamp, content.whole)
+    if unlike:
+        raise index.unlike_the_shards(unlike, shards[0].parent)
+    return [_note(index, digests, stamps, f"{len(unknown)} shards, {total:.3g} GB,")]
+
+
+def compare_bytes(index: Index, shards: Sequence[Path]) -> None:
+    """Compares all bytes of local shards with the digests of their index; raises UserError."""
+    known = [path for path in shards if path.name in index.digests]
+    unlike: dict[str, str] = {}
+    with ThreadPoolExecutor(usable_cores()) as pool, progress("comparing", len(known)) as advance:
+        for path, whole in zip(known, pool.map(file_digest, known), strict=True):
+            advance()
+            if whole != index.digests[path.name].whole:
+                unlike[path.name] = "has changed since"
+    if unlike:
+        raise index.unlike_the_shards(unlike, shards[0].parent)
+
+
+def _adopted(index: Index, shard: Path) -> ShardContent | None:
+    rows = index.rows(shard.name)
+    content = shard_content(shard, rows)
+    return content if headers_fit(shard, rows) else None
+
+
+def _note(index: Index, digests: dict[str, ShardDigests], stamps: dict[str, str], what: str) -> str:
+    place = write_digests(index.places, index.places[0], digests)
+    text = f"{index.places[0]} had no digests of its shards: {what} were read to make them"
+    if place is None:
+        return f"{text}; no folder takes them, so the next start reads the shards again"
+    del index.digests  # read again
+    add_stamps([place], stamps)
+    return text if place == index.places[0] else f"{text}; they are kept in {place}"
+
+
+def changed_on_server(index: Index, remote: RemoteShards) -> tuple[dict[str, Exception], list[str]]:
+    """Returns what is wrong with each source that has changed, and notes for the user.
+
+    What can't be asked, a command or a server that does not answer, has not changed.
+    """
+    stamps = read_stamps(index.places)
+    names = [name for name in remote.sources if not remote.sources[name].startswith(COMMAND)]
+    changed, fresh = dict[str, Exception](), dict[str, str]()
+    notes, moved = list[str](), list[str]()
+    first = next((name for name in names if name not in remote.digests), None)
+    if first and first not in stamps:
+        notes.append(
+            f"{index.places[0]} has no digests of its shards: those on the server are known by "
+            "size and version until their index is written anew"
+        )
+    try:
+        found = [_stamp(remote, name) for name in names[:1]]
+        with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+            found += pool.map(lambda name: _stamp(remote, name), names[1:])
+    except (Unreachable, Refused) as error:
+        return {}, [*notes, f"{error} The shards are not compared with their index."]
+    for name, stamp in zip(names, found, strict=True):
+        source, whole = remote.sources[name], remote.digests.get(name, "")
+        if isinstance(stamp, Exception):
+            changed[source] = stamp
+        elif stamp and name not in stamps:
+            fresh[name] = stamped(stamp, whole)
+        elif stamp and stamped(stamp, whole) not in stamps[name]:
+            moved.append(name)
+            problem = _difference(source, remote.shard_bytes[name], whole)
+            if problem:
+                changed[source] = problem
+            else:
+                fresh[name] = stamped(stamp, whole)
+    if moved:
+        notes.append(
+            f"{len(moved)} shards have another version on the server than before, first "
+            f"{shown(remote.sources[moved[0]])}: read there and compared"
+        )
+    if fresh:
+        add_stamps(index.places, fresh)
+    return changed, notes
+
+
+def _stamp(remote: RemoteShards, name: str) -> str | Exception:
+    source, num_bytes = remote.sources[name], remote.shard_bytes[name]
+    try:
+        found = facts(source, TRIES)
+    except FileNotFoundError as error:
+        return error
+    if found.num_bytes not in (None, num_bytes):
+        return Changed(f"{num_bytes} bytes when it was indexed, {found.num_bytes} now")
+    return server_stamp(found.num_bytes, found.version)
+
+
+def _difference(source: str, num_bytes: int, whole: str) -> Exception | None:
+    """Reads a shard where it is and returns how it differs from what was indexed."""
+    if not whole:
+        return Changed("another version than before, and the index has no digest to compare it by")
+    try:
+        fetch(source, None, num_bytes, whole=whole)
+    except (Changed, FileNotFoundError) as error:
+        return error
+    return None

@@ -1,0 +1,112 @@
+"""Which local shards a config means: a folder, one .tar, a brace or a wildcard pattern."""
+
+import glob
+import math
+import os
+from pathlib import Path
+from typing import Protocol
+
+from braceexpand import braceexpand
+
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import is_remote as is_remote
+from blackpoint.data.images.decode import IMAGE_SUFFIXES
+from blackpoint.data.shards.sample_keys import KeyFields, check_keys
+
+ENCODING_FILE = "encoding.json"
+EMPTY_FILE = "empty.safetensors"
+
+
+class CacheFields(KeyFields, Protocol):
+    """The keys of a config that say how shards are read."""
+
+    cache_dir: str | None
+    cache_gigabytes: float
+    allow_shell_urls: bool
+
+
+def check_cache_fields(config: CacheFields, section: str = "") -> None:
+    """Raises UserError for values that can't be meant; `section` is "data." in a training."""
+    check_keys(config, section)
+    if not 0 <= config.cache_gigabytes < math.inf:
+        raise UserError(
+            f"{section}cache_gigabytes={config.cache_gigabytes}: must be a number, 0 or more; 0 "
+            "keeps no shard and reads each sample by a range request."
+        )
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Returns where things are kept that can't lie beside their shards; null: the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache_dir or f"{home}/blackpoint").expanduser()
+
+
+def folder_shards(folder: Path) -> list[Path]:
+    """Returns the .tar files of a folder, sorted, without hidden ones (`._x.tar` of macOS)."""
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
+def is_encoded(shard_folder: Path) -> bool:
+    """Tells whether the shards of a folder hold latents instead of images."""
+    return (shard_folder / ENCODING_FILE).exists()
+
+
+def find_shards(pattern: str, field: str = "data.shards") -> list[Path]:
+    """Returns the shards that `pattern` names, sorted, all of one folder.
+
+    Raises UserError, which names `field`, if there are none or one is absent.
+    """
+    if is_remote(pattern):
+        raise UserError(f"{field}={pattern}: only local paths are read. Copy the shards here.")
+    is_folder = Path(pattern).is_dir()
+    shards = folder_shards(Path(pattern)) if is_folder else _expand(pattern, field)
+    if not shards:
+        raise UserError(f"{field}={pattern}: {_what_is_there(Path(pattern))} {_remedy(pattern)}")
+    absent = [path for path in shards if not path.is_file()]
+    if absent:
+        raise UserError(
+            f"{field}={pattern}: {len(absent)} of {len(shards)} shards do not exist, "
+            f"first {absent[0]}. {_remedy(str(absent[0].parent))}"
+        )
+    other = [path for path in shards if path.suffix != ".tar"]
+    if other:
+        raise UserError(f"{field}={pattern}: {other[0]} is no .tar file. Shards are plain tars.")
+    folders = sorted({path.parent for path in shards})
+    if len(folders) > 1:
+        raise UserError(
+            f"{field}={pattern}: names shards of {len(folders)} folders ({folders[0]}, "
+            f"{folders[1]}). One data set is one folder: put or link the shards into one."
+        )
+    return shards
+
+
+def expand_braces(pattern: str, field: str) -> list[str]:
+    """Returns what a pattern with braces stands for; raises UserError, which names `field`."""
+    try:
+        return list(braceexpand(pattern, escape=not is_remote(pattern)))
+    except ValueError:
+        raise UserError(f"{field}={pattern}: the braces do not match.") from None
+
+
+def _expand(pattern: str, field: str) -> list[Path]:
+    names = expand_braces(pattern, field)
+    shards = []
+    for name in names:
+        if glob.has_magic(name):
+            shards += sorted(glob.glob(name))
+        elif len(names) > 1 or Path(name).exists():
+            shards.append(name)
+    return sorted({Path(name) for name in shards})
+
+
+def _what_is_there(path: Path) -> str:
+    if not path.is_dir():
+        return "does not exist." if not glob.has_magic(str(path)) else "matches no file."
+    suffixes = {child.suffix[1:].lower() for child in path.iterdir()}
+    if suffixes & set(IMAGE_SUFFIXES):
+        return "is a folder of images, not of .tar shards."
+    return "holds no .tar shards."
+
+
+def _remedy(output: str) -> str:
+    return f"Make shards with `blackpoint data pack source=IMAGES output={output}`."

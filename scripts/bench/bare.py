@@ -1,0 +1,69 @@
+"""The bare training loop that the benchmark measures against: what any trainer must do, no more.
+
+Encode (or take the cached moments), draw t and eps, add noise, predict, step back, clip, fused
+AdamW; on batches that lie decoded in memory. It reads nothing, averages no weights, checks no loss
+and logs nothing.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.prediction import add_noise, training_target
+from blackpoint.scripts.bench.inputs import held_images, held_moments
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.target_process import fine_tuned_process
+
+HELD_BATCHES = 8
+Steps = Callable[[int], None]  # takes so many optimizer steps
+
+
+def bare_loop(config: TrainConfig, folder: Path, cached: bool) -> Steps:
+    """Returns a function that takes optimizer steps with its own copy of the model.
+
+    `folder` holds the unpacked images, or with `cached` the unpacked moments and embeddings.
+    """
+    model = DiffusionModel.load(str(config.checkpoint))
+    process = fine_tuned_process(config, model.process)
+    schedule, kind = process.schedule, process.prediction_type
+    unet = model.unet.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(unet.parameters(), config.optimizer.learning_rate, fused=True)
+    batches: Iterator[dict[str, Any]] = itertools.cycle(
+        held_moments(folder, config.batch_size, HELD_BATCHES)
+        if cached
+        else held_images(folder, config.data.resolution, config.batch_size, HELD_BATCHES)
+    )
+    encode = _from_moments if cached else _from_images
+
+    def steps(count: int) -> None:
+        for batch in itertools.islice(batches, count):
+            x0, embeds = encode(model, batch)
+            t, eps = torch.randint(schedule.num_steps, (len(x0),)), torch.randn(x0.shape)
+            alpha, sigma = (c.view(-1, 1, 1, 1) for c in schedule.at(t))
+            output = unet(add_noise(x0, eps, alpha, sigma), t, embeds).sample
+            loss = F.mse_loss(output, training_target(kind, x0, eps, alpha, sigma))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), config.trainer.gradient_clip)
+            optimizer.step()
+
+    return steps
+
+
+def _from_images(model: DiffusionModel, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    images = batch["image"].float() / 255
+    shape = (len(images), *model.latent_shape(*images.shape[-2:]))
+    x0 = model.encode(images, torch.randn(shape))
+    return x0, model.encode_prompts(batch["caption"]).prompt_embeds
+
+
+def _from_moments(model: DiffusionModel, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    mean, log_variance = batch["moments"].chunk(2, dim=1)
+    x0 = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape)
+    return x0 * model.vae.config.scaling_factor, batch["prompt_embeds"]

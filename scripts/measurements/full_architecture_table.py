@@ -1,0 +1,88 @@
+"""The page about the full-size runs: figures beside the arithmetic, machine and versions."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "lightning", "diffusers", "transformers", "safetensors", "webdataset")
+IMPORTS = "imports alone"
+TITLES = {
+    "sd15": "Stable Diffusion 1.5",
+    "sd21_base": "Stable Diffusion 2.1 base",
+    "sd21": "Stable Diffusion 2.1",
+    "small": "the same blocks, a tenth as wide (a rehearsal)",
+}
+INTRODUCTION = """# Full architectures
+
+`make full-architecture`: folders of the published architectures with random weights go through
+every verb, each a process of its own, computing in float32: training from cached latents (16x16,
+batch 1, fused AdamW, gradient checkpointing, average on), sampling at 64x64 latents with guidance.
+
+- *peak*: largest resident memory of the process, mapped files included, in GB of 10^9 bytes.
+- *not droppable*: the part of it that no file backs, looked at ten times a second.
+- *arithmetic*: what the verb must hold; *over* is the peak without the imports, divided by it.
+  A second copy of the weights would add .2 to training and .6 to .8 to the other verbs.
+"""
+
+
+def describe_machine() -> dict[str, Any]:
+    """Returns the date, the machine and the versions, without importing the packages."""
+    versions = {"python": platform.python_version()}
+    versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
+    processor, memory = platform.machine(), 0
+    cpuinfo, meminfo = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+    if cpuinfo.is_file() and meminfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else processor
+        memory = int(meminfo.read_text(encoding="ascii").split()[1]) * 1024
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{processor}, {os.cpu_count()} cores, {memory / 1e9:.0f} GB",
+        "versions": versions,
+    }
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Writes the page: one table an architecture."""
+    return "\n".join([INTRODUCTION, *(_section(name, found) for name, found in results.items())])
+
+
+def _title(name: str) -> str:
+    architecture, _, variant = name.partition(" ")
+    return TITLES[architecture] + (f", {variant}" if variant else "")
+
+
+def _written(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list) else value
+
+
+def _section(name: str, found: dict[str, Any]) -> str:
+    rows = found["verbs"]
+    imports_gb = rows[IMPORTS]["peak_rss_gb"]
+    counts = ", ".join(f"{part} {count:,}" for part, count in found["parameters"].items())
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    settings = shlex.join(f"{key}={_written(v)}" for key, v in found["settings"].items())
+    lines = [
+        f"## {_title(name)}",
+        "",
+        f"Parameters: {counts}. {found['date']}, {found['machine']}; {versions}.",
+        f"`python -m blackpoint.scripts.measurements.full_architecture {settings}`",
+        "",
+        "| verb | seconds | peak, GB | not droppable, GB | arithmetic, GB | over | of |",
+        "|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for verb, row in rows.items():
+        expected = row["arithmetic_gb"]
+        over = f"{(row['peak_rss_gb'] - imports_gb) / expected:.2f}" if expected else ""
+        lines.append(
+            f"| {verb} | {row['seconds']:.0f} | {row['peak_rss_gb']:.2f} "
+            f"| {row['peak_anonymous_gb']:.2f} | {f'{expected:.2f}' if expected else ''} "
+            f"| {over} | {row['holds']} |"
+        )
+    return "\n".join([*lines, ""])

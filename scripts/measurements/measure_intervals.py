@@ -1,0 +1,185 @@
+"""`python -m blackpoint.scripts.measurements.measure_intervals`: how often the intervals of an
+evaluation hold the truth.
+
+Draws sets whose mean, deviation or FID is known and counts the 95 % intervals that cover it. The
+FID is of Gaussians: features of equal variance, or of variances 1, 1/2, ..., 1/d, against
+references whose mean and covariance are exact. Writes docs/interval_coverage.md.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.statistics import estimates as statistics
+from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.sampling.statistics.frechet import Gaussian, frechet_estimates
+from blackpoint.scripts.config import load
+from blackpoint.scripts.measurements.full_architecture_table import describe_machine
+from blackpoint.scripts.stand_alone import run_script
+
+SHIFT, SCALE = 0.3, 1.3
+"""Distance of the Gaussians' means, and ratio of their deviations."""
+Draw = Callable[[np.random.Generator, int], np.ndarray]
+DISTRIBUTIONS: dict[str, tuple[Draw, float, float]] = {
+    "normal": (lambda rng, n: rng.normal(size=n), 0.0, 1.0),
+    "lognormal, sigma 1/2": (
+        lambda rng, n: rng.lognormal(0, 0.5, n),
+        float(np.exp(1 / 8)),
+        float(np.sqrt(np.expm1(1 / 4) * np.exp(1 / 4))),
+    ),
+    "lognormal, sigma 1": (
+        lambda rng, n: rng.lognormal(0, 1, n),
+        float(np.exp(1 / 2)),
+        float(np.sqrt(np.expm1(1) * np.exp(1))),
+    ),
+    "0, 1/2, 1 with .1, .2, .7": (
+        lambda rng, n: rng.choice([0, 0.5, 1], p=[0.1, 0.2, 0.7], size=n),
+        0.8,
+        float(np.sqrt(0.75 - 0.64)),
+    ),
+}
+"""Name -> how it is drawn, its mean, its standard deviation."""
+
+
+@dataclass
+class IntervalsConfig:
+    """What is drawn."""
+
+    sizes: list[int] = field(default_factory=lambda: [10, 20, 50])
+    """Observations in a sample."""
+    num_samples: int = 1000
+    """Samples of each distribution and size."""
+    sets: list[list[int]] = field(
+        default_factory=lambda: [
+            *([8, 50], [8, 200], [32, 70], [32, 100], [32, 200], [32, 1000], [64, 140], [64, 300])
+        ]
+    )
+    """Features d and images n of each FID."""
+    num_sets: int = 200
+    """Sets of each FID."""
+    timed: list[int] = field(default_factory=lambda: [2048, 6000])
+    """Features and images of the one that is timed; empty for none."""
+    output: str = "docs/interval_coverage.md"
+    """File to write."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What estimates of one quantity are worth."""
+
+    bias: float
+    deviation: float
+    covered: float
+    """Share of intervals that hold the truth."""
+
+
+def coverage(found: Sequence[Estimate], truth: float) -> Coverage:
+    """Compares estimates with what they estimate."""
+    values = np.array([each.value for each in found])
+    covered = np.mean([each.low <= truth <= each.high for each in found])
+    return Coverage(float(values.mean() - truth), float(values.std(ddof=1)), float(covered))
+
+
+def gaussian_sets(
+    num_features: int, num_images: int, count: int, is_even: bool
+) -> tuple[list[Estimate], list[Estimate | None], float]:
+    """Returns FID at n and at infinite n of `count` sets, and the true FID."""
+    rng = np.random.default_rng([num_features, num_images, is_even])
+    variances = np.ones(num_features) if is_even else 1 / np.arange(1, num_features + 1)
+    rotation = np.linalg.qr(rng.normal(size=(num_features, num_features)))[0]
+    mean = np.full(num_features, SHIFT / num_features**0.5)
+    covariance = torch.from_numpy(rotation @ np.diag(variances) @ rotation.T)
+    reference = Gaussian(torch.zeros(num_features, dtype=torch.float64), covariance)
+    at_n, at_infinity = [], []
+    for _ in range(count):
+        rows = SCALE * rng.normal(size=(num_images, num_features)) * variances**0.5
+        images = torch.from_numpy((rows + mean) @ rotation.T)
+        one, other = frechet_estimates(images, reference, np.arange(num_images))
+        at_n.append(one)
+        at_infinity.append(other)
+    return at_n, at_infinity, SHIFT**2 + (SCALE - 1) ** 2 * float(variances.sum())
+
+
+def means_table(config: IntervalsConfig) -> str:
+    """Measures the intervals of means and standard deviations."""
+    lines = ["| distribution | n | mean | standard deviation |", "|---|--:|--:|--:|"]
+    for name, (draw, mean, deviation) in DISTRIBUTIONS.items():
+        for size in config.sizes:
+            rng = np.random.default_rng(size)
+            samples = [draw(rng, size) for _ in range(config.num_samples)]
+            ours = coverage([statistics.mean(each) for each in samples], mean)
+            spread = coverage([statistics.std(each) for each in samples], deviation)
+            lines.append(f"| {name} | {size} | {ours.covered:.3f} | {spread.covered:.3f} |")
+    return "\n".join(lines)
+
+
+def fid_table(config: IntervalsConfig) -> str:
+    """Measures bias, deviation and intervals of FID at n and at infinite n."""
+    lines = [
+        "| variances | d | n | true FID | bias at n | holds mean at n | holds true FID |"
+        " bias at infinite n | deviation | holds true FID |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for is_even in (True, False):
+        for num_features, num_images in config.sets:
+            at_n, found, truth = gaussian_sets(num_features, num_images, config.num_sets, is_even)
+            own = coverage(at_n, truth)
+            of_mean = coverage(at_n, truth + own.bias).covered
+            row = f"| {'equal' if is_even else '1/j'} | {num_features} | {num_images} | {truth:.3f}"
+            row += f" | {own.bias:+.3f} | {of_mean:.3f} | {own.covered:.3f} |"
+            known = [each for each in found if each is not None]
+            if known:
+                far = coverage(known, truth)
+                row += f" {far.bias:+.3f} | {far.deviation:.3f} | {far.covered:.3f} |"
+            else:
+                row += " left out | | |"
+            lines.append(row)
+    return "\n".join(lines)
+
+
+def measure(config: IntervalsConfig) -> str:
+    """Measures everything; returns the page."""
+    machine = describe_machine()
+    torch.set_num_threads(1)  # several that wait for each other take CPU time beside other work
+    page = f"""# How often the intervals hold the truth
+
+`python -m blackpoint.scripts.measurements.measure_intervals`, {machine["date"]}, {machine["machine"]}. Share of 95 %
+intervals that hold the known value: {config.num_samples} samples a line for means and standard
+deviations, {config.num_sets} sets a line for FID.
+
+{means_table(config)}
+
+FID of n images drawn from a Gaussian of d features against exact references of another; mean
+distance {SHIFT}, deviations {SCALE} times the references'.
+
+{fid_table(config)}
+"""
+    if config.timed:
+        num_features, num_images = config.timed
+        started_s, busy_s = time.perf_counter(), time.process_time()
+        gaussian_sets(num_features, num_images, 1, is_even=False)
+        seconds, busy_s = time.perf_counter() - started_s, time.process_time() - busy_s
+        page += (
+            f"\nd = {num_features}, n = {num_images}: {busy_s:.0f} s of CPU time "
+            f"({seconds:.0f} s by the clock, beside what else the machine did) for the set, its "
+            f"references' root, and both FIDs with their intervals, on one thread.\n"
+        )
+    write_whole(Path(config.output), page)
+    return page
+
+
+def main(argv: list[str]) -> int:
+    """Is the command; returns the exit status, 2 for wrong input."""
+    return run_script(
+        "measure_intervals", lambda: print(measure(load(IntervalsConfig, argv)), end="")
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

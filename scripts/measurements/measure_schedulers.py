@@ -1,0 +1,238 @@
+"""`python -m blackpoint.scripts.measurements.measure_schedulers`: what diffusers' schedulers make
+of a zero-SNR export.
+
+The export of the demo's fine-tune, sampled by stock diffusers with the schedulers that the model
+card names, as its users would: `Scheduler.from_config(pipe.scheduler.config)`. Three cells (the
+background left open, black, white), the same prompts and seeds for every scheduler, and beside each
+picture that of `DiffusionModel.sample(sampler="ddim")`. DDIM also at numbers of steps that do not
+divide T, where it leaves the timestep list.
+
+Writes docs/schedulers.md and, one row a picture, docs/schedulers.csv.gz; goes on where it stopped.
+"""
+
+import csv
+import gzip
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import fmean as mean
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.evaluation.luminance import border_luminance
+from blackpoint.sampling.export.client_schedulers import DROP_ZERO_SNR, RIGHT_AT_ZERO_SNR
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.statistics import estimates as statistics
+from blackpoint.scripts.config import load
+from blackpoint.scripts.measurements.full_architecture_table import describe_machine
+from blackpoint.scripts.miniature.evaluation import digit_captions
+
+GUIDANCE = {"black": (3.0, 0.7), "white": (3.0, 0.7), "open": (1.0, 0.0)}
+OURS, DDIM, UNEVEN_CELL = "blackpoint ddim", "DDIMScheduler", "black"
+KEEP = RIGHT_AT_ZERO_SNR[:4]
+"""Those that draw no noise while they sample."""
+
+
+@dataclass
+class SchedulerStudyConfig:
+    """What is sampled, and where the figures go."""
+
+    checkpoint: str = "runs/demo/export"
+    """Export of configs/tiny_zero_snr.yaml, such as that of `make demo`."""
+    num_images: int = 10
+    """Pictures of black and of white backgrounds; twice as many leave it open."""
+    num_steps: int = 25
+    """Sampling steps."""
+    uneven_steps: tuple[int, int, int] = (7, 30, 61)
+    """Numbers of steps that do not divide T, for DDIM and black backgrounds alone; at 61 the list
+    of diffusers has a surplus timestep."""
+    seed: int = 0
+    """Seed of picture 0 of every cell; picture i has seed + i."""
+    output: str = "docs/schedulers"
+    """Writes this name with .md and .csv.gz."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture; luminance and pixels in [0, 1]."""
+
+    scheduler: str
+    cell: str
+    num_steps: int
+    index: int
+    seed: int
+    prompt: str
+    border: float
+    """Luminance of the outer two rows and columns; NaN where the picture has NaN."""
+    difference: float
+    """Mean absolute difference of pixels from our ddim."""
+    largest: float
+    """Largest absolute difference."""
+
+    @property
+    def part(self) -> tuple[str, str, int]:
+        return self.scheduler, self.cell, self.num_steps
+
+
+def parts(config: SchedulerStudyConfig) -> Iterator[tuple[str, str, int]]:
+    """Yields scheduler, cell and steps of all that is sampled."""
+    for cell in GUIDANCE:
+        for name in (*KEEP, *DROP_ZERO_SNR):
+            yield name, cell, config.num_steps
+    for num_steps in config.uneven_steps:
+        yield DDIM, UNEVEN_CELL, num_steps
+
+
+def measure(config: SchedulerStudyConfig) -> list[Row]:
+    """Samples what is not in the rows file yet; returns all rows."""
+    path = Path(config.output).with_suffix(".csv.gz")
+    rows = read_rows(path) if path.is_file() else []
+    done = {row.part for row in rows}
+    missing = [part for part in parts(config) if part not in done]
+    if not missing:
+        return rows
+    model = DiffusionModel.load(config.checkpoint)
+    pipeline = StableDiffusionPipeline.from_pretrained(config.checkpoint, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    own = pipeline.scheduler.config
+    kept: dict[tuple[str, int], Tensor] = {}
+    for name, cell, num_steps in missing:
+        captions = getattr(digit_captions(), cell)
+        count = config.num_images * (2 if cell == "open" else 1)
+        prompts = [captions[index % len(captions)][0] for index in range(count)]
+        seeds = [config.seed + index for index in range(count)]
+        scale, rescale = GUIDANCE[cell]
+        if (cell, num_steps) not in kept:
+            kept[cell, num_steps] = model.sample(prompts, seeds, num_steps, scale, rescale)
+        ours = kept[cell, num_steps]
+        pipeline.scheduler = getattr(diffusers, name).from_config(own)
+        images = pipeline(
+            prompts,
+            num_inference_steps=num_steps,
+            guidance_scale=scale,
+            guidance_rescale=rescale,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            output_type="pt",
+        ).images
+        rows += as_rows((name, cell, num_steps), seeds, prompts, images, ours)
+        if name == DDIM:
+            rows += as_rows((OURS, cell, num_steps), seeds, prompts, ours, ours)
+        write_rows(path, rows)
+        print(f"{name} {cell}, {num_steps} steps", flush=True)
+    return rows
+
+
+def as_rows(
+    part: tuple[str, str, int], seeds: list[int], prompts: list[str], images: Tensor, ours: Tensor
+) -> list[Row]:
+    """Measures pictures (N, 3, H, W)."""
+    apart = (images - ours).abs().flatten(1)
+    columns = (border_luminance(images), apart.mean(dim=1), apart.amax(dim=1))
+    values = zip(*(column.tolist() for column in columns), strict=True)
+    return [
+        Row(*part, index, seed, prompt, *(round(value, 5) for value in measured))
+        for index, (seed, prompt, measured) in enumerate(zip(seeds, prompts, values, strict=True))
+    ]
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Writes the rows, gzipped."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_whole(path, gzip.compress(text.getvalue().encode(), mtime=0))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads what `write_rows` wrote."""
+    types: dict[str, Any] = {field.name: field.type for field in fields(Row)}
+    reader = csv.DictReader(io.StringIO(gzip.decompress(path.read_bytes()).decode()))
+    return [Row(**{name: types[name](value) for name, value in row.items()}) for row in reader]
+
+
+def page(config: SchedulerStudyConfig, rows: list[Row]) -> str:
+    """Writes the page."""
+    machine = describe_machine()
+    lines = [
+        "# diffusers' schedulers on a zero-SNR model, measured",
+        "",
+        f"`python -m blackpoint.scripts.measurements.measure_schedulers` on {machine['date']} ({machine['machine']}; "
+        f"diffusers {machine['versions']['diffusers']}): the export of "
+        f"`configs/tiny_zero_snr.yaml` (64 px) in stock diffusers, {config.num_steps} steps, "
+        f"pictures i = 0 to n - 1 of seed {config.seed} + i. Border: the outer two rows and "
+        "columns, luminance 0 to 1. Open captions at guidance 1; black and white at guidance 3, "
+        "rescale .7. Difference: mean absolute difference of pixels in [0, 1] from "
+        "`DiffusionModel.sample` with ddim, all three cells. "
+        "Value [95 % bootstrap interval] n. Rows: [schedulers.csv.gz](schedulers.csv.gz).",
+        "",
+        "| scheduler | flag | black: border | white: border | open: std of border | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    flags = dict.fromkeys(KEEP, "kept") | dict.fromkeys(DROP_ZERO_SNR, "dropped")
+    for name in (OURS, *flags):
+        own = [row for row in rows if row.scheduler == name and row.num_steps == config.num_steps]
+        borders = {cell: [row.border for row in own if row.cell == cell] for cell in GUIDANCE}
+        cells = [show(statistics.mean(borders[cell])) for cell in ("black", "white")]
+        cells += [show(statistics.std(borders["open"]))]
+        apart = "" if name == OURS else show(statistics.mean([row.difference for row in own]))
+        lines.append(f"| {name} | {flags.get(name, '')} | {' | '.join(cells)} | {apart} |")
+    black, white = (
+        statistics.mean(
+            [
+                mean(r.border for r in rows if is_dropped(r, cell) and r.index == index)
+                for index in range(config.num_images)
+            ]
+        )
+        for cell in ("black", "white")
+    )
+    lines += [
+        "",
+        f"Over the {len(DROP_ZERO_SNR)} that drop the flag: black {show(black)}, "
+        f"white {show(white)} (a picture's mean over them counts once). They start at the noise "
+        "that the network was trained on at the last timestep and have other noise levels "
+        "between: their pictures differ from ours, but are not gray.",
+    ]
+    lines += [
+        "",
+        "DDIM by number of steps, black backgrounds: border, and the mean and largest difference "
+        "of a picture's pixels from ours, mean over pictures.",
+        "",
+        "| steps | border | mean difference | largest difference |",
+        "|--:|---|---|---|",
+    ]
+    for num_steps in (config.num_steps, *config.uneven_steps):
+        own = [row for row in rows if row.part == (DDIM, UNEVEN_CELL, num_steps)]
+        measured = [(row.border, row.difference, row.largest) for row in own]
+        cells = [show(statistics.mean(column)) for column in zip(*measured, strict=True)]
+        lines.append(f"| {num_steps} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def is_dropped(row: Row, cell: str) -> bool:
+    """Whether a scheduler made the picture that drops the flag."""
+    return row.scheduler in DROP_ZERO_SNR and row.cell == cell
+
+
+def show(estimate: statistics.Estimate) -> str:
+    """Writes a value, its interval and n."""
+    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}] {estimate.n}"
+
+
+def main(argv: list[str]) -> None:
+    """Is the command."""
+    config = load(SchedulerStudyConfig, argv)
+    text = page(config, measure(config))
+    Path(config.output).with_suffix(".md").write_text(text, encoding="ascii")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,100 @@
+"""The README's figure, from the tables in docs/: python -m
+blackpoint.scripts.studies.evaluation_figure.
+
+Left, what each link of the chain of fixes gives (docs/ablation/settings.csv, three seeds); right,
+what a search buys at equal cost (docs/comparison/cells.csv).
+"""
+
+import csv
+import io
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.report.plots import COLORS, STYLE
+from blackpoint.scripts.config import load
+from blackpoint.scripts.stand_alone import run_script
+
+OPEN = "luminance spread over the references', open"
+PANELS = {
+    "luminance error": "distance from the luminance\nthat captions ask for (0 is best)",
+    OPEN: "spread of luminance where captions\nleave it open, over the data's (1 is best)",
+}
+JUDGE, NFE, ARM = "judge", "NFE", "arm"
+MOST_NFE = 96
+
+
+@dataclass
+class FigureConfig:
+    """Which tables, and where to."""
+
+    ablation: str = "docs/ablation/settings.csv"
+    """Settings over their seeds."""
+    comparison: str = "docs/comparison/cells.csv"
+    """Every search."""
+    output: str = "docs/evaluation.png"
+    """The figure."""
+
+
+@matplotlib.rc_context(STYLE)
+def draw(config: FigureConfig) -> None:
+    """Draws the figure; raises UserError for a table that is not there."""
+    links = _read(config.ablation)
+    searches = [row for row in _read(config.comparison) if row[JUDGE]]
+    figure = Figure(figsize=(12.5, 3.9), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, (name, label) in zip(axes, PANELS.items(), strict=False):
+        _bars(axis, [row["setting"] for row in links], links, name)
+        axis.set_xlabel(label)
+    axes[1].set_yticklabels([])
+    axes[1].axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axes[0].set_title("What each fix does (3 seeds)", loc="left")
+    most = sorted(
+        (row for row in searches if float(row[NFE]) <= MOST_NFE),
+        key=lambda row: float(row[JUDGE]),
+    )
+    dearest = max(round(float(row[NFE])) for row in most)
+    shown = [
+        row for row in most if re.search(rf"\b{dearest}$", row[ARM]) or not row[ARM][-1].isdigit()
+    ]
+    _bars(axes[2], [re.sub(r", \d+$", "", row[ARM]) for row in shown], shown, JUDGE)
+    axes[2].set_xlabel(f"digits read in what {dearest} UNet evaluations\na prompt buy (1 is best)")
+    axes[2].set_title(f"What a search buys ({shown[0][f'{JUDGE}: n']} prompts)", loc="left")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120, bbox_inches="tight")
+    write_whole(Path(config.output), content.getvalue())
+
+
+def _bars(axis: Axes, names: list[str], rows: list[dict[str, str]], metric: str) -> None:
+    for place, row in enumerate(rows):
+        value, low, high = (float(row[f"{metric}{end}"]) for end in ("", ": low", ": high"))
+        color = COLORS[0] if place == 0 else COLORS[1]
+        bar = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        axis.errorbar(value, place, xerr=bar, fmt="o", color=color, capsize=2, markersize=5)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.grid(axis="y", color="#eeeeee")
+
+
+def _read(path: str) -> list[dict[str, str]]:
+    if not Path(path).is_file():
+        raise UserError(
+            f"{path} is not there; python -m blackpoint.scripts.studies.ablation and comparison make it"
+        )
+    return list(csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8"))))
+
+
+def main(argv: list[str]) -> int:
+    """Is the command; returns the exit status, 2 for wrong input."""
+    return run_script("evaluation_figure", lambda: draw(load(FigureConfig, argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

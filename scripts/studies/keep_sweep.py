@@ -1,0 +1,162 @@
+"""Keeps what a sweep found in a folder of the repository: python -m
+blackpoint.scripts.studies.keep_sweep.
+
+settings, cells, wins_*   the report's tables, .md and .csv
+rows.csv.gz               a row an image, or a winner, of every cell
+figure.png                each setting's metrics, over the seeds
+made.json                 machine, date, seconds of every cell, versions
+"""
+
+import difflib
+import gzip
+import io
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+import matplotlib
+
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.plain import csv_text
+from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.evaluation.summary import WORDS
+from blackpoint.sampling.report.plots import COLORS, STYLE, panels
+from blackpoint.sampling.report.results import CELL, SWEEP, Results, read_results, title_of
+from blackpoint.sampling.report.results_page import tables_of
+from blackpoint.sampling.report.results_plots import luminance_distributions, scaling_curves
+from blackpoint.sampling.report.results_tables import (
+    metric_names,
+    settings_of,
+    shown_estimate,
+    to_csv,
+    to_markdown,
+)
+from blackpoint.scripts.config import load
+from blackpoint.scripts.measurements.full_architecture_table import describe_machine
+from blackpoint.scripts.stand_alone import run_script
+from blackpoint.train.records.environment import describe_environment
+
+DIGITS, TITLE_LETTERS = 6, 26
+COLUMNS = ("cell", "prompt_index", "image")
+"""Of rows.csv.gz, before those of the metrics."""
+
+
+@dataclass
+class KeepConfig:
+    """Which sweep, and where to."""
+
+    run_dir: str = "runs/ablation"
+    """The sweep."""
+    output: str = "docs/ablation"
+    """Folder to write; what is there is replaced."""
+    metrics: list[str] = field(default_factory=list)
+    """Metrics of the figure and of the table of settings, in order; the first six if empty."""
+
+
+def keep(config: KeepConfig) -> list[Path]:
+    """Writes everything; returns the paths. Raises UserError for a metric that no cell has."""
+    output = Path(config.output)
+    results = read_results(Path(config.run_dir))
+    names = _known(config.metrics, metric_names(results.cells)) or metric_names(results.cells)[:6]
+    contents: dict[str, str | bytes] = {}
+    for table in tables_of(results, names):
+        contents[f"{table.name}.md"] = to_markdown(table)
+        contents[f"{table.name}.csv"] = to_csv(table)
+    rows = list(rows_of(results))
+    text = csv_text(rows) if rows else ",".join(COLUMNS) + "\n"  # no metric is of single images
+    contents["rows.csv.gz"] = gzip.compress(text.encode(), mtime=0)
+    made = describe_environment() | {
+        "machine": describe_machine(),
+        "kept": time.strftime("%Y-%m-%d"),
+        "cell_seconds": cell_seconds(Path(config.run_dir)),
+    }
+    del made["command"]  # of this script, not of the sweep
+    contents["made.json"] = json.dumps(made, indent=1) + "\n"
+    for number, (_, svg) in enumerate(scaling_curves(results, names)):
+        contents[f"scaling_{number}.svg"] = svg
+    luminance = luminance_distributions(results)
+    if luminance is not None:
+        contents["luminance.svg"] = luminance
+    contents["figure.png"] = figure(results, names)
+    for name, content in contents.items():
+        write_whole(output / name, content)
+    return [output / name for name in contents]
+
+
+def rows_of(results: Results) -> Iterable[dict[str, Any]]:
+    """Yields a row for each image, or winner, with its scores."""
+    names = list(dict.fromkeys(name for cell in results.cells for name in cell.paired))
+    for cell in results.cells:
+        keys = sorted({key for scores in cell.paired.values() for key in scores})
+        for key in keys:
+            yield {
+                **dict(zip(COLUMNS, (cell.name, key[0], key[-1]), strict=True)),
+                **{name: _rounded(cell.paired.get(name, {}).get(key)) for name in names},
+            }
+
+
+def cell_seconds(run_dir: Path) -> dict[str, float]:
+    """Returns the seconds that each cell of a sweep took, without its training."""
+    index = run_dir / SWEEP
+    found = {}
+    for row in json.loads(index.read_text(encoding="utf-8"))["cells"] if index.is_file() else []:
+        path = run_dir / row["folder"] / CELL
+        if path.is_file():
+            found[row["name"]] = json.loads(path.read_text(encoding="utf-8")).get("seconds")
+    return found
+
+
+@matplotlib.rc_context(STYLE)
+def figure(results: Results, names: Sequence[str]) -> bytes:
+    """Draws each metric, a line a setting: seeds as dots, their mean with its t interval."""
+    settings = settings_of(results)
+    sheet, axes = panels(len(names), 1, width=2.6, height=0.6 + 0.28 * len(settings))
+    for axis, name in zip(axes, names, strict=True):
+        for place, setting in enumerate(settings):
+            values = [
+                cell.values[name].estimate.value for cell in setting.cells if name in cell.values
+            ]
+            color = COLORS[0] if place == 0 else COLORS[1]
+            axis.plot(values, [place] * len(values), "o", color=color, alpha=0.35, markersize=4)
+            own = shown_estimate(setting.cells, name)
+            if own is not None:
+                bar = [[max(0.0, own.value - own.low)], [max(0.0, own.high - own.value)]]
+                axis.errorbar(own.value, place, xerr=bar, fmt="|", color=color, capsize=2)
+        better = next(c.values[name].better for c in results.cells if name in c.values)
+        axis.set_title(
+            "\n".join(wrap(title_of(name, results.cells), TITLE_LETTERS)), loc="left", fontsize=9
+        )
+        axis.set_xlabel(WORDS[better])
+        axis.set_ylim(len(settings) - 0.5, -0.5)
+        axis.grid(axis="y", color="#eeeeee")
+        axis.set_yticks(range(len(settings)), [""] * len(settings))
+    axes[0].set_yticklabels([setting.name for setting in settings])
+    content = io.BytesIO()
+    sheet.savefig(content, format="png", dpi=130, bbox_inches="tight")
+    return content.getvalue()
+
+
+def _known(names: list[str], metrics: list[str]) -> list[str]:
+    for name in names:
+        if name not in metrics:
+            near = difflib.get_close_matches(name, metrics, n=1, cutoff=0)
+            raise UserError(f"metrics: no cell has {name!r}; the nearest is {near[0]!r}")
+    return names
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.{DIGITS}g}"
+
+
+def main(argv: list[str]) -> int:
+    """Is the command; returns the exit status, 2 for wrong input."""
+    return run_script("keep_sweep", lambda: keep(load(KeepConfig, argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,53 @@
+"""`blackpoint report`: one HTML page from a run, an evaluation, a search or a sweep."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.sampling.runtime.tracking import WandbConfig
+
+RESULTS = ("sweep.json", "images.parquet", "winners.jsonl")
+"""Files by which folders of results are known."""
+
+
+@dataclass
+class ReportConfig:
+    """The page about one run directory, or one folder of results."""
+
+    run_dir: PathText = MISSING
+    """Run directory with metrics.csv, previews/ or black_point/; or the folder of an evaluation, a
+    search or a sweep."""
+    output: OutputText | None = None
+    """The page; run_dir/report.html if not set."""
+    evaluation: PathText | None = None
+    """Folder of a black-point study; run_dir/black_point if not set."""
+    committed_rows: PathText = "docs/black_point/rows.csv.gz"
+    """Rows that show the control where the study has none; skipped where the file is absent."""
+    wandb: WandbConfig = field(default_factory=lambda: WandbConfig(enabled=False))
+    """The page and its tables at Weights & Biases, for evaluations, searches and sweeps."""
+
+
+def config_class() -> type[ReportConfig]:
+    return ReportConfig
+
+
+def run(config: ReportConfig) -> int:
+    """Writes the page and says where it is."""
+    if is_about_results(Path(config.run_dir)):
+        from blackpoint.scripts.verbs.report_results import write_results_of
+
+        for path in write_results_of(config):
+            print(path)
+        return 0
+    from blackpoint.scripts.verbs.report_content import write
+
+    print(write(config))
+    return 0
+
+
+def is_about_results(folder: Path) -> bool:
+    """Whether a folder is of an evaluation, a search or a sweep, and not a training run."""
+    is_run = (folder / "metrics.csv").is_file() and (folder / "checkpoints").is_dir()
+    return not is_run and any((folder / name).is_file() for name in RESULTS)

@@ -1,0 +1,221 @@
+"""Checkpoints of a run: `checkpoints/step_00000500.ckpt`, whole or not there at all.
+
+They hold tensors and plain containers only, and are read with weights_only=True, mapped: a tensor
+is read when it is copied to where it is used, and its pages of the file leave memory again. A disk
+may still lose what it has promised to keep, so a file is checked, record by record, before a run
+goes on from it. The newest few are kept, and the best: best.json says which that is.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.data.files.whole_file import whole_file, write_whole
+from blackpoint.train.callbacks.validation import ValidationLoss
+from blackpoint.train.callbacks.watch import Watch
+
+NAME = re.compile(r"step_(\d+)\.ckpt")
+BEST = "best.json"
+
+
+def checkpoint_steps(folder: Path) -> dict[int, Path]:
+    """Returns the checkpoints in `folder` by their step, ascending."""
+    paths = {}
+    for path in folder.glob("step_*.ckpt"):
+        match = NAME.fullmatch(path.name)
+        if match:
+            paths[int(match[1])] = path
+    return dict(sorted(paths.items()))
+
+
+def read_best(folder: Path) -> tuple[int, float] | None:
+    """Returns step and validation loss of the best checkpoint so far, or None."""
+    try:
+        best = json.loads((folder / BEST).read_text(encoding="ascii"))
+        return int(best["step"]), float(best["validation_loss"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Removes what a kill left half-written; for the process that has the run directory."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def latest_valid_checkpoint(folder: Path) -> int:
+    """Returns the step of the newest checkpoint that is not damaged; 0 without any.
+
+    Says which ones are damaged; raises UserError if all are.
+    """
+    damaged: list[Path] = []
+    for step, path in reversed(checkpoint_steps(folder).items()):
+        reason = damage(path)
+        if reason is None:
+            if damaged:
+                print(f"WARNING: going on from step {step}, {path}", file=sys.stderr, flush=True)
+            return step
+        print(f"WARNING: {path} is damaged: {reason}", file=sys.stderr, flush=True)
+        damaged.append(path)
+    if damaged:
+        raise UserError(
+            f"run_dir={folder.parent}: every checkpoint is damaged ({len(damaged)}, newest "
+            f"{damaged[0].name}); remove {folder} to train from the start again"
+        )
+    return 0
+
+
+def damage(path: Path) -> str | None:
+    """Returns what is wrong with a checkpoint file, by the checksums of its records, or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        return bad and f"record {bad} has changed since it was written"
+    except Exception as error:
+        # Damaged headers make zipfile raise almost anything: RuntimeError for a file that seems
+        # encrypted, UnicodeDecodeError for a name. No fault in one file may hide the one before.
+        return str(error) or type(error).__name__
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Streams a checkpoint beside its place, syncs it to disk and renames it; reads it mapped.
+
+    Lightning's own first builds the whole file in memory, and loads with pickle allowed.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with whole_file(path, sync=True) as unfinished, unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+            _flush_folder(path.parent)
+        except (OSError, RuntimeError) as error:  # torch turns the system's error into its own
+            reason = error if isinstance(error, OSError) else error.__cause__ or error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            kept = max(checkpoint_steps(path.parent), default=None)
+            raise RunFailed(
+                f"{path} can't be written: {reason.strerror}. "
+                + (f"Step {kept} is kept there. " if kept is not None else "")
+                + "Make room or restore the rights; the same command continues"
+            ) from error
+
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: Any = True
+    ) -> dict[str, Any]:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+class SaveCheckpoints(Checkpoint):
+    """Saves every so many optimizer steps and at the last one; keeps the newest few and the best.
+
+    The best is the one of the lowest validation loss, in the network's own output, of those saved
+    at a step that was validated.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every_steps: int,
+        keep: int,
+        watch: Watch,
+        validation: ValidationLoss | None = None,
+        resume_step: int = 0,
+    ) -> None:
+        self.folder, self.every_steps, self.keep, self.watch = folder, every_steps, keep, watch
+        self.validation = validation
+        self.saved_step = resume_step
+        self.best = read_best(folder)
+        if self.best is not None and self.best[0] > resume_step:
+            self.best = None  # of a checkpoint that was lost: the run comes by there again
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = step % self.every_steps == 0 or step == trainer.max_steps or trainer.should_stop
+        if not due or step == self.saved_step or not self.watch.at_step_end:
+            return
+        with self.watch.paused():
+            trainer.save_checkpoint(self.folder / f"step_{step:08d}.ckpt")
+            self.saved_step = step
+            if trainer.is_global_zero:
+                self._note_best(step)
+                self._remove_old(step)
+
+    def _note_best(self, step: int) -> None:
+        measured = self.validation.measured if self.validation else None
+        if measured is None or measured[0] != step:
+            return
+        if self.best is None or measured[1] < self.best[1]:
+            self.best = measured
+            text = json.dumps({"step": step, "validation_loss": measured[1]})
+            write_whole(self.folder / BEST, text + "\n")
+
+    def _remove_old(self, step: int) -> None:
+        """Removes all but the newest, up to `step`, and the best; later ones are damaged."""
+        paths = checkpoint_steps(self.folder)
+        newest = [saved for saved in paths if saved <= step][-self.keep :]
+        for saved, path in paths.items():
+            if saved not in newest and (self.best is None or saved != self.best[0]):
+                path.unlink(missing_ok=True)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lets go of the file: by now the module and its average hold copies of their weights.
+
+        On a CPU the optimizer would go on with the mapped tensors, which keep the file's place on
+        disk after its removal, so it gets copies, made one by one.
+        """
+        for state in (checkpoint["state_dict"], checkpoint.get("current_model_state", {})):
+            for tensor in state.values():
+                forget_pages(tensor)
+        if trainer.strategy.root_device.type != "cpu":
+            return
+        for optimizer_state in checkpoint["optimizer_states"]:
+            for values in optimizer_state["state"].values():
+                for name, value in values.items():
+                    if isinstance(value, Tensor):
+                        values[name] = value.clone()
+                        forget_pages(value)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Waits until a rename in `folder` is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def forget_pages(mapped: Tensor) -> None:
+    """Drops the pages of a tensor that maps a file, unwritten, from this process's memory (Linux).
+
+    They are read again where the tensor is used again.
+    """
+    if sys.platform != "linux":
+        return
+    storage = mapped.untyped_storage()
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

@@ -1,0 +1,87 @@
+"""The configuration of `blackpoint data encode`; free of torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from omegaconf import MISSING
+
+from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.data.images.decode import MAX_IMAGE_PIXELS
+from blackpoint.data.shards.listing import check_cache_fields
+from blackpoint.sampling.choices import Dtype, Tf32
+
+
+@dataclass
+class EncodeConfig:
+    """Shards of images, the checkpoint that encodes them, and the shards of latents."""
+
+    source: PathText = MISSING
+    """Shards of images: a folder, a pattern such as shards/shard-{000000..000009}.tar, or the same
+    as a URL (https://, s3://, gs://)."""
+    checkpoint: PathText = MISSING
+    """Whose VAE and text encoder encode: a folder, hub id, run directory or .ckpt. Training from
+    the result must start from a checkpoint with the same two."""
+    output: OutputText = MISSING
+    """Folder for the shards of latents and their index; must be absent or empty. A run that was
+    stopped is continued, and a run that is under way is joined, by the same command."""
+    resolution: int = 0
+    """Side of the square images, in pixels; training must use the same data.resolution. 0: the size
+    that the checkpoint was made for."""
+    crop: str = "center"
+    """Where the square is cut from the longer side. Only center: latents are made once, so random
+    crops and flips need training from the images."""
+    batch_size: int = 8
+    """Images that a process encodes at once; more need more memory."""
+    dtype: Dtype = "float16"
+    """Number format of what is stored."""
+    encoder_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the VAE and the text encoder while they encode. auto: bfloat16 on a GPU that
+    computes in it, else float32. In float16 an image that overflows would change later ones."""
+    tf32: Tf32 = "auto"
+    """Compute float32 products and convolutions in TensorFloat-32 (10 bits of mantissa). auto: on a
+    GPU of compute capability 8.0 or newer, and nowhere else."""
+    device: str = "auto"
+    """auto and cuda share the processes out among the GPUs, auto takes the CPU where there is none;
+    or cpu, cuda:1, ..."""
+    num_processes: int = 0
+    """Processes that encode on this machine, each a shard at a time with encoders of its own; 0:
+    one a GPU, or one a CPU core. Several tasks that SLURM or torchrun starts each have one."""
+    num_workers: int = 4
+    """Processes that decode images for each encoding process; 0 decodes in that process."""
+    samples_per_shard: int = 5000
+    """Samples of the source that become one shard."""
+    max_bad_share: float = 0.01
+    """Share of samples that may be left out before the run stops, 0 to 1."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Images with more pixels are refused as decompression bombs."""
+    image_key: str | None = None
+    """Extension of the members that are images, as in image_key=input.jpg, where index/ is not made
+    yet; null: the one that is an image's, and whatever an index that is there was made with."""
+    caption_key: str | None = None
+    """Likewise of the captions: caption for .caption members, json.NAME for the field NAME of .json
+    members, a text or a list of texts; null: .txt, "caption" in .json, .caption."""
+    cache_dir: PathText | None = None
+    """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
+    $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint."""
+    cache_gigabytes: float = 50.0
+    """Shards from URLs are kept up to this size, in 10^9 bytes; they are read in order, so little
+    more than the largest will do."""
+    allow_shell_urls: bool = False
+    """Lets pipe:COMMAND stand for a shard: the shell runs it, and its output is the shard."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "samples_per_shard", "max_image_pixels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1.")
+        for name in ("resolution", "num_workers", "num_processes"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: must be 0 or more.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1.")
+        check_cache_fields(self)
+        if self.crop != "center":
+            raise UserError(
+                f"crop={self.crop}: latents are made once, so each image has one view. "
+                "Set crop=center; random crops need training from the images."
+            )

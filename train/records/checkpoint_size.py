@@ -1,0 +1,40 @@
+"""The size of images that a checkpoint was made for, read from its configs alone."""
+
+import torch
+from diffusers import AutoencoderKL
+
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.checkpoints.architecture import sample_size_of
+from blackpoint.sampling.checkpoints.loading import Part, read_json
+from blackpoint.sampling.checkpoints.resolve import resolve
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.pixels.folder import PixelForm
+
+
+def checkpoint_size(checkpoint: str, field: str) -> int:
+    """Returns the side that a checkpoint was made for, in pixels: sample_size times its factor.
+
+    Raises UserError, naming the `field` to set, where it does not say one side.
+    """
+    folder = resolve(checkpoint).folder
+    if not (folder / "unet" / "config.json").is_file():
+        DiffusionModel.load(checkpoint, with_unet=False)  # which says what it is instead
+    side = sample_size_of(read_json(folder / "unet" / "config.json"))
+    pixels = PixelForm.of(read_json(folder / "model_index.json"), checkpoint)
+    if not isinstance(side, int) or side < 1:
+        raise UserError(
+            f"{field}=0: checkpoint={checkpoint} does not say what size it was made for "
+            f"(sample_size={side} in unet/config.json); set {field}, in pixels"
+        )
+    if pixels is not None:
+        return side * pixels.codec.patch
+    vae = Part(AutoencoderKL, folder, "vae", torch.float32)
+    return side * 2 ** (len(vae.setting("block_out_channels")) - 1)
+
+
+def check_side(model: DiffusionModel, field: str, side: int) -> tuple[int, ...]:
+    """Returns the shape of x0 of images with that side; raises UserError that names the field."""
+    try:
+        return model.latent_shape(side, side)
+    except UserError as error:
+        raise UserError(f"{field}={side}: {error}") from None
