@@ -18,6 +18,7 @@ from blackpoint.sampling.search.calibration import find_batch_size
 from blackpoint.sampling.search.config import DiversityConfig, SearchConfig
 from blackpoint.sampling.search.run import search_to_folder
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifiers
+from blackpoint.sampling.verifiers.models import clip
 from blackpoint.scripts.verbs.report import ReportConfig
 from blackpoint.scripts.verbs.report_content import write
 from tests.search_problems import runner
@@ -157,14 +158,17 @@ def test_a_prompt_that_a_verifier_cannot_judge_is_refused_at_the_start(
     assert not (tmp_path / "out").exists()
 
 
-def test_verifiers_of_one_folder_share_its_weights(pipeline: Path, tmp_path: Path) -> None:
-    folder = str(make_tiny_clip(tmp_path, pipeline / "tokenizer"))
+def test_verifiers_of_one_folder_share_its_weights(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made = str(make_tiny_clip(tmp_path, pipeline / "tokenizer")), []
+    original = clip.Clip
+    monkeypatch.setattr(clip, "Clip", lambda *given: made.append(given) or original(*given))
     kinds = ("clip_score", "pick_score")
-    configs = {kind: VerifierConfig(kind=kind, checkpoint=folder) for kind in kinds}  # type: ignore[arg-type]
-    one, two = load_verifiers(configs, torch.device("cpu")).values()
-    assert one._clip is two._clip  # type: ignore[attr-defined]
-    three = load_verifiers(configs, torch.device("cpu"))["clip_score"]
-    assert three._clip is not one._clip  # type: ignore[attr-defined]
+    configs = {kind: VerifierConfig(kind=kind, checkpoint=folder) for kind in kinds}
+    for count in (1, 2):  # once a call
+        assert load_verifiers(configs, torch.device("cpu")).keys() == configs.keys()
+        assert len(made) == count
 
 
 def test_winners_and_changes_are_tables_at_wandb(
