@@ -14,6 +14,7 @@ from typing import Any
 
 from blackpoint.data.files.plain import number
 from blackpoint.sampling.errors import UserError
+from blackpoint.sampling.evaluation.config import OF_RUNS
 from blackpoint.sampling.evaluation.rows import IMAGES, REFERENCE, SETTINGS, Row, read_images
 from blackpoint.sampling.evaluation.summary import (
     ERROR,
@@ -24,6 +25,7 @@ from blackpoint.sampling.evaluation.summary import (
     title_at_n,
 )
 from blackpoint.sampling.statistics import estimates as statistics
+from blackpoint.sampling.statistics.candidate_scores import Candidates, scores_by_prompt
 from blackpoint.sampling.statistics.estimates import Estimate
 
 SWEEP, CELL = "sweep.json", "cell.json"
@@ -33,6 +35,8 @@ WINNERS, SEARCH_SETTINGS, LEDGER, HACKING = (
     "ledger.json",
     "hacking.json",
 )
+CANDIDATES, BEST_OF_N = "candidates.jsonl", "random"
+"""Rows of a search, and the algorithm whose candidates are independent images."""
 FOLDERS = {"evaluate": "evaluation", "search": "search"}
 """Section of a sweep -> its folder in a cell's."""
 STALE = "stale"
@@ -77,6 +81,8 @@ class Cell:
     pictures: dict[Key, Picture] = field(default_factory=dict)
     luminance: list[float] = field(default_factory=list)
     """Of images whose prompts leave it open; of all, where none does."""
+    candidates: Candidates | None = None
+    """Several images of each prompt by every score, where they are independent."""
     alarms: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     nfe: float = math.nan
@@ -213,6 +219,9 @@ def _read_evaluation(cell: Cell, folder: Path) -> list[float]:
         if row["file"] and (folder / row["file"]).is_file()
     }
     settings = _json(folder / SETTINGS)
+    names = [m.name for m in summary.metrics if m.name in rows[0] and not m.group]
+    scores = scores_by_prompt(((row["prompt_index"], row["image"], row) for row in rows), names)
+    cell.candidates = Candidates(scores, tuple(names)) if scores else None
     where = summary.where
     column = "border_luminance" if where == "border" else "luminance"
     left = [row for row in rows if row["luminance_error"] is None]
@@ -232,7 +241,8 @@ def _read_search(cell: Cell, folder: Path) -> None:
         return
     text = (folder / WINNERS).read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
-    for kind, mark in (("held_out", ""), ("scores", " (searched)")):
+    settings = _json(folder / SEARCH_SETTINGS)
+    for kind in ("held_out", "scores"):
         for name in rows[0][kind]:
             own = {
                 (row["prompt_index"], row["prompt"], 0): number(row[kind][name])
@@ -240,7 +250,8 @@ def _read_search(cell: Cell, folder: Path) -> None:
                 if math.isfinite(number(row[kind][name]))
             }
             if own:
-                title = f"{name}{mark}"
+                searched = kind == "scores" and _decides(settings, name)
+                title = f"{name} (searched)" if searched else name
                 cell.values[title] = Value(statistics.mean_score(list(own.values())), "higher")
                 cell.paired[title] = own
     for row in rows:
@@ -254,8 +265,27 @@ def _read_search(cell: Cell, folder: Path) -> None:
     ledger = _json(folder / LEDGER)
     parts = (ledger.get(f"{name}_s", 0.0) for name in ("denoising", "decoding", "verifying"))
     cell.seconds = sum(parts) / len(rows)
-    settings = _json(folder / SEARCH_SETTINGS)
+    cell.candidates = _searched_candidates(folder, settings)
     cell.settings = cell.settings or {f"search.{k}": v for k, v in settings.items()}
+
+
+def _decides(settings: Mapping[str, Any], name: str) -> bool:
+    """Whether a verifier has a part in what a search chooses: one of weight 0 has none."""
+    verifier = settings.get("verifiers", {}).get(name, {})
+    return settings.get("ensemble") != "weighted_sum" or verifier.get("weight", 1.0) != 0
+
+
+def _searched_candidates(folder: Path, settings: Mapping[str, Any]) -> Candidates | None:
+    """Reads the candidates of a best-of-N search, which are independent; None of another."""
+    path = folder / CANDIDATES
+    if settings.get("algorithm") != BEST_OF_N or not path.is_file():
+        return None
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    kinds = {name: each["kind"] for name, each in settings["verifiers"].items()}
+    found = ((row["prompt_index"], row["candidate"], row["scores"]) for row in rows)
+    scores = scores_by_prompt(found, list(kinds))
+    qualities = tuple(name for name, kind in kinds.items() if kind not in OF_RUNS)
+    return Candidates(scores, qualities) if scores else None
 
 
 def _title(metric: Metric) -> str:

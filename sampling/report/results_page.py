@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from blackpoint.sampling.report.candidate_tables import candidate_tables
 from blackpoint.sampling.report.report import page_template
 from blackpoint.sampling.report.results import Cell, Key, Results
 from blackpoint.sampling.report.results_plots import luminance_distributions, scaling_curves
@@ -65,9 +66,10 @@ def tables_of(results: Results, of_settings: Sequence[str] = ()) -> list[Table]:
     of_settings: the metrics that settings are shown with; all if empty. Of a single cell there is
     one table.
     """
+    several = {cell.name: cell.candidates for cell in results.cells if cell.candidates is not None}
     if len(results.cells) == 1:
-        return [metrics_table(results.cells[0])]
-    tables = [seeds_table(results, of_settings), cells_table(results)]
+        return [metrics_table(results.cells[0]), *candidate_tables(several)]
+    tables = [seeds_table(results, of_settings), cells_table(results), *candidate_tables(several)]
     names = [n for n in metric_names(results.cells) if any(n in c.paired for c in results.cells)]
     tables += [win_matrix(results, name) for name in names]
     return [table for table in tables if table is not None]

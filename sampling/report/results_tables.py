@@ -141,7 +141,7 @@ def seeds_table(results: Results, names: Sequence[str] = ()) -> Table | None:
             value = means[setting.name, name]
             row.append(_shown(value, value is not None and value is best[name]))
             change = None if setting is baseline else seed_difference(setting, baseline, name)
-            row.append(_shown(None if change is None else Value(change), False, signed=True))
+            row.append(signed_cell(change))
         rows.append(row)
     note = (
         f"Means over seeds, of trainings where these differ; differences from {baseline.name} are "
@@ -334,6 +334,11 @@ def _best(values: Sequence[Value | None]) -> Value | None:
         return None
     choose = min if own[0].better == "lower" else max
     return choose(own, key=lambda each: each.estimate.value)
+
+
+def signed_cell(change: Estimate | None) -> TableCell:
+    """Shows a difference; bold where its interval leaves out 0."""
+    return _shown(None if change is None else Value(change), False, signed=True)
 
 
 def _shown(value: Value | None, is_best: bool, signed: bool = False) -> TableCell:
