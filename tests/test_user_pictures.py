@@ -34,6 +34,7 @@ OPEN_WHAT_WE_WROTE = {
     "sampling/report/results_page.py",
     "sampling/report/training_page.py",
     "scripts/studies/black_point_study.py",
+    "scripts/studies/pixel_study.py",
     # what other trainers do, to be timed
     "scripts/bench/accelerate.py",
     "scripts/bench/reader.py",

@@ -7,13 +7,12 @@ sort by a click on a head and filter by setting, pictures are enlarged by a clic
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from blackpoint.sampling.report.candidate_tables import candidate_tables
-from blackpoint.sampling.report.report import page_template
+from blackpoint.sampling.report.report import Gallery, page_template
 from blackpoint.sampling.report.results import Cell, Key, Results
 from blackpoint.sampling.report.results_plots import luminance_distributions, scaling_curves
 from blackpoint.sampling.report.results_tables import (
@@ -37,15 +36,6 @@ SIDES_PX = (512, 384, 256, 192, 128, 96)
 PICTURE_BYTES = 8_000_000
 BYTES_PER_PIXEL = 0.2  # of a JPEG at QUALITY
 QUALITY = 85
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Pictures of the same prompts and seeds, a line for each setting."""
-
-    captions: list[str]
-    lines: list[tuple[str, list[str]]]
-    note: str = ""
 
 
 def write_results(path: Path, results: Results, settings: Mapping[str, str]) -> list[Path]:

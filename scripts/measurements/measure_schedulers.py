@@ -28,12 +28,13 @@ from torch import Tensor
 from blackpoint.sampling.evaluation.luminance import border_luminance
 from blackpoint.sampling.export.client_schedulers import DROP_ZERO_SNR, RIGHT_AT_ZERO_SNR
 from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.prompts.prompt_set import read_prompt_set
 from blackpoint.sampling.statistics import estimates as statistics
 from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
-from blackpoint.scripts.miniature.evaluation import digit_captions
 
+PROMPTS = "configs/prompts/digits.jsonl"
 GUIDANCE = {"black": (3.0, 0.7), "white": (3.0, 0.7), "open": (1.0, 0.0)}
 OURS, DDIM, UNEVEN_CELL = "blackpoint ddim", "DDIMScheduler", "black"
 KEEP = RIGHT_AT_ZERO_SNR[:4]
@@ -104,9 +105,9 @@ def measure(config: SchedulerStudyConfig) -> list[Row]:
     own = pipeline.scheduler.config
     kept: dict[tuple[str, int], Tensor] = {}
     for name, cell, num_steps in missing:
-        captions = getattr(digit_captions(), cell)
+        captions = [each.text for each in read_prompt_set(PROMPTS) if each.category == cell]
         count = config.num_images * (2 if cell == "open" else 1)
-        prompts = [captions[index % len(captions)][0] for index in range(count)]
+        prompts = [captions[index % len(captions)] for index in range(count)]
         seeds = [config.seed + index for index in range(count)]
         scale, rescale = GUIDANCE[cell]
         if (cell, num_steps) not in kept:

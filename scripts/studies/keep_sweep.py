@@ -3,6 +3,7 @@ blackpoint.scripts.studies.keep_sweep.
 
 settings, cells, wins_*   the report's tables, .md and .csv
 rows.csv.gz               a row an image, or a winner, of every cell
+candidates.csv.gz         a row a candidate of searches with several scores of each
 figure.png                each setting's metrics, over the seeds
 made.json                 machine, date, seconds of every cell, versions
 """
@@ -15,11 +16,13 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 from blackpoint.data.files.plain import csv_text
 from blackpoint.sampling.errors import UserError
@@ -56,6 +59,8 @@ class KeepConfig:
     """Folder to write; what is there is replaced."""
     metrics: list[str] = field(default_factory=list)
     """Metrics of the figure and of the table of settings, in order; the first six if empty."""
+    tables: list[str] = field(default_factory=lambda: ["*"])
+    """Names of the tables that are kept, with * for any letters."""
 
 
 def keep(config: KeepConfig) -> list[Path]:
@@ -64,12 +69,16 @@ def keep(config: KeepConfig) -> list[Path]:
     results = read_results(Path(config.run_dir))
     names = _known(config.metrics, metric_names(results.cells)) or metric_names(results.cells)[:6]
     contents: dict[str, str | bytes] = {}
-    for table in tables_of(results, names):
+    tables = tables_of(results, names)
+    for table in (t for t in tables if any(fnmatch(t.name, each) for each in config.tables)):
         contents[f"{table.name}.md"] = to_markdown(table)
         contents[f"{table.name}.csv"] = to_csv(table)
     rows = list(rows_of(results))
     text = csv_text(rows) if rows else ",".join(COLUMNS) + "\n"  # no metric is of single images
     contents["rows.csv.gz"] = gzip.compress(text.encode(), mtime=0)
+    candidates = list(candidate_rows(results))
+    if candidates:
+        contents["candidates.csv.gz"] = gzip.compress(csv_text(candidates).encode(), mtime=0)
     made = describe_environment() | {
         "machine": describe_machine(),
         "kept": time.strftime("%Y-%m-%d"),
@@ -109,6 +118,22 @@ def cell_seconds(run_dir: Path) -> dict[str, float]:
         if path.is_file():
             found[row["name"]] = json.loads(path.read_text(encoding="utf-8")).get("seconds")
     return found
+
+
+def candidate_rows(results: Results) -> Iterable[dict[str, Any]]:
+    """Yields a row for each candidate of cells that have several scores of theirs."""
+    several = {
+        cell.name: cell.candidates.scores
+        for cell in results.cells
+        if cell.candidates is not None and len(cell.candidates.scores) > 1
+    }
+    names = list(dict.fromkeys(name for scores in several.values() for name in scores))
+    for cell, scores in several.items():
+        for prompt, candidate in np.ndindex(next(iter(scores.values())).shape):
+            yield {"cell": cell, "prompt": prompt, "candidate": candidate} | {
+                name: _rounded(float(scores[name][prompt, candidate])) if name in scores else ""
+                for name in names
+            }
 
 
 @matplotlib.rc_context(STYLE)

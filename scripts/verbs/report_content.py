@@ -1,4 +1,4 @@
-"""What a run directory and its study hold, gathered for the page of `blackpoint report`."""
+"""What a run directory and its evaluation hold, gathered for the page of `blackpoint report`."""
 
 import json
 from pathlib import Path
@@ -6,60 +6,49 @@ from typing import Any
 
 from blackpoint.data.files.yaml_text import read_yaml_file
 from blackpoint.sampling.errors import UserError
-from blackpoint.sampling.evaluation.black_point_summary import summary
-from blackpoint.sampling.report.report import Control, ReportContent, write_report
-from blackpoint.sampling.report.rows import DATA, Row, read_rows
+from blackpoint.sampling.report.report import ReportContent, write_report
+from blackpoint.sampling.report.results import read_results
+from blackpoint.sampling.report.results_page import gallery, tables_of
+from blackpoint.sampling.report.results_plots import luminance_distributions
 from blackpoint.sampling.report.search_page import read_search
 from blackpoint.sampling.report.training_page import chosen_grids, shown_settings
-from blackpoint.scripts.verbs.report import ReportConfig
+from blackpoint.scripts.verbs.report import ReportConfig, is_about_results
 from blackpoint.train.records.metrics_file import read_metrics
 
-CONTROL = "control"
-CONTROL_COMMAND = "blackpoint demo control=true"
-INTRODUCTION = (
-    "Stable Diffusion cannot paint true black or true white. Its noise schedule never reaches pure "
-    "noise: at the last training step the image's mean still shines through, and sampling then "
-    "starts from noise without it, so every image is drawn towards a middle gray.\n\n"
-    "The cure (Lin et al. 2023): rescale the schedule to zero terminal SNR, train with "
-    "v-prediction, start sampling at the last timestep, rescale the guidance. Below, the same "
-    "prompts and seeds before and after."
+EARLIER = (
+    "black_point/ holds what an earlier version sampled, with its numbers in summary.md; "
+    "`blackpoint evaluate configs/black_point.yaml` measures the same now."
 )
 
 
-def write(config: ReportConfig) -> Path:
+def write(config: ReportConfig, introduction: str = "") -> Path:
     """Writes the page and returns its path."""
     run_dir = Path(config.run_dir)
-    study = Path(config.evaluation) if config.evaluation else run_dir / "black_point"
-    content = collect(run_dir, study, Path(config.committed_rows))
+    evaluation = Path(config.evaluation) if config.evaluation else run_dir / "evaluation"
+    content = collect(run_dir, evaluation)
+    content.introduction = introduction
     return write_report(Path(config.output) if config.output else run_dir / "report.html", content)
 
 
-def collect(run_dir: Path, study: Path, committed: Path) -> ReportContent:
-    """Gathers what the run directory and its study hold."""
-    metrics, rows_file = run_dir / "metrics.csv", study / "rows.csv.gz"
+def collect(run_dir: Path, evaluation: Path) -> ReportContent:
+    """Gathers what the run directory holds, and the evaluation or sweep of it."""
+    metrics, study = run_dir / "metrics.csv", run_dir / "black_point" / "summary.md"
     search = read_search(run_dir / "search") or read_search(run_dir)
-    if not metrics.is_file() and not rows_file.is_file() and search is None:
+    is_evaluated = is_about_results(evaluation)
+    if not (metrics.is_file() or study.is_file() or is_evaluated) and search is None:
         raise UserError(
-            f"run_dir={run_dir} holds no metrics.csv, black_point/rows.csv.gz, sweep.json, nor a "
-            "finished evaluation or search; name a run directory, or the output of an evaluation, "
-            "a search or a sweep"
+            f"run_dir={run_dir} holds no metrics.csv, sweep.json, nor a finished evaluation or "
+            "search; name a run directory, or the output of an evaluation, a search or a sweep"
         )
     content = ReportContent(title=f"blackpoint: {run_dir.name}", search=search)
     if metrics.is_file():
         content.metrics = read_metrics(metrics)
         if not content.metrics:
             content.notes = ["metrics.csv holds no rows yet."]
-    if rows_file.is_file():
-        content.introduction = INTRODUCTION
-        content.rows = read_rows(rows_file)
-        content.images = study
-        content.checkpoints = study_checkpoints(study, content.rows)
-        record = _read_json(study / "study.json")
-        content.notes = [*content.notes, *record.get("notes", [])]
-        content.guidance_scale = record.get("read_guidance_scale", content.guidance_scale)
-        content.findings = summary(content.rows, content.checkpoints, content.guidance_scale)
-        if CONTROL not in content.checkpoints and committed.is_file():
-            content.control = committed_control(committed)
+    if is_evaluated:
+        _add_results(content, evaluation)
+    elif study.is_file():
+        content.notes = [*content.notes, EARLIER]
     content.previews = chosen_grids(run_dir / "previews")
     resolved = resolved_config(run_dir / "config.yaml")
     content.config = shown_settings(resolved)
@@ -70,22 +59,16 @@ def collect(run_dir: Path, study: Path, committed: Path) -> ReportContent:
     return content
 
 
-def study_checkpoints(study: Path, rows: list[Row]) -> list[str]:
-    """Lists the checkpoints of a study in the order in which they were given."""
-    present = {row.checkpoint for row in rows} - {DATA}
-    named = _read_json(study / "study.json").get("checkpoints", {})
-    return [name for name in named if name in present] or sorted(present)
-
-
-def committed_control(path: Path) -> Control | None:
-    """Reads the control's rows from those kept in the repository."""
-    rows = [row for row in read_rows(path) if row.checkpoint in (CONTROL, DATA)]
-    own = [row for row in rows if row.checkpoint == CONTROL]
-    if not own:
-        return None
-    findings = [found for found in summary(rows, [CONTROL]) if found.checkpoint == CONTROL]
-    has_images = (path.parent / "images" / CONTROL).is_dir()
-    return Control(CONTROL, findings, CONTROL_COMMAND, own, path.parent if has_images else None)
+def _add_results(content: ReportContent, evaluation: Path) -> None:
+    """Adds what an evaluation or a sweep found; a note where nothing of it is finished."""
+    try:
+        results = read_results(evaluation)
+    except UserError as error:
+        content.notes = [*content.notes, str(error)]
+        return
+    content.tables = tables_of(results)
+    content.luminance = luminance_distributions(results)
+    content.gallery = gallery([cell for cell in results.cells if cell.values])
 
 
 def resolved_config(path: Path) -> dict[str, Any]:
