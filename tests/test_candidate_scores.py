@@ -102,13 +102,13 @@ def test_a_prompt_with_fewer_images_says_how_many_count() -> None:
 def test_scores_of_runs_are_compared_and_no_quality() -> None:
     scores = made_up(0.6) | {"partial": made_up()["border"]}
     ranks, best = candidate_tables({"pool": Candidates(scores, ("dark",))})
-    pairs = [(row[1].text, row[2].text) for row in ranks.rows]
+    pairs = [(row["score"], row["with"]) for row in ranks.rows]
     assert ("border", "partial") not in pairs and ("ddim", "partial") in pairs
     assert ("ddim", "dark") in pairs and ("dark", "partial") in pairs
-    assert {row[2].text for row in best.rows} == {"dark"}
-    assert [row[1].text for row in best.rows] == list(scores)
-    gain = {row[1].text: row for row in best.rows}["ddim"][-2].numbers
-    assert gain is not None and gain[1] > 0 and best.header[-2] == f"k = {NUM_IMAGES}"
+    assert {row["quality"] for row in best.rows} == {"dark"}
+    assert [row["best of k by"] for row in best.rows] == list(scores)
+    gains = {row["best of k by"]: row[f"k = {NUM_IMAGES}"] for row in best.rows}
+    assert gains["ddim"].value.low > 0 and best.header[-2] == f"k = {NUM_IMAGES}"
 
 
 def write_search(folder: Path, algorithm: str) -> Path:

@@ -12,13 +12,8 @@ from PIL import Image
 from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.prompts.brightness_target import prompt_slugs
 from blackpoint.sampling.report import training_plots as run_plots
-from blackpoint.sampling.report.training_page import (
-    WIDEST_PX,
-    at_a_glance,
-    chosen_grids,
-    embedded,
-    run_figures,
-)
+from blackpoint.sampling.report.page import WIDEST_PX, embedded
+from blackpoint.sampling.report.training_page import at_a_glance, chosen_grids, run_figures
 from blackpoint.sampling.report.training_series import (
     NUM_STRETCHES,
     bin_label,
@@ -61,7 +56,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Elements(HTMLParser):
     """Counts elements, checks that they nest, and collects what could be fetched."""
 
-    VOID = ("meta", "img", "path", "br")
+    VOID = ("meta", "img", "path", "br", "input")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -242,11 +237,10 @@ def test_what_is_not_there_is_not_drawn() -> None:
 def test_a_page_says_of_what_its_losses_are_where_the_network_predicts_no_v() -> None:
     rows = {"train/loss": [(1, 0.2)], "validation/loss": [(1, 0.9)]}
     assert at_a_glance(rows)["validation loss"] == "0.9"
-    assert not any("own output" in caption for _, caption, _ in run_figures(rows))
+    assert not any("own output" in figure.note for figure in run_figures(rows))
     rows["validation/epsilon_loss"] = [(1, 0.3)]
     assert at_a_glance(rows)["validation loss, of v"] == "0.9"
-    (_, caption, _) = run_figures(rows)[0]
-    assert "Both are of the network's own output" in caption
+    assert "Both are of the network's own output" in run_figures(rows)[0].note
 
 
 def test_any_prompt_can_be_drawn() -> None:

@@ -1,10 +1,11 @@
-"""Rows as CSV, and numbers as JSON can hold them."""
+"""Rows as CSV, and JSON: numbers as it can hold them, and files of it."""
 
 import csv
 import io
 import json
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -42,3 +43,13 @@ def finite(value: object) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: Path) -> Any:
+    """Reads a file; {} where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a file of an object a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

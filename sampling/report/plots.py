@@ -1,10 +1,15 @@
-"""What all plots share: colors, style, panels, and SVG text that refers to nothing outside."""
+"""What all plots share: colors, style, panels, intervals, luminance, SVG text without links."""
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from blackpoint.sampling.statistics.estimates import Estimate
 
 COLORS = ("#b3541e", "#1f6f8b", "#5b8c3a", "#7a5195", "#8a8a8a")
 DATA_COLOR = "#333333"
@@ -21,6 +26,55 @@ STYLE: dict[Any, Any] = {
     "ytick.color": "#555555",
     "legend.frameon": False,
 }
+
+
+def draw_luminance(axis: Axes, values: Sequence[float], color: str, title: str) -> None:
+    """Draws the distribution of luminances in [0, 1] as a histogram."""
+    edges = np.linspace(0, 1, 21)
+    shares = np.histogram(np.clip(values, 0, 1), edges)[0] / max(1, len(values))
+    axis.bar(edges[:-1], shares, 0.05, align="edge", color=color, edgecolor="white", linewidth=0.4)
+    axis.set_title(f"{plain(title)} (n = {len(values)})", loc="left", fontsize=8)
+    axis.set_xlim(0, 1)
+    axis.set_xticks([0, 0.5, 1], ["0\nblack", "0.5", "1\nwhite"])
+
+
+def draw_estimates(
+    axis: Axes, xs: Sequence[float], estimates: Sequence[Estimate], **style: Any
+) -> None:
+    """Draws values over xs, with their intervals."""
+    axis.errorbar(xs, [each.value for each in estimates], yerr=_bars(estimates), **style)
+
+
+def draw_named(
+    axis: Axes, names: Sequence[str], estimates: Sequence[Estimate | None], marker: str
+) -> None:
+    """Draws a line for each name, its value with the interval; the first has another color."""
+    for place, each in enumerate(estimates):
+        if each is not None:
+            color = COLORS[min(place, 1)]
+            style = {"fmt": marker, "color": color, "capsize": 2, "markersize": 5}
+            axis.errorbar(each.value, place, xerr=_bars([each]), **style)  # type: ignore[arg-type]
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.grid(axis="y", color="#eeeeee")
+
+
+def _bars(estimates: Sequence[Estimate]) -> list[list[float]]:
+    """Returns how far intervals reach below and above; 0 where there is no interval."""
+    below = [max(0.0, each.value - each.low) for each in estimates]
+    return [below, [max(0.0, each.high - each.value) for each in estimates]]
+
+
+def share_y(axes: Sequence[Axes]) -> None:
+    """Gives all panels the highest top."""
+    top = max(axis.get_ylim()[1] for axis in axes)
+    for axis in axes:
+        axis.set_ylim(0, top)
+
+
+def plain(text: str) -> str:
+    """Writes a name so that matplotlib takes no formula for it, and hides none."""
+    return text.replace("$", r"\$").lstrip("_")
 
 
 def panels(num_columns: int, num_rows: int, width: float, height: float) -> tuple[Figure, list]:

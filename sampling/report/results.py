@@ -5,14 +5,13 @@ its pictures by prompt and seed, its cost. Read from the files that the verbs le
 not finished, or of another version, is kept with the reason.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blackpoint.data.files.plain import number
+from blackpoint.data.files.plain import number, read_json, read_lines
 from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.evaluation.config import OF_RUNS
 from blackpoint.sampling.evaluation.rows import IMAGES, REFERENCE, SETTINGS, Row, read_images
@@ -59,7 +58,6 @@ class Value:
 class Picture:
     """A picture that a cell kept."""
 
-    prompt: str
     seed: int | None
     path: Path
 
@@ -139,7 +137,7 @@ def is_seed(key: str) -> bool:
 
 
 def _read_sweep(folder: Path) -> Results:
-    content = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+    content = read_json(folder / SWEEP)
     if content.get("version") != VERSION:
         raise UserError(
             f"{folder / SWEEP} was written by another version ({content.get('version')}); report "
@@ -164,7 +162,7 @@ def _read_sweep(folder: Path) -> Results:
 def _cells_of(folder: Path, row: Mapping[str, Any]) -> Iterator[tuple[Cell, Path]]:
     """Yields a cell of a sweep with the folder of its verb; two where it evaluates and searches."""
     place = folder / row["folder"]
-    record = _json(place / CELL)
+    record = read_json(place / CELL)
     state, reason = record.get("state", "not run"), record.get("reason", "")
     if state == "started":
         state = "stopped, or under way"
@@ -213,12 +211,12 @@ def _read_evaluation(cell: Cell, folder: Path) -> list[float]:
             cell.paired[_title(each)] = values
     cell.pictures = {
         (row["prompt_index"], row["prompt"], row["image"]): Picture(
-            row["prompt"], row["seed"], folder / row["file"]
+            row["seed"], folder / row["file"]
         )
         for row in rows
         if row["file"] and (folder / row["file"]).is_file()
     }
-    settings = _json(folder / SETTINGS)
+    settings = read_json(folder / SETTINGS)
     names = [m.name for m in summary.metrics if m.name in rows[0] and not m.group]
     scores = scores_by_prompt(((row["prompt_index"], row["image"], row) for row in rows), names)
     cell.candidates = Candidates(scores, tuple(names)) if scores else None
@@ -231,7 +229,7 @@ def _read_evaluation(cell: Cell, folder: Path) -> list[float]:
     cell.seconds = summary.seconds / summary.num_images
     cell.peak_gb = summary.peak_gb or math.nan
     cell.settings = cell.settings or {f"evaluate.{k}": v for k, v in settings.items()}
-    reference = _json(folder / REFERENCE)
+    reference = read_json(folder / REFERENCE)
     return list(reference.get(where, []))
 
 
@@ -239,9 +237,8 @@ def _read_search(cell: Cell, folder: Path) -> None:
     if not (folder / HACKING).is_file():
         cell.state = "not finished"
         return
-    text = (folder / WINNERS).read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    settings = _json(folder / SEARCH_SETTINGS)
+    rows = read_lines(folder / WINNERS)
+    settings = read_json(folder / SEARCH_SETTINGS)
     for kind in ("held_out", "scores"):
         for name in rows[0][kind]:
             own = {
@@ -258,11 +255,11 @@ def _read_search(cell: Cell, folder: Path) -> None:
         path = folder / row["image"]
         if path.is_file():
             key = (row["prompt_index"], row["prompt"], 0)
-            cell.pictures[key] = Picture(row["prompt"], row["seed"], path)
-    alarms = json.loads((folder / HACKING).read_text(encoding="utf-8"))
+            cell.pictures[key] = Picture(row["seed"], path)
+    alarms = read_json(folder / HACKING)
     cell.alarms = [finding["line"] for alarm in alarms for finding in alarm["findings"]]
     cell.nfe = sum(row["nfe"] for row in rows) / len(rows)
-    ledger = _json(folder / LEDGER)
+    ledger = read_json(folder / LEDGER)
     parts = (ledger.get(f"{name}_s", 0.0) for name in ("denoising", "decoding", "verifying"))
     cell.seconds = sum(parts) / len(rows)
     cell.candidates = _searched_candidates(folder, settings)
@@ -280,8 +277,8 @@ def _searched_candidates(folder: Path, settings: Mapping[str, Any]) -> Candidate
     path = folder / CANDIDATES
     if settings.get("algorithm") != BEST_OF_N or not path.is_file():
         return None
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     kinds = {name: each["kind"] for name, each in settings["verifiers"].items()}
+    rows = read_lines(path)
     found = ((row["prompt_index"], row["candidate"], row["scores"]) for row in rows)
     scores = scores_by_prompt(found, list(kinds))
     qualities = tuple(name for name, kind in kinds.items() if kind not in OF_RUNS)
@@ -305,7 +302,3 @@ def _paired(metric: Metric, rows: Sequence[Row]) -> dict[Key, float]:
         for row in rows
         if row[column] is not None and math.isfinite(row[column])
     }
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

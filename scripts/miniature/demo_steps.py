@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from blackpoint.sampling.evaluation.summary import shown
 from blackpoint.sampling.export.verify import check_against_diffusers
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.report.results import Results, read_results
@@ -255,7 +254,7 @@ def outcome(results: Results) -> str:
         for cell in results.cells:
             at_scale = cell.varied["evaluate.guidance_scale"] == scale
             if at_scale and metric in cell.values:
-                measured = shown(cell.values[metric].estimate)
+                measured = f"{cell.values[metric].estimate:.4g}"
                 lines.append((metric, cell.arm, f"{scale:g}", measured, by_checkpoint[cell.arm]))
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     rows = [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from blackpoint.sampling.report.results import Picture, Results
+from blackpoint.sampling.report.results import Results
 from blackpoint.sampling.runtime.pictures import caption_grid
 from blackpoint.scripts.miniature.demo_steps import fine_tune, pack_digits
 from blackpoint.scripts.studies.study import run_study
@@ -44,15 +44,15 @@ def main() -> None:
 def before_after(results: Results) -> Image.Image:
     """Lays out the same prompts and seeds, the base above the fine-tuned model."""
     shown = [shown_pictures(results, arm) for arm in ("base", "fine-tuned")]
-    pictures = [[Image.open(picture.path) for picture in line] for line in shown]
-    titles = [picture.prompt.removesuffix(" background") for picture in shown[0]]
+    pictures = [[Image.open(path) for _, path in line] for line in shown]
+    titles = [prompt.removesuffix(" background") for prompt, _ in shown[0]]
     lines = ["base: epsilon, leading timesteps, terminal SNR .0047"]
     lines.append("fine-tuned: v, trailing timesteps, zero terminal SNR")
     return caption_grid(lines, pictures, titles)
 
 
-def shown_pictures(results: Results, arm: str) -> list[Picture]:
-    """Returns an arm's first picture of each prompt of PICTURED."""
+def shown_pictures(results: Results, arm: str) -> list[tuple[str, Path]]:
+    """Returns each prompt of PICTURED with the file of an arm's first picture of it."""
     found = []
     for scale, prompts in PICTURED.items():
         [cell] = [
@@ -60,7 +60,11 @@ def shown_pictures(results: Results, arm: str) -> list[Picture]:
             for cell in results.cells
             if cell.arm == arm and cell.varied["evaluate.guidance_scale"] == scale
         ]
-        by_prompt = {key[0]: picture for key, picture in cell.pictures.items() if key[2] == 0}
+        by_prompt = {
+            number: (prompt, picture.path)
+            for (number, prompt, image), picture in cell.pictures.items()
+            if image == 0
+        }
         found += [by_prompt[prompt] for prompt in prompts]
     return found
 

@@ -3,13 +3,12 @@ blackpoint.scripts.studies.keep_sweep.
 
 settings, cells, wins_*   the report's tables, .md and .csv
 rows.csv.gz               a row an image, or a winner, of every cell
-candidates.csv.gz         a row a candidate of searches with several scores of each
 figure.png                each setting's metrics, over the seeds
+candidates.csv.gz         a row a candidate of searches with several scores of each
 made.json                 machine, date, seconds of every cell, versions
 """
 
 import difflib
-import gzip
 import io
 import json
 import sys
@@ -24,20 +23,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from blackpoint.data.files.plain import csv_text
+from blackpoint.data.files.plain import read_json
 from blackpoint.sampling.errors import UserError
 from blackpoint.sampling.evaluation.summary import WORDS
-from blackpoint.sampling.report.plots import COLORS, STYLE, panels
+from blackpoint.sampling.report.plots import COLORS, STYLE, draw_named, panels
 from blackpoint.sampling.report.results import CELL, SWEEP, Results, read_results, title_of
-from blackpoint.sampling.report.results_page import tables_of
+from blackpoint.sampling.report.results_page import table_files, tables_of
 from blackpoint.sampling.report.results_plots import luminance_distributions, scaling_curves
-from blackpoint.sampling.report.results_tables import (
-    metric_names,
-    settings_of,
-    shown_estimate,
-    to_csv,
-    to_markdown,
-)
+from blackpoint.sampling.report.results_tables import metric_names, settings_of, shown_estimate
+from blackpoint.sampling.statistics.table import write_csv
 from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
@@ -45,8 +39,9 @@ from blackpoint.scripts.stand_alone import run_script
 from blackpoint.train.records.run_directory import describe_environment
 
 DIGITS, TITLE_LETTERS = 6, 26
+ROWS = "rows.csv.gz"
 COLUMNS = ("cell", "prompt_index", "image")
-"""Of rows.csv.gz, before those of the metrics."""
+"""Of these rows, before those of the metrics."""
 
 
 @dataclass
@@ -68,17 +63,12 @@ def keep(config: KeepConfig) -> list[Path]:
     output = Path(config.output)
     results = read_results(Path(config.run_dir))
     names = _known(config.metrics, metric_names(results.cells)) or metric_names(results.cells)[:6]
-    contents: dict[str, str | bytes] = {}
-    tables = tables_of(results, names)
-    for table in (t for t in tables if any(fnmatch(t.name, each) for each in config.tables)):
-        contents[f"{table.name}.md"] = to_markdown(table)
-        contents[f"{table.name}.csv"] = to_csv(table)
-    rows = list(rows_of(results))
-    text = csv_text(rows) if rows else ",".join(COLUMNS) + "\n"  # no metric is of single images
-    contents["rows.csv.gz"] = gzip.compress(text.encode(), mtime=0)
-    candidates = list(candidate_rows(results))
-    if candidates:
-        contents["candidates.csv.gz"] = gzip.compress(csv_text(candidates).encode(), mtime=0)
+    tables = [
+        table
+        for table in tables_of(results, names)
+        if any(fnmatch(table.name, pattern) for pattern in config.tables)
+    ]
+    contents: dict[str, str | bytes] = {**table_files(tables)}
     made = describe_environment() | {
         "machine": describe_machine(),
         "kept": time.strftime("%Y-%m-%d"),
@@ -94,7 +84,13 @@ def keep(config: KeepConfig) -> list[Path]:
     contents["figure.png"] = figure(results, names)
     for name, content in contents.items():
         write_whole(output / name, content)
-    return [output / name for name in contents]
+    write_csv(output / ROWS, rows_of(results), COLUMNS)
+    paths = [output / name for name in (*contents, ROWS)]
+    candidates = list(candidate_rows(results))
+    if candidates:
+        paths.append(output / "candidates.csv.gz")
+        write_csv(paths[-1], candidates)
+    return paths
 
 
 def rows_of(results: Results) -> Iterable[dict[str, Any]]:
@@ -107,17 +103,6 @@ def rows_of(results: Results) -> Iterable[dict[str, Any]]:
                 **dict(zip(COLUMNS, (cell.name, key[0], key[-1]), strict=True)),
                 **{name: _rounded(cell.paired.get(name, {}).get(key)) for name in names},
             }
-
-
-def cell_seconds(run_dir: Path) -> dict[str, float]:
-    """Returns the seconds that each cell of a sweep took, without its training."""
-    index = run_dir / SWEEP
-    found = {}
-    for row in json.loads(index.read_text(encoding="utf-8"))["cells"] if index.is_file() else []:
-        path = run_dir / row["folder"] / CELL
-        if path.is_file():
-            found[row["name"]] = json.loads(path.read_text(encoding="utf-8")).get("seconds")
-    return found
 
 
 def candidate_rows(results: Results) -> Iterable[dict[str, Any]]:
@@ -136,6 +121,15 @@ def candidate_rows(results: Results) -> Iterable[dict[str, Any]]:
             }
 
 
+def cell_seconds(run_dir: Path) -> dict[str, float]:
+    """Returns the seconds that each cell of a sweep took, without its training."""
+    records = {
+        row["name"]: read_json(run_dir / row["folder"] / CELL)
+        for row in read_json(run_dir / SWEEP).get("cells", [])
+    }
+    return {name: record.get("seconds") for name, record in records.items() if record}
+
+
 @matplotlib.rc_context(STYLE)
 def figure(results: Results, names: Sequence[str]) -> bytes:
     """Draws each metric, a line a setting: seeds as dots, their mean with its t interval."""
@@ -143,24 +137,16 @@ def figure(results: Results, names: Sequence[str]) -> bytes:
     sheet, axes = panels(len(names), 1, width=2.6, height=0.6 + 0.28 * len(settings))
     for axis, name in zip(axes, names, strict=True):
         for place, setting in enumerate(settings):
-            values = [
-                cell.values[name].estimate.value for cell in setting.cells if name in cell.values
-            ]
-            color = COLORS[0] if place == 0 else COLORS[1]
+            values = [c.values[name].estimate.value for c in setting.cells if name in c.values]
+            color = COLORS[min(place, 1)]
             axis.plot(values, [place] * len(values), "o", color=color, alpha=0.35, markersize=4)
-            own = shown_estimate(setting.cells, name)
-            if own is not None:
-                bar = [[max(0.0, own.value - own.low)], [max(0.0, own.high - own.value)]]
-                axis.errorbar(own.value, place, xerr=bar, fmt="|", color=color, capsize=2)
+        names_left = [setting.name if axis is axes[0] else "" for setting in settings]
+        estimates = [shown_estimate(setting.cells, name) for setting in settings]
+        draw_named(axis, names_left, estimates, "|")
+        title = "\n".join(wrap(title_of(name, results.cells), TITLE_LETTERS))
+        axis.set_title(title, loc="left", fontsize=9)
         better = next(c.values[name].better for c in results.cells if name in c.values)
-        axis.set_title(
-            "\n".join(wrap(title_of(name, results.cells), TITLE_LETTERS)), loc="left", fontsize=9
-        )
         axis.set_xlabel(WORDS[better])
-        axis.set_ylim(len(settings) - 0.5, -0.5)
-        axis.grid(axis="y", color="#eeeeee")
-        axis.set_yticks(range(len(settings)), [""] * len(settings))
-    axes[0].set_yticklabels([setting.name for setting in settings])
     content = io.BytesIO()
     sheet.savefig(content, format="png", dpi=130, bbox_inches="tight")
     return content.getvalue()

@@ -21,15 +21,11 @@ from torch import Tensor
 from blackpoint.data.pack.pack import PackConfig, pack
 from blackpoint.data.transform import transform
 from blackpoint.sampling.report.results import Results
-from blackpoint.sampling.report.results_tables import (
-    Table,
-    TableCell,
-    signed_cell,
-    to_csv,
-    to_markdown,
-)
+from blackpoint.sampling.report.results_page import table_files
+from blackpoint.sampling.report.results_tables import CHANGE, marked_change
 from blackpoint.sampling.runtime.pictures import caption_grid
 from blackpoint.sampling.statistics.estimates import paired_mean, smallest_detectable_effect
+from blackpoint.sampling.statistics.table import Table
 from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.miniature.digit_judge import DigitJudgeClasses, train_digit_judge
@@ -75,14 +71,14 @@ def study(config: PixelStudyConfig) -> None:
         pack_digits(RUN_DIR, split)
     make_judge(RUN_DIR / "judge")
     results = run_study(YAML, config.output, config.num_processes, METRICS)
-    output, table = Path(config.output), effects(results)
-    write_whole(output / "effects.md", to_markdown(table))
-    write_whole(output / "effects.csv", to_csv(table))
+    output = Path(config.output)
+    for name, content in table_files([effects(results)]).items():
+        write_whole(output / name, content)
     for cell in results.cells:
         if cell.varied.get("train.seed") == 0:
-            shown = [cell.pictures[key] for key in sorted(cell.pictures) if key[2] < 2]
-            pictures = [[Image.open(picture.path) for picture in shown]]
-            captions = [picture.prompt for picture in shown]
+            keys = [key for key in sorted(cell.pictures) if key[2] < 2]
+            pictures = [[Image.open(cell.pictures[key].path) for key in keys]]
+            captions = [prompt for _, prompt, _ in keys]
             grid = caption_grid([f"{cell.arm}, seed 0"], pictures, captions)
             grid.save(output / f"samples_{cell.arm}_0.png")
 
@@ -101,17 +97,16 @@ def effects(results: Results) -> Table:
         ]
         for name, weights in EFFECTS.items() if len(whole) > 1 else ():
             changes = [contrast(of_seed, weights) for of_seed in whole]
-            least = smallest_detectable_effect(changes)
             rows.append(
-                [TableCell(metric), TableCell(name), signed_cell(paired_mean(changes))]
-                + [TableCell(f"{least:.2g}", number=least)]
+                {"metric": metric, "effect": name, "change": marked_change(paired_mean(changes))}
+                | {"would have shown": smallest_detectable_effect(changes)}
             )
     note = (
         "Paired over seeds; 95 % intervals of Student's t. Would have shown: the smallest effect "
         "that so many seeds find with power 0.8. Bold: the interval leaves out 0."
     )
-    header = ["metric", "effect", "change", "would have shown"]
-    return Table("effects", "Effects", note, header, rows)
+    columns = {"metric": "", "effect": "", "change": CHANGE, "would have shown": ".2g"}
+    return Table(rows, columns, "Effects", note, "effects")
 
 
 def contrast(values: Mapping[str, float], weights: Mapping[str, float]) -> float:

@@ -9,19 +9,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from blackpoint.sampling.report.results import Cell, Results
-from blackpoint.sampling.report.results_tables import (
-    Table,
-    TableCell,
-    signed_cell,
-    to_csv,
-    to_markdown,
-)
+from blackpoint.sampling.report.results_page import table_files
+from blackpoint.sampling.report.results_tables import CHANGE, marked_change
 from blackpoint.sampling.statistics.estimates import smallest_detectable_effect
 from blackpoint.sampling.statistics.paired import count_outcomes, holm, mean_difference
+from blackpoint.sampling.statistics.table import Table
 from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.stand_alone import run_script
@@ -55,9 +52,8 @@ class StabilityStudyConfig:
 def study(config: StabilityStudyConfig) -> None:
     """Runs what is missing and keeps the tables."""
     results = run_study(YAML, config.output, config.num_processes, QUALITIES, TABLES)
-    table = versus(results)
-    write_whole(Path(config.output) / "versus.md", to_markdown(table))
-    write_whole(Path(config.output) / "versus.csv", to_csv(table))
+    for name, content in table_files([versus(results)]).items():
+        write_whole(Path(config.output) / name, content)
 
 
 def versus(results: Results) -> Table:
@@ -75,12 +71,14 @@ def versus(results: Results) -> Table:
         "the lines of a method. Best-of-N searches with the reader, which it therefore raises; "
         "the others judge. Would have shown: with power 0.8."
     )
-    header = ["method", "checkpoint", "NFE", "rival", "its NFE", "quality", "difference"]
-    header += ["wins / ties / losses", "p (Holm)", "would have shown"]
-    return Table("versus", "Methods beside their rivals", note, header, rows, [0, 1, 3, 5])
+    columns = dict.fromkeys(("method", "checkpoint"), "") | {"NFE": ".0f", "rival": ""}
+    columns |= {"its NFE": ".0f", "quality": "", "difference": CHANGE}
+    columns |= {"wins / ties / losses": "", "p (Holm)": ".2g", "would have shown": ".2g"}
+    filters = ("method", "checkpoint", "rival", "quality")
+    return Table(rows, columns, "Methods beside their rivals", note, "versus", filters=filters)
 
 
-def _lines(cell: Cell, rivals: list[Cell]) -> Iterator[list[TableCell]]:
+def _lines(cell: Cell, rivals: list[Cell]) -> Iterator[dict[str, Any]]:
     pairs = {
         (rival.arm, quality): (rival, *_paired(cell, rival, quality))
         for rival in rivals
@@ -90,16 +88,18 @@ def _lines(cell: Cell, rivals: list[Cell]) -> Iterator[list[TableCell]]:
     adjusted = holm({" ".join(key): each.p_value for key, each in outcomes.items()})
     for (arm, quality), (rival, own, other) in pairs.items():
         each = outcomes[arm, quality]
-        p_value = adjusted[f"{arm} {quality}"]
-        least = smallest_detectable_effect(own - other)
-        yield [
-            *map(TableCell, (cell.arm, cell.varied["search.checkpoint"], f"{cell.nfe:.0f}")),
-            *map(TableCell, (rival.arm, f"{rival.nfe:.0f}", quality)),
-            signed_cell(mean_difference(own, other)),
-            TableCell(f"{each.wins} / {each.ties} / {each.losses}"),
-            TableCell(f"{p_value:.2g}", number=p_value),
-            TableCell(f"{least:.2g}", number=least),
-        ]
+        yield {
+            "method": cell.arm,
+            "checkpoint": cell.varied["search.checkpoint"],
+            "NFE": cell.nfe,
+            "rival": arm,
+            "its NFE": rival.nfe,
+            "quality": quality,
+            "difference": marked_change(mean_difference(own, other)),
+            "wins / ties / losses": f"{each.wins} / {each.ties} / {each.losses}",
+            "p (Holm)": adjusted[f"{arm} {quality}"],
+            "would have shown": smallest_detectable_effect(own - other),
+        }
 
 
 def _paired(cell: Cell, rival: Cell, quality: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,17 +1,24 @@
-"""What a run directory and its evaluation hold, gathered for the page of `blackpoint report`."""
+"""The page of `blackpoint report` about a training run, its evaluation and its search."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from blackpoint.data.files.plain import read_json
 from blackpoint.data.files.yaml_text import read_yaml_file
 from blackpoint.sampling.errors import UserError
-from blackpoint.sampling.report.report import ReportContent, write_report
-from blackpoint.sampling.report.results import read_results
+from blackpoint.sampling.report.page import Facts, Figure, Items, Page, Part, Section, embedded
+from blackpoint.sampling.report.results import Results, read_results
 from blackpoint.sampling.report.results_page import gallery, tables_of
 from blackpoint.sampling.report.results_plots import luminance_distributions
-from blackpoint.sampling.report.search_page import read_search
-from blackpoint.sampling.report.training_page import chosen_grids, shown_settings
+from blackpoint.sampling.report.search_page import search_section
+from blackpoint.sampling.report.training_page import (
+    at_a_glance,
+    chosen_grids,
+    run_figures,
+    shown_settings,
+)
+from blackpoint.sampling.statistics.table import Table
+from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.verbs.report import ReportConfig, is_about_results
 from blackpoint.train.records.metrics_file import read_metrics
 
@@ -21,54 +28,80 @@ EARLIER = (
 )
 
 
-def write(config: ReportConfig, introduction: str = "") -> Path:
-    """Writes the page and returns its path."""
+def write(config: ReportConfig, introduction: str | None = None) -> Path:
+    """Writes the page and returns its path; the file is whole or as it was before."""
     run_dir = Path(config.run_dir)
     evaluation = Path(config.evaluation) if config.evaluation else run_dir / "evaluation"
-    content = collect(run_dir, evaluation)
-    content.introduction = introduction
-    return write_report(Path(config.output) if config.output else run_dir / "report.html", content)
+    path = Path(config.output) if config.output else run_dir / "report.html"
+    write_whole(path, page_of(run_dir, evaluation, introduction).html())
+    return path
 
 
-def collect(run_dir: Path, evaluation: Path) -> ReportContent:
-    """Gathers what the run directory holds, and the evaluation or sweep of it."""
-    metrics, study = run_dir / "metrics.csv", run_dir / "black_point" / "summary.md"
-    search = read_search(run_dir / "search") or read_search(run_dir)
+def page_of(run_dir: Path, evaluation: Path, introduction: str | None = None) -> Page:
+    """Lays out what the run directory and its evaluation hold; UserError where that is nothing."""
+    metrics_file, study = run_dir / "metrics.csv", run_dir / "black_point" / "summary.md"
+    search = search_section(run_dir / "search") or search_section(run_dir)
     is_evaluated = is_about_results(evaluation)
-    if not (metrics.is_file() or study.is_file() or is_evaluated) and search is None:
+    if not (metrics_file.is_file() or study.is_file() or is_evaluated) and search is None:
         raise UserError(
             f"run_dir={run_dir} holds no metrics.csv, sweep.json, nor a finished evaluation or "
             "search; name a run directory, or the output of an evaluation, a search or a sweep"
         )
-    content = ReportContent(title=f"blackpoint: {run_dir.name}", search=search)
-    if metrics.is_file():
-        content.metrics = read_metrics(metrics)
-        if not content.metrics:
-            content.notes = ["metrics.csv holds no rows yet."]
+    metrics = read_metrics(metrics_file) if metrics_file.is_file() else {}
+    notes = ["metrics.csv holds no rows yet."] if metrics_file.is_file() and not metrics else []
+    evaluated: list[Part | None] = []
     if is_evaluated:
-        _add_results(content, evaluation)
+        try:
+            evaluated = list(results_parts(read_results(evaluation)))
+        except UserError as error:  # nothing of it is finished
+            notes.append(str(error))
     elif study.is_file():
-        content.notes = [*content.notes, EARLIER]
-    content.previews = chosen_grids(run_dir / "previews")
+        notes.append(EARLIER)
     resolved = resolved_config(run_dir / "config.yaml")
-    content.config = shown_settings(resolved)
-    content.prompts = resolved.get("preview", {}).get("prompts", [])
-    content.max_steps = resolved.get("trainer", {}).get("max_steps")
-    content.environment = environment(run_dir)
-    content.timings = list(_read_json(run_dir / "timings.json").items())
-    return content
+    glance = at_a_glance(metrics, resolved.get("trainer", {}).get("max_steps"))
+    grids = chosen_grids(run_dir / "previews")
+    return Page(
+        f"blackpoint: {run_dir.name}",
+        [
+            introduction,
+            Items("", notes),
+            Facts("", glance),
+            *evaluated,
+            search,
+            Section(
+                "The training run",
+                run_figures(metrics, resolved.get("preview", {}).get("prompts", [])),
+            ),
+            Section(
+                "Previews during training",
+                [Figure("", embedded(path), label) for label, path in grids],
+            ),
+            Section(
+                "How it was made",
+                [
+                    timings_table(read_json(run_dir / "timings.json")),
+                    Facts("", environment(run_dir)),
+                    Facts("Config, as resolved", shown_settings(resolved)),
+                ],
+            ),
+        ],
+    )
 
 
-def _add_results(content: ReportContent, evaluation: Path) -> None:
-    """Adds what an evaluation or a sweep found; a note where nothing of it is finished."""
-    try:
-        results = read_results(evaluation)
-    except UserError as error:
-        content.notes = [*content.notes, str(error)]
-        return
-    content.tables = tables_of(results)
-    content.luminance = luminance_distributions(results)
-    content.gallery = gallery([cell for cell in results.cells if cell.values])
+def results_parts(results: Results) -> list[Part | None]:
+    """Lays out an evaluation or a sweep: pictures, tables, how bright the images are."""
+    return [
+        gallery([cell for cell in results.cells if cell.values]),
+        *tables_of(results),
+        Figure("How bright the images are", luminance_distributions(results)),
+    ]
+
+
+def timings_table(seconds: dict[str, float]) -> Table | None:
+    """Shows the seconds of each step, and of all; None where there are none."""
+    rows = [{"step": name, "seconds": value} for name, value in seconds.items()]
+    together = {"step": "together", "seconds": sum(seconds.values())}
+    return Table([*rows, together], {"step": "", "seconds": ".0f"}) if rows else None
 
 
 def resolved_config(path: Path) -> dict[str, Any]:
@@ -82,7 +115,7 @@ def resolved_config(path: Path) -> dict[str, Any]:
 def environment(run_dir: Path) -> dict[str, str]:
     """Reads environment.json as flat lines of text."""
     lines: dict[str, str] = {}
-    for name, value in _read_json(run_dir / "environment.json").items():
+    for name, value in read_json(run_dir / "environment.json").items():
         if isinstance(value, list):
             value = "; ".join(map(_one_line, value))
         elif isinstance(value, dict):
@@ -94,7 +127,3 @@ def environment(run_dir: Path) -> dict[str, str]:
 
 def _one_line(values: dict[str, Any]) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {item}" for key, item in values.items())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

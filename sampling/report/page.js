@@ -1,5 +1,6 @@
 "use strict";
-// Tables: a click on a head sorts, the boxes above choose rows. Pictures: a click enlarges.
+// Tables: a click on a head sorts, the boxes above choose rows. Pictures: a click enlarges. Of the
+// tables of a choice one is shown.
 const value = (cell) => {
   const number = Number(cell.dataset.value);
   return cell.dataset.value !== undefined && !Number.isNaN(number) ? number : cell.textContent.trim();
@@ -12,7 +13,7 @@ const compare = (a, b, sign) => {
   return sign * String(a).localeCompare(String(b), undefined, { numeric: true });
 };
 
-for (const table of document.querySelectorAll("table.sortable")) {
+for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0];
   table.tHead.querySelectorAll("th").forEach((head, column) => {
     head.tabIndex = 0;
@@ -55,7 +56,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
   filter();
 }
 
-const zoom = document.getElementById("zoom");
+const zoom = document.createElement("dialog");
+zoom.id = "zoom";
+zoom.innerHTML = '<figure><img alt=""><figcaption></figcaption></figure>';
+document.body.append(zoom);
 for (const picture of document.querySelectorAll(".gallery img")) {
   picture.addEventListener("click", () => {
     zoom.querySelector("img").src = picture.src;
@@ -65,11 +69,11 @@ for (const picture of document.querySelectorAll(".gallery img")) {
 }
 zoom.addEventListener("click", () => zoom.close());
 
-const chooser = document.getElementById("matrix");
-if (chooser) {
-  const show = () => {
-    for (const each of document.querySelectorAll(".matrix")) each.hidden = each.id !== chooser.value;
-  };
+for (const choice of document.querySelectorAll(".choice")) {
+  const chooser = choice.querySelector("select");
+  const show = () => choice.querySelectorAll(".chosen").forEach((each, number) => {
+    each.hidden = number !== Number(chooser.value);
+  });
   chooser.addEventListener("change", show);
   show();
 }
