@@ -1,24 +1,10 @@
-"""Rows as CSV, and JSON: numbers as it can hold them, and files of it."""
+"""JSON: numbers as it can hold them, and files of it."""
 
-import csv
-import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-
-def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Writes rows as CSV; there is at least one, and all have the columns of the first."""
-    rows = iter(rows)
-    first = next(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(first), lineterminator="\n")
-    writer.writeheader()
-    writer.writerow(first)
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def recorded(scores: Mapping[str, float]) -> dict[str, float | str]:

@@ -65,7 +65,7 @@ def make(config: HeldOutReaderConfig) -> None:
             found = [each(part.float() / 255).argmax(1) for part in unseen.split(256)]
         right = int((torch.cat(found).numpy() == labels).sum())
         share = proportion(right, len(labels))
-        print(f"{name}: {100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]")
+        print(f"{name}: {share:.1%}")
 
 
 def paint(masks: np.ndarray, seed: int) -> torch.Tensor:

@@ -8,10 +8,12 @@ there, so the same command continues a night that was cut short.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from blackpoint.sampling.report.page import Page
 from blackpoint.sampling.report.results import Results
-from blackpoint.sampling.report.results_tables import seed_difference, settings_of
-from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.sampling.report.results_tables import marked_change, seed_difference, settings_of
+from blackpoint.sampling.statistics.table import Table
 from blackpoint.sampling.whole_file import write_whole
 from blackpoint.scripts.config import load
 from blackpoint.scripts.miniature.digits import Split, packed_digits
@@ -78,29 +80,23 @@ def ablate(config: AblationConfig) -> None:
 def fixes(results: Results) -> str:
     """Writes what each fix changes: added to the chain, and left out of all fixes, as Markdown."""
     settings = {setting.name: setting for setting in settings_of(results)}
-    lines = [
-        "Change of the metric by the fix, mean over three trainings, paired by seed; 95 % interval",
-        "of Student's t. Added: to the link before it in the chain. In all: the full set minus the",
-        "full set without it. Bold: the interval leaves out 0.",
-        "",
-        f"| fix | | {' | '.join(METRICS)} |",
-        "|---|---|" + "--:|" * len(METRICS),
-    ]
+    rows: list[dict[str, Any]] = []
     for fix, with_it, before, without in FIXES:
         pairs = {"added": (with_it, before), "in all": (FULL, without)}
         for kind, (one, other) in pairs.items():
-            if one not in settings or other not in settings:
-                continue
-            changes = [seed_difference(settings[one], settings[other], name) for name in METRICS]
-            lines.append(f"| {fix} | {kind} | {' | '.join(map(_shown, changes))} |")
-    return "\n".join(lines) + "\n"
-
-
-def _shown(change: Estimate | None) -> str:
-    if change is None:
-        return ""
-    text = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
-    return text if change.low <= 0 <= change.high else f"**{text}**"
+            if one in settings and other in settings:
+                changes = {
+                    name: marked_change(seed_difference(settings[one], settings[other], name))
+                    for name in METRICS
+                }
+                rows.append({"fix": fix, "": kind, **changes})
+    columns = {"fix": "", "": "", **dict.fromkeys(METRICS, "+.3f")}
+    note = (
+        "Change of the metric by the fix, mean over three trainings, paired by seed; 95 % interval "
+        "of Student's t. Added: to the link before it in the chain. In all: the full set minus the "
+        "full set without it. Bold: the interval leaves out 0."
+    )
+    return Page("", [Table(rows, columns, note=note)]).markdown()
 
 
 def main(argv: list[str]) -> int:
