@@ -18,7 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.paths import BadPath, Holds, expanded, obstacle
+from blackpoint.data.files.paths import BadPath, Holds, expanded, obstacle, shipped
 from blackpoint.data.files.yaml_text import read_yaml_file
 from blackpoint.data.files.yaml_text import to_yaml as to_yaml
 from blackpoint.scripts.config_fields import (

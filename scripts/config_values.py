@@ -15,7 +15,7 @@ import yaml
 from omegaconf import MISSING
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.paths import BadPath, Holds, expanded, is_verbatim
+from blackpoint.data.files.paths import BadPath, Holds, expanded, is_verbatim, shipped
 from blackpoint.data.files.yaml_text import read_yaml
 from blackpoint.sampling.prompts.prompt_set import prompts_path
 from blackpoint.scripts.config_fields import (

@@ -18,7 +18,10 @@ def verb_command(*arguments: str) -> list[str]:
 
 if "blackpoint" not in sys.modules:  # run as a file, or again by a process that spawned
     sys.path = [path for path in sys.path if path != str(FILE.parent)]  # Python put it first
-    sys.path.insert(0, str(FILE.parents[1]))
+    sys.modules["blackpoint"] = code = ModuleType("blackpoint")
+    code.__path__ = [str(FILE.parents[1])]
+
+if __name__ == "__main__":
     from blackpoint.scripts.cli import entry
 
     entry()

@@ -8,8 +8,7 @@ import torch
 from blackpoint.sampling.evaluation.luminance import border_luminance
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.scripts.cli import main
-from blackpoint.scripts.miniature.digit_perceptron import DigitPerceptron
-from blackpoint.scripts.miniature.digit_reader import DigitReader
+from blackpoint.scripts.miniature.digit_readers import DigitPerceptron, DigitReader
 from blackpoint.scripts.miniature.digits import caption, digit_samples
 
 ROOT = Path(__file__).resolve().parents[1]

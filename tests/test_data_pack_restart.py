@@ -281,7 +281,8 @@ def test_workers_do_each_job_once_and_end() -> None:
 
 def test_ctrl_c_reaches_no_worker_also_not_the_first() -> None:
     code = (
-        "from blackpoint.data.work.workers import run_in_processes; from tests.worker_jobs import blocked_signals\n"
+        "from blackpoint.data.work.workers import run_in_processes\n"
+        "from tests.worker_jobs import blocked_signals\n"
         "print([{2, 15} <= s for s in run_in_processes(blocked_signals, range(3), 2, print)])"
     )
     found = subprocess.run(  # a process of its own: it has not started Python's tracker yet
@@ -305,7 +306,10 @@ def test_a_killed_worker_leaves_a_pack_that_continues(tmp_path: Path, monkeypatc
 
 
 def test_workers_import_neither_torch_nor_webdataset() -> None:
-    code = "import sys, blackpoint.data.pack.pack; print({'torch', 'webdataset', 'lightning'} & set(sys.modules))"
+    code = (
+        "import sys, blackpoint.data.pack.pack; "
+        "print({'torch', 'webdataset', 'lightning'} & set(sys.modules))"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -249,7 +249,8 @@ def test_a_kill_during_a_download_does_no_damage(server: ShardServer, tmp_path: 
     released = threading.Event()
     server.faults = [stalls_after(2_000_000, released)]
     code = (
-        "import sys; from pathlib import Path; from blackpoint.data.shards.shard_cache import ShardCache\n"
+        "import sys; from pathlib import Path\n"
+        "from blackpoint.data.shards.shard_cache import ShardCache\n"
         "ShardCache(Path(sys.argv[1]), 10**9, 'x').open(sys.argv[2], '0.tar', 3000000)"
     )
     cache = ShardCache(tmp_path / "cache", 10**9, "data.cache_gigabytes")

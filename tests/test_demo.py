@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.report.rows import read_rows
+from blackpoint.sampling.report.results import Cell, Results, Value, read_results
+from blackpoint.sampling.statistics.estimates import Estimate
 from blackpoint.scripts.miniature.demo_steps import EXPECTED, outcome
-from blackpoint.scripts.miniature.digit_perceptron import DigitPerceptron
-from blackpoint.scripts.miniature.digit_reader import DigitReader, save_weights
+from blackpoint.scripts.miniature.digit_readers import DigitPerceptron, DigitReader, save_weights
 from blackpoint.scripts.verbs.demo import DemoConfig, run
 from tests.tiny_pipeline import make_tiny_pipeline
 
@@ -48,7 +48,7 @@ def config(tmp_path: Path) -> DemoConfig:
         search_candidates=2,
         num_train_images=12,
         num_held_out_images=4,
-        num_images=2,
+        num_images=11,
         reference_images=20,
         num_steps=2,
         num_processes=1,
@@ -65,8 +65,8 @@ def test_demo_does_every_step_once(
     assert "there already" not in first
     assert f"report: {run_dir / 'report.html'}" in first
     assert (run_dir / "export" / "model_index.json").is_file()
-    rows = read_rows(run_dir / "black_point" / "rows.csv.gz")
-    assert {row.checkpoint for row in rows} == {"data", "base", "fine_tuned"}
+    cells = {cell.name for cell in read_results(run_dir / "evaluation").cells}
+    assert len(cells) == 4
     page = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "Search over noise" in page
     assert "fine-tuned" in page and "Loss of the fine-tune" in page
@@ -76,20 +76,22 @@ def test_demo_does_every_step_once(
     assert (
         second.count("there already") == 5
     )  # two packs, the base's samples, the fine-tune, the search
-    rows_with_control = read_rows(run_dir / "black_point" / "rows.csv.gz")
-    assert set(rows) < set(rows_with_control)
-    assert {row.checkpoint for row in rows_with_control} >= {"control"}
+    results = read_results(run_dir / "evaluation")
+    assert {cell.name for cell in results.cells} > cells
+    assert {cell.arm for cell in results.cells if cell.values} == {"base", "fine-tuned", "control"}
     timings = json.loads((run_dir / "timings.json").read_text())
     assert len(timings) == 8
 
-    with pytest.raises(UserError, match="rows of another study: fine_tuned changed"):
-        run(dataclasses.replace(config, max_steps=4))
 
-
-def test_expectations_cover_what_the_study_measures() -> None:
-    header = "checkpoint measured [95 % interval] expected at 500 images"
-    assert outcome([]).split() == header.split()
-    assert all("fine_tuned" in expected for expected in EXPECTED.values())
+def test_what_was_measured_stands_beside_what_is_expected() -> None:
+    header = "checkpoint guidance measured [95 % interval] expected of all captions"
+    assert outcome(Results("", [])).split() == header.split()
+    value = Value(Estimate(0.01, 0.0, 0.02, 40), "")
+    guidance = {"evaluate.guidance_scale": 3.0}
+    cell = Cell("", "fine-tuned", guidance, values={"luminance, black": value})
+    line = "luminance, black fine-tuned 3 0.01 [0, 0.02] at most .05"
+    assert outcome(Results("", [cell])).splitlines()[1].split() == line.split()
+    assert all("fine-tuned" in expected for expected in EXPECTED.values())
 
 
 def test_a_demo_of_one_image_is_refused() -> None:

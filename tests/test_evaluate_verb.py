@@ -206,7 +206,9 @@ def test_rows_are_merged_by_key_whatever_their_order(tmp_path: Path) -> None:
         (["geneval=/nowhere.jsonl"], "/nowhere.jsonl: cannot be read"),
         (["sets.reference=EMPTY", "sets.features.module=tests.tiny_vision:ThreeColors"],
          "holds 0 pictures"),
-        (["study=metric"], "did you mean study=metrics"),
+        (["study=metric"], "expected metrics"),
+        (["study=black_point", "checkpoints.a=x"], "blackpoint evaluate configs/black_point.yaml"),
+        (["study=stability", "quality.a.kind=luminance"], "blackpoint sweep configs/stability"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_refused_before_anything_is_written(

@@ -16,7 +16,6 @@ import pytest
 
 from blackpoint.scripts.cli import VERBS
 from blackpoint.scripts.config_fields import fields_of, item_hint, nested_class
-from blackpoint.scripts.verbs.evaluate import STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = re.compile(r"(?<![\w./\-{}$\]\0])([a-z_][a-z0-9_]*(?:\.[A-Za-z_]\w*)*)=(?:[\w.\[\"]|\.\.\.)")
@@ -24,7 +23,6 @@ COMMAND = re.compile(r"blackpoint ((?:data )?[a-z]+) ")
 CLASSES: dict[str, list[type]] = {
     verb: [importlib.import_module(module).config_class()] for verb, (module, _) in VERBS.items()
 }
-CLASSES["evaluate"] = list(STUDIES.values())
 RUNS = {
     "sweep": ("train", "evaluate", "search"),
     "demo": ("train", "evaluate", "search", "data pack", "export"),
@@ -42,8 +40,6 @@ FACTS = {
     "scripts/cli.py": {"key"},
     "scripts/config.py": {"key"},
     "scripts/config_fields.py": {"key"},
-    "scripts/miniature/demo_steps.py": {"control"},
-    "scripts/verbs/report_content.py": {"control"},
 }
 """What looks like a key and is none of a verb's."""
 NOT_PRINTED = {
@@ -55,6 +51,8 @@ NOT_PRINTED = {
     ("sampling/search/config.py", "algorithm"): ("evaluate",),
     ("sampling/search/config.py", "compile"): ("evaluate",),
     ("sampling/search/config.py", "ensemble"): ("evaluate",),
+    ("sampling/search/config.py", "gradient"): ("evaluate",),
+    ("sampling/search/config.py", "noise_optimisation.gradient"): ("evaluate",),
     ("sampling/search/set_up.py", "algorithm"): ("evaluate",),
 }
 """Verbs that import the module and never come to the message: they have the choice made, call no
@@ -127,7 +125,7 @@ def last_words(verb: str) -> set[str]:
                 found.add(path.rpartition(".")[2])
                 item = nested_class(item_hint(field.hint))
                 found |= set(fields_of(item)) if item else set()
-    return found | ({"mine"} if verb == "evaluate" else set())  # checkpoints.mine: any name
+    return found
 
 
 def module_of(verb: str) -> Path:

@@ -13,12 +13,11 @@ from blackpoint.sampling.options import SampleConfig
 from blackpoint.scripts.cli import VERBS, main
 from blackpoint.scripts.config import load
 from blackpoint.scripts.config_fields import fields_of, holds, is_text, item_hint, nested_class
-from blackpoint.scripts.verbs.evaluate import STUDIES
 from tests.tiny_pipeline import make_tiny_pipeline
 
 CONFIGS: dict[str, type] = {
     verb: importlib.import_module(module).config_class() for verb, (module, _) in VERBS.items()
-} | {f"evaluate study={name}": study for name, study in STUDIES.items()}
+}
 NO_PATHS = {
     "module", "label", "file_column", "caption_column", "image_column", "image_key", "caption_key",
     "sampler", "project", "name",

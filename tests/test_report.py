@@ -7,23 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.evaluation.black_point import BlackPointConfig
-from blackpoint.sampling.evaluation.black_point_study import Identity, reference_rows, run_study
-from blackpoint.sampling.evaluation.black_point_summary import write_summary
 from blackpoint.sampling.prompts.brightness_target import prompt_slugs
 from blackpoint.sampling.report import training_plots as run_plots
-from blackpoint.sampling.report.rows import read_rows, write_rows
-from blackpoint.sampling.report.training_page import (
-    WIDEST_PX,
-    at_a_glance,
-    chosen_grids,
-    embedded,
-    run_figures,
-)
+from blackpoint.sampling.report.page import WIDEST_PX, embedded
+from blackpoint.sampling.report.training_page import at_a_glance, chosen_grids, run_figures
 from blackpoint.sampling.report.training_series import (
     NUM_STRETCHES,
     bin_label,
@@ -32,32 +22,16 @@ from blackpoint.sampling.report.training_series import (
     preview_luminance,
     smoothed,
 )
-from blackpoint.scripts.miniature.digit_reader import DigitReader, save_weights
-from blackpoint.scripts.miniature.evaluation import digit_captions
+from blackpoint.scripts.verbs import report_content
 from blackpoint.scripts.verbs.report import ReportConfig
-from blackpoint.scripts.verbs.report_content import collect, write
-from tests.digit_painter import load_square_painter
+from blackpoint.scripts.verbs.report_content import write
+from tests.test_results import made_up
 
 
-def make_run(run_dir: Path, checkpoints: dict[str, str]) -> Path:
-    """Writes a run directory with a study by stand-in models, a loss and a preview."""
-    torch.manual_seed(0)
-    save_weights(DigitReader(), run_dir / "reader")
-    config = BlackPointConfig(
-        checkpoints=checkpoints,
-        output=str(run_dir / "black_point"),
-        digit_reader=str(run_dir / "reader"),
-        num_images=12,
-        border_images=12,
-        read_images=30,
-        guidance_scales=[1.0, 3.0],
-        num_processes=1,
-    )
-    images = torch.linspace(0, 255, 5).repeat(4)[:, None, None, None].expand(20, 3, 16, 16).byte()
-    real = reference_rows(images, [("a red one", 1)] * 20, DigitReader().eval())
-    identities = dict.fromkeys(checkpoints, Identity("x"))
-    rows = run_study(config, digit_captions(), real, identities, load_square_painter)
-    write_summary(run_dir / "black_point", rows, list(checkpoints), 3.0)
+def make_run(run_dir: Path) -> Path:
+    """Writes a run directory with a loss, a sweep that is not done, and what an earlier one has."""
+    (run_dir / "evaluation").mkdir(parents=True)
+    (run_dir / "evaluation" / "sweep.json").write_text("{}")
     lines = ["step,name,value"]
     for step in range(10, 500, 10):
         lines.append(f"{step},train/loss,{1 / step}")
@@ -76,14 +50,13 @@ def make_run(run_dir: Path, checkpoints: dict[str, str]) -> Path:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "some_run"
-    return make_run(folder, {"base": "pull=0.9", "fine_tuned": "pull=0"})
+    return make_run(tmp_path_factory.mktemp("runs") / "some_run")
 
 
 class Elements(HTMLParser):
     """Counts elements, checks that they nest, and collects what could be fetched."""
 
-    VOID = ("meta", "img", "path", "br")
+    VOID = ("meta", "img", "path", "br", "input")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -110,40 +83,40 @@ class Elements(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_page_is_whole_and_refers_to_nothing_outside(run_dir: Path, tmp_path: Path) -> None:
-    page = write(ReportConfig(str(run_dir), str(tmp_path / "page.html"), committed_rows="absent"))
+def test_page_is_whole_and_refers_to_nothing_outside(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = made_up(tmp_path)
+    monkeypatch.setattr(report_content, "read_results", lambda folder: results)
+    page = write(ReportConfig(str(run_dir), str(tmp_path / "page.html")), "What <this> is.")
     text = page.read_text(encoding="utf-8")
     elements = Elements(text)
     assert not elements.open
-    assert elements.counts["svg"] == 6  # open, black, white, guidance, loss, loss by SNR
-    assert elements.counts["img"] == 2 * (8 + 8 + 8 + 6)
+    assert elements.counts["svg"] == 3  # luminance, loss, loss by SNR
+    assert elements.counts["img"] == 3 * 8
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in elements.links)
     assert not re.search(r"(?:src|href)=\"https?:|@import|url\(http", text)
     for words in (
-        "a black zero on a white background",
-        "seed 3",
-        "n=30",
+        "What &lt;this&gt; is.",
+        "prompt &lt;9&gt;",
+        "better, 16",
+        "Every cell",
         "fine-tune",
         "61",
         "a &lt;b&gt;",
         "step 0, num processes 1; step 90, num processes 8",
     ):
         assert words in text
-    assert "control" not in text
 
 
-def test_control_comes_from_committed_rows(run_dir: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "other", {"base": "pull=0.9", "control": "pull=0.95"})
-    committed = tmp_path / "docs" / "rows.csv.gz"
-    write_rows(committed, read_rows(other / "black_point" / "rows.csv.gz"))
-    content = collect(run_dir, run_dir / "black_point", committed)
-    assert content.control is not None
-    assert {row.checkpoint for row in content.control.rows} == {"control"}
-    text = write(
-        ReportConfig(str(run_dir), str(tmp_path / "page.html"), committed_rows=str(committed))
-    )
-    assert "blackpoint demo control=true" in text.read_text(encoding="utf-8")
-    assert "<th>control</th>" in text.read_text(encoding="utf-8")
+def test_an_evaluation_that_is_not_done_or_of_an_earlier_version_is_named(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    assert "another version" in write(ReportConfig(str(run_dir))).read_text(encoding="utf-8")
+    (tmp_path / "black_point").mkdir()
+    (tmp_path / "black_point" / "summary.md").write_text("numbers")
+    text = write(ReportConfig(str(tmp_path))).read_text(encoding="utf-8")
+    assert "blackpoint evaluate configs/black_point.yaml" in text
 
 
 def write_run(run_dir: Path, num_rows: int = 40) -> Path:
@@ -240,7 +213,7 @@ def test_a_run_without_a_study_has_its_losses(run_dir: Path, tmp_path: Path) -> 
     (tmp_path / "metrics.csv").write_bytes((run_dir / "metrics.csv").read_bytes())
     text = write(ReportConfig(str(tmp_path))).read_text(encoding="utf-8")
     assert Elements(text).counts["svg"] == 2
-    assert "The numbers" not in text
+    assert "Every cell" not in text
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
@@ -264,11 +237,10 @@ def test_what_is_not_there_is_not_drawn() -> None:
 def test_a_page_says_of_what_its_losses_are_where_the_network_predicts_no_v() -> None:
     rows = {"train/loss": [(1, 0.2)], "validation/loss": [(1, 0.9)]}
     assert at_a_glance(rows)["validation loss"] == "0.9"
-    assert not any("own output" in caption for _, caption, _ in run_figures(rows))
+    assert not any("own output" in figure.note for figure in run_figures(rows))
     rows["validation/epsilon_loss"] = [(1, 0.3)]
     assert at_a_glance(rows)["validation loss, of v"] == "0.9"
-    (_, caption, _) = run_figures(rows)[0]
-    assert "Both are of the network's own output" in caption
+    assert "Both are of the network's own output" in run_figures(rows)[0].note
 
 
 def test_any_prompt_can_be_drawn() -> None:

@@ -14,18 +14,16 @@ import pytest
 from PIL import Image
 
 from blackpoint.sampling.report.results import Cell, Picture, Results, Value, read_results
-from blackpoint.sampling.report.results_page import render, tables_of, write_results
+from blackpoint.sampling.report.results_page import page_of, tables_of, write_results
 from blackpoint.sampling.report.results_plots import scaling_curves, series_of
 from blackpoint.sampling.report.results_tables import (
-    Table,
     cells_table,
     metrics_table,
     seeds_table,
-    to_csv,
-    to_markdown,
     win_matrix,
 )
 from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.sampling.statistics.table import Place, Table
 from blackpoint.scripts.cli import main
 from tests.waiting import PATIENCE_S
 
@@ -59,10 +57,7 @@ def made_up(tmp_path: Path, seeds: int = 3) -> Results:
                         "FID": Value(Estimate(9 - gain, math.nan, math.nan, 30), "lower"),
                     },
                     paired={"score": scores},
-                    pictures={
-                        (n, f"prompt <{n}>", 0): Picture(f"prompt <{n}>", seed, path)
-                        for n in range(10)
-                    },
+                    pictures={(n, f"prompt <{n}>", 0): Picture(seed, path) for n in range(10)},
                     luminance=list(rng.random(20)),
                     alarms=["score rises, judge falls"] if arm == "worse" and seed == 0 else [],
                     nfe=16.0 if "16" in arm else 8.0,
@@ -74,38 +69,47 @@ def made_up(tmp_path: Path, seeds: int = 3) -> Results:
     return Results("made up", cells, "worse", list(rng.random(50)))
 
 
-def column(table: Table, name: str) -> list[str]:
-    place = table.header.index(name)
-    return [row[place].text for row in table.rows]
+def column(table: Table, heading: str) -> list[Place]:
+    place = table.header.index(heading)
+    return [row[place] for row in table.places()]
+
+
+def texts(table: Table, heading: str) -> list[str]:
+    return [each.text for each in column(table, heading)]
+
+
+def estimates(table: Table, heading: str) -> list[Any]:
+    key = list(table.columns)[table.header.index(heading)]
+    return [row[key].value if row.get(key) else None for row in table.rows]
 
 
 def test_settings_over_seeds_are_compared_with_the_baseline_pair_by_pair(tmp_path: Path) -> None:
     results = made_up(tmp_path)
     table = seeds_table(results)
     assert table is not None
-    assert column(table, "setting") == ["worse", "better, 8", "better, 16"]
-    assert column(table, "seeds") == ["3", "3", "3"]
-    changes = [row[table.header.index("score: minus worse")] for row in table.rows]
-    assert changes[0].text == "" and changes[1].is_best and changes[1].numbers is not None
+    assert texts(table, "setting") == ["worse", "better, 8", "better, 16"]
+    assert texts(table, "seeds") == ["3", "3", "3"]
+    shown = column(table, "score: minus worse")
+    assert shown[0].text == "" and shown[1].is_bold
+    change = estimates(table, "score: minus worse")[1]
     by_seed = [
         results.cells[3 + n].values["score"].estimate.value
         - results.cells[n].values["score"].estimate.value
         for n in range(3)
     ]
-    assert changes[1].numbers[0] == pytest.approx(np.mean(by_seed))
-    assert changes[1].numbers[3] == 3
-    best = [row[table.header.index("score")].is_best for row in table.rows]
-    assert best == [False, False, True]
+    assert change.value == pytest.approx(np.mean(by_seed)) and change.n == 3
+    assert [each.is_bold for each in column(table, "score")] == [False, False, True]
     assert seeds_table(made_up(tmp_path, seeds=1)) is None
 
 
 def test_every_cell_is_there_and_the_best_is_marked(tmp_path: Path) -> None:
     table = cells_table(made_up(tmp_path))
-    assert len(table.rows) == 10 and column(table, "state")[-1] == "failed"
-    assert [row[2].is_best for row in table.rows].count(True) == 1
-    place = table.header.index("FID at n = 30; interval at this n")
-    best = min(table.rows[:-1], key=lambda row: row[place].number or math.inf)
-    assert best[place].is_best and best[0].text == "better, 16"
+    assert len(table.rows) == 10 and texts(table, "state")[-1] == "failed"
+    assert [each.is_bold for each in column(table, "score")].count(True) == 1
+    title = "FID at n = 30; interval at this n"
+    values = [each.value for each in estimates(table, title)[:-1]]
+    best = values.index(min(values))
+    assert column(table, title)[best].is_bold and texts(table, "arm")[best] == "better, 16"
 
 
 def test_fid_says_at_which_n_it_is_wherever_it_is_shown(tmp_path: Path) -> None:
@@ -113,9 +117,9 @@ def test_fid_says_at_which_n_it_is_wherever_it_is_shown(tmp_path: Path) -> None:
     results, title = made_up(tmp_path), "FID at n = 30; interval at this n"
     settings = seeds_table(results)
     assert settings is not None and f"{title}: minus worse" in settings.header
-    assert metrics_table(results.cells[0]).rows[1][0].text == title
+    assert texts(metrics_table(results.cells[0]), "metric")[1] == title
     for table in (settings, cells_table(results)):
-        assert title in to_csv(table) and title in to_markdown(table)
+        assert title in table.csv() and title in table.markdown()
     assert [name for name, _ in scaling_curves(results, ["FID"])] == [title]
     for cell in results.cells[:3]:
         cell.values["FID"] = Value(Estimate(8, 7, 9, 50), "lower")
@@ -125,17 +129,18 @@ def test_fid_says_at_which_n_it_is_wherever_it_is_shown(tmp_path: Path) -> None:
 def test_the_matrix_says_who_beats_whom_with_a_correction(tmp_path: Path) -> None:
     table = win_matrix(made_up(tmp_path), "score")
     assert table is not None and table.header == ["", "worse", "better, 8", "better, 16"]
-    assert table.rows[1][1].text == f"{NUM_PROMPTS} : 0" and table.rows[1][1].is_best
-    assert table.rows[0][2].text == f"0 : {NUM_PROMPTS}" and not table.rows[0][2].is_best
+    ahead, behind = table.rows[1]["worse"], table.rows[0]["better, 8"]
+    assert ahead.value == f"{NUM_PROMPTS} : 0" and ahead.is_bold
+    assert behind.value == f"0 : {NUM_PROMPTS}" and not behind.is_bold
     assert win_matrix(made_up(tmp_path), "FID") is None
 
 
 def test_tables_are_written_with_their_intervals(tmp_path: Path) -> None:
     table = cells_table(made_up(tmp_path))
-    rows = list(csv.DictReader(io.StringIO(to_csv(table))))
+    rows = list(csv.DictReader(io.StringIO(table.csv())))
     assert len(rows) == 10 and float(rows[0]["score: low"]) < float(rows[0]["score"])
     assert rows[0]["score: n"] == "30" and rows[-1]["score"] == ""
-    lines = to_markdown(table).splitlines()
+    lines = table.markdown().splitlines()
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
@@ -149,7 +154,7 @@ def test_curves_join_an_arm_at_several_costs(tmp_path: Path) -> None:
 
 def test_the_page_refers_to_nothing_outside_and_escapes_what_it_shows(tmp_path: Path) -> None:
     results = made_up(tmp_path)
-    page = render(results, tables_of(results), {"evaluate.sampler": "ddim"})
+    page = page_of(results, tables_of(results), {"evaluate.sampler": "ddim"}).html()
     assert "prompt &lt;0&gt;" in page and "killed by SIGKILL" in page
     assert "score rises, judge falls" in page
     for word in ("http://", "https://", 'src="/', "url("):
@@ -330,22 +335,21 @@ def test_seeds_of_evaluation_within_a_training_are_no_repetitions() -> None:
         for seed in range(3)
     ]
     table = seeds_table(Results("crossed", cells))
-    assert table is not None and column(table, "seeds") == ["2", "2"]
-    numbers = [row[table.header.index("score")].numbers for row in table.rows]
-    assert [each and each[3] for each in numbers] == [2, 2]
-    assert numbers[0] and numbers[0][0] == pytest.approx(0.6)
-    change = table.rows[1][table.header.index("score: minus base")].numbers
-    assert change and change[0] == pytest.approx(1.0) and change[3] == 2
+    assert table is not None and texts(table, "seeds") == ["2", "2"]
+    first, second = estimates(table, "score")
+    assert (first.n, second.n) == (2, 2) and first.value == pytest.approx(0.6)
+    change = estimates(table, "score: minus base")[1]
+    assert change.value == pytest.approx(1.0) and change.n == 2
     once = [cell for cell in cells if cell.varied["train.seed"] == 0]
     alone = seeds_table(Results("one training", once))
-    assert alone is not None and column(alone, "seeds") == ["3", "3"]
+    assert alone is not None and texts(alone, "seeds") == ["3", "3"]
 
 
 def test_cells_of_other_prompts_are_not_paired() -> None:
     cells = [cell_of("one", 1.0, {}), cell_of("two", 2.0, {}, "a dog"), cell_of("three", 3.0, {})]
     table = win_matrix(Results("prompts", cells), "score")
     assert table is not None
-    assert [[cell.text for cell in row[1:]] for row in table.rows] == [
+    assert [[each.text for each in row[1:]] for row in table.places()] == [
         ["", "", "0 : 1"],
         ["", "", ""],
         ["1 : 0", "", ""],

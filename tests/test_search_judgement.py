@@ -12,11 +12,13 @@ from torch.testing import assert_close
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
-from blackpoint.sampling.report.search_page import read_search
+from blackpoint.sampling.report.page import Gallery, Section
+from blackpoint.sampling.report.search_page import search_section
 from blackpoint.sampling.runtime.tracking import WandbConfig
 from blackpoint.sampling.search.calibration import find_batch_size
 from blackpoint.sampling.search.config import DiversityConfig, SearchConfig
 from blackpoint.sampling.search.run import search_to_folder
+from blackpoint.sampling.statistics.table import Table
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifiers
 from blackpoint.sampling.verifiers.models import clip
 from blackpoint.scripts.verbs.report import ReportConfig
@@ -27,6 +29,10 @@ from tests.tiny_vision import make_tiny_clip
 PROMPTS = ["a red photo of snow", "a blue night", "a white wall", "a gray sea", "a black cat", "x"]
 DARK = VerifierConfig(kind="luminance", target=0.0)
 BRIGHT = VerifierConfig(kind="luminance", target=1.0)
+
+
+def numbers(section: Section) -> list[Any]:
+    return [row for part in section.content if isinstance(part, Table) for row in part.rows]
 
 
 def search(pipeline: Path, output: Path, **changes: Any) -> list[str]:
@@ -211,15 +217,17 @@ def test_the_report_of_a_search_shows_plain_images_above_winners(
     pipeline: Path, tmp_path: Path
 ) -> None:
     search(pipeline, tmp_path / "out")
-    shown = read_search(tmp_path / "out")
-    assert shown is not None and [name for name, _ in shown.lines] == ["first seed", "winner"]
-    assert [len(pictures) for _, pictures in shown.lines] == [len(PROMPTS)] * 2
-    by_name = {name: (float(a), float(b)) for name, a, b, _ in shown.numbers if a}
+    section = search_section(tmp_path / "out")
+    assert section is not None
+    gallery = next(part for part in section.content if isinstance(part, Gallery))
+    assert [name for name, _ in gallery.content] == ["first seed", "winner"]
+    assert [len(pictures) for _, pictures in gallery.content] == [len(PROMPTS)] * 2
+    by_name = {row["mean score"]: (row["first seed"], row["winner"]) for row in numbers(section)}
     plain, winner = by_name["dark (searched)"]
     assert winner > plain and by_name["bright (held out)"][1] < by_name["bright (held out)"][0]
     page = write(ReportConfig(run_dir=str(tmp_path / "out"))).read_text(encoding="utf-8")
     assert "Search over noise" in page and "hacking: dark rises by" in page
-    assert read_search(tmp_path) is None
+    assert search_section(tmp_path) is None
 
 
 def test_prompts_that_changed_are_refused(pipeline: Path, tmp_path: Path) -> None:
@@ -250,7 +258,7 @@ def test_a_plain_image_without_score_leaves_its_prompt_without_baseline(
     search(pipeline, tmp_path / "out", algorithm="paths", verifiers=verifiers)
     found = [row["baseline"] for row in winners(tmp_path / "out")]
     assert None in found and any(found)
-    assert read_search(tmp_path / "out") is not None
+    assert search_section(tmp_path / "out") is not None
 
 
 def test_a_held_out_score_that_is_never_finite_is_left_out_of_the_page(
@@ -258,8 +266,9 @@ def test_a_held_out_score_that_is_never_finite_is_left_out_of_the_page(
 ) -> None:
     judge = {"never": VerifierConfig(kind="custom", module="tests.search_problems:never")}
     search(pipeline, tmp_path / "out", held_out=judge)
-    shown = read_search(tmp_path / "out")
-    assert shown is not None and not any("never" in row[0] for row in shown.numbers)
+    section = search_section(tmp_path / "out")
+    assert section is not None
+    assert not any("never" in row["mean score"] for row in numbers(section))
 
 
 def test_a_budget_that_does_not_pay_for_a_looks_scores_is_refused(

@@ -11,8 +11,6 @@ GIVEN = {
     "sample": ["checkpoint=c", "prompts=a", "output=o"],
     "search": ["checkpoint=c", "prompts=a", "output=o", "budget_nfe=9", VERIFIER],
     "evaluate": ["checkpoint=c", "prompts=a", "output=o"],
-    "evaluate study=black_point": ["checkpoints.a=c"],
-    "evaluate study=stability": ["checkpoints.a=c", "prompts=a", "quality.a.kind=luminance"],
     "train": ["checkpoint=c", "data.shards=s", "run_dir=r"],
     "demo": [],
 }

@@ -28,9 +28,9 @@ SIDE = 16
 OPEN_WHAT_WE_WROTE = {
     "data/images/decode.py",
     "sampling/evaluation/image_rows.py",
-    "sampling/report/results_page.py",
-    "sampling/report/training_page.py",
+    "sampling/report/page.py",
     "scripts/studies/black_point_study.py",
+    "scripts/studies/pixel_study.py",
     # what other trainers do, to be timed
     "scripts/bench/accelerate.py",
     "scripts/bench/reader.py",

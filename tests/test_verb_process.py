@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from blackpoint.scripts import verb_process
 from blackpoint.scripts.verb_process import verb_command
 
 
@@ -33,15 +34,22 @@ def test_packages_of_the_working_folder_stand_in_for_none_of_ours(
 
 def test_the_code_is_that_of_this_process(tmp_path: Path) -> None:
     """Also of a copy, such as the frozen one of a run, that no path of Python's names."""
-    from blackpoint.scripts import verb_process
-
-    (tmp_path / "copy" / "scripts").mkdir(parents=True)
+    copy = tmp_path / "copy" / "scripts"
+    copy.mkdir(parents=True)
     source = Path(verb_process.__file__).read_text()
-    (tmp_path / "copy" / "scripts" / "verb_process.py").write_text(source)
-    (tmp_path / "copy" / "scripts" / "__init__.py").touch()
-    cli = "def entry() -> None:\n    print('the copy')\n"
-    (tmp_path / "copy" / "scripts" / "cli.py").write_text(cli)
-    code = "import subprocess; from blackpoint.scripts.verb_process import verb_command as c; "
+    (copy / "verb_process.py").write_text(source)
+    (copy / "__init__.py").touch()
+    cli = """
+import subprocess, sys
+from blackpoint.scripts import verb_process
+from blackpoint.scripts.verb_process import verb_command
+
+def entry() -> None:
+    print("of the copy:", __file__, flush=True)
+    if sys.argv[1:]:
+        subprocess.run(verb_command(), check=True)
+"""
+    (copy / "cli.py").write_text(cli)
     done = subprocess.run(
         [sys.executable, str(copy / "verb_process.py"), "once more"],
         env={k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"},

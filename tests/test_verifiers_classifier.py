@@ -17,12 +17,12 @@ from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
 from blackpoint.sampling.verifiers.models.classifier import Classifier, ClassifierConfig, label_in
 from blackpoint.sampling.verifiers.models.image_model import ImageModel
-from blackpoint.scripts.miniature.digit_reader import DigitReader, save_weights
+from blackpoint.scripts.miniature.digit_readers import DigitReader, save_weights
 from tests.tiny_pipeline import DIGITS
 from tests.tiny_vision import IMAGE_PX, LABELS, eight_bit_images, make_tiny_vit
 
 CPU = torch.device("cpu")
-READER = "blackpoint.scripts.miniature.digit_reader:DigitReader"
+READER = "blackpoint.scripts.miniature.digit_readers:DigitReader"
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,10 @@
-"""Rows as CSV, and numbers as JSON can hold them."""
+"""JSON: numbers as it can hold them, and files of it."""
 
-import csv
-import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
-
-
-def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Writes rows as CSV; there is at least one, and all have the columns of the first."""
-    rows = iter(rows)
-    first = next(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(first), lineterminator="\n")
-    writer.writeheader()
-    writer.writerow(first)
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def recorded(scores: Mapping[str, float]) -> dict[str, float | str]:
@@ -42,3 +29,13 @@ def finite(value: object) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: Path) -> Any:
+    """Reads a file; {} where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a file of an object a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,6 +1,6 @@
 """What an index knows of the content of its shards, in two files beside its records.
 
-- digests.json  {shard: [whole, text, samples]}: data/shards/shard_digest.py; the same wherever it lies
+- digests.json  {shard: [whole, text, samples]}: data/shards/shard_digest.py; the same anywhere
 - stamps.json   {shard: stamp and whole}: how the shards looked when they last had these digests
 
 Where the index can't be written to, both are in the cache's folder of the data set instead.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blackpoint.sampling.checkpoints.loading import save_tokenizer
-from blackpoint.sampling.pixels.folder import CODE
+from blackpoint.sampling.pixels.folder import CODE, CODE_FOLDER
 
 if TYPE_CHECKING:
     from blackpoint.sampling.model import DiffusionModel

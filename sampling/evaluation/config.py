@@ -47,8 +47,7 @@ class MetricsConfig:
     interval."""
 
     study: Literal["metrics"] = "metrics"
-    """What is evaluated: metrics; `study=black_point --help` and `study=stability --help` list the
-    keys of the two studies."""
+    """What is evaluated: metrics, all that there is; older configs say so."""
     checkpoint: PathText = MISSING
     """What to sample: a folder, hub id, run directory or .ckpt."""
     prompts: Prompts = MISSING
@@ -132,7 +131,7 @@ class MetricsConfig:
             if each.declared.needs != "image":
                 raise UserError(
                     f"verifiers.{name}.kind={each.kind} does not judge a picture by itself; FID "
-                    "and IS are under sets, stability has study=stability"
+                    "and IS are under sets, stability is a verifier of searches"
                 )
             if name in COLUMNS:
                 raise UserError(

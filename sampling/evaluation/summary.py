@@ -5,8 +5,6 @@ wrote them, nor in which order. Means are over prompts (each the mean of its ima
 of one prompt are not independent; of a single prompt they are over its images.
 """
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.metrics.metric import Better, Evaluated, Metric, MetricConfig
 from blackpoint.sampling.evaluation.metrics.sets import FID
 from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.sampling.statistics.table import Table
 
 JSON_FILE, CSV_FILE, MARKDOWN_FILE = "metrics.json", "metrics.csv", "metrics.md"
 WORDS: dict[Better, str] = {"lower": "lower is better", "higher": "higher is better", "": ""}
@@ -69,20 +68,6 @@ def summarise(
     )
 
 
-def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Returns header and lines of the table of metrics."""
-    lines = [
-        [
-            title_at_n(each.name, [each.estimate.n]) + (f" ({each.group})" if each.group else ""),
-            shown(each.estimate),
-            f"{each.estimate.n} {each.unit}",
-            WORDS[each.better],
-        ]
-        for each in summary.metrics
-    ]
-    return ["metric", "value [95 % interval]", "n", ""], lines
-
-
 def title_at_n(name: str, counts: Sequence[int]) -> str:
     """Returns a metric's title: of FID it says at which numbers of images it and its interval are.
 
@@ -98,43 +83,39 @@ def title_at_n(name: str, counts: Sequence[int]) -> str:
     )
 
 
-def shown(estimate: Estimate) -> str:
-    """Writes a value with its interval, to four digits."""
-    value, low, high = (f"{each:.4g}" for each in (estimate.value, estimate.low, estimate.high))
-    interval = f" [{low}, {high}]" if math.isfinite(estimate.low) else " [too few for an interval]"
-    return value + interval
-
-
 def markdown(summary: Summary) -> str:
-    """Writes the table, with notes, as Markdown."""
-    header, lines = table(summary)
-    text = [f"| {' | '.join(header)} |", "|---|---|---|---|"]
-    text += [f"| {' | '.join(line)} |" for line in lines]
-    text += [
-        "",
-        f"{summary.num_images} images of {summary.num_prompts} prompts, {summary.nfe:.0f} NFE, "
-        f"{summary.seconds:.0f} s, peak memory {summary.peak_gb:.2f} GB.",
+    """Writes the table of metrics, with notes, as Markdown."""
+    rows = [
+        {
+            "metric": title_at_n(each.name, [each.estimate.n])
+            + (f" ({each.group})" if each.group else ""),
+            "value [95 % interval]": each.estimate,
+            "n": f"{each.estimate.n} {each.unit}",
+            "": WORDS[each.better],
+        }
+        for each in summary.metrics
     ]
-    text += ["", *(f"- {note}" for note in summary.notes)] if summary.notes else []
-    text += [f"- skipped: {name}: {reason}" for name, reason in summary.skipped.items()]
-    return "\n".join(text) + "\n"
+    columns = {"metric": "", "value [95 % interval]": ".4g", "n": "", "": ""}
+    cost = (
+        f"{summary.num_images} images of {summary.num_prompts} prompts, {summary.nfe:.0f} NFE, "
+        f"{summary.seconds:.0f} s, peak memory {summary.peak_gb:.2f} GB."
+    )
+    notes = [*summary.notes, *(f"skipped: {k}: {why}" for k, why in summary.skipped.items())]
+    parts = [Table(rows, columns).markdown(), f"{cost}\n", *(f"- {note}" for note in notes)]
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def write_summary(folder: Path, summary: Summary) -> None:
     """Writes metrics.md, metrics.csv and, last, metrics.json, which says that all is done."""
     write_whole(folder / MARKDOWN_FILE, markdown(summary))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["metric", "group", "value", "low", "high", "n", "unit", "better", "title"])
-    for each in summary.metrics:
-        numbers = (
-            f"{value:.8g}" for value in (each.estimate.value, each.estimate.low, each.estimate.high)
-        )
-        title = title_at_n(each.name, [each.estimate.n])
-        writer.writerow(
-            [each.name, each.group, *numbers, each.estimate.n, each.unit, each.better, title]
-        )
-    write_whole(folder / CSV_FILE, text.getvalue())
+    columns = ["metric", "group", "value", "low", "high", "n", "unit", "better", "title"]
+    rows = [
+        {"metric": each.name, "title": title_at_n(each.name, [each.estimate.n])}
+        | {"group": each.group, "unit": each.unit, "better": each.better}
+        | {name: f"{value:.8g}" for name, value in asdict(each.estimate).items()}
+        for each in summary.metrics
+    ]
+    write_whole(folder / CSV_FILE, Table(rows, dict.fromkeys(columns, "")).csv())
     write_whole(folder / JSON_FILE, json.dumps(finite(asdict(summary)), indent=1) + "\n")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.paths import BadPath, expanded
+from blackpoint.data.files.paths import BadPath, expanded, shipped
 from blackpoint.sampling.prompts.files import (
     NO_METADATA,
     SUFFIXES,

@@ -5,7 +5,6 @@ its pictures by prompt and seed, its cost. Read from the files that the verbs le
 not finished, or of another version, is kept with the reason.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.plain import number
+from blackpoint.data.files.plain import number, read_json, read_lines
 from blackpoint.sampling.evaluation.metrics.brightness import ERROR, LUMINANCE
 from blackpoint.sampling.evaluation.metrics.metric import Better, Metric, Row
 from blackpoint.sampling.evaluation.rows import IMAGES, REFERENCE, SETTINGS, read_images
 from blackpoint.sampling.evaluation.summary import read_summary, title_at_n
 from blackpoint.sampling.statistics import estimates as statistics
+from blackpoint.sampling.statistics.candidate_scores import Candidates, scores_by_prompt
 from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.sampling.verifiers.load import KINDS
 
 SWEEP, CELL = "sweep.json", "cell.json"
 WINNERS, SEARCH_SETTINGS, LEDGER, HACKING = (
@@ -28,6 +29,8 @@ WINNERS, SEARCH_SETTINGS, LEDGER, HACKING = (
     "ledger.json",
     "hacking.json",
 )
+CANDIDATES, BEST_OF_N = "candidates.jsonl", "random"
+"""Rows of a search, and the algorithm whose candidates are independent images."""
 FOLDERS = {"evaluate": "evaluation", "search": "search"}
 """Section of a sweep -> its folder in a cell's."""
 STALE = "stale"
@@ -50,7 +53,6 @@ class Value:
 class Picture:
     """A picture that a cell kept."""
 
-    prompt: str
     seed: int | None
     path: Path
 
@@ -72,6 +74,8 @@ class Cell:
     pictures: dict[Key, Picture] = field(default_factory=dict)
     luminance: list[float] = field(default_factory=list)
     """Of images whose prompts leave it open; of all, where none does."""
+    candidates: Candidates | None = None
+    """Several images of each prompt by every score, where they are independent."""
     alarms: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     nfe: float = math.nan
@@ -128,7 +132,7 @@ def is_seed(key: str) -> bool:
 
 
 def _read_sweep(folder: Path) -> Results:
-    content = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+    content = read_json(folder / SWEEP)
     if content.get("version") != VERSION:
         raise UserError(
             f"{folder / SWEEP} was written by another version ({content.get('version')}); report "
@@ -153,7 +157,7 @@ def _read_sweep(folder: Path) -> Results:
 def _cells_of(folder: Path, row: Mapping[str, Any]) -> Iterator[tuple[Cell, Path]]:
     """Yields a cell of a sweep with the folder of its verb; two where it evaluates and searches."""
     place = folder / row["folder"]
-    record = _json(place / CELL)
+    record = read_json(place / CELL)
     state, reason = record.get("state", "not run"), record.get("reason", "")
     if state == "started":
         state = "stopped, or under way"
@@ -202,12 +206,15 @@ def _read_evaluation(cell: Cell, folder: Path) -> list[float]:
             cell.paired[_title(each)] = values
     cell.pictures = {
         (row["prompt_index"], row["prompt"], row["image"]): Picture(
-            row["prompt"], row["seed"], folder / row["file"]
+            row["seed"], folder / row["file"]
         )
         for row in rows
         if row["file"] and (folder / row["file"]).is_file()
     }
-    settings = _json(folder / SETTINGS)
+    settings = read_json(folder / SETTINGS)
+    names = [m.name for m in summary.metrics if m.name in rows[0] and not m.group]
+    scores = scores_by_prompt(((row["prompt_index"], row["image"], row) for row in rows), names)
+    cell.candidates = Candidates(scores, tuple(names)) if scores else None
     where = summary.where
     column = "border_luminance" if where == "border" else "luminance"
     left = [row for row in rows if row["luminance_error"] is None]
@@ -217,7 +224,7 @@ def _read_evaluation(cell: Cell, folder: Path) -> list[float]:
     cell.seconds = summary.seconds / summary.num_images
     cell.peak_gb = summary.peak_gb or math.nan
     cell.settings = cell.settings or {f"evaluate.{k}": v for k, v in settings.items()}
-    reference = _json(folder / REFERENCE)
+    reference = read_json(folder / REFERENCE)
     return list(reference.get(where, []))
 
 
@@ -225,9 +232,9 @@ def _read_search(cell: Cell, folder: Path) -> None:
     if not (folder / HACKING).is_file():
         cell.state = "not finished"
         return
-    text = (folder / WINNERS).read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    for kind, mark in (("held_out", ""), ("scores", " (searched)")):
+    rows = read_lines(folder / WINNERS)
+    settings = read_json(folder / SEARCH_SETTINGS)
+    for kind in ("held_out", "scores"):
         for name in rows[0][kind]:
             own = {
                 (row["prompt_index"], row["prompt"], 0): number(row[kind][name])
@@ -235,22 +242,42 @@ def _read_search(cell: Cell, folder: Path) -> None:
                 if math.isfinite(number(row[kind][name]))
             }
             if own:
-                title = f"{name}{mark}"
+                searched = kind == "scores" and _decides(settings, name)
+                title = f"{name} (searched)" if searched else name
                 cell.values[title] = Value(statistics.mean_score(list(own.values())), "higher")
                 cell.paired[title] = own
     for row in rows:
         path = folder / row["image"]
         if path.is_file():
             key = (row["prompt_index"], row["prompt"], 0)
-            cell.pictures[key] = Picture(row["prompt"], row["seed"], path)
-    alarms = json.loads((folder / HACKING).read_text(encoding="utf-8"))
+            cell.pictures[key] = Picture(row["seed"], path)
+    alarms = read_json(folder / HACKING)
     cell.alarms = [finding["line"] for alarm in alarms for finding in alarm["findings"]]
     cell.nfe = sum(row["nfe"] for row in rows) / len(rows)
-    ledger = _json(folder / LEDGER)
+    ledger = read_json(folder / LEDGER)
     parts = (ledger.get(f"{name}_s", 0.0) for name in ("denoising", "decoding", "verifying"))
     cell.seconds = sum(parts) / len(rows)
-    settings = _json(folder / SEARCH_SETTINGS)
+    cell.candidates = _searched_candidates(folder, settings)
     cell.settings = cell.settings or {f"search.{k}": v for k, v in settings.items()}
+
+
+def _decides(settings: Mapping[str, Any], name: str) -> bool:
+    """Whether a verifier has a part in what a search chooses: one of weight 0 has none."""
+    verifier = settings.get("verifiers", {}).get(name, {})
+    return settings.get("ensemble") != "weighted_sum" or verifier.get("weight", 1.0) != 0
+
+
+def _searched_candidates(folder: Path, settings: Mapping[str, Any]) -> Candidates | None:
+    """Reads the candidates of a best-of-N search, which are independent; None of another."""
+    path = folder / CANDIDATES
+    if settings.get("algorithm") != BEST_OF_N or not path.is_file():
+        return None
+    kinds = {name: each["kind"] for name, each in settings["verifiers"].items()}
+    rows = read_lines(path)
+    found = ((row["prompt_index"], row["candidate"], row["scores"]) for row in rows)
+    scores = scores_by_prompt(found, list(kinds))
+    qualities = tuple(name for name, kind in kinds.items() if KINDS[kind].needs == "image")
+    return Candidates(scores, qualities) if scores else None
 
 
 def _title(metric: Metric) -> str:
@@ -270,7 +297,3 @@ def _paired(metric: Metric, rows: Sequence[Row]) -> dict[Key, float]:
         for row in rows
         if row[column] is not None and math.isfinite(row[column])
     }
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,62 +1,56 @@
-"""One self-contained page about an evaluation, a search or a sweep, and its tables as files.
+"""One page about an evaluation, a search or a sweep, and its tables as files."""
 
-The page works offline: plots are inline SVG, pictures data URIs, its script a few lines. Tables
-sort by a click on a head and filter by setting, pictures are enlarged by a click.
-"""
-
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from blackpoint.data.files.whole_file import write_whole
-from blackpoint.sampling.report.report import page_template
+from blackpoint.sampling.report.candidate_tables import candidate_tables
+from blackpoint.sampling.report.page import (
+    Choice,
+    Facts,
+    Figure,
+    Gallery,
+    Items,
+    Page,
+    Section,
+    embedded,
+)
 from blackpoint.sampling.report.results import Cell, Key, Results
 from blackpoint.sampling.report.results_plots import luminance_distributions, scaling_curves
 from blackpoint.sampling.report.results_tables import (
-    Table,
     cells_table,
     metric_names,
     metrics_table,
     seeds_table,
     settings_of,
-    to_csv,
-    to_markdown,
     win_matrix,
 )
+from blackpoint.sampling.statistics.table import Table
 
-TEMPLATE = Path(__file__).with_name("results.html.j2")
-SCRIPT = Path(__file__).with_name("results.js")
 TABLES = "report_tables"
 NUM_COLUMNS, MOST_LINES = 8, 48
 SIDES_PX = (512, 384, 256, 192, 128, 96)
 PICTURE_BYTES = 8_000_000
-BYTES_PER_PIXEL = 0.2  # of a JPEG at QUALITY
-QUALITY = 85
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Pictures of the same prompts and seeds, a line for each setting."""
-
-    captions: list[str]
-    lines: list[tuple[str, list[str]]]
-    note: str = ""
+BYTES_PER_PIXEL = 0.2  # of a JPEG
 
 
 def write_results(path: Path, results: Results, settings: Mapping[str, str]) -> list[Path]:
     """Writes the page, and CSV and Markdown of every table beside it; returns their paths."""
     tables = tables_of(results)
-    written = [path]
+    files = {path.parent / TABLES / name: text for name, text in table_files(tables).items()}
+    files[path] = page_of(results, tables, settings).html()
+    for each, content in files.items():
+        write_whole(each, content)
+    return [path, *list(files)[:-1]]
+
+
+def table_files(tables: Sequence[Table]) -> dict[str, str]:
+    """Returns name and content of every table's files."""
+    files = {}
     for table in tables:
-        for suffix, text in ((".csv", to_csv(table)), (".md", to_markdown(table))):
-            written.append(path.parent / TABLES / f"{table.name}{suffix}")
-            write_whole(written[-1], text)
-    write_whole(path, render(results, tables, settings))
-    return written
+        files[f"{table.name}.csv"] = table.csv()
+        files[f"{table.name}.md"] = Page("", [table]).markdown()
+    return files
 
 
 def tables_of(results: Results, of_settings: Sequence[str] = ()) -> list[Table]:
@@ -65,34 +59,55 @@ def tables_of(results: Results, of_settings: Sequence[str] = ()) -> list[Table]:
     of_settings: the metrics that settings are shown with; all if empty. Of a single cell there is
     one table.
     """
+    several = {cell.name: cell.candidates for cell in results.cells if cell.candidates is not None}
     if len(results.cells) == 1:
-        return [metrics_table(results.cells[0])]
-    tables = [seeds_table(results, of_settings), cells_table(results)]
+        return [metrics_table(results.cells[0]), *candidate_tables(several)]
+    tables = [seeds_table(results, of_settings), cells_table(results), *candidate_tables(several)]
     names = [n for n in metric_names(results.cells) if any(n in c.paired for c in results.cells)]
     tables += [win_matrix(results, name) for name in names]
     return [table for table in tables if table is not None]
 
 
-def render(results: Results, tables: Sequence[Table], settings: Mapping[str, str]) -> str:
-    """Renders the page as HTML text."""
-    names = metric_names(results.cells)
+def page_of(results: Results, tables: Sequence[Table], settings: Mapping[str, str]) -> Page:
+    """Lays the page out."""
     done = [cell for cell in results.cells if cell.values]
-    return page_template(TEMPLATE).render(
-        title=f"blackpoint: {results.title}",
-        num_cells=len(results.cells),
-        num_done=len(done),
-        not_done=[cell for cell in results.cells if not cell.values],
-        tables=[table for table in tables if not table.name.startswith("wins_")],
-        matrices=[table for table in tables if table.name.startswith("wins_")],
-        curves=scaling_curves(results, names),
-        luminance=luminance_distributions(results),
-        gallery=gallery(done),
-        alarms=[(cell.name, cell.alarms) for cell in done if cell.alarms],
-        has_searches=any(key.startswith("search.") for cell in done for key in cell.settings),
-        notes=_notes(done),
-        settings=settings,
-        script=SCRIPT.read_text(encoding="utf-8"),
-        folder=TABLES,
+    matrices = [table for table in tables if table.name.startswith("wins_")]
+    alarms = [f"{cell.name}: {line}" for cell in done for line in cell.alarms]
+    has_searches = any(key.startswith("search.") for cell in done for key in cell.settings)
+    silent = "No search has raised the hacking alarm." if has_searches and not alarms else None
+    not_done = [
+        ": ".join(filter(None, [cell.name, cell.state, cell.reason]))
+        for cell in results.cells
+        if not cell.values
+    ]
+    curves = scaling_curves(results, metric_names(results.cells))
+    return Page(
+        f"blackpoint: {results.title}",
+        [
+            f"{len(done)} of {len(results.cells)} "
+            f"{'cell is' if len(results.cells) == 1 else 'cells are'} done. Numbers stand with "
+            "their 95 % interval and n. The tables lie beside this page as CSV and Markdown, in "
+            f"`{TABLES}/`.",
+            Items("Not done", not_done),
+            Items(
+                "Hacking alarms",
+                alarms,
+                "The searched score rose while what nobody searched for fell, from the plain "
+                "images to the winners.",
+            ),
+            silent,
+            *(table for table in tables if table not in matrices),
+            Section("What more compute buys", [Figure(title, svg) for title, svg in curves]),
+            Section("Who beats whom", [Choice("score", matrices)]),
+            gallery(done),
+            Figure(
+                "How bright the images are",
+                luminance_distributions(results),
+                "Images whose prompts leave luminance open; all images, where none does.",
+            ),
+            Items("Notes", _notes(done)),
+            Facts("Settings that all cells share", settings),
+        ],
     )
 
 
@@ -117,19 +132,26 @@ def gallery(cells: Sequence[Cell]) -> Gallery | None:
     keys = _spread(sorted(set.intersection(*(set(cell.pictures) for cell in lines.values()))))
     if not keys:
         return None
-    side = _side(len(keys) * len(lines))
+    num_pictures = len(keys) * len(lines)
+    side = _side(num_pictures)
     first = next(iter(lines.values()))
     same_seeds = all(len({cell.pictures[key].seed for cell in lines.values()}) == 1 for key in keys)
     captions = [
-        first.pictures[key].prompt
-        + (f" \u00b7 seed {first.pictures[key].seed}" if same_seeds else "")
-        for key in keys
+        key[1] + (f" \u00b7 seed {first.pictures[key].seed}" if same_seeds else "") for key in keys
     ]
     shown = [
-        (name, [_embedded(cell.pictures[key].path, side) for key in keys])
+        (
+            name,
+            [embedded(cell.pictures[k].path, side, PICTURE_BYTES / num_pictures) for k in keys],
+        )
         for name, cell in lines.items()
     ]
-    return Gallery(captions, shown, "; ".join(notes))
+    note = (
+        "Each column is one prompt and one image of it; a click enlarges. Not chosen: from the "
+        "first prompt to the last"
+    )
+    note = "; ".join([note, *notes]) + "."
+    return Gallery("The same prompts and seeds", shown, note, captions)
 
 
 def _spread(keys: Sequence[Key]) -> list[Key]:
@@ -147,25 +169,14 @@ def _side(num_pictures: int) -> int:
     return SIDES_PX[-1]
 
 
-def _embedded(path: Path, side: int) -> str:
-    """Returns a picture as data URI: as it is where it is small, else a JPEG no wider."""
-    with Image.open(path) as file:
-        picture = file.convert("RGB")
-    content = io.BytesIO()
-    if max(picture.size) <= min(side, SIDES_PX[-2]):
-        picture.save(content, "PNG", optimize=True)
-        kind = "png"
-    else:
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-        picture.save(content, "JPEG", quality=QUALITY)
-        kind = "jpeg"
-    return f"data:image/{kind};base64," + base64.b64encode(content.getvalue()).decode("ascii")
-
-
-def _notes(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
+def _notes(cells: Sequence[Cell]) -> list[str]:
     """Returns each note once, with the cells that it is of."""
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for cell in cells:
         for note in cell.notes:
-            found.setdefault(note, []).append(cell.name)
-    return list(found.items())
+            names.setdefault(note, []).append(cell.name)
+    return [
+        f"{note} ({len(found)} {'cell' if len(found) == 1 else 'cells'}: {', '.join(found[:4])}"
+        + (", ...)" if len(found) > 4 else ")")
+        for note, found in names.items()
+    ]

@@ -5,9 +5,18 @@ import re
 from collections.abc import Sequence
 
 import matplotlib
-import numpy as np
 
-from blackpoint.sampling.report.plots import COLORS, DATA_COLOR, STYLE, panels, svg_text
+from blackpoint.sampling.report.plots import (
+    COLORS,
+    DATA_COLOR,
+    STYLE,
+    draw_estimates,
+    draw_luminance,
+    panels,
+    plain,
+    share_y,
+    svg_text,
+)
 from blackpoint.sampling.report.results import Cell, Results, is_seed, short, title_of
 from blackpoint.sampling.report.results_tables import settings_of, shown_estimate
 
@@ -68,16 +77,10 @@ def luminance_distributions(results: Results) -> str | None:
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     figure, axes = panels(columns, rows, width=2.7, height=2.1)
-    edges = np.linspace(0, 1, 21)
     for axis, (title, (values, color)) in zip(axes, shown.items(), strict=False):
-        shares = np.histogram(np.clip(values, 0, 1), edges)[0] / len(values)
-        axis.bar(edges[:-1], shares, width=0.05, align="edge", color=color, edgecolor="white")
-        axis.set_title(f"{_plain(title)} (n = {len(values)})", loc="left", fontsize=8)
-        axis.set_xlim(0, 1)
-        axis.set_xticks([0, 0.5, 1], ["0\nblack", "0.5", "1\nwhite"])
-    top = max(axis.get_ylim()[1] for axis in axes[: len(shown)])
+        draw_luminance(axis, values, color, title)
+    share_y(axes[: len(shown)])
     for number, axis in enumerate(axes):
-        axis.set_ylim(0, top)
         if number % columns == 0:
             axis.set_ylabel("share of images")
         axis.set_visible(number < len(shown))
@@ -91,23 +94,13 @@ def _scaling(series: dict[str, list[Cell]], name: str, title: str) -> str:
         points: dict[float, list[Cell]] = {}
         for cell in cells:
             points.setdefault(cell.nfe, []).append(cell)
-        xs = sorted(points)
-        if not xs:
-            continue
-        means, below, above = [], [], []
-        for x in xs:
-            own = shown_estimate(points[x], name)
-            assert own is not None
-            means.append(own.value)
-            below.append(max(0.0, own.value - own.low))  # 0 where there is no interval
-            above.append(max(0.0, own.high - own.value))
-        shift = 1 + 0.012 * (
-            number - min(len(series), MOST_SERIES) / 2
-        )  # so that intervals don't hide each other
-        axis.errorbar(
-            [x * shift for x in xs],
-            means,
-            yerr=[below, above],
+        found = {x: shown_estimate(points[x], name) for x in sorted(points)}
+        estimates = {x: each for x, each in found.items() if each is not None}
+        middle = min(len(series), MOST_SERIES) / 2
+        draw_estimates(
+            axis,
+            [x * (1 + 0.012 * (number - middle)) for x in estimates],  # no interval hides another
+            list(estimates.values()),
             color=COLORS[number % len(COLORS)],
             marker=MARKERS[number // len(COLORS) % len(MARKERS)],
             linestyle="-" if number < len(COLORS) else "--",
@@ -115,17 +108,12 @@ def _scaling(series: dict[str, list[Cell]], name: str, title: str) -> str:
             markersize=4,
             elinewidth=0.7,
             capsize=2,
-            label=_plain(label),
+            label=plain(label),
         )
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axis.set_xlabel("UNet evaluations (NFE) of an image, or of a prompt's search")
-    axis.set_ylabel(_plain(title))
+    axis.set_ylabel(plain(title))
     cut = f"the first {MOST_SERIES} of {len(series)}" if len(series) > MOST_SERIES else None
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, title=cut)
     return svg_text(figure, f"scaling-{name}")
-
-
-def _plain(text: str) -> str:
-    """Writes a name so that matplotlib takes no formula for it, and hides none."""
-    return text.replace("$", r"\$").lstrip("_")

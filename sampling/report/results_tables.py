@@ -1,13 +1,9 @@
-"""Tables of results: every cell, settings over their seeds, who beats whom.
+"""Tables of results: every cell, settings over their seeds, who beats whom."""
 
-A table is text and numbers side by side, so that one thing is written as HTML, CSV and Markdown.
-"""
-
-import csv
-import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -17,36 +13,11 @@ from blackpoint.sampling.report.results import Cell, Key, Results, Value, is_see
 from blackpoint.sampling.statistics import estimates as statistics
 from blackpoint.sampling.statistics.estimates import Estimate
 from blackpoint.sampling.statistics.paired import count_outcomes, holm
+from blackpoint.sampling.statistics.table import Marked, Table
 
 MOST_IN_MATRIX = 24
+VALUE, CHANGE, COST = ".4g n", "+.3g n", ".3g"
 Seeds = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class TableCell:
-    """What one place of a table shows."""
-
-    text: str
-    detail: str = ""
-    """Interval and n, in small print."""
-    number: float | None = None
-    """What it is sorted by; its text if not set."""
-    is_best: bool = False
-    numbers: tuple[float, float, float, int] | None = None
-    """Value, low, high, n, for CSV."""
-
-
-@dataclass
-class Table:
-    """A named table; `name` is what its files are called."""
-
-    name: str
-    title: str
-    note: str
-    header: list[str]
-    rows: list[list[TableCell]]
-    filters: list[int] = field(default_factory=list)
-    """Columns by whose values rows can be chosen."""
 
 
 @dataclass(frozen=True)
@@ -73,44 +44,42 @@ def metric_names(cells: Sequence[Cell]) -> list[str]:
 
 def cells_table(results: Results) -> Table:
     """Shows every cell with all its metrics and its cost; the best of a column is marked."""
-    keys = list(dict.fromkeys(key for cell in results.cells for key in cell.varied))
-    has_arms = any(cell.arm for cell in results.cells)
+    keys = dict.fromkeys(key for cell in results.cells for key in cell.varied)
+    settings = {"arm": "arm"} if any(cell.arm for cell in results.cells) else {}
+    settings |= {key: short(key) for key in keys}
+    settings = settings or {"cell": "cell"}
     names = metric_names(results.cells)
     best = {name: _best([cell.values.get(name) for cell in results.cells]) for name in names}
-    header = [*(["arm"] if has_arms else []), *(short(key) for key in keys)]
-    settings = len(header)
-    if not header:
-        header, settings = ["cell"], 1
-    header += [*(title_of(name, results.cells) for name in names), "NFE", "seconds"]
-    header += ["peak GB", "state"]
-    rows = []
-    for cell in results.cells:
-        row = [TableCell(cell.arm)] if has_arms else []
-        row += [_plain(cell.varied.get(key)) for key in keys]
-        row = row or [TableCell(cell.name)]
-        for name in names:
-            value = cell.values.get(name)
-            row.append(_shown(value, value is not None and value is best[name]))
-        row += [_number(cell.nfe), _number(cell.seconds), _number(cell.peak_gb)]
-        row.append(TableCell(cell.state, cell.reason))
-        rows.append(row)
+    rows = [
+        {"arm": cell.arm, "cell": cell.name, **cell.varied}
+        | {f"metric {name}": _marked(cell.values.get(name), best[name]) for name in names}
+        | {"NFE": cell.nfe, "seconds": cell.seconds, "peak GB": cell.peak_gb}
+        | {"state": Marked(cell.state, cell.reason)}
+        for cell in results.cells
+    ]
     note = (
         "NFE and seconds are of one image, or of the search of one prompt. Best of a column: bold; "
         "whose interval meets the best's cannot be told from it by this table."
     )
-    return Table("cells", "Every cell", note, header, rows, list(range(settings)))
+    columns = dict.fromkeys(settings, "") | {f"metric {name}": VALUE for name in names}
+    columns |= {"NFE": COST, "seconds": COST, "peak GB": COST, "state": ""}
+    headings = settings | {f"metric {name}": title_of(name, results.cells) for name in names}
+    return Table(rows, columns, "Every cell", note, "cells", headings, list(settings))
 
 
 def metrics_table(cell: Cell) -> Table:
     """Shows one cell, a line for each metric."""
-    rows = [
-        [TableCell(title_of(name, [cell])), _shown(value, False), TableCell(WORDS[value.better])]
+    rows: list[dict[str, Any]] = [
+        {"metric": title_of(name, [cell]), "value": value.estimate, "": WORDS[value.better]}
         for name, value in cell.values.items()
     ]
-    for name, number in (("NFE", cell.nfe), ("seconds", cell.seconds), ("peak GB", cell.peak_gb)):
-        rows.append([TableCell(name), _number(number), TableCell("of one image, or one search")])
-    rows[-1][2] = TableCell("of the process")
-    return Table("metrics", "Metrics", "", ["metric", "value", ""], rows)
+    one = "of one image, or one search"
+    rows += [
+        {"metric": "NFE", "value": cell.nfe, "": one},
+        {"metric": "seconds", "value": cell.seconds, "": one},
+        {"metric": "peak GB", "value": cell.peak_gb, "": "of the process"},
+    ]
+    return Table(rows, {"metric": "", "value": VALUE, "": ""}, "Metrics", name="metrics")
 
 
 def seeds_table(results: Results, names: Sequence[str] = ()) -> Table | None:
@@ -123,32 +92,28 @@ def seeds_table(results: Results, names: Sequence[str] = ()) -> Table | None:
     if not any(len(setting.cells) > 1 for setting in settings):
         return None
     baseline = baseline_of(results, settings)
-    names = names or metric_names(results.cells)
-    header = ["setting", "seeds"]
-    for name in names:
-        title = title_of(name, results.cells)
-        header += [title, f"{title}: minus {baseline.name}"]
-    means = {
-        (setting.name, name): over_seeds(setting.cells, name)
-        for setting in settings
-        for name in names
-    }
-    best = {name: _best([means[setting.name, name] for setting in settings]) for name in names}
-    rows = []
-    for setting in settings:
-        row = [TableCell(setting.name), _plain(_num_repetitions(setting.cells))]
-        for name in names:
-            value = means[setting.name, name]
-            row.append(_shown(value, value is not None and value is best[name]))
-            change = None if setting is baseline else seed_difference(setting, baseline, name)
-            row.append(_shown(None if change is None else Value(change), False, signed=True))
-        rows.append(row)
+    rows: list[dict[str, Any]] = [
+        {"setting": setting.name, "seeds": _num_repetitions(setting.cells)} for setting in settings
+    ]
+    columns, headings = {"setting": "", "seeds": ""}, {}
+    for name in names or metric_names(results.cells):
+        value, change = f"metric {name}", f"change {name}"
+        columns |= {value: VALUE, change: CHANGE}
+        headings[value] = title_of(name, results.cells)
+        headings[change] = f"{headings[value]}: minus {baseline.name}"
+        means = [over_seeds(setting.cells, name) for setting in settings]
+        best = _best(means)
+        for row, setting, mean in zip(rows, settings, means, strict=True):
+            row[value] = _marked(mean, best)
+            if setting is not baseline:
+                row[change] = marked_change(seed_difference(setting, baseline, name))
     note = (
         f"Means over seeds, of trainings where these differ; differences from {baseline.name} are "
         "paired by seed. Intervals: 95 %, Student's t over seeds. A difference whose interval "
         "leaves out 0 is set in bold."
     )
-    return Table("settings", "Settings over their seeds", note, header, rows, [0])
+    title = "Settings over their seeds"
+    return Table(rows, columns, title, note, "settings", headings, ["setting"])
 
 
 def baseline_of(results: Results, settings: Sequence[Setting]) -> Setting:
@@ -209,86 +174,27 @@ def win_matrix(results: Results, name: str) -> Table | None:
         return None
     better = next(c.values[name].better for c in results.cells if name in c.values)
     sign = -1.0 if better == "lower" else 1.0
-    outcomes, p_values = {}, {}
-    for row in scores:
-        for column in scores:
-            shared = sorted(scores[row].keys() & scores[column].keys())
-            if row == column or not shared:
-                continue
-            ours, theirs = (
-                [sign * scores[each][prompt] for prompt in shared] for each in (row, column)
-            )
+    outcomes = {}
+    for row, column in permutations(scores, 2):
+        shared = sorted(scores[row].keys() & scores[column].keys())
+        ours, theirs = ([sign * scores[each][key] for key in shared] for each in (row, column))
+        if shared:
             outcomes[row, column] = count_outcomes(ours, theirs)
-            if (column, row) not in p_values:
-                p_values[row, column] = outcomes[row, column].p_value
-    adjusted = holm({f"{a}\0{b}": p for (a, b), p in p_values.items()})
-    rows = []
-    for row in scores:
-        line = [TableCell(row)]
-        for column in scores:
-            found = outcomes.get((row, column))
-            if found is None:
-                line.append(TableCell(""))
-                continue
-            p_value = adjusted.get(f"{row}\0{column}", adjusted.get(f"{column}\0{row}", 1.0))
-            text = f"{found.wins} : {found.losses}"
-            share = found.win_share.value if found.wins + found.losses else 0.5
-            wins = p_value < 0.05 and found.wins > found.losses
-            line.append(TableCell(text, f"p {p_value:.2g}", share, wins))
-        rows.append(line)
+    pairs = [pair for pair in combinations(scores, 2) if pair in outcomes]
+    adjusted = holm({"\0".join(pair): outcomes[pair].p_value for pair in pairs})
+    rows: dict[str, dict[str, Any]] = {row: {"": row} for row in scores}
+    for (row, column), found in outcomes.items():
+        name_of_pair = f"{row}\0{column}" if (row, column) in pairs else f"{column}\0{row}"
+        p_value = adjusted[name_of_pair]
+        wins = p_value < 0.05 and found.wins > found.losses
+        rows[row][column] = Marked(f"{found.wins} : {found.losses}", f"p {p_value:.2g}", wins)
     note = (
         f"By {name}: prompts that the row wins and loses against the column, ties left out; p of "
         f"the exact test after Holm's correction over all pairs. Bold: the row wins (p < .05).{cut}"
     )
     slug = "".join(c if c.isalnum() else "_" for c in name)
-    return Table(f"wins_{slug}", f"Who beats whom: {name}", note, ["", *scores], rows)
-
-
-def plain_values(table: Table) -> tuple[list[str], list[list[str | float | None]]]:
-    """Returns a table's header and lines with numbers as numbers, None where there is nothing.
-
-    A number with an interval takes columns for low, high and n.
-    """
-    wide = [any(row[n].numbers for row in table.rows) for n in range(len(table.header))]
-    header = []
-    for name, is_wide in zip(table.header, wide, strict=True):
-        header += [name, f"{name}: low", f"{name}: high", f"{name}: n"] if is_wide else [name]
-    lines = []
-    for row in table.rows:
-        line: list[str | float | None] = []
-        for cell, is_wide in zip(row, wide, strict=True):
-            if is_wide:
-                line += cell.numbers or (None, None, None, None)
-            elif cell.number is not None and not cell.detail:
-                line.append(cell.number)
-            else:
-                line.append(" ".join(filter(None, [cell.text, cell.detail])))
-        lines.append(line)
-    return header, lines
-
-
-def to_csv(table: Table) -> str:
-    """Writes `plain_values` as CSV, numbers to eight digits."""
-    header, lines = plain_values(table)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    for line in lines:
-        writer.writerow([f"{each:.8g}" if isinstance(each, float) else each for each in line])
-    return text.getvalue()
-
-
-def to_markdown(table: Table) -> str:
-    """Writes a table as Markdown, with its note."""
-
-    def shown(cell: TableCell) -> str:
-        text = f"**{cell.text}**" if cell.is_best and cell.text else cell.text
-        return " ".join(filter(None, [text, cell.detail])).replace("|", "\\|")
-
-    lines = [f"## {table.title}", "", table.note, "", f"| {' | '.join(table.header)} |"]
-    lines.append("|" + "---|" * len(table.header))
-    lines += [f"| {' | '.join(map(shown, row))} |" for row in table.rows]
-    return "\n".join(lines) + "\n"
+    columns = dict.fromkeys(["", *scores], "")
+    return Table(list(rows.values()), columns, f"Who beats whom: {name}", note, f"wins_{slug}")
 
 
 def _by_prompt(setting: Setting, name: str) -> dict[tuple[int, str], float]:
@@ -336,26 +242,10 @@ def _best(values: Sequence[Value | None]) -> Value | None:
     return choose(own, key=lambda each: each.estimate.value)
 
 
-def _shown(value: Value | None, is_best: bool, signed: bool = False) -> TableCell:
-    if value is None:
-        return TableCell("")
-    own = value.estimate
-    text = f"{own.value:+.3g}" if signed else f"{own.value:.4g}"
-    detail = ""
-    if math.isfinite(own.low):
-        mark = "+" if signed else ""
-        detail = f"[{own.low:{mark}.3g}, {own.high:{mark}.3g}]"
-        if signed:
-            is_best = not own.low <= 0 <= own.high
-    detail = f"{detail} n = {own.n}".strip()
-    return TableCell(text, detail, own.value, is_best, (own.value, own.low, own.high, own.n))
+def _marked(value: Value | None, best: Value | None) -> Marked | None:
+    return None if value is None else Marked(value.estimate, is_bold=value is best)
 
 
-def _plain(value: Any) -> TableCell:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    number = float(value) if is_number else None
-    return TableCell("" if value is None else str(value), number=number)
-
-
-def _number(value: float) -> TableCell:
-    return TableCell(f"{value:.3g}", number=value) if math.isfinite(value) else TableCell("")
+def marked_change(change: Estimate | None) -> Marked | None:
+    """Marks a difference whose interval leaves out 0."""
+    return None if change is None else Marked(change, is_bold=change.low > 0 or change.high < 0)

@@ -3,22 +3,16 @@
 All of it comes from the series of metrics.csv and the grids in previews/.
 """
 
-import base64
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from blackpoint.data.files.dotted import flat
 from blackpoint.sampling.report import training_plots as run_plots
+from blackpoint.sampling.report.page import Figure
 from blackpoint.sampling.report.training_series import Series, own_validation, smoothed
 
 NUM_GRIDS = 5
-WIDEST_PX = 1400  # a wider grid is embedded smaller
-JPEG_QUALITY = 88
-Plot = tuple[str, str, str]  # title, caption, SVG
 
 
 def at_a_glance(metrics: Series, max_steps: int | None = None) -> dict[str, str]:
@@ -51,7 +45,7 @@ def at_a_glance(metrics: Series, max_steps: int | None = None) -> dict[str, str]
     return found
 
 
-def run_figures(metrics: Series, prompts: Sequence[str] = ()) -> list[Plot]:
+def run_figures(metrics: Series, prompts: Sequence[str] = ()) -> list[Figure]:
     """Draws the plots of a run; those without rows are left out."""
     differ = own_validation(metrics) is not None
     spaces = (" Both are of the network's own output.", " Validation is of v, training not.")
@@ -90,7 +84,7 @@ def run_figures(metrics: Series, prompts: Sequence[str] = ()) -> list[Plot]:
             run_plots.memory_curves(metrics),
         ),
     )
-    return [(title, caption, svg) for title, caption, svg in drawn if svg is not None]
+    return [Figure(title, svg, caption) for title, caption, svg in drawn if svg is not None]
 
 
 def chosen_grids(folder: Path) -> list[tuple[str, Path]]:
@@ -101,18 +95,6 @@ def chosen_grids(folder: Path) -> list[tuple[str, Path]]:
     return [
         (f"step {int(grids[place].stem.removeprefix('step_'))}", grids[place]) for place in places
     ]
-
-
-def embedded(path: Path, widest_px: int = WIDEST_PX) -> str:
-    """Returns a PNG as data URI; a wide one smaller and as JPEG, so that pages stay light."""
-    picture = Image.open(path)
-    if picture.width <= widest_px:
-        return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-    height = round(picture.height * widest_px / picture.width)
-    small = picture.convert("RGB").resize((widest_px, height), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    small.save(data, "JPEG", quality=JPEG_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 
 def shown_settings(tree: Mapping[str, object]) -> dict[str, str]:

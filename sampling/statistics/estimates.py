@@ -44,6 +44,19 @@ class Estimate:
     high: float
     n: int
 
+    def __format__(self, spec: str) -> str:
+        """Writes `value [low, high]`, each by the format of a number; one of "%" is in percent.
+
+        A format that ends in " n" adds the count: f"{estimate:+.2f n}" is
+        "+0.12 [+0.05, +0.19] n = 30", f"{estimate:.1%}" is "12.0% [5.0, 19.0]".
+        """
+        form, _, count = spec.partition(" ")
+        value, low, high = (f"{each:{form}}" for each in (self.value, self.low, self.high))
+        interval = f"[{low.rstrip('%')}, {high.rstrip('%')}]"
+        if not math.isfinite(self.low):
+            interval = "[too few for an interval]"
+        return f"{value} {interval}" + (f" n = {self.n}" if count else "")
+
 
 def mean(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
     """Estimates a mean, with a bootstrap interval; of one observation without (NaN).

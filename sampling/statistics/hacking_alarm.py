@@ -126,7 +126,7 @@ def _quiet(
 
 
 def _shown(change: Estimate) -> str:
-    return f"{change.value:+.4g} [{change.low:+.4g}, {change.high:+.4g}] ({change.n} prompts)"
+    return f"{change:+.4g} ({change.n} prompts)"
 
 
 def _finite_pairs(scores: PairedScores, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:

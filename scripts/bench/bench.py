@@ -24,10 +24,13 @@ from typing import Any
 import torch
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.report.page import Page, Section
+from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.bench import inputs, memory, reader, sampling, search, startup, training
 from blackpoint.scripts.bench.timing import Row
 from blackpoint.scripts.cli import VERBS
 from blackpoint.scripts.config import load
+from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.records.environment import describe_environment
 
@@ -237,7 +240,7 @@ def describe(settings: BenchConfig) -> dict[str, Any]:
     """Returns when, where and with which versions it was measured."""
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads, {_memory_gb():.0f} GB",
+        "machine": f"{describe_machine()['machine']}, {torch.get_num_threads()} threads of torch",
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PEERS},
         "settings": dataclasses.asdict(settings),
@@ -247,74 +250,61 @@ def describe(settings: BenchConfig) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Writes the Markdown page."""
-    lines = ["# Benchmarks", ""]
     by_run: dict[str, list[str]] = {}
     for name, part in result["parts"].items():
         versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
         run = f"`make bench` on {part['date']}: {part['machine']}; {versions}."
         by_run.setdefault(run, []).append(name)
-    for run, names in by_run.items():
-        lines += [run + (f" Parts: {', '.join(names)}." if len(by_run) > 1 else ""), ""]
-    settings = BenchConfig(**next(iter(result["parts"].values()))["settings"])
-    lines += [
-        f"The model, data and batch size of {settings.config}, float32, on the CPU. The contestants"
-        " take turns within one run; ratios are taken round by round. Spread is the lowest and the"
-        " highest round, the interval (95 %, bootstrap) is of the ratios' geometric mean over n"
-        " rounds. Raw seconds and settings: benchmarks.json.",
-        "",
-        "Training: blocks of optimizer steps. Ours is `blackpoint train`"
-        " with its EMA, checks and metrics; it keeps the embeddings of captions, which the digits"
-        " repeat; where it meets none twice it encodes them one by one on a CPU, for the sake of a"
-        " resume that repeats every bit. The bare loop has its batches decoded in memory, keeps no"
-        " average and logs nothing. The accelerate loop has the"
-        " structure of diffusers' public text-to-image example, over a folder of files. No"
-        " contestant has loader processes.",
-        f"Sampling: {settings.num_steps} DDIM steps of one batch, guidance 7.5 with rescale .7."
-        f" Search: the best of {settings.search_candidates} of each of two prompts, so sampled.",
-        "",
-        PROFILE,
+    runs = [
+        run + (f" Parts: {', '.join(names)}." if len(by_run) > 1 else "")
+        for run, names in by_run.items()
     ]
+    settings = BenchConfig(**next(iter(result["parts"].values()))["settings"])
     rows = [row for part in result["parts"].values() for row in part["rows"]]
-    for group, members in itertools.groupby(rows, key=lambda row: row["group"]):
-        lines += ["", f"## {group[0].upper()}{group[1:]}", ""]
-        lines += ["| what | median | spread | interval | n | wanted |", "|---|---|---|---|---|---|"]
-        lines += [_line(row) for row in members]
-    return "\n".join(lines) + "\n"
+    return Page(
+        "Benchmarks",
+        [
+            *runs,
+            f"The model, data and batch size of {settings.config}, float32, on the CPU. The"
+            " contestants take turns within one run; ratios are taken round by round. Spread is the"
+            " lowest and the highest round, the interval (95 %, bootstrap) is of the ratios'"
+            " geometric mean over n rounds. Raw seconds and settings: benchmarks.json.",
+            "Training: blocks of optimizer steps. Ours is `blackpoint train`"
+            " with its EMA, checks and metrics; it keeps the embeddings of captions, which the"
+            " digits repeat; where it meets none twice it encodes them one by one on a CPU, for the"
+            " sake of a resume that repeats every bit. The bare loop has its batches decoded in"
+            " memory, keeps no average and logs nothing. The accelerate loop has the"
+            " structure of diffusers' public text-to-image example, over a folder of files. No"
+            " contestant has loader processes.\n"
+            f"Sampling: {settings.num_steps} DDIM steps of one batch, guidance 7.5 with rescale .7."
+            f" Search: the best of {settings.search_candidates} of each of two prompts, so"
+            " sampled.",
+            PROFILE,
+            *(
+                Section(f"{group[0].upper()}{group[1:]}", [Table([*map(_line, members)])])
+                for group, members in itertools.groupby(rows, key=lambda row: row["group"])
+            ),
+        ],
+    ).markdown()
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any]) -> dict[str, Any]:
     def number(value: float) -> str:
         return f"{value:.0f}" if row["unit"] == "MB" else f"{value:.3f}"
 
-    interval = " to ".join(map(number, row["interval"])) if row["interval"] else ""
-    unit = f" {row['unit']}" if row["unit"] else ""
     verdict = {None: "", True: "met", False: "NOT MET"}[row["met"]]
-    cells = [
-        row["what"],
-        f"{number(row['median'])}{unit}",
-        f"{number(row['lowest'])} to {number(row['highest'])}",
-        interval,
-        str(row["n"]),
-        f"{row['wanted']} {verdict}".strip(),
-    ]
-    return f"| {' | '.join(cells)} |"
+    return {
+        "what": row["what"],
+        "median": f"{number(row['median'])} {row['unit']}".strip(),
+        "spread": f"{number(row['lowest'])} to {number(row['highest'])}",
+        "interval": " to ".join(map(number, row["interval"])) if row["interval"] else "",
+        "n": row["n"],
+        "wanted": f"{row['wanted']} {verdict}".strip(),
+    }
 
 
 def _as_json(row: Row) -> dict[str, Any]:
     return dataclasses.asdict(row) | {"wanted": row.wanted, "met": row.met}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _memory_gb() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def say(text: str) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import CODE as ROOT
 from blackpoint.data.files.whole_file import whole_folder, write_whole
 from blackpoint.train.records.environment import GIT_RECORD, git_state
 from blackpoint.train.records.run_lock import JOB_LOCK, LOCK, RunLock

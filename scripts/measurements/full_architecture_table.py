@@ -9,6 +9,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from blackpoint.sampling.report.page import Page, Section
+from blackpoint.sampling.statistics.table import Table
+
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "safetensors", "webdataset")
 IMPORTS = "imports alone"
 TITLES = {
@@ -17,8 +20,7 @@ TITLES = {
     "sd21": "Stable Diffusion 2.1",
     "small": "the same blocks, a tenth as wide (a rehearsal)",
 }
-INTRODUCTION = """# Full architectures
-
+INTRODUCTION = """\
 `make full-architecture`: folders of the published architectures with random weights go through
 every verb, each a process of its own, computing in float32: training from cached latents (16x16,
 batch 1, fused AdamW, gradient checkpointing, average on), sampling at 64x64 latents with guidance.
@@ -26,8 +28,7 @@ batch 1, fused AdamW, gradient checkpointing, average on), sampling at 64x64 lat
 - *peak*: largest resident memory of the process, mapped files included, in GB of 10^9 bytes.
 - *not droppable*: the part of it that no file backs, looked at ten times a second.
 - *arithmetic*: what the verb must hold; *over* is the peak without the imports, divided by it.
-  A second copy of the weights would add .2 to training and .6 to .8 to the other verbs.
-"""
+  A second copy of the weights would add .2 to training and .6 to .8 to the other verbs."""
 
 
 def describe_machine() -> dict[str, Any]:
@@ -50,39 +51,32 @@ def describe_machine() -> dict[str, Any]:
 
 def markdown(results: dict[str, Any]) -> str:
     """Writes the page: one table an architecture."""
-    return "\n".join([INTRODUCTION, *(_section(name, found) for name, found in results.items())])
-
-
-def _title(name: str) -> str:
-    architecture, _, variant = name.partition(" ")
-    return TITLES[architecture] + (f", {variant}" if variant else "")
+    sections = [_section(name, found) for name, found in results.items()]
+    return Page("Full architectures", [INTRODUCTION, *sections]).markdown()
 
 
 def _written(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list) else value
 
 
-def _section(name: str, found: dict[str, Any]) -> str:
-    rows = found["verbs"]
-    imports_gb = rows[IMPORTS]["peak_rss_gb"]
+def _section(name: str, found: dict[str, Any]) -> Section:
+    imports_gb = found["verbs"][IMPORTS]["peak_rss_gb"]
     counts = ", ".join(f"{part} {count:,}" for part, count in found["parameters"].items())
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
     settings = shlex.join(f"{key}={_written(v)}" for key, v in found["settings"].items())
-    lines = [
-        f"## {_title(name)}",
-        "",
-        f"Parameters: {counts}. {found['date']}, {found['machine']}; {versions}.",
-        f"`python -m blackpoint.scripts.measurements.full_architecture {settings}`",
-        "",
-        "| verb | seconds | peak, GB | not droppable, GB | arithmetic, GB | over | of |",
-        "|---|--:|--:|--:|--:|--:|---|",
-    ]
-    for verb, row in rows.items():
-        expected = row["arithmetic_gb"]
-        over = f"{(row['peak_rss_gb'] - imports_gb) / expected:.2f}" if expected else ""
-        lines.append(
-            f"| {verb} | {row['seconds']:.0f} | {row['peak_rss_gb']:.2f} "
-            f"| {row['peak_anonymous_gb']:.2f} | {f'{expected:.2f}' if expected else ''} "
-            f"| {over} | {row['holds']} |"
-        )
-    return "\n".join([*lines, ""])
+    lines = []
+    for verb, row in found["verbs"].items():
+        expected = row["arithmetic_gb"] or None
+        over = (row["peak_rss_gb"] - imports_gb) / expected if expected else None
+        peaks = (row["peak_rss_gb"], row["peak_anonymous_gb"])
+        lines.append((verb, row["seconds"], *peaks, expected, over, row["holds"]))
+    sizes = dict.fromkeys(["peak, GB", "not droppable, GB", "arithmetic, GB", "over"], ".2f")
+    architecture, _, variant = name.partition(" ")
+    return Section(
+        TITLES[architecture] + (f", {variant}" if variant else ""),
+        [
+            f"Parameters: {counts}. {found['date']}, {found['machine']}; {versions}.\n"
+            f"`python -m blackpoint.scripts.measurements.full_architecture {settings}`",
+            Table.of({"verb": "", "seconds": ".0f", **sizes, "of": ""}, lines),
+        ],
+    )

@@ -26,7 +26,6 @@ from PIL import Image
 
 from blackpoint.data.config import DataConfig
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.identity import identity
 from blackpoint.data.index.contents import STAMPS_FILE
 from blackpoint.data.index.index import INDEX_FOLDER, Index, IndexWriter, build_index
@@ -36,8 +35,11 @@ from blackpoint.data.reader import Reader
 from blackpoint.data.record import ShardRecords
 from blackpoint.data.shards.shard_digest import file_stamp
 from blackpoint.data.shards.shard_file import ShardFile, shard_name
+from blackpoint.sampling.report.page import Page
+from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
+from blackpoint.scripts.stand_alone import run_script, write_page
 
 LONG_AGO = (1e9, 1e9)
 GB = 1e9
@@ -176,31 +178,31 @@ def markdown(found: dict[str, Any]) -> str:
     """Returns the page."""
     start, full, settings = found["start"], found["gigabyte"], found["settings"]
     kb = full["gigabytes"] * 1e6 / full["num_samples"]
-    lines = [
-        "# What identity costs",
-        "",
-        f"`python -m blackpoint.scripts.measurements.measure_identity` on {found['date']} ({found['machine']}), "
-        f"beside other work: a load of {found['load']:.0f}.",
-        "",
-        f"The start of a run on {settings['num_shards']:,} unchanged shards, on a local disk; "
-        f"medians of {settings['repeats']}:",
-        "",
-        "| | s |",
-        "|--|--:|",
-        *(f"| {name} | {seconds:.3f} |" for name, seconds in start.items()),
-        "",
-        f"Shards of {kb:.0f} kB a sample, of which {full['text_share']:.1%} are headers and "
-        "captions:",
-        "",
-        "| | s a GB, in memory | s a GB, on the disk | minutes a TB, on the disk |",
-        "|--|--:|--:|--:|",
+    titles = {"index": "write the index (decodes; one process)"}
+    levels = [
+        (
+            titles.get(name, f"compare {name}"),
+            seconds["memory"],
+            seconds.get("disk"),
+            seconds["disk"] * 1000 / 60 if "disk" in seconds else None,
+        )
+        for name, seconds in full["seconds"].items()
     ]
-    for name, seconds in full["seconds"].items():
-        title = "write the index (decodes; one process)" if name == "index" else f"compare {name}"
-        disk = seconds.get("disk")
-        cells = [f"{disk:.2f}", f"{disk * 1000 / 60:.0f}"] if disk is not None else ["", ""]
-        lines.append(f"| {title} | {seconds['memory']:.2f} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    columns = {"": "", "s a GB, in memory": ".2f", "s a GB, on the disk": ".2f"}
+    return Page(
+        "What identity costs",
+        [
+            f"`python -m blackpoint.scripts.measurements.measure_identity` on "
+            f"{found['date']} ({found['machine']}), "
+            f"beside other work: a load of {found['load']:.0f}.",
+            f"The start of a run on {settings['num_shards']:,} unchanged shards, on a local disk; "
+            f"medians of {settings['repeats']}:",
+            Table.of({"": "", "s": ".3f"}, start.items()),
+            f"Shards of {kb:.0f} kB a sample, of which {full['text_share']:.1%} are headers and "
+            "captions:",
+            Table.of(columns | {"minutes a TB, on the disk": ".0f"}, levels),
+        ],
+    ).markdown()
 
 
 def jpeg(rng: np.random.Generator, side: int) -> bytes:
@@ -236,20 +238,15 @@ def timed(
     return statistics.median(seconds)
 
 
+def write(config: IdentityCostConfig) -> None:
+    """Measures, writes both files and prints the page."""
+    found = measure(config)
+    write_page(config.output, markdown(found), found)
+
+
 def main(argv: list[str]) -> int:
-    """Measures, writes both files and prints the page; returns the exit status."""
-    try:
-        config = load(IdentityCostConfig, argv)
-        found = measure(config)
-    except UserError as error:
-        print(f"measure_identity: {error}", file=sys.stderr)
-        return 2
-    path = Path(config.output)
-    write_whole(path.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
-    text = markdown(found)
-    write_whole(path.with_suffix(".md"), text)
-    print(text)
-    return 0
+    """Is the command; returns the exit status, 2 for wrong input."""
+    return run_script("measure_identity", lambda: write(load(IdentityCostConfig, argv)))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.report.page import Page, Part
 from blackpoint.sampling.statistics import estimates as statistics
 from blackpoint.sampling.statistics.estimates import Estimate
 from blackpoint.sampling.statistics.frechet import Gaussian, frechet_estimates
+from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 from blackpoint.scripts.stand_alone import run_script
@@ -106,70 +108,67 @@ def gaussian_sets(
     return at_n, at_infinity, SHIFT**2 + (SCALE - 1) ** 2 * float(variances.sum())
 
 
-def means_table(config: IntervalsConfig) -> str:
+def means_table(config: IntervalsConfig) -> Table:
     """Measures the intervals of means and standard deviations."""
-    lines = ["| distribution | n | mean | standard deviation |", "|---|--:|--:|--:|"]
+    lines = []
     for name, (draw, mean, deviation) in DISTRIBUTIONS.items():
         for size in config.sizes:
             rng = np.random.default_rng(size)
             samples = [draw(rng, size) for _ in range(config.num_samples)]
             ours = coverage([statistics.mean(each) for each in samples], mean)
             spread = coverage([statistics.std(each) for each in samples], deviation)
-            lines.append(f"| {name} | {size} | {ours.covered:.3f} | {spread.covered:.3f} |")
-    return "\n".join(lines)
+            lines.append((name, size, ours.covered, spread.covered))
+    share = {"mean": ".3f", "standard deviation": ".3f"}
+    return Table.of({"distribution": "", "n": "", **share}, lines)
 
 
-def fid_table(config: IntervalsConfig) -> str:
+def fid_table(config: IntervalsConfig) -> Table:
     """Measures bias, deviation and intervals of FID at n and at infinite n."""
-    lines = [
-        "| variances | d | n | true FID | bias at n | holds mean at n | holds true FID |"
-        " bias at infinite n | deviation | holds true FID |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    lines = []
     for is_even in (True, False):
         for num_features, num_images in config.sets:
             at_n, found, truth = gaussian_sets(num_features, num_images, config.num_sets, is_even)
             own = coverage(at_n, truth)
             of_mean = coverage(at_n, truth + own.bias).covered
-            row = f"| {'equal' if is_even else '1/j'} | {num_features} | {num_images} | {truth:.3f}"
-            row += f" | {own.bias:+.3f} | {of_mean:.3f} | {own.covered:.3f} |"
             known = [each for each in found if each is not None]
-            if known:
-                far = coverage(known, truth)
-                row += f" {far.bias:+.3f} | {far.deviation:.3f} | {far.covered:.3f} |"
-            else:
-                row += " left out | | |"
-            lines.append(row)
-    return "\n".join(lines)
+            far = coverage(known, truth) if known else None
+            at_infinity = (
+                (far.bias, far.deviation, far.covered) if far else ("left out", None, None)
+            )
+            name = "equal" if is_even else "1/j"
+            cells = (truth, own.bias, of_mean, own.covered, *at_infinity)
+            lines.append((name, num_features, num_images, *cells))
+    columns = {"variances": "", "d": "", "n": "", "true FID": ".3f", "bias at n": "+.3f"}
+    columns |= {"holds mean at n": ".3f", "holds true FID": ".3f", "bias at infinite n": "+.3f"}
+    columns |= {"deviation": ".3f", "infinite n holds true FID": ".3f"}
+    return Table.of(columns, lines)
 
 
 def measure(config: IntervalsConfig) -> str:
     """Measures everything; returns the page."""
     machine = describe_machine()
     torch.set_num_threads(1)  # several that wait for each other take CPU time beside other work
-    page = f"""# How often the intervals hold the truth
-
-`python -m blackpoint.scripts.measurements.measure_intervals`, {machine["date"]}, {machine["machine"]}. Share of 95 %
-intervals that hold the known value: {config.num_samples} samples a line for means and standard
-deviations, {config.num_sets} sets a line for FID.
-
-{means_table(config)}
-
-FID of n images drawn from a Gaussian of d features against exact references of another; mean
-distance {SHIFT}, deviations {SCALE} times the references'.
-
-{fid_table(config)}
-"""
+    parts: list[Part] = [
+        f"`python -m blackpoint.scripts.measurements.measure_intervals`, "
+        f"{machine['date']}, {machine['machine']}. Share of "
+        f"95 % intervals that hold the known value: {config.num_samples} samples a line for means "
+        f"and standard deviations, {config.num_sets} sets a line for FID.",
+        means_table(config),
+        "FID of n images drawn from a Gaussian of d features against exact references of another; "
+        f"mean distance {SHIFT}, deviations {SCALE} times the references'.",
+        fid_table(config),
+    ]
     if config.timed:
         num_features, num_images = config.timed
         started_s, busy_s = time.perf_counter(), time.process_time()
         gaussian_sets(num_features, num_images, 1, is_even=False)
         seconds, busy_s = time.perf_counter() - started_s, time.process_time() - busy_s
-        page += (
-            f"\nd = {num_features}, n = {num_images}: {busy_s:.0f} s of CPU time "
+        parts.append(
+            f"d = {num_features}, n = {num_images}: {busy_s:.0f} s of CPU time "
             f"({seconds:.0f} s by the clock, beside what else the machine did) for the set, its "
-            f"references' root, and both FIDs with their intervals, on one thread.\n"
+            "references' root, and both FIDs with their intervals, on one thread."
         )
+    page = Page("How often the intervals hold the truth", parts).markdown()
     write_whole(Path(config.output), page)
     return page
 

@@ -16,10 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.data.files.errors import RunFailed
 from blackpoint.data.files.whole_file import write_whole
+from blackpoint.sampling.report.page import Page
+from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
+from blackpoint.scripts.stand_alone import run_script, write_page
 
 GB = 1e9
 
@@ -112,7 +116,7 @@ def run_cell(task: dict[str, Any]) -> dict[str, Any]:
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started_s)
     return {
-        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "parameters, M": sum(parameter.numel() for parameter in unet.parameters()),
         "seconds": [round(each, 4) for each in seconds[1:]],
         "peak_bytes": process_peak_bytes() - before,
     }
@@ -121,47 +125,50 @@ def run_cell(task: dict[str, Any]) -> dict[str, Any]:
 def markdown(config: PixelCostConfig, found: dict[str, Any]) -> str:
     """Returns the page."""
     settings, cells = found["settings"], found["cells"]
-    lines = [
-        "# What early down-sampling saves",
-        "",
-        f"`python -m blackpoint.scripts.measurements.measure_pixel_cost` on {found['date']} ({found['machine']}): one "
-        f"training step of the same UNet, {settings['channels']} wide, {settings['blocks']} "
-        f"residual blocks, attention at the lowest level, batch {settings['batch_size']}, float32, "
-        f"{settings['num_threads']} thread(s) of torch; on pixels (patch 1) and on patches. "
-        f"Seconds are the median of {settings['num_steps']} steps, in brackets the fastest and the "
-        "slowest; memory is the largest resident set less that of the imports, so it counts "
-        "weights, gradients, moments and activations.",
-        "",
-        "| image | patch | parameters | s a step | GB | time, patch 1 over this | memory |",
-        "|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    steps, growth = [], []
     for resolution in config.resolutions:
         whole = cells[f"{resolution} px, patch {config.patches[0]}"]
         for patch in config.patches:
             cell = cells[f"{resolution} px, patch {patch}"]
-            low, middle, high = _spread(cell)
-            lines.append(
-                f"| {resolution} px | {patch} | {cell['parameters'] / 1e6:.2f} M | {middle:.3g} "
-                f"[{low:.3g}, {high:.3g}] | {cell['peak_bytes'] / GB:.2f} | "
-                f"{_spread(whole)[1] / middle:.1f} | "
-                f"{whole['peak_bytes'] / cell['peak_bytes']:.1f} |"
-            )
-    lines += ["", "How the cost grows when the side doubles (4 would be the number of pixels):", ""]
-    lines += ["| from, to | patch | time | memory |", "|--:|--:|--:|--:|"]
-    pairs = zip(config.resolutions, config.resolutions[1:], strict=False)
-    for small, large in pairs:
+            seconds, peak = spread(cell), cell["peak_bytes"]
+            saved = (spread(whole).value / seconds.value, whole["peak_bytes"] / peak)
+            size = (f"{resolution} px", patch, cell["parameters"] / 1e6)
+            steps.append((*size, seconds, peak / GB, *saved))
+    for small, large in zip(config.resolutions, config.resolutions[1:], strict=False):
         for patch in config.patches:
             one, two = (cells[f"{side} px, patch {patch}"] for side in (small, large))
-            lines.append(
-                f"| {small}, {large} px | {patch} | {_spread(two)[1] / _spread(one)[1]:.1f} | "
-                f"{two['peak_bytes'] / one['peak_bytes']:.1f} |"
-            )
-    return "\n".join(lines) + "\n"
+            ratios = (spread(two).value / spread(one).value, two["peak_bytes"] / one["peak_bytes"])
+            growth.append((f"{small}, {large} px", patch, *ratios))
+    columns = {"image": "", "patch": "", "parameters, M": ".2f", "s a step": ".3g", "GB": ".2f"}
+    columns |= {"time, patch 1 over this": ".1f", "memory": ".1f"}
+    return Page(
+        "What early down-sampling saves",
+        [
+            f"`python -m blackpoint.scripts.measurements.measure_pixel_cost` on "
+            f"{found['date']} ({found['machine']}): one "
+            f"training step of the same UNet, {settings['channels']} wide, {settings['blocks']} "
+            "residual blocks, attention at the lowest level, batch "
+            f"{settings['batch_size']}, float32, {settings['num_threads']} thread(s) of torch; on "
+            "pixels (patch 1) and on patches. "
+            f"Seconds are the median of {settings['num_steps']} steps, in brackets the fastest and "
+            "the slowest; memory is the largest resident set less that of the imports, so it "
+            "counts weights, gradients, moments and activations.",
+            Table.of(columns, steps),
+            "How the cost grows when the side doubles (4 would be the number of pixels):",
+            Table.of({"from, to": "", "patch": "", "time": ".1f", "memory": ".1f"}, growth),
+        ],
+    ).markdown()
 
 
-def _spread(cell: dict[str, Any]) -> tuple[float, float, float]:
+def spread(cell: dict[str, Any]) -> Estimate:
+    """Returns the median of a cell's seconds, with the fastest and the slowest as its ends."""
     seconds = cell["seconds"]
-    return min(seconds), statistics.median(seconds), max(seconds)
+    return Estimate(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+def write(config: PixelCostConfig) -> None:
+    """Measures, writes both files and prints the page."""
+    write_page(config.output, markdown(config, measure(config)))
 
 
 def main(argv: list[str]) -> int:
@@ -169,15 +176,7 @@ def main(argv: list[str]) -> int:
     if argv and argv[0].startswith("{"):
         print(json.dumps(run_cell(json.loads(argv[0]))))
         return 0
-    try:
-        config = load(PixelCostConfig, argv)
-        text = markdown(config, measure(config))
-    except (UserError, RunFailed) as error:
-        print(f"measure_pixel_cost: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    Path(config.output).with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
-    return 0
+    return run_script("measure_pixel_cost", lambda: write(load(PixelCostConfig, argv)))
 
 
 if __name__ == "__main__":

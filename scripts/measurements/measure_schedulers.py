@@ -10,32 +10,32 @@ divide T, where it leaves the timestep list.
 Writes docs/schedulers.md and, one row a picture, docs/schedulers.csv.gz; goes on where it stopped.
 """
 
-import csv
-import gzip
-import io
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
-from typing import Any
 
 import diffusers
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.luminance import border_luminance
 from blackpoint.sampling.export.client_schedulers import DROP_ZERO_SNR, RIGHT_AT_ZERO_SNR
 from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.prompts.prompt_set import read_prompt_set
+from blackpoint.sampling.report.page import Page
 from blackpoint.sampling.statistics import estimates as statistics
+from blackpoint.sampling.statistics.table import Table, read_csv, write_csv
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
-from blackpoint.scripts.miniature.evaluation import digit_captions
+from blackpoint.scripts.stand_alone import run_script, write_page
 
+PROMPTS = "configs/prompts/digits.jsonl"
 GUIDANCE = {"black": (3.0, 0.7), "white": (3.0, 0.7), "open": (1.0, 0.0)}
 OURS, DDIM, UNEVEN_CELL = "blackpoint ddim", "DDIMScheduler", "black"
+FORMAT = ".4f n"
 KEEP = RIGHT_AT_ZERO_SNR[:4]
 """Those that draw no noise while they sample."""
 
@@ -93,7 +93,7 @@ def parts(config: SchedulerStudyConfig) -> Iterator[tuple[str, str, int]]:
 def measure(config: SchedulerStudyConfig) -> list[Row]:
     """Samples what is not in the rows file yet; returns all rows."""
     path = Path(config.output).with_suffix(".csv.gz")
-    rows = read_rows(path) if path.is_file() else []
+    rows = read_csv(path, Row) if path.is_file() else []
     done = {row.part for row in rows}
     missing = [part for part in parts(config) if part not in done]
     if not missing:
@@ -104,9 +104,9 @@ def measure(config: SchedulerStudyConfig) -> list[Row]:
     own = pipeline.scheduler.config
     kept: dict[tuple[str, int], Tensor] = {}
     for name, cell, num_steps in missing:
-        captions = getattr(digit_captions(), cell)
+        captions = [each.text for each in read_prompt_set(PROMPTS) if each.category == cell]
         count = config.num_images * (2 if cell == "open" else 1)
-        prompts = [captions[index % len(captions)][0] for index in range(count)]
+        prompts = [captions[index % len(captions)] for index in range(count)]
         seeds = [config.seed + index for index in range(count)]
         scale, rescale = GUIDANCE[cell]
         if (cell, num_steps) not in kept:
@@ -124,7 +124,7 @@ def measure(config: SchedulerStudyConfig) -> list[Row]:
         rows += as_rows((name, cell, num_steps), seeds, prompts, images, ours)
         if name == DDIM:
             rows += as_rows((OURS, cell, num_steps), seeds, prompts, ours, ours)
-        write_rows(path, rows)
+        write_csv(path, rows)
         print(f"{name} {cell}, {num_steps} steps", flush=True)
     return rows
 
@@ -142,48 +142,17 @@ def as_rows(
     ]
 
 
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Writes the rows, gzipped."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    write_whole(path, gzip.compress(text.getvalue().encode(), mtime=0))
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Reads what `write_rows` wrote."""
-    types: dict[str, Any] = {field.name: field.type for field in fields(Row)}
-    reader = csv.DictReader(io.StringIO(gzip.decompress(path.read_bytes()).decode()))
-    return [Row(**{name: types[name](value) for name, value in row.items()}) for row in reader]
-
-
 def page(config: SchedulerStudyConfig, rows: list[Row]) -> str:
     """Writes the page."""
     machine = describe_machine()
-    lines = [
-        "# diffusers' schedulers on a zero-SNR model, measured",
-        "",
-        f"`python -m blackpoint.scripts.measurements.measure_schedulers` on {machine['date']} ({machine['machine']}; "
-        f"diffusers {machine['versions']['diffusers']}): the export of "
-        f"`configs/tiny_zero_snr.yaml` (64 px) in stock diffusers, {config.num_steps} steps, "
-        f"pictures i = 0 to n - 1 of seed {config.seed} + i. Border: the outer two rows and "
-        "columns, luminance 0 to 1. Open captions at guidance 1; black and white at guidance 3, "
-        "rescale .7. Difference: mean absolute difference of pixels in [0, 1] from "
-        "`DiffusionModel.sample` with ddim, all three cells. "
-        "Value [95 % bootstrap interval] n. Rows: [schedulers.csv.gz](schedulers.csv.gz).",
-        "",
-        "| scheduler | flag | black: border | white: border | open: std of border | difference |",
-        "|---|---|---|---|---|---|",
-    ]
     flags = dict.fromkeys(KEEP, "kept") | dict.fromkeys(DROP_ZERO_SNR, "dropped")
+    schedulers = []
     for name in (OURS, *flags):
         own = [row for row in rows if row.scheduler == name and row.num_steps == config.num_steps]
         borders = {cell: [row.border for row in own if row.cell == cell] for cell in GUIDANCE}
-        cells = [show(statistics.mean(borders[cell])) for cell in ("black", "white")]
-        cells += [show(statistics.std(borders["open"]))]
-        apart = "" if name == OURS else show(statistics.mean([row.difference for row in own]))
-        lines.append(f"| {name} | {flags.get(name, '')} | {' | '.join(cells)} | {apart} |")
+        apart = None if name == OURS else statistics.mean([row.difference for row in own])
+        means = [statistics.mean(borders[cell]) for cell in ("black", "white")]
+        schedulers.append((name, flags.get(name), *means, statistics.std(borders["open"]), apart))
     black, white = (
         statistics.mean(
             [
@@ -193,27 +162,36 @@ def page(config: SchedulerStudyConfig, rows: list[Row]) -> str:
         )
         for cell in ("black", "white")
     )
-    lines += [
-        "",
-        f"Over the {len(DROP_ZERO_SNR)} that drop the flag: black {show(black)}, "
-        f"white {show(white)} (a picture's mean over them counts once). They start at the noise "
-        "that the network was trained on at the last timestep and have other noise levels "
-        "between: their pictures differ from ours, but are not gray.",
-    ]
-    lines += [
-        "",
-        "DDIM by number of steps, black backgrounds: border, and the mean and largest difference "
-        "of a picture's pixels from ours, mean over pictures.",
-        "",
-        "| steps | border | mean difference | largest difference |",
-        "|--:|---|---|---|",
-    ]
+    uneven = []
     for num_steps in (config.num_steps, *config.uneven_steps):
         own = [row for row in rows if row.part == (DDIM, UNEVEN_CELL, num_steps)]
-        measured = [(row.border, row.difference, row.largest) for row in own]
-        cells = [show(statistics.mean(column)) for column in zip(*measured, strict=True)]
-        lines.append(f"| {num_steps} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        measured = zip(*((row.border, row.difference, row.largest) for row in own), strict=True)
+        uneven.append((num_steps, *map(statistics.mean, measured)))
+    borders_of = ["black: border", "white: border", "open: std of border", "difference"]
+    columns = {"scheduler": "", "flag": "", **dict.fromkeys(borders_of, FORMAT)}
+    differences = dict.fromkeys(["border", "mean difference", "largest difference"], FORMAT)
+    return Page(
+        "diffusers' schedulers on a zero-SNR model, measured",
+        [
+            f"`python -m blackpoint.scripts.measurements.measure_schedulers` on "
+            f"{machine['date']} ({machine['machine']}; "
+            f"diffusers {machine['versions']['diffusers']}): the export of "
+            f"`configs/tiny_zero_snr.yaml` (64 px) in stock diffusers, {config.num_steps} steps, "
+            f"pictures i = 0 to n - 1 of seed {config.seed} + i. Border: the outer two rows and "
+            "columns, luminance 0 to 1. Open captions at guidance 1; black and white at guidance "
+            "3, rescale .7. Difference: mean absolute difference of pixels in [0, 1] from "
+            "`DiffusionModel.sample` with ddim, all three cells. "
+            "Value [95 % bootstrap interval] n. Rows: [schedulers.csv.gz](schedulers.csv.gz).",
+            Table.of(columns, schedulers),
+            f"Over the {len(DROP_ZERO_SNR)} that drop the flag: black {black:{FORMAT}}, "
+            f"white {white:{FORMAT}} (a picture's mean over them counts once). They start at the "
+            "noise that the network was trained on at the last timestep and have other noise "
+            "levels between: their pictures differ from ours, but are not gray.",
+            "DDIM by number of steps, black backgrounds: border, and the mean and largest "
+            "difference of a picture's pixels from ours, mean over pictures.",
+            Table.of({"steps": "", **differences}, uneven),
+        ],
+    ).markdown()
 
 
 def is_dropped(row: Row, cell: str) -> bool:
@@ -221,18 +199,13 @@ def is_dropped(row: Row, cell: str) -> bool:
     return row.scheduler in DROP_ZERO_SNR and row.cell == cell
 
 
-def show(estimate: statistics.Estimate) -> str:
-    """Writes a value, its interval and n."""
-    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}] {estimate.n}"
-
-
-def main(argv: list[str]) -> None:
-    """Is the command."""
+def main(argv: list[str]) -> int:
+    """Is the command; returns the exit status, 2 for wrong input."""
     config = load(SchedulerStudyConfig, argv)
-    text = page(config, measure(config))
-    Path(config.output).with_suffix(".md").write_text(text, encoding="ascii")
-    print(text)
+    return run_script(
+        "measure_schedulers", lambda: write_page(config.output, page(config, measure(config)))
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

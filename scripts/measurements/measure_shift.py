@@ -11,11 +11,9 @@ times that. Writes docs/resolution_shift.md, .json and .png (as the paper's Figu
 large picture beside the small one at equal noise, before and after the shift).
 """
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,11 +21,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from blackpoint.sampling.report.page import Page
 from blackpoint.sampling.runtime.pictures import caption_grid, to_picture
 from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 from blackpoint.scripts.measurements.photographs import CAPTIONS, photograph
+from blackpoint.scripts.stand_alone import run_script, write_page
 
 SHOWN_TIMESTEPS = (49, 149, 299, 499, 799)
 
@@ -146,49 +147,45 @@ def page(config: ShiftStudyConfig, rows: list[Ratio], machine: dict[str, str]) -
     within = sum(abs(row.z) < 1.96 for row in rows)
     chi_square = sum(row.z**2 for row in rows)
     factor = (config.resolution_px / config.base_px) ** 2
-    lines = [
-        "# The resolution shift, measured",
-        "",
-        f"`python -m blackpoint.scripts.measurements.measure_shift` on {machine['date']}: {len(CAPTIONS)} photographs "
-        f"of scikit-image at {config.resolution_px} px, seed {config.seed}, noised by Stable "
-        f"Diffusion's schedule (zero terminal SNR) shifted from {config.base_px} to "
-        f"{config.resolution_px} px, then averaged to {config.base_px} px and regressed on the "
-        "clean average. If the shift is right, slope^2 / residual variance is the SNR of the "
-        "schedule before the shift.",
-        "",
-        f"{within} of {len(rows)} timesteps lie within 1.96 standard errors of it; the squared "
-        f"distances add up to {chi_square:.1f} on {len(rows)} degrees of freedom (standard "
-        f"deviation {math.sqrt(2 * len(rows)):.1f}). Without the shift the ratio is "
-        f"{factor:.0f} times too large.",
-        "",
-        "![The same noise at two resolutions, before and after the shift](resolution_shift.png)",
-        "",
-        "A photograph at equal t: small; large with the same schedule and averaged, which is far "
-        "less noisy; large with the shifted schedule and averaged, which is like the small one. "
-        "Every picture is scaled to the same contrast.",
-        "",
-        "| t | SNR wanted | measured | standard error | distance in errors | without the shift |",
-        "|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.t} | {row.base_snr:.4g} | {row.shifted:.4g} | {row.standard_error:.2g} "
-            f"| {row.z:+.1f} | {row.unshifted:.4g} |"
-        )
-    return "\n".join([*lines, ""])
+    lines = [(r.t, r.base_snr, r.shifted, r.standard_error, r.z, r.unshifted) for r in rows]
+    columns = {"t": "", "SNR wanted": ".4g", "measured": ".4g", "standard error": ".2g"}
+    columns |= {"distance in errors": "+.1f", "without the shift": ".4g"}
+    return Page(
+        "The resolution shift, measured",
+        [
+            f"`python -m blackpoint.scripts.measurements.measure_shift` on "
+            f"{machine['date']}: {len(CAPTIONS)} photographs "
+            f"of scikit-image at {config.resolution_px} px, seed {config.seed}, noised by Stable "
+            f"Diffusion's schedule (zero terminal SNR) shifted from {config.base_px} to "
+            f"{config.resolution_px} px, then averaged to {config.base_px} px and regressed on the "
+            "clean average. If the shift is right, slope^2 / residual variance is the SNR of the "
+            "schedule before the shift.",
+            f"{within} of {len(rows)} timesteps lie within 1.96 standard errors of it; the squared "
+            f"distances add up to {chi_square:.1f} on {len(rows)} degrees of freedom (standard "
+            f"deviation {math.sqrt(2 * len(rows)):.1f}). Without the shift the ratio is "
+            f"{factor:.0f} times too large.",
+            "![The same noise at two resolutions, before and after the shift]"
+            "(resolution_shift.png)",
+            "A photograph at equal t: small; large with the same schedule and averaged, which is "
+            "far less noisy; large with the shifted schedule and averaged, which is like the small "
+            "one. Every picture is scaled to the same contrast.",
+            Table.of(columns, lines),
+        ],
+    ).markdown()
 
 
-def main(argv: list[str]) -> None:
-    """Is the command."""
-    config = load(ShiftStudyConfig, argv)
-    rows, output = measure(config), Path(config.output)
-    machine = describe_machine()
+def write(config: ShiftStudyConfig) -> None:
+    """Measures, writes the three files and prints the page."""
+    rows, machine = measure(config), describe_machine()
     content = {**machine, "settings": asdict(config), "rows": [asdict(row) for row in rows]}
-    output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
-    output.with_suffix(".md").write_text(page(config, rows, machine), encoding="ascii")
-    picture(config).save(output.with_suffix(".png"))
-    print(output.with_suffix(".md").read_text(encoding="ascii"))
+    picture(config).save(f"{config.output}.png")
+    write_page(config.output, page(config, rows, machine), content)
+
+
+def main(argv: list[str]) -> int:
+    """Is the command; returns the exit status, 2 for wrong input."""
+    return run_script("measure_shift", lambda: write(load(ShiftStudyConfig, argv)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.sampling.statistics.table import Table
 from blackpoint.train.loss_config import LossConfig
 from blackpoint.train.weighting import error_per_v_error, floor_of, floored_v_weights, v_weights
 
@@ -114,8 +115,8 @@ def main() -> None:
     per_v = error_per_v_error("sample", ZERO_SNR)
     text = TEXT.format(
         num_steps=ZERO_SNR.num_steps,
-        table=table(),
-        shifts=shift_table(),
+        table=table().markdown().rstrip(),
+        shifts=shift_table().markdown().rstrip(),
         next_to_last=v_weights(min_snr, ZERO_SNR)[-2].item(),
         largest_x0=(floored_v_weights(min_snr, ZERO_SNR) / per_v).max().item(),
         clean_floor=0.1 / per_v[0].item(),
@@ -124,35 +125,29 @@ def main() -> None:
     print(text)
 
 
-def table() -> str:
+def table() -> Table:
     """Lays out what each weight leaves of the schedule, before and after the floor."""
-    lines = [
-        "| weighting | w(T-1) | timesteps with w < .01 | mean w | floor = w(T-1) with it | mean w "
-        "with it | timesteps that it lifts |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for name, loss in SHOWN.items():
         w = v_weights(loss, ZERO_SNR)
         used, floor, lifted = _floored(loss, ZERO_SNR)
-        lines.append(
-            f"| {name} | {w[-1].item():g} | {(w < SMALL).double().mean().item():.1%} "
-            f"| {w.mean().item():.4f} | {floor} | {used.mean().item():.4f} | {lifted:.1%} |"
-        )
-    return "\n".join(lines)
+        small = (w < SMALL).double().mean().item()
+        whole = (w.mean().item(), floor, used.mean().item(), lifted)
+        lines.append((name, w[-1].item(), small, *whole))
+    columns = {"weighting": "", "w(T-1)": "g", "timesteps with w < .01": ".1%", "mean w": ".4f"}
+    columns |= {"floor = w(T-1) with it": "", "mean w with it": ".4f"}
+    return Table.of(columns | {"timesteps that it lifts": ".1%"}, lines)
 
 
-def shift_table() -> str:
+def shift_table() -> Table:
     """Lays out the floor under each shift: its size, what it lifts, and what is left above it."""
-    lines = [
-        "| weighting | shift | floor | timesteps that it lifts | largest w / floor |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for name, loss in list(SHOWN.items())[1:]:
         for shift, schedule in SCHEDULES.items():
             used, floor, lifted = _floored(loss, schedule)
-            ratio = (used.max() / used[-1]).item()
-            lines.append(f"| {name} | {shift} | {floor} | {lifted:.1%} | {ratio:.1f} |")
-    return "\n".join(lines)
+            lines.append((name, shift, floor, lifted, (used.max() / used[-1]).item()))
+    columns = {"weighting": "", "shift": "", "floor": "", "timesteps that it lifts": ".1%"}
+    return Table.of(columns | {"largest w / floor": ".1f"}, lines)
 
 
 def _floored(loss: LossConfig, schedule: NoiseSchedule) -> tuple[Tensor, str, float]:

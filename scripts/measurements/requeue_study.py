@@ -18,6 +18,8 @@ from statistics import median
 from typing import Any
 
 from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.sampling.report.page import Page
+from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 from blackpoint.train.records.metrics_file import read_metrics
@@ -186,29 +188,28 @@ def page(content: dict[str, Any]) -> str:
     end, settings = content.get("end"), content["settings"]
     arguments = f"{settings['config']} {settings['arguments']}".strip()
     ended = f" Then the job ended {end['state']} at step {end['step']}." if end else ""
-    lines = [
-        "# Requeues in a row",
-        "",
-        f"{sum(row['hung'] for row in rows)} of {len(rows)} requeues hung.{ended}",
-        "",
-        f"`python -m blackpoint.scripts.measurements.requeue_study` on {content['date']}: {content['machine']}; "
-        f"{content['slurm']}, {versions}.",
-        f"The job: `sbatch {settings['options']} slurm/train.sbatch "
-        f"{arguments}`. Each time it has made a step it gets SIGUSR1, as at a "
-        "time limit. Hung: no new step within "
-        f"{settings['timeout_s']:.0f} s of a wait. Seconds since the signal; raw rows: "
-        f"{Path(settings['output']).name}.json.",
-        "",
-        "| requeue | step saved | saved | second start | next step |",
-        "|---|---|---|---|---|",
-    ]
     names = ("saved_s", "start_s", "first_step_s")
-    for number, row in enumerate(rows, start=1):
-        cells = ["hung" if row[name] is None else f"{row[name]:.1f}" for name in names]
-        lines.append(f"| {number} | {row['step']} | {' | '.join(cells)} |")
+    lines = [
+        (number, row["step"], *("hung" if row[name] is None else row[name] for name in names))
+        for number, row in enumerate(rows, start=1)
+    ]
     known = [[row[name] for row in rows if row[name] is not None] for name in names]
-    medians = [f"{median(values):.1f}" if values else "" for values in known]
-    return "\n".join([*lines, f"| median | | {' | '.join(medians)} |", ""])
+    lines.append(("median", None, *(median(values) if values else None for values in known)))
+    times = dict.fromkeys(["saved", "second start", "next step"], ".1f")
+    return Page(
+        "Requeues in a row",
+        [
+            f"{sum(row['hung'] for row in rows)} of {len(rows)} requeues hung.{ended}",
+            f"`python -m blackpoint.scripts.measurements.requeue_study` on "
+            f"{content['date']}: {content['machine']}; "
+            f"{content['slurm']}, {versions}.\n"
+            f"The job: `sbatch {settings['options']} slurm/train.sbatch {arguments}`. Each time it "
+            "has made a step it gets SIGUSR1, as at a time limit. Hung: no new step within "
+            f"{settings['timeout_s']:.0f} s of a wait. Seconds since the signal; raw rows: "
+            f"{Path(settings['output']).name}.json.",
+            Table.of({"requeue": "", "step saved": "", **times}, lines),
+        ],
+    ).markdown()
 
 
 def main() -> int:

@@ -16,32 +16,30 @@ from pathlib import Path
 import torch
 
 from blackpoint.data.files.whole_file import write_whole
-from blackpoint.data.pack.pack import PackConfig, pack
-from blackpoint.sampling.evaluation.black_point import BlackPointConfig
-from blackpoint.sampling.evaluation.black_point_study import is_complete
-from blackpoint.sampling.evaluation.black_point_summary import (
-    OPEN_RATIO,
-    READ,
-    Finding,
-    border_name,
-    read_difference_name,
-    show,
-)
 from blackpoint.sampling.export.verify import check_against_diffusers
 from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.report.results import Results, read_results
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.run import search_to_folder
 from blackpoint.scripts.config import load
-from blackpoint.scripts.miniature import evaluation
-from blackpoint.scripts.miniature.digits import DIGIT_NAMES, Split, write_digit_folder
+from blackpoint.scripts.miniature.digits import (
+    DIGIT_NAMES,
+    Split,
+    packed_digits,
+    write_digit_folder,
+)
+from blackpoint.scripts.sweep.cells import cells_of
+from blackpoint.scripts.sweep.config import SweepConfig
+from blackpoint.scripts.sweep.runner import state_of
 from blackpoint.scripts.verb_process import verb_command
 from blackpoint.scripts.verbs import report_content
+from blackpoint.scripts.verbs import sweep as run_sweep
 from blackpoint.scripts.verbs.demo import DemoConfig
 from blackpoint.scripts.verbs.report import ReportConfig
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.run import fit
 
-BASE, FINE_TUNED, CONTROL = "base", "fine_tuned", "control"
+BASE, FINE_TUNED, CONTROL = "base", "fine-tuned", "control"
 SEARCH_STEPS = 10
 SEARCHED = (
     "a red three on a black background",
@@ -53,13 +51,34 @@ SEARCHED = (
     "a red four on a white background",
     "a black six on a gray background",
 )
+YAML, GUIDANCE_SCALES = "configs/black_point.yaml", (1.0, 3.0)
 EXPECTED = {
-    OPEN_RATIO: {BASE: "at most .60", FINE_TUNED: "at least .80", CONTROL: "at most .60"},
-    border_name("black", 3): {BASE: "above .15", FINE_TUNED: "at most .05", CONTROL: "above .15"},
-    border_name("white", 3): {BASE: "below .85", FINE_TUNED: "at least .95", CONTROL: "below .85"},
-    READ: {BASE: "at least 90 %", FINE_TUNED: "at least 90 %", CONTROL: ""},
-    read_difference_name(BASE): {FINE_TUNED: "about 0", CONTROL: ""},
+    ("luminance spread over the references', open", 1.0): {
+        BASE: "at most .60",
+        FINE_TUNED: "at least .80",
+        CONTROL: "at most .60",
+    },
+    ("luminance, black", 3.0): {
+        BASE: "above .15",
+        FINE_TUNED: "at most .05",
+        CONTROL: "above .15",
+    },
+    ("luminance, white", 3.0): {
+        BASE: "below .85",
+        FINE_TUNED: "at least .95",
+        CONTROL: "below .85",
+    },
+    ("digits", 3.0): {BASE: "at least .90", FINE_TUNED: "at least .90", CONTROL: ""},
 }
+"""(Metric, guidance scale) -> checkpoint -> what is expected of all captions."""
+INTRODUCTION = (
+    "Stable Diffusion cannot paint true black or true white. Its noise schedule never reaches pure "
+    "noise: at the last training step the image's mean still shines through, and sampling then "
+    "starts from noise without it, so every image is drawn towards a middle gray.\n\n"
+    "The cure (Lin et al. 2023): rescale the schedule to zero terminal SNR, train with "
+    "v-prediction, start sampling at the last timestep, rescale the guidance. Below, the same "
+    "prompts and seeds before and after."
+)
 
 
 def demonstrate(config: DemoConfig) -> None:
@@ -77,10 +96,10 @@ def demonstrate(config: DemoConfig) -> None:
         checkpoints[CONTROL] = str(run_dir / "control")
         name = "fine-tune the control (old schedule, old prediction)"
         fine_tune(config, config.control_config, run_dir / "control", name)
-    findings = evaluate(config, checkpoints, "sample what was fine-tuned")
+    results = evaluate(config, checkpoints, "sample what was fine-tuned")
     search(config)
-    report = report_content.write(ReportConfig(run_dir=config.run_dir))
-    print("\n" + outcome(findings))
+    report = report_content.write(ReportConfig(run_dir=config.run_dir), INTRODUCTION)
+    print("\n" + outcome(results))
     print(f"\nreport: {report.resolve()}  ({time.perf_counter() - started_s:.0f} s in all)")
 
 
@@ -117,10 +136,7 @@ def pack_digits(config: DemoConfig, split: Split) -> None:
         skipped(name, shards)
         return
     with timed(run_dir, name):
-        folder = run_dir / "digits" / split
-        write_digit_folder(folder, num_images, config.seed, split)
-        shards.parent.mkdir(parents=True, exist_ok=True)
-        pack(PackConfig(source=str(folder), output=str(shards)))
+        packed_digits(run_dir, split, num_images, config.seed)
 
 
 def fine_tune(config: DemoConfig, yaml: str, run_dir: Path, name: str) -> None:
@@ -168,27 +184,32 @@ def train_in_processes(arguments: list[str]) -> None:
         sys.exit(status if status > 0 else 128 - status)
 
 
-def evaluate(config: DemoConfig, checkpoints: dict[str, str], name: str) -> list[Finding]:
-    """Samples the cells of the black-point study that are not sampled yet."""
-    study = BlackPointConfig(
-        checkpoints=checkpoints,
-        output=str(Path(config.run_dir) / "black_point"),
-        digit_reader=config.digit_reader,
-        num_images=config.num_images,
-        border_images=-(-config.num_images // 2),  # black and white together make a cell
-        beside_images=-(-config.num_images // 2),
-        read_images=2 * config.num_images,
-        reference_images=config.reference_images,
-        num_steps=config.num_steps,
-        seed=config.seed,
-        batch_size=64,
+def evaluate(config: DemoConfig, checkpoints: dict[str, str], name: str) -> Results:
+    """Samples and measures what is missing of the checkpoints, as one sweep."""
+    run_dir = Path(config.run_dir)
+    references, output = run_dir / "digits" / "references", run_dir / "evaluation"
+    if not (references / "metadata.jsonl").is_file():  # it is written last
+        write_digit_folder(references, config.reference_images, config.seed, "held_out")
+    sweep = SweepConfig(
+        run_dir=str(output),
+        evaluate={
+            "config": YAML,
+            "limit": config.num_images,
+            "num_steps": config.num_steps,
+            "seed": config.seed,
+            "sets.reference": str(references),
+            "verifiers.digits.checkpoint": config.digit_reader,
+        },
+        arms={arm: {"evaluate.checkpoint": place} for arm, place in checkpoints.items()},
+        grid={"evaluate.guidance_scale": list(GUIDANCE_SCALES)},
         num_processes=config.num_processes,
     )
-    if is_complete(study, evaluation.digit_captions()):
-        skipped(name, Path(study.output))
-        return evaluation.evaluate(study)[1]
-    with timed(Path(config.run_dir), name):
-        return evaluation.evaluate(study)[1]
+    if all(state_of(cell).state == "done" for cell in cells_of(sweep)):
+        skipped(name, output)
+    else:
+        with timed(run_dir, name):
+            run_sweep.run(sweep)
+    return read_results(output)
 
 
 def search(config: DemoConfig) -> None:
@@ -206,11 +227,11 @@ def search(config: DemoConfig) -> None:
         f"batch_size={4 * config.search_candidates}",
         f"seed={config.seed}",
         "verifiers.reader.kind=classifier",
-        "verifiers.reader.module=blackpoint.scripts.miniature.digit_reader:DigitReader",
+        "verifiers.reader.module=blackpoint.scripts.miniature.digit_readers:DigitReader",
         f"verifiers.reader.checkpoint={config.digit_reader}",
         f"verifiers.reader.labels={labels}",
         "held_out.judge.kind=classifier",
-        "held_out.judge.module=blackpoint.scripts.miniature.digit_perceptron:DigitPerceptron",
+        "held_out.judge.module=blackpoint.scripts.miniature.digit_readers:DigitPerceptron",
         f"held_out.judge.checkpoint={config.held_out_reader}",
         f"held_out.judge.labels={labels}",
         "held_out.judge.output=top1",
@@ -225,16 +246,17 @@ def search(config: DemoConfig) -> None:
         print("\n".join(search_to_folder(search_config)[1]))
 
 
-def outcome(findings: list[Finding]) -> str:
+def outcome(results: Results) -> str:
     """Writes the numbers beside what is expected of them."""
-    found = {(finding.quantity, finding.checkpoint): finding.estimate for finding in findings}
-    header = ("", "checkpoint", "measured [95 % interval]", "expected at 500 images")
+    header = ("", "checkpoint", "guidance", "measured [95 % interval]", "expected of all captions")
     lines = [header]
-    for quantity, by_checkpoint in EXPECTED.items():
-        for name, expected in by_checkpoint.items():
-            if (quantity, name) in found:
-                lines.append((quantity, name, show(found[quantity, name], quantity), expected))
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    for (metric, scale), by_checkpoint in EXPECTED.items():
+        for cell in results.cells:
+            at_scale = cell.varied["evaluate.guidance_scale"] == scale
+            if at_scale and metric in cell.values:
+                measured = f"{cell.values[metric].estimate:.4g}"
+                lines.append((metric, cell.arm, f"{scale:g}", measured, by_checkpoint[cell.arm]))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     rows = [
         "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))
         for line in lines

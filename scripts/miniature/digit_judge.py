@@ -1,14 +1,20 @@
 """A classifier of digits whose features judge samples: what KID is measured on.
 
-The digit reader (scripts/miniature/digit_reader.py) is made blind to much of a picture. This one
+The digit reader (scripts/miniature/digit_readers.py) is made blind to much of a picture. This one
 is trained on the pictures that a generator is trained on, as they are, so that the distance of
 feature distributions sees what the generator got wrong.
 """
+
+from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
+
+from blackpoint.scripts.miniature.digit_readers import load_weights
 
 NUM_FEATURES, NUM_DIGITS = 128, 10
 
@@ -37,11 +43,17 @@ class DigitJudge(nn.Module):
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         return self.layers(2 * pixels - 1)
 
-    @torch.inference_mode()
-    def read(self, images: Tensor) -> Tensor:
-        """Returns the digit that each image shows, (N,) int64."""
-        self.eval()
-        return torch.cat([self.head(self(chunk)).argmax(dim=1) for chunk in images.split(256)])
+    @classmethod
+    def load(cls, folder: str | Path) -> DigitJudge:
+        """Loads the judge from `folder/model.safetensors`; every key must match."""
+        return load_weights(cls(), folder)
+
+
+class DigitJudgeClasses(DigitJudge):
+    """The same network, which returns the logits (N, 10) of the digits."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(super().forward(images))
 
 
 def train_digit_judge(

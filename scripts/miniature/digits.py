@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.pack.pack import PackConfig, pack
 
 IMAGE_PX, DIGIT_PX = 64, 56
 HELD_OUT_PER_CLASS = 50
@@ -153,3 +154,14 @@ def write_digit_folder(
         Image.fromarray(image).save(folder / name, compress_level=1)
         rows.append(json.dumps({"file_name": name, "text": text}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def packed_digits(work: Path, split: Split, num_images: int, seed: int = 0) -> Path:
+    """Writes work/digits/SPLIT and packs it, as far as it is not done; returns the shards."""
+    folder, shards = work / "digits" / split, work / "shards" / split
+    if not (folder / "metadata.jsonl").is_file():  # it is written last
+        write_digit_folder(folder, num_images, seed, split)
+    if not shards.exists():  # data pack makes it only when it is whole
+        shards.parent.mkdir(parents=True, exist_ok=True)
+        pack(PackConfig(source=str(folder), output=str(shards)))
+    return shards

@@ -19,9 +19,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from blackpoint.sampling.checkpoints.saving import STABLE_DIFFUSION, write_json
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.scripts.miniature import embedded_base as base
-from blackpoint.scripts.miniature.digit_reader import DigitReader, save_weights
+from blackpoint.scripts.miniature.digit_readers import DigitReader, save_weights, train_reader
 from blackpoint.scripts.miniature.digits import BACKGROUNDS, DIGIT_NAMES, INKS, digit_samples
-from blackpoint.scripts.miniature.train_digit_reader import train_reader
 
 SCHEDULER = {
     "_class_name": "PNDMScheduler",

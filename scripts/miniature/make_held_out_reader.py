@@ -15,10 +15,13 @@ import torch
 
 from blackpoint.sampling.statistics.estimates import proportion
 from blackpoint.scripts.config import load
-from blackpoint.scripts.miniature.digit_perceptron import DigitPerceptron
-from blackpoint.scripts.miniature.digit_reader import DigitReader, save_weights
+from blackpoint.scripts.miniature.digit_readers import (
+    DigitPerceptron,
+    DigitReader,
+    save_weights,
+    train_reader,
+)
 from blackpoint.scripts.miniature.digits import compose, draw_colours, mnist_digits, uci_digits
-from blackpoint.scripts.miniature.train_digit_reader import train_reader
 from blackpoint.scripts.stand_alone import run_script
 
 
@@ -62,7 +65,7 @@ def make(config: HeldOutReaderConfig) -> None:
             found = [each(part.float() / 255).argmax(1) for part in unseen.split(256)]
         right = int((torch.cat(found).numpy() == labels).sum())
         share = proportion(right, len(labels))
-        print(f"{name}: {100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]")
+        print(f"{name}: {share:.1%}")
 
 
 def paint(masks: np.ndarray, seed: int) -> torch.Tensor:

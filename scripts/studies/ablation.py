@@ -5,22 +5,20 @@ configs/ablation.yaml says what is trained and evaluated. Every step is skipped 
 there, so the same command continues a night that was cut short.
 """
 
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from blackpoint.data.files.errors import RunFailed
 from blackpoint.data.files.whole_file import write_whole
-from blackpoint.data.pack.pack import PackConfig, pack
-from blackpoint.sampling.report.results import Results, read_results
-from blackpoint.sampling.report.results_tables import seed_difference, settings_of
-from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.sampling.report.page import Page
+from blackpoint.sampling.report.results import Results
+from blackpoint.sampling.report.results_tables import marked_change, seed_difference, settings_of
+from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load
-from blackpoint.scripts.miniature.digits import Split, write_digit_folder
+from blackpoint.scripts.miniature.digits import Split, packed_digits
 from blackpoint.scripts.stand_alone import run_script
-from blackpoint.scripts.studies.keep_sweep import KeepConfig, keep
-from blackpoint.scripts.verb_process import verb_command
+from blackpoint.scripts.studies.study import blackpoint, run_study
 
 YAML, RUN_DIR = "configs/ablation.yaml", Path("runs/ablation")
 BASE, RESOLUTION = "assets/tiny_sd", 64
@@ -69,56 +67,36 @@ def ablate(config: AblationConfig) -> None:
         "held_out": config.num_held_out_images,
     }
     for split, count in counts.items():
-        digits, shards = RUN_DIR / "digits" / split, RUN_DIR / "shards" / split
-        if not (digits / "metadata.jsonl").is_file():  # it is written last
-            write_digit_folder(digits, count, config.seed, split)
-        if not shards.exists():
-            shards.parent.mkdir(parents=True, exist_ok=True)
-            pack(PackConfig(source=str(digits), output=str(shards)))
+        shards = packed_digits(RUN_DIR, split, count, config.seed)
         latents = RUN_DIR / "latents" / split
         arguments = [f"source={shards}", f"checkpoint={BASE}", f"output={latents}"]
         arguments += [f"resolution={RESOLUTION}", "dtype=float32", "batch_size=64"]
         if not latents.exists():
             blackpoint("data", "encode", *arguments, "num_workers=0")
-    blackpoint("sweep", YAML, f"num_processes={config.num_processes}")
-    blackpoint("report", f"run_dir={RUN_DIR}")
-    keep(KeepConfig(str(RUN_DIR), config.output, METRICS))
-    write_whole(Path(config.output) / "fixes.md", fixes(read_results(RUN_DIR)))
+    results = run_study(YAML, config.output, config.num_processes, METRICS)
+    write_whole(Path(config.output) / "fixes.md", fixes(results))
 
 
 def fixes(results: Results) -> str:
     """Writes what each fix changes: added to the chain, and left out of all fixes, as Markdown."""
     settings = {setting.name: setting for setting in settings_of(results)}
-    lines = [
-        "Change of the metric by the fix, mean over three trainings, paired by seed; 95 % interval",
-        "of Student's t. Added: to the link before it in the chain. In all: the full set minus the",
-        "full set without it. Bold: the interval leaves out 0.",
-        "",
-        f"| fix | | {' | '.join(METRICS)} |",
-        "|---|---|" + "--:|" * len(METRICS),
-    ]
+    rows: list[dict[str, Any]] = []
     for fix, with_it, before, without in FIXES:
         pairs = {"added": (with_it, before), "in all": (FULL, without)}
         for kind, (one, other) in pairs.items():
-            if one not in settings or other not in settings:
-                continue
-            changes = [seed_difference(settings[one], settings[other], name) for name in METRICS]
-            lines.append(f"| {fix} | {kind} | {' | '.join(map(_shown, changes))} |")
-    return "\n".join(lines) + "\n"
-
-
-def _shown(change: Estimate | None) -> str:
-    if change is None:
-        return ""
-    text = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
-    return text if change.low <= 0 <= change.high else f"**{text}**"
-
-
-def blackpoint(*arguments: str) -> None:
-    """Runs a verb in a process of its own; raises RunFailed where it fails."""
-    status = subprocess.run(verb_command(*arguments), check=False).returncode
-    if status:
-        raise RunFailed(f"blackpoint {' '.join(arguments)} ended with {status}; run this again")
+            if one in settings and other in settings:
+                changes = {
+                    name: marked_change(seed_difference(settings[one], settings[other], name))
+                    for name in METRICS
+                }
+                rows.append({"fix": fix, "": kind, **changes})
+    columns = {"fix": "", "": "", **dict.fromkeys(METRICS, "+.3f")}
+    note = (
+        "Change of the metric by the fix, mean over three trainings, paired by seed; 95 % interval "
+        "of Student's t. Added: to the link before it in the chain. In all: the full set minus the "
+        "full set without it. Bold: the interval leaves out 0."
+    )
+    return Page("", [Table(rows, columns, note=note)]).markdown()
 
 
 def main(argv: list[str]) -> int:

@@ -1,20 +1,17 @@
 """`make black-point`: three fine-tunes of the embedded base, measured against it.
 
-Packs the digits, trains (each run resumes or is skipped when it is done), evaluates
-configs/black_point.yaml, and leaves rows, table and picture in docs/black_point.
+Packs the digits, trains (each run resumes or is skipped when it is done), runs
+configs/black_point_study.yaml, and leaves tables, rows and picture in docs/black_point.
 """
 
-import shutil
 from pathlib import Path
 
 from PIL import Image
 
-from blackpoint.sampling.evaluation.black_point import BlackPointConfig, image_path
-from blackpoint.sampling.report.rows import Row
+from blackpoint.sampling.report.results import Results
 from blackpoint.sampling.runtime.pictures import caption_grid
-from blackpoint.scripts.config import load
-from blackpoint.scripts.miniature import evaluation
 from blackpoint.scripts.miniature.demo_steps import fine_tune, pack_digits
+from blackpoint.scripts.studies.study import run_study
 from blackpoint.scripts.verbs.demo import DemoConfig
 
 RUNS = {
@@ -22,42 +19,54 @@ RUNS = {
     "control": "configs/tiny_control.yaml",
     "longer": "configs/tiny_longer.yaml",
 }
-DOCS = Path("docs/black_point")
-KEPT = ("rows.csv.gz", "summary.md", "summary.json", "study.json")
-PICTURED = {"black_g3": (1, 5), "white_g3": (4, 7), "open_g1": (3, 7)}
+YAML, DOCS = "configs/black_point_study.yaml", "docs/black_point"
+METRICS = (
+    "luminance, black",
+    "luminance, white",
+    "luminance spread over the references', open",
+    "digits",
+)
+PICTURED = {3.0: (11, 15, 54, 57), 1.0: (3, 7)}
+"""Guidance scale -> numbers of the prompts that the picture shows."""
 
 
 def main() -> None:
     """Runs what is missing."""
-    demo = DemoConfig(run_dir="runs/black_point")
+    demo = DemoConfig(run_dir="runs/black_point", num_held_out_images=2000)
     pack_digits(demo, "train")
     pack_digits(demo, "held_out")
     for name, yaml in RUNS.items():
         fine_tune(demo, yaml, Path(demo.run_dir) / name, f"train {name}")
-    study = load(BlackPointConfig, ["configs/black_point.yaml"])
-    rows, _ = evaluation.evaluate(study)
-    DOCS.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        shutil.copy(Path(study.output) / name, DOCS / name)
-    shutil.copytree(
-        Path(study.output) / "images" / "control", DOCS / "images" / "control", dirs_exist_ok=True
-    )
-    before_after(study, rows).save(DOCS / "before_after.png")
-    print((DOCS / "summary.md").read_text(encoding="utf-8"))
+    results = run_study(YAML, DOCS, demo.num_processes, METRICS)
+    before_after(results).save(Path(DOCS) / "before_after.png")
 
 
-def before_after(study: BlackPointConfig, rows: list[Row]) -> Image.Image:
+def before_after(results: Results) -> Image.Image:
     """Lays out the same prompts and seeds, the base above the fine-tuned model."""
-    prompts = {(row.cell, row.index): row.prompt for row in rows}
-    shown = [(cell, index) for cell, indices in PICTURED.items() for index in indices]
-    pictures = [
-        [Image.open(image_path(Path(study.output), name, cell, index)) for cell, index in shown]
-        for name in ("base", "fine_tuned")
-    ]
-    titles = [prompts[key].removesuffix(" background") for key in shown]
+    shown = [shown_pictures(results, arm) for arm in ("base", "fine-tuned")]
+    pictures = [[Image.open(path) for _, path in line] for line in shown]
+    titles = [prompt.removesuffix(" background") for prompt, _ in shown[0]]
     lines = ["base: epsilon, leading timesteps, terminal SNR .0047"]
     lines.append("fine-tuned: v, trailing timesteps, zero terminal SNR")
     return caption_grid(lines, pictures, titles)
+
+
+def shown_pictures(results: Results, arm: str) -> list[tuple[str, Path]]:
+    """Returns each prompt of PICTURED with the file of an arm's first picture of it."""
+    found = []
+    for scale, prompts in PICTURED.items():
+        [cell] = [
+            cell
+            for cell in results.cells
+            if cell.arm == arm and cell.varied["evaluate.guidance_scale"] == scale
+        ]
+        by_prompt = {
+            number: (prompt, picture.path)
+            for (number, prompt, image), picture in cell.pictures.items()
+            if image == 0
+        }
+        found += [by_prompt[prompt] for prompt in prompts]
+    return found
 
 
 if __name__ == "__main__":

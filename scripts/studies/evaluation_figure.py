@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_whole
-from blackpoint.sampling.report.plots import COLORS, STYLE
+from blackpoint.sampling.report.plots import STYLE, draw_named
+from blackpoint.sampling.statistics.estimates import Estimate
 from blackpoint.scripts.config import load
 from blackpoint.scripts.stand_alone import run_script
 
@@ -73,20 +74,19 @@ def draw(config: FigureConfig) -> None:
 
 
 def _bars(axis: Axes, names: list[str], rows: list[dict[str, str]], metric: str) -> None:
-    for place, row in enumerate(rows):
-        value, low, high = (float(row[f"{metric}{end}"]) for end in ("", ": low", ": high"))
-        color = COLORS[0] if place == 0 else COLORS[1]
-        bar = [[max(0.0, value - low)], [max(0.0, high - value)]]
-        axis.errorbar(value, place, xerr=bar, fmt="o", color=color, capsize=2, markersize=5)
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.grid(axis="y", color="#eeeeee")
+    estimates = []
+    for row in rows:
+        value, low, high = (float(row[metric + end]) for end in ("", ": low", ": high"))
+        estimates.append(Estimate(value, low, high, int(row[f"{metric}: n"])))
+    draw_named(axis, names, estimates, "o")
 
 
 def _read(path: str) -> list[dict[str, str]]:
     if not Path(path).is_file():
         raise UserError(
-            f"{path} is not there; python -m blackpoint.scripts.studies.ablation and comparison make it"
+            f"{path} is not there; make the tables by python -m "
+            "blackpoint.scripts.studies.ablation, and python -m blackpoint.scripts.studies.study"
+            " config=configs/comparison.yaml output=docs/comparison"
         )
     return list(csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8"))))
 

@@ -4,46 +4,44 @@ blackpoint.scripts.studies.keep_sweep.
 settings, cells, wins_*   the report's tables, .md and .csv
 rows.csv.gz               a row an image, or a winner, of every cell
 figure.png                each setting's metrics, over the seeds
+candidates.csv.gz         a row a candidate of searches with several scores of each
 made.json                 machine, date, seconds of every cell, versions
 """
 
 import difflib
-import gzip
 import io
 import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.plain import csv_text
+from blackpoint.data.files.plain import read_json
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.summary import WORDS
-from blackpoint.sampling.report.plots import COLORS, STYLE, panels
+from blackpoint.sampling.report.plots import COLORS, STYLE, draw_named, panels
 from blackpoint.sampling.report.results import CELL, SWEEP, Results, read_results, title_of
-from blackpoint.sampling.report.results_page import tables_of
+from blackpoint.sampling.report.results_page import table_files, tables_of
 from blackpoint.sampling.report.results_plots import luminance_distributions, scaling_curves
-from blackpoint.sampling.report.results_tables import (
-    metric_names,
-    settings_of,
-    shown_estimate,
-    to_csv,
-    to_markdown,
-)
+from blackpoint.sampling.report.results_tables import metric_names, settings_of, shown_estimate
+from blackpoint.sampling.statistics.table import write_csv
 from blackpoint.scripts.config import load
 from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 from blackpoint.scripts.stand_alone import run_script
 from blackpoint.train.records.environment import describe_environment
 
 DIGITS, TITLE_LETTERS = 6, 26
+ROWS = "rows.csv.gz"
 COLUMNS = ("cell", "prompt_index", "image")
-"""Of rows.csv.gz, before those of the metrics."""
+"""Of these rows, before those of the metrics."""
 
 
 @dataclass
@@ -56,6 +54,8 @@ class KeepConfig:
     """Folder to write; what is there is replaced."""
     metrics: list[str] = field(default_factory=list)
     """Metrics of the figure and of the table of settings, in order; the first six if empty."""
+    tables: list[str] = field(default_factory=lambda: ["*"])
+    """Names of the tables that are kept, with * for any letters."""
 
 
 def keep(config: KeepConfig) -> list[Path]:
@@ -63,13 +63,12 @@ def keep(config: KeepConfig) -> list[Path]:
     output = Path(config.output)
     results = read_results(Path(config.run_dir))
     names = _known(config.metrics, metric_names(results.cells)) or metric_names(results.cells)[:6]
-    contents: dict[str, str | bytes] = {}
-    for table in tables_of(results, names):
-        contents[f"{table.name}.md"] = to_markdown(table)
-        contents[f"{table.name}.csv"] = to_csv(table)
-    rows = list(rows_of(results))
-    text = csv_text(rows) if rows else ",".join(COLUMNS) + "\n"  # no metric is of single images
-    contents["rows.csv.gz"] = gzip.compress(text.encode(), mtime=0)
+    tables = [
+        table
+        for table in tables_of(results, names)
+        if any(fnmatch(table.name, pattern) for pattern in config.tables)
+    ]
+    contents: dict[str, str | bytes] = {**table_files(tables)}
     made = describe_environment() | {
         "machine": describe_machine(),
         "kept": time.strftime("%Y-%m-%d"),
@@ -85,7 +84,13 @@ def keep(config: KeepConfig) -> list[Path]:
     contents["figure.png"] = figure(results, names)
     for name, content in contents.items():
         write_whole(output / name, content)
-    return [output / name for name in contents]
+    write_csv(output / ROWS, rows_of(results), COLUMNS)
+    paths = [output / name for name in (*contents, ROWS)]
+    candidates = list(candidate_rows(results))
+    if candidates:
+        paths.append(output / "candidates.csv.gz")
+        write_csv(paths[-1], candidates)
+    return paths
 
 
 def rows_of(results: Results) -> Iterable[dict[str, Any]]:
@@ -100,15 +105,29 @@ def rows_of(results: Results) -> Iterable[dict[str, Any]]:
             }
 
 
+def candidate_rows(results: Results) -> Iterable[dict[str, Any]]:
+    """Yields a row for each candidate of cells that have several scores of theirs."""
+    several = {
+        cell.name: cell.candidates.scores
+        for cell in results.cells
+        if cell.candidates is not None and len(cell.candidates.scores) > 1
+    }
+    names = list(dict.fromkeys(name for scores in several.values() for name in scores))
+    for cell, scores in several.items():
+        for prompt, candidate in np.ndindex(next(iter(scores.values())).shape):
+            yield {"cell": cell, "prompt": prompt, "candidate": candidate} | {
+                name: _rounded(float(scores[name][prompt, candidate])) if name in scores else ""
+                for name in names
+            }
+
+
 def cell_seconds(run_dir: Path) -> dict[str, float]:
     """Returns the seconds that each cell of a sweep took, without its training."""
-    index = run_dir / SWEEP
-    found = {}
-    for row in json.loads(index.read_text(encoding="utf-8"))["cells"] if index.is_file() else []:
-        path = run_dir / row["folder"] / CELL
-        if path.is_file():
-            found[row["name"]] = json.loads(path.read_text(encoding="utf-8")).get("seconds")
-    return found
+    records = {
+        row["name"]: read_json(run_dir / row["folder"] / CELL)
+        for row in read_json(run_dir / SWEEP).get("cells", [])
+    }
+    return {name: record.get("seconds") for name, record in records.items() if record}
 
 
 @matplotlib.rc_context(STYLE)
@@ -118,24 +137,16 @@ def figure(results: Results, names: Sequence[str]) -> bytes:
     sheet, axes = panels(len(names), 1, width=2.6, height=0.6 + 0.28 * len(settings))
     for axis, name in zip(axes, names, strict=True):
         for place, setting in enumerate(settings):
-            values = [
-                cell.values[name].estimate.value for cell in setting.cells if name in cell.values
-            ]
-            color = COLORS[0] if place == 0 else COLORS[1]
+            values = [c.values[name].estimate.value for c in setting.cells if name in c.values]
+            color = COLORS[min(place, 1)]
             axis.plot(values, [place] * len(values), "o", color=color, alpha=0.35, markersize=4)
-            own = shown_estimate(setting.cells, name)
-            if own is not None:
-                bar = [[max(0.0, own.value - own.low)], [max(0.0, own.high - own.value)]]
-                axis.errorbar(own.value, place, xerr=bar, fmt="|", color=color, capsize=2)
+        names_left = [setting.name if axis is axes[0] else "" for setting in settings]
+        estimates = [shown_estimate(setting.cells, name) for setting in settings]
+        draw_named(axis, names_left, estimates, "|")
+        title = "\n".join(wrap(title_of(name, results.cells), TITLE_LETTERS))
+        axis.set_title(title, loc="left", fontsize=9)
         better = next(c.values[name].better for c in results.cells if name in c.values)
-        axis.set_title(
-            "\n".join(wrap(title_of(name, results.cells), TITLE_LETTERS)), loc="left", fontsize=9
-        )
         axis.set_xlabel(WORDS[better])
-        axis.set_ylim(len(settings) - 0.5, -0.5)
-        axis.grid(axis="y", color="#eeeeee")
-        axis.set_yticks(range(len(settings)), [""] * len(settings))
-    axes[0].set_yticklabels([setting.name for setting in settings])
     content = io.BytesIO()
     sheet.savefig(content, format="png", dpi=130, bbox_inches="tight")
     return content.getvalue()

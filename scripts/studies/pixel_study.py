@@ -1,189 +1,136 @@
 """Shift x multi-scale loss in pixel space, on real digits: python -m
 blackpoint.scripts.studies.pixel_study.
 
-Four arms (neither, the shift, the multi-scale loss, both) of one class-conditional model, trained
-from random weights on MNIST digits at 32 px with the same seeds, and so the same initial weights,
-batches, t and eps. Each model samples the same classes from the same seeds; KID is the distance of
-a classifier's features of them from those of held-out digits (Binkowski et al. 2018).
-
-Every run resumes or is skipped when it is done. seeds=[1] does a part, for a second process; the
-page is written from all rows that are there.
+configs/pixel_study.yaml trains one class-conditional model with neither, either and both, from
+random weights on MNIST digits at 32 px. At one seed all have the same batches, t and eps. KID is
+the distance of a classifier's features of the samples from those of held-out digits (Binkowski et
+al. 2018). Effects are contrasts of the four settings, paired over seeds: with k seeds their mean
+has the interval of Student's t with k - 1 degrees of freedom.
 """
 
-import json
-import statistics
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torchmetrics.image.kid import KernelInceptionDistance
 
-from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.plain import csv_text
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.pack.pack import PackConfig, pack
 from blackpoint.data.transform import transform
-from blackpoint.sampling.model import DiffusionModel
-from blackpoint.sampling.runtime.pictures import caption_grid, to_picture
+from blackpoint.sampling.report.results import Results
+from blackpoint.sampling.report.results_page import table_files
+from blackpoint.sampling.report.results_tables import CHANGE, marked_change
+from blackpoint.sampling.runtime.pictures import caption_grid
+from blackpoint.sampling.statistics.estimates import paired_mean, smallest_detectable_effect
+from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load
-from blackpoint.scripts.miniature.digit_judge import DigitJudge, train_digit_judge
+from blackpoint.scripts.miniature.digit_judge import DigitJudgeClasses, train_digit_judge
+from blackpoint.scripts.miniature.digit_readers import WEIGHTS_NAME, save_weights
 from blackpoint.scripts.miniature.digits import DIGIT_NAMES, Split, compose, mnist_digits
 from blackpoint.scripts.stand_alone import run_script
-from blackpoint.scripts.studies.pixel_study_page import write_page
-from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.records.metrics_file import read_metrics
-from blackpoint.train.run import fit
+from blackpoint.scripts.studies.study import run_study
 
-YAML = "configs/tiny_pixel.yaml"
-ARMS = {
-    "neither": ["schedule.shift.base_resolution=null", "loss.pool_factors=[1]"],
-    "shift": ["loss.pool_factors=[1]"],
-    "multi-scale": ["schedule.shift.base_resolution=null"],
-    "both": [],
-}
-NUM_PICTURED, SIDE_PX = 20, 32
+YAML, RUN_DIR = "configs/pixel_study.yaml", Path("runs/pixel_study")
+METRICS = ("KID", "digits")
+SIDE_PX = 32
+NEITHER, SHIFT, SCALES, BOTH = "neither", "shift", "multi-scale", "both"
+EFFECTS: dict[str, dict[str, float]] = {
+    "shift, mean of with and without multi-scale": {
+        SHIFT: 0.5, NEITHER: -0.5, BOTH: 0.5, SCALES: -0.5
+    },
+    "multi-scale, mean of with and without shift": {
+        SCALES: 0.5, NEITHER: -0.5, BOTH: 0.5, SHIFT: -0.5
+    },
+    "shift alone": {SHIFT: 1, NEITHER: -1},
+    "multi-scale alone": {SCALES: 1, NEITHER: -1},
+    "multi-scale, given the shift": {BOTH: 1, SHIFT: -1},
+    "both": {BOTH: 1, NEITHER: -1},
+    "interaction": {BOTH: 1, SHIFT: -1, SCALES: -1, NEITHER: 1},
+}  # fmt: skip
+"""Effect -> weight of each setting."""
 
 
 @dataclass
 class PixelStudyConfig:
-    """How much is trained and sampled."""
+    """How much is run at once, and where the tables go."""
 
-    work: str = "runs/pixel_study"
-    """Folder of the shards, the runs and the classifier."""
+    num_processes: int = 2
+    """Cells that are run at once."""
     output: str = "docs/pixel_study"
-    """Folder of the rows, the page and the pictures."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds of the trainings: initial weights, order, t and eps."""
-    max_steps: int = 1500
-    """Optimizer steps of each run, 32 images each; 4,500 digits are there to train on."""
-    num_samples: int = 1500
-    """Samples of each model; KID is the mean over parts as large as the 500 held-out digits."""
-    num_steps: int = 25
-    """Sampling steps, DDIM, trailing."""
-    guidance_scale: float = 1.0
-    """Guidance of the samples; 1 is off."""
+    """Folder of the tables and the pictures."""
 
 
 def study(config: PixelStudyConfig) -> None:
-    """Runs what is missing and writes the page."""
-    work, output = Path(config.work), Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    """Runs what is missing and keeps the tables."""
     splits: tuple[Split, ...] = ("train", "held_out")
     for split in splits:
-        pack_digits(work, split)
-    judge = load_judge(work / "judge.safetensors")
-    real = digits_of("held_out")[0]
-    if config.num_samples % len(real):
-        raise UserError(
-            f"num_samples={config.num_samples}: must be a multiple of the {len(real)} held-out "
-            "digits"
-        )
-    for seed in config.seeds:
-        for arm in ARMS:
-            rows_file = work / "rows" / f"{arm}_{seed}.json"
-            if not rows_file.is_file():
-                row = measure(config, arm, seed, real, judge)
-                rows_file.parent.mkdir(parents=True, exist_ok=True)
-                rows_file.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-                print(f"* {arm}, seed {seed}: KID {row['kid']:.5f}", flush=True)
-    rows = [json.loads(p.read_text("utf-8")) for p in sorted((work / "rows").glob("*.json"))]
-    write_whole(output / "rows.csv", csv_text(rows))
-    write_page(output, rows, json.loads((work / "judge.json").read_text("utf-8")))
+        pack_digits(RUN_DIR, split)
+    make_judge(RUN_DIR / "judge")
+    results = run_study(YAML, config.output, config.num_processes, METRICS)
+    output = Path(config.output)
+    for name, content in table_files([effects(results)]).items():
+        write_whole(output / name, content)
+    for cell in results.cells:
+        if cell.varied.get("train.seed") == 0:
+            keys = [key for key in sorted(cell.pictures) if key[2] < 2]
+            pictures = [[Image.open(cell.pictures[key].path) for key in keys]]
+            captions = [prompt for _, prompt, _ in keys]
+            grid = caption_grid([f"{cell.arm}, seed 0"], pictures, captions)
+            grid.save(output / f"samples_{cell.arm}_0.png")
 
 
-def measure(
-    config: PixelStudyConfig,
-    arm: str,
-    seed: int,
-    real: Tensor,
-    judge: DigitJudge,
-) -> dict[str, Any]:
-    """Trains one model, samples it and returns its row."""
-    work = Path(config.work)
-    run_dir = work / "runs" / f"{arm}_{seed}"
-    settings = [
-        *ARMS[arm],
-        f"run_dir={run_dir}",
-        f"seed={seed}",
-        f"model.seed={seed}",
-        f"data.shards={work / 'shards' / 'train'}",
-        f"data.validation_shards={work / 'shards' / 'held_out'}",
-        f"trainer.max_steps={config.max_steps}",
-        f"trainer.checkpoint_every_steps={max(config.max_steps // 4, 1)}",
-        f"trainer.validate_every_steps={config.max_steps}",
-        "preview.every_steps=0",
-        "wandb.enabled=false",
-    ]
-    fit(load(TrainConfig, [YAML, *settings]))
-    model = DiffusionModel.load(run_dir)
-    digits = torch.arange(config.num_samples) % len(DIGIT_NAMES)
-    samples = model.sample(
-        [DIGIT_NAMES[digit] for digit in digits.tolist()],
-        seeds=list(range(config.num_samples)),
-        num_steps=config.num_steps,
-        guidance_scale=config.guidance_scale,
-        guidance_rescale=0.0,
-        batch_size=50,
+def effects(results: Results) -> Table:
+    """Returns the contrasts of the settings by every metric."""
+    rows = []
+    for metric in METRICS:
+        values: dict[int, dict[str, float]] = {}
+        for cell in results.cells:
+            if metric in cell.values:
+                of_seed = values.setdefault(cell.varied["train.seed"], {})
+                of_seed[cell.arm] = cell.values[metric].estimate.value
+        whole = [
+            of_seed for of_seed in values.values() if len(of_seed) == len(EFFECTS["interaction"])
+        ]
+        for name, weights in EFFECTS.items() if len(whole) > 1 else ():
+            changes = [contrast(of_seed, weights) for of_seed in whole]
+            rows.append(
+                {"metric": metric, "effect": name, "change": marked_change(paired_mean(changes))}
+                | {"would have shown": smallest_detectable_effect(changes)}
+            )
+    note = (
+        "Paired over seeds; 95 % intervals of Student's t. Would have shown: the smallest effect "
+        "that so many seeds find with power 0.8. Bold: the interval leaves out 0."
     )
-    speeds = read_metrics(run_dir / "metrics.csv")["train/images_per_s"]
-    pixels = (255 * samples).round().to(torch.uint8)
-    names = [DIGIT_NAMES[digit] for digit in digits[:NUM_PICTURED].tolist()]
-    pictures = [to_picture(image) for image in samples[:NUM_PICTURED]]
-    caption_grid([f"{arm}, seed {seed}"], [pictures], names).save(
-        Path(config.output) / f"samples_{arm}_{seed}.png"
-    )
-    return {
-        "arm": arm,
-        "seed": seed,
-        "kid": kid(judge, real, pixels),
-        "digits_read": (judge.read(pixels) == digits).double().mean().item(),
-        "num_samples": config.num_samples,
-        "max_steps": config.max_steps,
-        "num_steps": config.num_steps,
-        "guidance_scale": config.guidance_scale,
-        "images_per_s": round(statistics.median(value for _, value in speeds), 1),
-    }
+    columns = {"metric": "", "effect": "", "change": CHANGE, "would have shown": ".2g"}
+    return Table(rows, columns, "Effects", note, "effects")
 
 
-@torch.inference_mode()
-def kid(judge: DigitJudge, real: Tensor, fake: Tensor) -> float:
-    """Returns the unbiased KID, the mean over parts of `fake` that are as large as `real`."""
-    found = []
-    for part in fake.split(len(real)):
-        metric = KernelInceptionDistance(feature=judge, subsets=1, subset_size=len(real))
-        for images, is_real in ((real, True), (part, False)):
-            for chunk in images.split(250):
-                metric.update(chunk, real=is_real)
-        found.append(float(metric.compute()[0]))
-    return statistics.mean(found)
+def contrast(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Returns the weighted sum of the values of settings."""
+    return sum(weight * values[setting] for setting, weight in weights.items())
 
 
-def load_judge(path: Path) -> DigitJudge:
-    """Loads the classifier, or trains it on the digits that the models are trained on."""
-    judge = DigitJudge()
-    if path.is_file():
-        judge.load_state_dict(load_file(path))
-        return judge.eval()
-    judge = train_digit_judge(*digits_of("train"))
+def make_judge(folder: Path) -> None:
+    """Trains the classifier on the digits that the models are trained on, unless it is there."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return
+    save_weights(train_digit_judge(*digits_of("train")), folder)
+    judge = DigitJudgeClasses.load(folder)
     images, labels = digits_of("held_out")
-    accuracy = {"digit": (judge.read(images) == labels).double().mean().item()}
-    path.with_suffix(".json").write_text(json.dumps(accuracy, indent=1) + "\n", encoding="utf-8")
-    save_file(judge.state_dict(), path)
-    return judge
+    with torch.inference_mode():
+        right = torch.cat([judge(part).argmax(dim=1) for part in images.split(250)]) == labels
+    print(f"judge: {right.double().mean():.1%} of {len(labels)} held-out digits", flush=True)
 
 
 def digits_of(split: Split) -> tuple[Tensor, Tensor]:
     """Returns a split as the models see it, white on black: uint8 (N, 3, 32, 32), and labels."""
     masks, labels = mnist_digits(split)
     images = [Image.fromarray(compose(mask, "white", "black")) for mask in masks]
-    size = (SIDE_PX, SIDE_PX)
-    small = [transform(image, size, 0.5, 0.5, flip=False) for image in images]
+    small = [transform(image, (SIDE_PX, SIDE_PX), 0.5, 0.5, flip=False) for image in images]
     pixels = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
     return pixels, torch.from_numpy(labels)
 

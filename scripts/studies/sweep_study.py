@@ -14,7 +14,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,8 +157,7 @@ def run(*command: str, check: bool = True) -> str:
 
 def main(argv: list[str]) -> int:
     """Is the command; returns the exit status."""
-    run_it: Callable[[], object] = lambda: print(study(load(SweepStudyConfig, argv)))  # noqa: E731
-    return run_script("sweep_study", run_it)
+    return run_script("sweep_study", lambda: print(study(load(SweepStudyConfig, argv))))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,12 @@ class ReportConfig:
     """The page about one run directory, or one folder of results."""
 
     run_dir: PathText = MISSING
-    """Run directory with metrics.csv, previews/ or black_point/; or the folder of an evaluation, a
+    """Run directory with metrics.csv, previews/ or evaluation/; or the folder of an evaluation, a
     search or a sweep."""
     output: OutputText | None = None
     """The page; run_dir/report.html if not set."""
     evaluation: PathText | None = None
-    """Folder of a black-point study; run_dir/black_point if not set."""
-    committed_rows: PathText = "docs/black_point/rows.csv.gz"
-    """Rows that show the control where the study has none; skipped where the file is absent."""
+    """Evaluation or sweep that the page of a run directory shows; run_dir/evaluation if not set."""
     wandb: WandbConfig = field(default_factory=lambda: WandbConfig(enabled=False))
     """The page and its tables at Weights & Biases, for evaluations, searches and sweeps."""
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from blackpoint.sampling.report.results import Results, read_results
 from blackpoint.sampling.report.results_page import tables_of, write_results
-from blackpoint.sampling.report.results_tables import plain_values
 from blackpoint.sampling.runtime.tracking import start_run
 from blackpoint.scripts.verbs.report import ReportConfig
 
@@ -35,7 +34,7 @@ def send(config: ReportConfig, results: Results, page: Path) -> None:
 
     run = start_run(config.wandb, Path(config.run_dir), shared_settings(results))
     for table in tables_of(results):
-        header, lines = plain_values(table)
+        header, lines = table.values()
         run.log({table.name: wandb.Table([*header], lines, allow_mixed_types=True)})
     for cell in results.cells:
         for name, value in cell.values.items():

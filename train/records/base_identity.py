@@ -1,6 +1,6 @@
 """What tells the base of a run from any other, wherever it lies: digests of what it computes with.
 
-    UNet, VAE, text encoder, tokenizer   sampling/checkpoints/fingerprint.py, and the stamps of their files
+    UNet, VAE, text encoder, tokenizer   sampling/checkpoints/fingerprint.py, stamps of the files
     betas, scaling_factor, pixels        by their values
 
 A stamp, size and time of change of a file (data/shards/shard_digest.py), is a fast first look:

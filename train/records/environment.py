@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from blackpoint.data.files.paths import CODE
+
 PACKAGES = ("blackpoint", "torch", "lightning", "diffusers", "transformers", "webdataset", "wandb")
 GIT_RECORD = "git.json"
 """Beside a frozen copy of the code, which may lie in a repository that has moved on."""
@@ -35,7 +37,7 @@ def describe_environment() -> dict[str, Any]:
 
 def git_state() -> dict[str, str | None]:
     """Returns the commit and the changed files of the code that runs; None outside a repository."""
-    frozen = Path(__file__).resolve().parents[1] / GIT_RECORD
+    frozen = CODE / GIT_RECORD
     if frozen.exists():
         return json.loads(frozen.read_text(encoding="utf-8"))
     return {

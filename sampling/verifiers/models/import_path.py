@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.notes import first
 
 log = logging.getLogger(__name__)
 
 MOVED = {
-    f"sampling.evaluation.{name}": f"blackpoint.scripts.miniature.{name}"
-    for name in ("digit_perceptron", "digit_reader")
-} | {"sampling.evaluation.imagenet_features": "blackpoint.sampling.evaluation.imagenet_features"}
+    "sampling.evaluation.digit_perceptron": "blackpoint.scripts.miniature.digit_readers",
+    "sampling.evaluation.digit_reader": "blackpoint.scripts.miniature.digit_readers",
+    "sampling.evaluation.imagenet_features": (
+        "blackpoint.sampling.verifiers.models.imagenet_features"
+    ),
+}
 """Where modules lie that YAMLs name by where they lay before."""
 
 

@@ -1,0 +1,90 @@
+"""Studies of the repository: what they compare, and that the product does not need them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blackpoint.sampling.report.results import Cell, Results, Value
+from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.scripts.config import read_yaml
+from blackpoint.scripts.miniature.digit_judge import DigitJudge, DigitJudgeClasses
+from blackpoint.scripts.miniature.digit_readers import save_weights
+from blackpoint.scripts.studies import pixel_study, stability_study
+from tests.test_imports import ROOT, imports_of, relative
+
+MINIATURE = {
+    "blackpoint.scripts.miniature.digits",
+    "blackpoint.scripts.miniature.digit_readers",
+    "blackpoint.scripts.miniature.digit_judge",
+    "blackpoint.scripts.miniature.embedded_base",
+    "blackpoint.scripts.miniature.demo_steps",
+}
+STUDIES = {
+    f"scripts.{name}"
+    for name in ("study", "ablation", "black_point_study", "pixel_study", "stability_study")
+}
+
+
+def test_the_product_imports_neither_the_miniature_nor_the_studies() -> None:
+    verbs = [path for path in (ROOT / "scripts").glob("run_*.py") if path.stem != "run_demo"]
+    product = [
+        path for room in ("data", "sampling", "train") for path in (ROOT / room).rglob("*.py")
+    ]
+    for path in [*product, *verbs, *(ROOT / "scripts").glob("sweep_[cr]*.py")]:
+        assert not imports_of(path) & (MINIATURE | STUDIES), relative(path)
+
+
+def stability_results(gain: float) -> Results:
+    """Returns cells of every arm; methods are above their rivals by `gain`."""
+    rng = np.random.default_rng(0)
+    cells = []
+    for arm in read_yaml(stability_study.YAML)["arms"]:
+        searched = arm.startswith(("one image", "best of"))
+        level = 0.0 if searched else gain
+        cell = Cell(arm, arm, {"search.checkpoint": "base"}, nfe=8.0)
+        for quality in stability_study.QUALITIES:
+            title = f"{quality} (searched)" if searched and quality == "reader" else quality
+            cell.paired[title] = {(n, "p", 0): level + rng.normal() for n in range(23)}
+        cells.append(cell)
+    return Results("", cells)
+
+
+@pytest.mark.parametrize("gain", [0.0, 3.0])
+def test_every_method_meets_every_rival_and_holm_counts_its_lines(gain: float) -> None:
+    table = stability_study.versus(stability_results(gain))
+    assert len(table.rows) == len(stability_study.EQUAL_NFE) * 3 * 3
+    for row in table.rows:
+        assert row["rival"].endswith(row["method"].rpartition(", ")[2])
+        difference, p_value = row["difference"], row["p (Holm)"]
+        assert (difference.value.low > 0) == difference.is_bold or gain == 0
+        assert (p_value < 0.05) == (gain > 0)
+        assert (row["wins / ties / losses"] == "23 / 0 / 0") == (p_value < 5e-6)
+
+
+def test_effects_are_contrasts_of_the_settings_over_seeds() -> None:
+    levels = {"neither": 4.0, "shift": 1.0, "multi-scale": 6.0, "both": 2.0}
+    cells = [
+        Cell(f"{arm} {seed}", arm, {"train.seed": seed}, values={
+            name: Value(Estimate(level + seed, 0, 0, 9)) for name in pixel_study.METRICS})
+        for arm, level in levels.items()
+        for seed in range(3)
+    ]  # fmt: skip
+    table = pixel_study.effects(Results("", cells))
+    found = {(row["metric"], row["effect"]): row["change"].value.value for row in table.rows}
+    assert found["KID", "shift alone"] == pytest.approx(-3)
+    assert found["KID", "shift, mean of with and without multi-scale"] == pytest.approx(-3.5)
+    assert found["KID", "multi-scale, mean of with and without shift"] == pytest.approx(1.5)
+    assert found["digits", "interaction"] == pytest.approx(-1)
+    assert not pixel_study.effects(Results("", cells[:1])).rows  # not every setting is there
+
+
+def test_the_judge_gives_features_and_classes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    judge = DigitJudge()
+    save_weights(judge, tmp_path)
+    images = torch.rand(3, 3, 32, 32)
+    features = DigitJudge.load(tmp_path)(images)
+    assert features.shape == (3, 128) and features.abs().max() <= 1
+    torch.testing.assert_close(DigitJudgeClasses.load(tmp_path)(images), judge.head(features))
