@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from blackpoint.data.files.dotted import flat
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.shards.listing import find_shards
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.scripts.cli import VERBS, chosen_config_class
 from blackpoint.scripts.config import load, read_yaml
-from blackpoint.scripts.config_fields import fields_of, nested_class
+from blackpoint.scripts.config_fields import fields_of, hint_at, nested_class
+from blackpoint.scripts.sweep.config import SweepConfig
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.config.schedule_config import ShiftConfig
 from blackpoint.train.target_process import fine_tuned_process
@@ -164,3 +166,13 @@ def test_pixel_512_has_the_interpolated_schedule_of_its_paper(zero_snr: bool) ->
     num_compared = 999 if zero_snr else 1000
     found = process_of(config).schedule.log_snr
     assert_close(found[:num_compared], paper[:num_compared], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if command_of(p)[0] is SweepConfig], ids=lambda p: p.name
+)
+def test_the_cells_of_a_sweep_have_keys_of_its_verbs(path: Path) -> None:
+    config = load(SweepConfig, [str(path)])
+    keys = [key for arm in config.arms.values() for key in flat(arm or {})]
+    keys += [*flat(config.grid)]
+    assert keys and not [key for key in keys if hint_at(SweepConfig, f"arms.any.{key}") is None]
