@@ -29,9 +29,14 @@ from blackpoint.train.target_process import fine_tuned_process
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-TRAINING = {"sd15_zero_snr", "sd21_zero_snr", "sd21_768_shift", "pixel_256", "pixel_512"} | {
-    f"tiny_{name}" for name in ("zero_snr", "control", "longer", "pixel")
-}
+TRAINING = {
+    "sd15_zero_snr",
+    "sd15_zero_snr_24gb",
+    "sd21_zero_snr",
+    "sd21_768_shift",
+    "pixel_256",
+    "pixel_512",
+} | {f"tiny_{name}" for name in ("zero_snr", "control", "longer", "pixel")}
 # The header's line `Process`; a single shift holds at every t.
 SHIFT = r"log SNR \+ 2 log\((\d+) / (\d+)\)(?: at t = 0 to 2 log\((\d+) / (\d+)\) at T - 1)?"
 PROCESS = re.compile(rf"(\w+), (zero|non-zero) terminal SNR, (\w+), (?:no shift|{SHIFT})")
