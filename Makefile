@@ -20,7 +20,7 @@ IMPORTED := import blackpoint.scripts.miniature.demo_steps, blackpoint.train.run
 .PHONY: help setup demo test lint bench black-point full-architecture
 
 help:
-	@echo "make demo         show the flaw and its cure on real digits: runs/demo/report.html"
+	@echo "make demo         show the zero-SNR fix on real digits: runs/demo/report.html"
 	@echo "make test         run every test, the fast ones first"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        speed and memory beside a bare loop, accelerate and diffusers; half an hour"
