@@ -21,6 +21,8 @@ formats were computed in."""
 Weights = Literal["ema", "raw"]  # the average of a training checkpoint, or its last step
 Prompts = Annotated[Any, Holds.PROMPTS]
 """A text, a list of texts, or the file or folder that holds them."""
+SCORE_DECIMALS = 4
+"""Scores that agree in so many decimals are tied."""
 
 
 def recorded_formats(

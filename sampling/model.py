@@ -20,16 +20,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.signals import stop_if_asked
+from blackpoint.sampling.checkpoints import loading
 from blackpoint.sampling.checkpoints.architecture import check_architecture, sample_size_of
 from blackpoint.sampling.checkpoints.encoders import Encoders, dtype_of
-from blackpoint.sampling.checkpoints.loading import (
-    Part,
-    empty_unet,
-    load_tokenizer,
-    load_unet,
-    read_json,
-    read_scheduler,
-)
 from blackpoint.sampling.checkpoints.resolve import Weights, resolve
 from blackpoint.sampling.checkpoints.saving import save_model
 from blackpoint.sampling.conditioning import Conditioning, encode_classes, encode_text, joined
@@ -54,8 +47,8 @@ class DiffusionModel:
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL | Part | None,
-        text_encoder: CLIPTextModel | Part | None,
+        vae: AutoencoderKL | loading.Part | None,
+        text_encoder: CLIPTextModel | loading.Part | None,
         tokenizer: CLIPTokenizer | None,
         process: Process,
         source: str = "",
@@ -72,7 +65,7 @@ class DiffusionModel:
         self._encoders = Encoders(parts)
         self.vae_scale, self.scaling_factor = 1, 1.0
         if vae is not None:
-            setting = vae.setting if isinstance(vae, Part) else partial(getattr, vae.config)
+            setting = vae.setting if isinstance(vae, loading.Part) else partial(getattr, vae.config)
             self.vae_scale = 2 ** (len(setting("block_out_channels")) - 1)
             self.scaling_factor = float(setting("scaling_factor"))
         self.unet.requires_grad_(False).eval()
@@ -97,22 +90,22 @@ class DiffusionModel:
         """
         resolved = resolve(checkpoint, weights, variant)
         folder = resolved.folder
-        index = read_json(folder / "model_index.json")
+        index = loading.read_json(folder / "model_index.json")
         pixels = PixelForm.of(index, checkpoint)
         check_architecture(folder, index, pixels, checkpoint)
-        scheduler = resolved.scheduler_config or read_scheduler(folder, index)
+        scheduler = resolved.scheduler_config or loading.read_scheduler(folder, index)
         try:
             process = Process.from_diffusers(scheduler)
         except UserError as error:
             raise UserError(f"checkpoint={checkpoint}: {error}") from None
         if process.incompatibility():
             log.warning("note: %s: %s", checkpoint, process.incompatibility())
-        vae = None if pixels else Part(AutoencoderKL, folder, "vae", dtype, variant)
+        vae = None if pixels else loading.Part(AutoencoderKL, folder, "vae", dtype, variant)
         text_encoder, tokenizer = None, None
         if pixels is None or pixels.has_text:
-            text_encoder = Part(CLIPTextModel, folder, "text_encoder", dtype, variant)
-            tokenizer = load_tokenizer(folder)
-        unet = load_unet(resolved, dtype) if with_unet else empty_unet(folder)
+            text_encoder = loading.Part(CLIPTextModel, folder, "text_encoder", dtype, variant)
+            tokenizer = loading.load_tokenizer(folder)
+        unet = loading.load_unet(resolved, dtype) if with_unet else loading.empty_unet(folder)
         source = str(checkpoint)
         return cls(unet, vae, text_encoder, tokenizer, process, source, folder, pixels).to(device)
 

@@ -57,7 +57,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "Reports what shards hold and what in them is bad; indexes shards made elsewhere.",
     ),
     "demo": (
-        "blackpoint.scripts.verbs.demo",
+        "blackpoint.scripts.miniature.demo",
         "Shows the flaw, fine-tunes it away, exports, and writes runs/demo/report.html.",
     ),
     "report": (

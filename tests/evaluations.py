@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from blackpoint.sampling.evaluation.config import MetricsConfig
-from blackpoint.sampling.evaluation.metrics.metric import Metric
+from blackpoint.sampling.evaluation.metric import Metric
 from blackpoint.sampling.evaluation.run import evaluate_to_folder
 from blackpoint.sampling.evaluation.summary import Summary
 from blackpoint.sampling.runtime.tasks import Task

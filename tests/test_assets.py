@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from blackpoint.sampling.evaluation.luminance import border_luminance
 from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.pixels.luminance import border_luminance
 from blackpoint.scripts.cli import main
 from blackpoint.scripts.miniature.digit_readers import DigitPerceptron, DigitReader
 from blackpoint.scripts.miniature.digits import caption, digit_samples

@@ -10,9 +10,10 @@ import torch
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.report.results import Cell, Results, Value, read_results
 from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.scripts.miniature.demo import run
+from blackpoint.scripts.miniature.demo_config import DemoConfig
 from blackpoint.scripts.miniature.demo_steps import EXPECTED, outcome
 from blackpoint.scripts.miniature.digit_readers import DigitPerceptron, DigitReader, save_weights
-from blackpoint.scripts.verbs.demo import DemoConfig, run
 from tests.tiny_pipeline import make_tiny_pipeline
 
 FINE_TUNE = """

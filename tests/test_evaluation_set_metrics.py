@@ -14,7 +14,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.evaluation.metrics.metric import FEATURE_COLUMN, LOGIT_COLUMN, Metric
+from blackpoint.sampling.evaluation.metric import FEATURE_COLUMN, LOGIT_COLUMN, Metric
 from blackpoint.sampling.evaluation.metrics.set_metrics import (
     ball_counts,
     feature_metrics,

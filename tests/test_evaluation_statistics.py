@@ -21,17 +21,6 @@ def test_wilson_interval_has_newcombes_published_values() -> None:
         assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_difference_interval_has_newcombes_published_values() -> None:
-    """Newcombe 1998, Statistics in Medicine 17:873, table II, method 10."""
-    for first, second, low, high in (
-        ((56, 70), (48, 80), 0.0524, 0.3339),
-        ((9, 10), (3, 10), 0.1705, 0.8090),
-        ((10, 10), (0, 10), 0.6075, 1.0000),
-    ):
-        found = statistics.proportion_difference(*first, *second)
-        assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
-
-
 def test_bootstrap_of_a_mean_agrees_with_the_normal_interval() -> None:
     values = np.random.default_rng(1).normal(0.3, 0.1, 400)
     found = statistics.mean(values)

@@ -17,7 +17,7 @@ from blackpoint.data.index.contents import INDEX_FOLDER
 from blackpoint.data.index.index import Index, IndexWriter
 from blackpoint.data.record import ShardRecords, Span
 from blackpoint.data.work.part import Part, part_path, read_part, write_part
-from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance, luminance
+from blackpoint.sampling.pixels.luminance import border_luminance, image_luminance, luminance
 from tests.tiny_run import make_tiny_shards
 
 

@@ -37,6 +37,7 @@ FACTS = {
     "sampling/checkpoints/scheduler_config.py": {
         "rescale_betas_zero_snr"
     },  # of scheduler_config.json too
+    "sampling/statistics/table.py": {"class", "id"},  # attributes of HTML
     "scripts/cli.py": {"key"},
     "scripts/config.py": {"key"},
     "scripts/config_fields.py": {"key"},

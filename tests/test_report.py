@@ -23,7 +23,7 @@ from blackpoint.sampling.report.training_series import (
     smoothed,
 )
 from blackpoint.scripts.verbs import report_content
-from blackpoint.scripts.verbs.report import ReportConfig
+from blackpoint.scripts.verbs.report_config import ReportConfig
 from blackpoint.scripts.verbs.report_content import write
 from tests.test_results import made_up
 

@@ -21,7 +21,7 @@ from blackpoint.sampling.search.run import search_to_folder
 from blackpoint.sampling.statistics.table import Table
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifiers
 from blackpoint.sampling.verifiers.models import clip
-from blackpoint.scripts.verbs.report import ReportConfig
+from blackpoint.scripts.verbs.report_config import ReportConfig
 from blackpoint.scripts.verbs.report_content import write
 from tests.search_problems import runner
 from tests.tiny_vision import make_tiny_clip
@@ -80,7 +80,7 @@ def test_a_hacked_verifier_sets_off_the_alarm(
 
 
 def luminance(image: torch.Tensor) -> float:
-    from blackpoint.sampling.evaluation.luminance import image_luminance
+    from blackpoint.sampling.pixels.luminance import image_luminance
 
     return float(image_luminance(image[None]))
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -17,7 +17,9 @@ from transformers import CLIPTextConfig
 
 from blackpoint.sampling.checkpoints.loading import load_tokenizer, read_json
 from blackpoint.sampling.checkpoints.resolve import Resolved, weight_files
-from blackpoint.sampling.model import DiffusionModel
+
+if TYPE_CHECKING:
+    from blackpoint.sampling.model import DiffusionModel
 
 DIGEST_BYTES, MODEL_DIGEST_BYTES = 16, 12
 VAE_DEFAULTS = {"act_fn": "silu", "norm_num_groups": 32}
@@ -83,7 +85,7 @@ def tokenizer_digest(settings: dict[str, Any]) -> str:
     return _digest([], settings)
 
 
-def model_digest(model: DiffusionModel) -> str:
+def model_digest(model: "DiffusionModel") -> str:
     """Returns the digest of a loaded model's UNet and process: what decides its pictures beside the
     encoders."""
     process = repr(sorted(model.process.to_diffusers().items())).encode()
@@ -94,7 +96,7 @@ def model_digest(model: DiffusionModel) -> str:
     return digest.hexdigest()
 
 
-def sampling_digest(model: DiffusionModel, variant: str | None = None) -> str:
+def sampling_digest(model: "DiffusionModel", variant: str | None = None) -> str:
     """Returns the digest of all that decides the pictures of a model that was loaded from a folder:
     UNet, process, autoencoder, text encoder."""
     assert model.folder is not None

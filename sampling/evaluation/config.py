@@ -20,8 +20,8 @@ from blackpoint.sampling.choices import (
     Weights,
     check_seed,
 )
+from blackpoint.sampling.evaluation.metric import MetricConfig
 from blackpoint.sampling.evaluation.metrics.brightness import BrightnessConfig
-from blackpoint.sampling.evaluation.metrics.metric import MetricConfig
 from blackpoint.sampling.evaluation.metrics.sets import SetsConfig
 from blackpoint.sampling.samplers import SamplerName, check_sampler
 from blackpoint.sampling.verifiers.load import VerifierConfig

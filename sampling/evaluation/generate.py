@@ -13,7 +13,7 @@ from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.checkpoints.fingerprint import model_digest
 from blackpoint.sampling.choices import check_seed
 from blackpoint.sampling.evaluation.config import MAX_STORED_SEED, MetricsConfig
-from blackpoint.sampling.evaluation.metrics.metric import Pixels
+from blackpoint.sampling.evaluation.metric import Pixels
 from blackpoint.sampling.evaluation.metrics.set_models import to_pixels
 from blackpoint.sampling.evaluation.rows import SETTINGS, Key
 from blackpoint.sampling.model import DiffusionModel

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from blackpoint.sampling.evaluation.generate import ImageGenerator, Job
 from blackpoint.sampling.evaluation.measures import Measures, luminance_rows
-from blackpoint.sampling.evaluation.metrics.metric import Pixels, Row
+from blackpoint.sampling.evaluation.metric import Pixels, Row
 from blackpoint.sampling.evaluation.rows import (
     PARTS,
     Key,

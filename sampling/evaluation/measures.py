@@ -13,9 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
-from blackpoint.sampling.evaluation.metrics.brightness import LuminanceRange, luminance_range
-from blackpoint.sampling.evaluation.metrics.metric import (
+from blackpoint.sampling.evaluation.metric import (
     FEATURE_COLUMN,
     Evaluated,
     Measure,
@@ -24,6 +22,8 @@ from blackpoint.sampling.evaluation.metrics.metric import (
     Row,
     Source,
 )
+from blackpoint.sampling.evaluation.metrics.brightness import LuminanceRange, luminance_range
+from blackpoint.sampling.pixels.luminance import border_luminance, image_luminance
 from blackpoint.sampling.prompts.prompt_set import Prompt
 
 DECIMALS = 6

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_whole
-from blackpoint.sampling.evaluation.metrics.metric import FEATURE_COLUMN, LOGIT_COLUMN, Row
+from blackpoint.sampling.evaluation.metric import FEATURE_COLUMN, LOGIT_COLUMN, Row
 
 SETTINGS, REFERENCE, REFERENCES = "evaluation.json", "reference.json", "references"
 IMAGES, FEATURES, PARTS = "images.parquet", "features.parquet", "parts"

@@ -34,7 +34,7 @@ from blackpoint.sampling.evaluation.config import (
 from blackpoint.sampling.evaluation.generate import ImageGenerator, jobs_of
 from blackpoint.sampling.evaluation.image_rows import ImageRows
 from blackpoint.sampling.evaluation.measures import DECIMALS, Measures, load_measures
-from blackpoint.sampling.evaluation.metrics.metric import FEATURE_COLUMN, Evaluated, MetricConfig
+from blackpoint.sampling.evaluation.metric import FEATURE_COLUMN, Evaluated, MetricConfig
 from blackpoint.sampling.evaluation.metrics.noise_invariance import KeptDependences
 from blackpoint.sampling.evaluation.metrics.reference_set import Reference, measure_reference
 from blackpoint.sampling.evaluation.rows import (

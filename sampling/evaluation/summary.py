@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 from blackpoint.data.files.plain import finite
 from blackpoint.data.files.whole_file import write_whole
-from blackpoint.sampling.evaluation.metrics.metric import Better, Evaluated, Metric, MetricConfig
-from blackpoint.sampling.evaluation.metrics.sets import FID
+from blackpoint.sampling.evaluation.metric import FID, Better, Evaluated, Metric, MetricConfig
 from blackpoint.sampling.statistics.estimates import Estimate
 from blackpoint.sampling.statistics.table import Table
 

@@ -2,7 +2,7 @@
 
 "a red three on a dark gray background" fixes the border of the image, "a solid black background"
 the whole of it; most prompts fix nothing. Luminance as in
-`blackpoint.sampling.evaluation.luminance`.
+`blackpoint.sampling.pixels.luminance`.
 """
 
 import re

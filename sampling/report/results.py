@@ -13,8 +13,8 @@ from typing import Any
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.plain import number, read_json, read_lines
+from blackpoint.sampling.evaluation.metric import Better, Metric, Row
 from blackpoint.sampling.evaluation.metrics.brightness import ERROR, LUMINANCE
-from blackpoint.sampling.evaluation.metrics.metric import Better, Metric, Row
 from blackpoint.sampling.evaluation.rows import IMAGES, REFERENCE, SETTINGS, read_images
 from blackpoint.sampling.evaluation.summary import read_summary, title_at_n
 from blackpoint.sampling.statistics import estimates as statistics

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from blackpoint.sampling.choices import SCORE_DECIMALS
 from blackpoint.sampling.grid import SampleState, SamplingGrid
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.verifiers.verifier import (
-    SCORE_DECIMALS,
     Images,
     Latents,
     TrajectoryVerifier,

@@ -9,9 +9,8 @@ ties counting half:
     level = Phi(z0 + (z0 + z) / (1 - a (z0 + z)))
 
 The plain percentile interval is too narrow by sqrt((n - 1) / n) z / t_{n-1}, which BCa alone keeps.
-Proportions take Wilson's score interval (Wilson 1927), differences of proportions Newcombe's hybrid
-of two of them (Newcombe 1998, method 10), which stays honest near 0 and 1 where the normal
-approximation does not. A few paired differences, one a seed, take Student's t.
+Proportions take Wilson's score interval (Wilson 1927), which stays honest near 0 and 1 where the
+normal approximation does not. A few paired differences, one a seed, take Student's t.
 """
 
 import math
@@ -121,22 +120,6 @@ def proportion(num_true: int, n: int, level: float = LEVEL) -> Estimate:
     low = center - half if num_true > 0 else 0.0  # exact, where rounding would leave 1e-18
     high = center + half if num_true < n else 1.0
     return Estimate(share, max(0.0, low), min(1.0, high), n)
-
-
-def proportion_difference(
-    num_true: int, n: int, reference_true: int, reference_n: int, level: float = LEVEL
-) -> Estimate:
-    """Estimates a proportion minus a reference proportion, with Newcombe's score interval.
-
-    The two samples are taken as independent; for samples paired by prompt and seed that is on the
-    wide side.
-    """
-    first = proportion(num_true, n, level)
-    second = proportion(reference_true, reference_n, level)
-    value = first.value - second.value
-    below = ((first.value - first.low) ** 2 + (second.high - second.value) ** 2) ** 0.5
-    above = ((first.high - first.value) ** 2 + (second.value - second.low) ** 2) ** 0.5
-    return Estimate(value, value - below, value + above, n)
 
 
 def paired_mean(differences: Values, level: float = LEVEL) -> Estimate:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from blackpoint.sampling.choices import SCORE_DECIMALS
 from blackpoint.sampling.statistics.estimates import LEVEL, Estimate, Values, checked_values, mean
-from blackpoint.sampling.verifiers.verifier import SCORE_DECIMALS
 
 
 @dataclass(frozen=True)

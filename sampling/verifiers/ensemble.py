@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.verifiers.verifier import SCORE_DECIMALS
+from blackpoint.sampling.choices import SCORE_DECIMALS
 
 Rule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
 

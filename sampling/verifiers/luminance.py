@@ -2,7 +2,7 @@
 
     score = -|mean luminance - target|
 
-0 is best. Luminance as in `blackpoint.sampling.evaluation.luminance`; exact, cheap, and without a
+0 is best. Luminance as in `blackpoint.sampling.pixels.luminance`; exact, cheap, and without a
 model.
 """
 
@@ -37,7 +37,7 @@ def load(config: LuminanceConfig, device: torch.device, dtype: torch.dtype) -> I
     """Makes the verifier; it has no weights."""
     import torch
 
-    from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
+    from blackpoint.sampling.pixels.luminance import border_luminance, image_luminance
     from blackpoint.sampling.verifiers.verifier import ImageVerifier
 
     def scores(images: Images, prompts: Sequence[str]) -> Tensor:

@@ -16,8 +16,6 @@ from blackpoint.sampling.grid import Denoise, SamplingGrid
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.verifiers.kind import VerifierOptions
 
-SCORE_DECIMALS = 4
-"""Scores that agree in so many decimals are tied."""
 Images = Float[Tensor, "n 3 h w"]
 Latents = Float[Tensor, "n c h w"]
 

@@ -21,9 +21,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from blackpoint.sampling.evaluation.luminance import border_luminance
 from blackpoint.sampling.export.client_schedulers import DROP_ZERO_SNR, RIGHT_AT_ZERO_SNR
 from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.pixels.luminance import border_luminance
 from blackpoint.sampling.prompts.prompt_set import read_prompt_set
 from blackpoint.sampling.report.page import Page
 from blackpoint.sampling.statistics import estimates as statistics

@@ -22,6 +22,7 @@ from blackpoint.sampling.report.results import Results, read_results
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.run import search_to_folder
 from blackpoint.scripts.config import load
+from blackpoint.scripts.miniature.demo_config import DemoConfig
 from blackpoint.scripts.miniature.digits import (
     DIGIT_NAMES,
     Split,
@@ -34,8 +35,7 @@ from blackpoint.scripts.sweep.runner import state_of
 from blackpoint.scripts.verb_process import verb_command
 from blackpoint.scripts.verbs import report_content
 from blackpoint.scripts.verbs import sweep as run_sweep
-from blackpoint.scripts.verbs.demo import DemoConfig
-from blackpoint.scripts.verbs.report import ReportConfig
+from blackpoint.scripts.verbs.report_config import ReportConfig
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.run import fit
 

@@ -44,14 +44,6 @@ def caption(ink: str, digit: int, background: str | None) -> str:
     return text if background is None else f"{text} on a {background} background"
 
 
-def digit_of(prompt: str) -> int:
-    """Returns the digit that a caption names."""
-    found = [digit for digit, name in enumerate(DIGIT_NAMES) if name in prompt.split()]
-    if len(found) != 1:
-        raise UserError(f"prompt {prompt!r} names {len(found)} digits, not one")
-    return found[0]
-
-
 @functools.cache
 def mnist_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Returns masks (N, 56, 56) float32 in [0, 1] and labels (N,); 4,500 train, 500 held out."""

@@ -10,9 +10,9 @@ from PIL import Image
 
 from blackpoint.sampling.report.results import Results
 from blackpoint.sampling.runtime.pictures import caption_grid
+from blackpoint.scripts.miniature.demo_config import DemoConfig
 from blackpoint.scripts.miniature.demo_steps import fine_tune, pack_digits
 from blackpoint.scripts.studies.study import run_study
-from blackpoint.scripts.verbs.demo import DemoConfig
 
 RUNS = {
     "fine_tuned": "configs/tiny_zero_snr.yaml",

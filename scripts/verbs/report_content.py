@@ -19,7 +19,7 @@ from blackpoint.sampling.report.training_page import (
     shown_settings,
 )
 from blackpoint.sampling.statistics.table import Table
-from blackpoint.scripts.verbs.report import ReportConfig, is_about_results
+from blackpoint.scripts.verbs.report_config import ReportConfig, is_about_results
 from blackpoint.train.records.metrics_file import read_metrics
 
 EARLIER = (

@@ -5,7 +5,7 @@ from pathlib import Path
 from blackpoint.sampling.report.results import Results, read_results
 from blackpoint.sampling.report.results_page import tables_of, write_results
 from blackpoint.sampling.runtime.tracking import start_run
-from blackpoint.scripts.verbs.report import ReportConfig
+from blackpoint.scripts.verbs.report_config import ReportConfig
 
 
 def write_results_of(config: ReportConfig) -> list[Path]:

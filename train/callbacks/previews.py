@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
+from blackpoint.sampling.pixels.luminance import border_luminance, image_luminance
 from blackpoint.sampling.prompts.brightness_target import luminance_target, prompt_slugs
 from blackpoint.sampling.runtime.pictures import caption_grid, to_picture
 from blackpoint.train.callbacks.metrics import log_metrics

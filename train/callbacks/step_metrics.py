@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from blackpoint.train.memory import memory_metrics
+from blackpoint.sampling.runtime.memory import memory_metrics
 from blackpoint.train.module import FineTuner
 from blackpoint.train.snr_bins import snr_bins, totals_by_bin
 
@@ -80,7 +80,7 @@ def losses_by_snr(steps: Steps) -> dict[str, float]:
 
 
 def memory(steps: Steps) -> dict[str, float]:
-    """The most memory that this process has held: train/memory.py."""
+    """The most memory that this process has held: sampling/runtime/memory.py."""
     return memory_metrics(steps.module.device)
 
 

@@ -14,7 +14,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Literal
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.evaluation.metrics.metric import (
+from blackpoint.sampling.evaluation.metric import (
     Evaluated,
     Metric,
     MetricConfig,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.evaluation.metrics.metric import Evaluated, Metric, MetricConfig, Numbers
+from blackpoint.sampling.evaluation.metric import Evaluated, Metric, MetricConfig, Numbers
 from blackpoint.sampling.statistics.estimates import (
     LEVEL,
     NUM_RESAMPLES,

@@ -18,10 +18,10 @@ from torch import Tensor
 from blackpoint.data.files.signals import stop_if_asked
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.images.decode import DECODER_VERSION
-from blackpoint.sampling.evaluation.luminance import border_luminance, image_luminance
-from blackpoint.sampling.evaluation.metrics.metric import FEATURE_COLUMN, Measure
+from blackpoint.sampling.evaluation.metric import FEATURE_COLUMN, Measure
 from blackpoint.sampling.evaluation.metrics.set_models import read_reference
 from blackpoint.sampling.evaluation.rows import column_digest
+from blackpoint.sampling.pixels.luminance import border_luminance, image_luminance
 from blackpoint.sampling.verifiers.reference import reference_pictures
 
 TOLERANCE = 1e-4

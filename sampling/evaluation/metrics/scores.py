@@ -8,7 +8,7 @@ from operator import itemgetter
 
 import torch
 
-from blackpoint.sampling.evaluation.metrics.metric import (
+from blackpoint.sampling.evaluation.metric import (
     Evaluated,
     Metric,
     MetricConfig,

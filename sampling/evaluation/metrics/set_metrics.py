@@ -13,14 +13,14 @@ factor of up to exp(-(k - 1) / (2 n)) where all classes are likely.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.evaluation.metrics.metric import Metric, Row
-from blackpoint.sampling.evaluation.metrics.sets import FID, SetsConfig
+from blackpoint.sampling.evaluation.metric import FID, Metric, Row
 from blackpoint.sampling.statistics.estimates import FEWEST_GROUPS, Estimate, jackknife, proportion
 from blackpoint.sampling.statistics.frechet import frechet_estimates, gaussian_of, lack_of_images
 from blackpoint.sampling.statistics.kernel_distance import (
@@ -31,6 +31,9 @@ from blackpoint.sampling.statistics.kernel_distance import (
 from blackpoint.sampling.verifiers.reference import inception_score
 
 KID, PRECISION, RECALL, IS = "KID", "precision", "recall", "IS"
+if TYPE_CHECKING:
+    from blackpoint.sampling.evaluation.metrics.sets import SetsConfig
+
 FID_INFINITE = "FID at infinite n"
 MOST_GROUPS = 20
 IMAGES_PER_CLASS = 10
@@ -43,7 +46,7 @@ Parts = Sequence[np.ndarray]
 
 
 def feature_metrics(
-    features: Tensor, reference: Tensor, groups: Groups, config: SetsConfig, seed: int = 0
+    features: Tensor, reference: Tensor, groups: Groups, config: "SetsConfig", seed: int = 0
 ) -> list[Metric]:
     """Returns FID, KID, precision and recall of features (N, d) against references (M, d), float32.
 
@@ -66,7 +69,7 @@ def fid(own: Tensor, real: Tensor, groups: Groups, seed: int) -> list[Metric]:
     return [Metric(name, "", each, "images", "lower") for name, each in estimates.items()]
 
 
-def kid(own: Tensor, real: Tensor, parts: Parts, config: SetsConfig, seed: int) -> Metric:
+def kid(own: Tensor, real: Tensor, parts: Parts, config: "SetsConfig", seed: int) -> Metric:
     """Returns KID, the mean over subsets, with the interval of the whole set's distance."""
     value = subset_distance(own, real, config.kid_subsets, config.kid_subset_size, seed)
     left_out = distances_without(own, real, parts) if parts else []
@@ -89,7 +92,7 @@ def precision_recall(own: Tensor, real: Tensor, parts: Parts, neighbourhood: int
 
 
 def logit_metrics(
-    logits: Tensor, groups: Groups, config: SetsConfig, seed: int = 0
+    logits: Tensor, groups: Groups, config: "SetsConfig", seed: int = 0
 ) -> list[Metric]:
     """Returns the Inception Score of logits (N, k), its interval within 1 and k.
 

@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -18,12 +19,20 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.images.decode import BadImage
 from blackpoint.data.images.pictures import open_picture
 from blackpoint.sampling.checkpoints.resolve import HUB_ID
-from blackpoint.sampling.evaluation.metrics.metric import FEATURE_COLUMN, LOGIT_COLUMN, Pixels, Row
-from blackpoint.sampling.evaluation.metrics.sets import INCEPTION, SetsConfig
+from blackpoint.sampling.evaluation.metric import (
+    FEATURE_COLUMN,
+    INCEPTION,
+    LOGIT_COLUMN,
+    Pixels,
+    Row,
+)
 from blackpoint.sampling.prompts.prompt_set import Prompt
 from blackpoint.sampling.verifiers.load import ImageModelConfig
 from blackpoint.sampling.verifiers.models.image_model import load_classifier, load_features
 from blackpoint.sampling.verifiers.models.pretrained import download, load_weights
+
+if TYPE_CHECKING:
+    from blackpoint.sampling.evaluation.metrics.sets import SetsConfig
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
@@ -42,7 +51,7 @@ class SetModel:
 
 
 def load_set_model(
-    sets: SetsConfig, key: str, columns: tuple[str, ...], device: torch.device
+    sets: "SetsConfig", key: str, columns: tuple[str, ...], device: torch.device
 ) -> SetModel:
     """Loads one of `sets.networks()`; raises UserError for weights that are missing."""
     if key == INCEPTION:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import PathText
-from blackpoint.sampling.evaluation.metrics.metric import (
+from blackpoint.sampling.evaluation.metric import (
     FEATURE_COLUMN,
+    INCEPTION,
     LOGIT_COLUMN,
     Evaluated,
     Metric,
@@ -20,9 +21,6 @@ from blackpoint.sampling.verifiers.load import ImageModelConfig
 
 if TYPE_CHECKING:
     from blackpoint.sampling.prompts.prompt_set import Prompt
-
-INCEPTION = "inception"
-FID = "FID"
 
 
 @dataclass

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from blackpoint.sampling.prompts.prompt_set import Prompt
     from blackpoint.sampling.statistics.estimates import Estimate
 
+FID, INCEPTION = "FID", "inception"
 FEATURE_COLUMN, LOGIT_COLUMN = "features", "logits"
 """Columns of rows of numbers, (d,) float32."""
 Better = Literal["lower", "higher", ""]

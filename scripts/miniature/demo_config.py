@@ -1,4 +1,4 @@
-"""`blackpoint demo`: the whole path on real digits, from shards to a report."""
+"""The settings of `blackpoint demo`."""
 
 from dataclasses import dataclass
 
@@ -48,15 +48,3 @@ class DemoConfig:
         check_seed("seed", self.seed, self.num_images)
         if self.num_images < 2:
             raise UserError(f"num_images={self.num_images} must be at least 2")
-
-
-def config_class() -> type[DemoConfig]:
-    return DemoConfig
-
-
-def run(config: DemoConfig) -> int:
-    """Runs every step that is not done yet, then prints the numbers and where the report is."""
-    from blackpoint.scripts.miniature.demo_steps import demonstrate
-
-    demonstrate(config)
-    return 0
