@@ -59,7 +59,7 @@ def extend(root: Path, heading: str) -> None:
 def run(root: Path, *arguments: str) -> str:
     """Runs a command line of the copy; returns what it prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "blackpoint.scripts.cli", *arguments],
+        [sys.executable, str(root / "scripts" / "verb_process.py"), *arguments],
         cwd=root,
         capture_output=True,
         text=True,

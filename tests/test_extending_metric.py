@@ -61,7 +61,7 @@ def test_a_metric_is_one_file_and_one_line(
     prompts = write_prompts(tmp_path / "prompts.jsonl")
     given = arguments(pipeline, prompts, tmp_path / "out", "num_images=1")
     evaluate_to_folder(load(metrics.MetricsConfig, given), Task())
-    generator = f"{PACKAGE}.metrics_painter.ImageGenerator.generate"
+    generator = f"{PACKAGE}.generate.ImageGenerator.generate"
     monkeypatch.setattr(generator, None)  # the pictures are there
     config = load(extended.MetricsConfig, [*given, "contrast.enabled=true"])
     summary = evaluate_to_folder(config, Task())

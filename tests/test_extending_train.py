@@ -16,7 +16,9 @@ PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 HEADINGS = ("A loss weight", "A metric of training", "A verb")
 BLOCK = re.compile(r"```python\n# (\S+?)(?:: (\w+))?\n(.*?)```", re.DOTALL)
 RUN = """
-import sys
+import sys, types
+sys.modules["blackpoint"] = types.ModuleType("blackpoint")
+sys.modules["blackpoint"].__path__ = ["."]
 from blackpoint.scripts.cli import main
 assert main(["steps", "num_steps=3"]) == 0
 sys.exit(main(["train", sys.argv[1], "loss.weighting=root_snr"]))
@@ -33,7 +35,7 @@ def add_to_table(path: Path, table: str, line: str, new_file: str) -> None:
     """Puts a line before the end of a table, and the import of the name that it holds."""
     source = path.read_text(encoding="utf-8")
     name = line.split()[-1].strip("(),")
-    if (module := new_file.removesuffix(".py").replace("/", ".")) not in line:
+    if (module := "blackpoint." + new_file.removesuffix(".py").replace("/", ".")) not in line:
         head, start, rest = source.partition("\nimport ")
         source = f"{head}\nfrom {module} import {name}{start}{rest}"
     pattern = re.compile(rf"^{table}\b.*? = ([{{(].*?)([}})])$", re.MULTILINE | re.DOTALL)
