@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SampleConfig:
-    """From prompts to pictures."""
+class SamplingOptions:
+    """From which checkpoint and how images are generated: keys that sample, search and evaluate
+    share."""
 
     checkpoint: PathText = MISSING
     """What to sample: a folder, hub id, run directory or .ckpt."""
@@ -36,34 +37,24 @@ class SampleConfig:
     """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one a line), .jsonl, .csv,
     .tsv or .parquet."""
     output: OutputText = MISSING
-    """Folder to write; the same command there makes the pictures that are missing."""
+    """Folder to write; the same command there continues what was stopped."""
     seed: int = 0
-    """First seed; the pictures of each prompt use seed, seed + 1, ... (ignored if seeds is set)."""
-    num_images: int = 1
-    """Pictures a prompt (ignored if seeds is set)."""
-    seeds: list[int] = field(default_factory=list)
-    """Seeds of each prompt's pictures. Seed N is diffusers' torch.Generator("cpu") at N."""
+    """Seed of the first image."""
+    num_steps: int = 25
+    """Sampling steps, from 1 to the number of training timesteps."""
     sampler: SamplerName = "ddim"
     """How a step is taken."""
     eta: float | None = None
     """Share of fresh noise in a step of ddim: 0 (also if not set) is deterministic, 1 ancestral."""
-    num_steps: int = 25
-    """Sampling steps, from 1 to the number of training timesteps."""
     guidance_scale: float = 7.5
-    """Weight of the prompt; 1 is off."""
+    """Weight of the prompt; 1 is off, and halves the NFE of a step."""
     guidance_rescale: float = 0.7
     """Share of the guided output's standard deviation that is set back; 0 to 1."""
-    guidance_interval: list[int] | None = None
-    """Timesteps [low, high], both included, at which guidance is on; all if not set."""
     negative_prompt: str = ""
     """What guidance steers away from."""
     clip_skip: int = 0
     """Last layers of the text encoder to leave out for the prompts, as clip_skip of diffusers; the
     negative prompt has all. 1 is what other tools call clip skip 2."""
-    timestep_spacing: Spacing | None = None
-    """Visit other timesteps than the checkpoint says: trailing, leading or linspace."""
-    allow_unsound: bool = False
-    """Sample a checkpoint whose process cannot work, for a comparison."""
     height: int | None = None
     """Height in px, a multiple of 8; the model's own if not set."""
     width: int | None = None
@@ -74,19 +65,39 @@ class SampleConfig:
     """Variant of the weight files in a folder or on the hub: fp16, bf16, non_ema; the plain files,
     or the only ones that are there, if not set."""
     dtype: AutoDtype = "auto"
-    """Number format of the weights; float16 and bfloat16 take half the memory. auto: bfloat16 on a
-    GPU that computes in it, else float32."""
+    """Number format of the model's weights; float16 and bfloat16 take half the memory. auto:
+    bfloat16 on a GPU that computes in it, else float32."""
     tf32: Tf32 = "auto"
     """Compute float32 products and convolutions in TensorFloat-32 (10 bits of mantissa). auto: on a
     GPU of compute capability 8.0 or newer, and nowhere else."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
-    batch_size: int = 16
-    """Pictures sampled at once; changes them by rounding alone."""
     attention: Attention = "auto"
     """Attention kernel of the UNet: auto takes xformers where it runs, else sdpa (torch's own)."""
     channels_last: bool = False
     """Hold the convolutions' weights in channels-last order."""
+    batch_size: int = 16
+    """Images sampled at once; changes them by rounding alone."""
+
+
+@dataclass
+class SampleConfig(SamplingOptions):
+    """From prompts to pictures."""
+
+    output: OutputText = MISSING
+    """Folder to write; the same command there makes the pictures that are missing."""
+    seed: int = 0
+    """First seed; the pictures of each prompt use seed, seed + 1, ... (ignored if seeds is set)."""
+    num_images: int = 1
+    """Pictures a prompt (ignored if seeds is set)."""
+    seeds: list[int] = field(default_factory=list)
+    """Seeds of each prompt's pictures. Seed N is diffusers' torch.Generator("cpu") at N."""
+    guidance_interval: list[int] | None = None
+    """Timesteps [low, high], both included, at which guidance is on; all if not set."""
+    timestep_spacing: Spacing | None = None
+    """Visit other timesteps than the checkpoint says: trailing, leading or linspace."""
+    allow_unsound: bool = False
+    """Sample a checkpoint whose process cannot work, for a comparison."""
     compile: bool = False
     """Compile the UNet with torch.compile, at the first step of each batch size."""
 

@@ -12,18 +12,15 @@ from omegaconf import MISSING
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.sampling.choices import (
-    Attention,
-    AutoDtype,
     Prompts,
     Spacing,
-    Tf32,
-    Weights,
     check_seed,
 )
 from blackpoint.sampling.evaluation.metric import MetricConfig
 from blackpoint.sampling.evaluation.metrics.brightness import BrightnessConfig
 from blackpoint.sampling.evaluation.metrics.sets import SetsConfig
-from blackpoint.sampling.samplers import SamplerName, check_sampler
+from blackpoint.sampling.options import SamplingOptions
+from blackpoint.sampling.samplers import check_sampler
 from blackpoint.sampling.verifiers.load import VerifierConfig
 
 MAX_STORED_SEED = 2**63 - 1
@@ -42,14 +39,12 @@ COLUMNS = (
 
 
 @dataclass
-class MetricsConfig:
+class MetricsConfig(SamplingOptions):
     """One checkpoint and one sampling setting: set metrics, scores, brightness, each with its
     interval."""
 
     study: Literal["metrics"] = "metrics"
     """What is evaluated: metrics, all that there is; older configs say so."""
-    checkpoint: PathText = MISSING
-    """What to sample: a folder, hub id, run directory or .ckpt."""
     prompts: Prompts = MISSING
     """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one a line), .jsonl, .csv,
     .tsv or .parquet. configs/prompts/brightness.jsonl is the brightness suite."""
@@ -77,48 +72,10 @@ class MetricsConfig:
     `output` if not set."""
     keep_images: int | None = 64
     """How many images to keep as PNG, the first ones; null: all, as GenEval's detector needs."""
-    sampler: SamplerName = "ddim"
-    """How a step is taken."""
-    eta: float | None = None
-    """Share of fresh noise in a step of ddim: 0 (also if not set) is deterministic, 1 ancestral."""
-    num_steps: int = 25
-    """Sampling steps."""
-    guidance_scale: float = 7.5
-    """Weight of the prompt; 1 is off."""
-    guidance_rescale: float = 0.7
-    """Share of the guided output's standard deviation that is set back; 0 to 1."""
-    negative_prompt: str = ""
-    """What guidance steers away from."""
-    clip_skip: int = 0
-    """Last layers of the text encoder to leave out for the prompts, as clip_skip of diffusers; the
-    negative prompt has all. 1 is what other tools call clip skip 2."""
     timestep_spacing: Spacing | None = None
     """Visit other timesteps than the checkpoint says, for a comparison; the report says so."""
     allow_unsound: bool = False
     """Sample a process that cannot work, for a comparison; the report says so."""
-    height: int | None = None
-    """Height in px, a multiple of 8; the model's own if not set."""
-    width: int | None = None
-    """Width in px, a multiple of 8; the model's own if not set."""
-    weights: Weights = "ema"
-    """Which weights of a training checkpoint: their moving average or the last step's."""
-    variant: str | None = None
-    """Variant of the weight files in a folder or on the hub: fp16, bf16, non_ema; the plain files,
-    or the only ones that are there, if not set."""
-    dtype: AutoDtype = "auto"
-    """Number format of the model's weights. auto: bfloat16 on a GPU that computes in it, else
-    float32."""
-    tf32: Tf32 = "auto"
-    """Compute float32 products and convolutions in TensorFloat-32 (10 bits of mantissa). auto: on a
-    GPU of compute capability 8.0 or newer, and nowhere else."""
-    device: str = "auto"
-    """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
-    attention: Attention = "auto"
-    """Attention kernel of the UNet: auto takes xformers where it runs, else sdpa (torch's own)."""
-    channels_last: bool = False
-    """Hold the convolutions' weights in channels-last order."""
-    batch_size: int = 16
-    """Images sampled at once; changes them by rounding alone."""
 
     def __post_init__(self) -> None:
         for name in ("num_images", "num_steps", "batch_size"):

@@ -10,9 +10,10 @@ from omegaconf import MISSING
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
-from blackpoint.sampling.choices import Attention, AutoDtype, Prompts, Tf32, Weights, check_seed
+from blackpoint.sampling.choices import check_seed
+from blackpoint.sampling.options import SamplingOptions
 from blackpoint.sampling.runtime.tracking import WandbConfig
-from blackpoint.sampling.samplers import SAMPLERS, SamplerName, check_sampler
+from blackpoint.sampling.samplers import SAMPLERS, check_sampler
 from blackpoint.sampling.search.algorithms import (
     fk_steering,
     halving,
@@ -53,14 +54,9 @@ class DiversityConfig:
 
 
 @dataclass
-class SearchOptions:
+class SearchOptions(SamplingOptions):
     """The keys of a search but for the settings of its algorithms."""
 
-    checkpoint: PathText = MISSING
-    """What to sample: a folder, hub id, run directory or .ckpt."""
-    prompts: Prompts = MISSING
-    """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one a line), .jsonl, .csv,
-    .tsv or .parquet."""
     output: OutputText = MISSING
     """Folder to write; the same command there continues a search that was stopped."""
     budget_nfe: int = MISSING
@@ -79,42 +75,6 @@ class SearchOptions:
     """Take only so many prompts."""
     offset: int = 0
     """Leave out so many prompts at the start."""
-    num_steps: int = 25
-    """Sampling steps of every candidate."""
-    sampler: SamplerName = "ddim"
-    """How a step is taken."""
-    eta: float | None = None
-    """Share of fresh noise in a step of ddim: 0 (also if not set) is deterministic, 1 ancestral."""
-    guidance_scale: float = 7.5
-    """Weight of the prompt; 1 is off, and halves the NFE of a step."""
-    guidance_rescale: float = 0.7
-    """Share of the guided output's standard deviation that is set back; 0 to 1."""
-    negative_prompt: str = ""
-    """What guidance steers away from."""
-    clip_skip: int = 0
-    """Last layers of the text encoder to leave out for the prompts, as clip_skip of diffusers; the
-    negative prompt has all. 1 is what other tools call clip skip 2."""
-    height: int | None = None
-    """Height in px, a multiple of 8; the model's own if not set."""
-    width: int | None = None
-    """Width in px, a multiple of 8; the model's own if not set."""
-    weights: Weights = "ema"
-    """Which weights of a training checkpoint: their moving average or the last step's."""
-    variant: str | None = None
-    """Variant of the weight files in a folder or on the hub: fp16, bf16, non_ema; the plain files,
-    or the only ones that are there, if not set."""
-    dtype: AutoDtype = "auto"
-    """Number format of the model's weights. auto: bfloat16 on a GPU that computes in it, else
-    float32."""
-    tf32: Tf32 = "auto"
-    """Compute float32 products and convolutions in TensorFloat-32 (10 bits of mantissa). auto: on a
-    GPU of compute capability 8.0 or newer, and nowhere else."""
-    device: str = "auto"
-    """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
-    attention: Attention = "auto"
-    """Attention kernel of the UNet: auto takes xformers where it runs, else sdpa (torch's own)."""
-    channels_last: bool = False
-    """Hold the convolutions' weights in channels-last order."""
     compile: bool = False
     """Compile the UNet with torch.compile, at the first step of each batch size."""
     batch_size: int = 16
