@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "sampling", "train", "scripts")
 MOST_MODULES, MOST_LINES = 15, 350
+MOST_PRODUCT_LINES, MOST_CODE_LINES = 33_500, 39_800
 PROOF = ("scripts.miniature", "scripts.studies", "scripts.bench", "scripts.measurements")
 """Rooms that prove what the product says; the product never imports them."""
 ROOMS = """\
@@ -253,6 +254,12 @@ def test_every_package_is_listed() -> None:
         path.parent for path in MODULES
     }
     assert set(re.findall(r'"blackpoint\.([\w.]+)"', listed[1])) == packages | {"assets", "configs"}
+
+
+def test_the_code_grows_on_purpose_alone() -> None:
+    lines = {name: len(path.read_text().splitlines()) for name, path in NAMES.items()}
+    product = sum(count for name, count in lines.items() if not name.startswith(PROOF))
+    assert product <= MOST_PRODUCT_LINES and sum(lines.values()) <= MOST_CODE_LINES
 
 
 @pytest.mark.parametrize("folder", sorted(FOLDERS))
