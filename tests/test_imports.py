@@ -34,8 +34,7 @@ sampling.*: data.files data.images sampling.checkpoints sampling.export sampling
     sampling.prompts sampling.runtime
 sampling.checkpoints: data.files sampling.* sampling.pixels
 sampling.evaluation.*: data.files sampling.* sampling.checkpoints sampling.evaluation.metrics
-    sampling.pixels sampling.prompts sampling.runtime sampling.search.* sampling.statistics
-    sampling.verifiers.*
+    sampling.pixels sampling.prompts sampling.runtime sampling.statistics sampling.verifiers.*
 sampling.evaluation.metrics: data.files data.images sampling.* sampling.checkpoints
     sampling.evaluation.* sampling.pixels sampling.prompts sampling.statistics
     sampling.verifiers.* sampling.verifiers.models

@@ -48,13 +48,6 @@ NOT_PRINTED = {
     ("sampling/runtime/pictures.py", "dtype"): ("train",),
     ("sampling/runtime/speed.py", "attention"): ("data encode",),
     ("sampling/runtime/speed.py", "compile"): ("evaluate", "data encode"),
-    ("sampling/samplers.py", "sampler"): ("train", "export", "data encode"),
-    ("sampling/search/config.py", "algorithm"): ("evaluate",),
-    ("sampling/search/config.py", "compile"): ("evaluate",),
-    ("sampling/search/config.py", "ensemble"): ("evaluate",),
-    ("sampling/search/config.py", "gradient"): ("evaluate",),
-    ("sampling/search/config.py", "noise_optimisation.gradient"): ("evaluate",),
-    ("sampling/search/set_up.py", "algorithm"): ("evaluate",),
 }
 """Verbs that import the module and never come to the message: they have the choice made, call no
 sampler, load no half precision, or know that kind of config from its neighbours alone."""

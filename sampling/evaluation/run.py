@@ -48,11 +48,10 @@ from blackpoint.sampling.evaluation.rows import (
 )
 from blackpoint.sampling.evaluation.summary import JSON_FILE, Summary, summarise, write_summary
 from blackpoint.sampling.prompts.prompt_set import Prompt, read_prompt_set
-from blackpoint.sampling.runtime.precision import set_tf32
+from blackpoint.sampling.runtime.precision import FORMATS, set_tf32, settled_formats
 from blackpoint.sampling.runtime.sharing import forget_stop, tell_stop, wait_until
 from blackpoint.sampling.runtime.tasks import Task, this_task
 from blackpoint.sampling.sample import find_device
-from blackpoint.sampling.search.folder import FORMATS, settled_formats
 
 log = logging.getLogger(__name__)
 

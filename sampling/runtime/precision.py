@@ -7,17 +7,21 @@ begun in one is not continued in another.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.choices import PLAIN_FORMATS
+from blackpoint.sampling.choices import PLAIN_FORMATS, recorded_formats
 
 TF32_CAPABILITY = (8, 0)
 Formats = dict[str, Any]
 """Field (dtype, encoder_dtype, tf32) -> its value."""
+FORMATS = ("dtype", "tf32")
+"""Keys whose `auto` is settled on the device."""
 
 
 def settle(
@@ -153,3 +157,21 @@ def _check_same(
 
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def settled_formats(
+    asked: Mapping[str, Any], settings: Path, device: torch.device, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Returns the formats of a search or evaluation; raises UserError where it began in others.
+
+    `asked` are dtype and tf32 of its config, `settings` the file that keeps its settings.
+    """
+    kept, is_recorded = kept_formats(settings)
+    return settle(f"output={settings.parent}", asked, device, say, kept, is_recorded)
+
+
+def kept_formats(settings: Path) -> tuple[dict[str, Any] | None, bool]:
+    """Returns the formats in a file of settings, None without it, and whether it recorded them."""
+    if not settings.is_file():
+        return None, False
+    return recorded_formats(json.loads(settings.read_text(encoding="utf-8")), FORMATS)

@@ -2,21 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.images.decode import DECODER_VERSION
-from blackpoint.sampling.choices import recorded_formats
 from blackpoint.sampling.prompts.prompt_set import Prompt
-from blackpoint.sampling.runtime.precision import settle
+from blackpoint.sampling.runtime.precision import FORMATS, kept_formats
 from blackpoint.sampling.runtime.sharing import files_of
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.costs import Ledger
@@ -36,8 +34,6 @@ FREE = (
     "diversity",
     "wandb",
 )  # keys that change scores by rounding alone, or not at all
-FORMATS = ("dtype", "tf32")
-"""Keys whose `auto` is settled on the device (sampling/runtime/precision.py)."""
 
 
 def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) -> dict[str, Any]:
@@ -71,24 +67,6 @@ def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) 
             f"{now.get(key)} now); choose another output, or continue it with its own"
         )
     return settings
-
-
-def settled_formats(
-    asked: Mapping[str, Any], settings: Path, device: torch.device, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Returns the formats of a search or evaluation; raises UserError where it began in others.
-
-    `asked` are dtype and tf32 of its config, `settings` the file that keeps its settings.
-    """
-    kept, is_recorded = kept_formats(settings)
-    return settle(f"output={settings.parent}", asked, device, say, kept, is_recorded)
-
-
-def kept_formats(settings: Path) -> tuple[dict[str, Any] | None, bool]:
-    """Returns the formats in a file of settings, None without it, and whether it recorded them."""
-    if not settings.is_file():
-        return None, False
-    return recorded_formats(json.loads(settings.read_text(encoding="utf-8")), FORMATS)
 
 
 def formats_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.prompts.prompt_set import Prompt, read_prompt_set
+from blackpoint.sampling.runtime.precision import FORMATS, kept_formats, settled_formats
 from blackpoint.sampling.runtime.sharing import (
     PARTS,
     forget_stop,
@@ -36,14 +37,11 @@ from blackpoint.sampling.search.algorithms.random_search import random_search
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.driver import SearchProgress, check_budget, drive, open_search
 from blackpoint.sampling.search.folder import (
-    FORMATS,
     SETTINGS,
     check_folder,
     decoder_note,
     formats_of,
     keep_ledger,
-    kept_formats,
-    settled_formats,
     spent_in,
     spent_on,
 )
