@@ -57,7 +57,7 @@ def refusal(
     """Returns the error that stops a run which lost more samples than `field` allows."""
     return UserError(
         f"{where}: {len(bad)} of {num_samples} samples can't be used, "
-        f"above {field}={max_bad_share:g}. Repair or remove them, or raise {field}:\n"
+        f"above {field}={max_bad_share:g}; repair or remove them, or raise {field}:\n"
         f"{listing(bad)}"
     )
 

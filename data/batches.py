@@ -22,7 +22,7 @@ def slice_size(batch_size: int, world_size: int) -> int:
     if batch_size < 1 or batch_size % world_size:
         raise UserError(
             f"batch_size={batch_size}: counts the images of all processes, so it must be a "
-            f"positive multiple of their number, {world_size}."
+            f"positive multiple of their number, {world_size}"
         )
     return batch_size // world_size
 

@@ -6,7 +6,7 @@ line is one. In a shard one caption is a .txt member; several are the "caption" 
 
     {"caption": ["a cat", "a cat on a mat"]}
 
-Which of several a sample has in an epoch is drawn by `caption_number` (data/transform.py).
+`caption_number` (data/transform.py) draws which of several captions an epoch takes.
 """
 
 import json

@@ -69,22 +69,22 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("validation_images", "max_image_pixels"):
             if getattr(self, name) < 1:
-                raise UserError(f"data.{name}={getattr(self, name)}: must be at least 1.")
+                raise UserError(f"data.{name}={getattr(self, name)}: must be at least 1")
         if self.resolution < 0:
             raise UserError(
                 f"data.resolution={self.resolution}: must be at least 1, or 0 for the "
-                "checkpoint's own."
+                "checkpoint's own"
             )
         for name in ("caption_dropout", "max_bad_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"data.{name}={getattr(self, name)}: must be from 0 to 1.")
+                raise UserError(f"data.{name}={getattr(self, name)}: must be from 0 to 1")
         if self.max_upscale is not None and not self.max_upscale > 0:
-            raise UserError(f"data.max_upscale={self.max_upscale}: must be above 0, or null.")
+            raise UserError(f"data.max_upscale={self.max_upscale}: must be above 0, or null")
         self._check_mixture()
         if self.buckets.enabled and self.resolution:
             bucket_table(self.buckets, self.resolution, self.max_upscale)
         if self.num_workers < 0:
-            raise UserError(f"data.num_workers={self.num_workers}: must be 0 or more.")
+            raise UserError(f"data.num_workers={self.num_workers}: must be 0 or more")
         check_cache_fields(self, "data.")
 
     @property
@@ -98,17 +98,17 @@ class DataConfig:
             if self.shards is None:
                 raise UserError(
                     "data.shards=null: name the training shards, data.shards=FOLDER, or several "
-                    "data sets, data.mixture.NAME.shards=FOLDER."
+                    "data sets, data.mixture.NAME.shards=FOLDER"
                 )
             return
         names = ", ".join(sorted(self.mixture))
         if self.shards not in (None, MISSING):
             raise UserError(
                 f"data.shards={self.shards} and data.mixture ({names}): training reads one or the "
-                "other. Set data.shards=null, or give that data set a name in data.mixture."
+                "other; set data.shards=null, or give that data set a name in data.mixture"
             )
         for name, entry in self.mixture.items():
             if not 0 <= entry.weight < math.inf:
-                raise UserError(f"data.mixture.{name}.weight={entry.weight}: must be 0 or more.")
+                raise UserError(f"data.mixture.{name}.weight={entry.weight}: must be 0 or more")
         if not self.weights:
-            raise UserError(f"data.mixture ({names}): every weight is 0. Set one above 0.")
+            raise UserError(f"data.mixture ({names}): every weight is 0; set one above 0")

@@ -103,7 +103,7 @@ class Encoding:
     def read(cls, folder: Path) -> "Encoding":
         """Reads what `write` wrote; raises UserError if it is damaged or of another version."""
         path = folder / ENCODING_FILE
-        remedy = "Encode the images again with `blackpoint data encode`."
+        remedy = "encode the images again with `blackpoint data encode`"
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             version = fields["version"]
@@ -115,12 +115,12 @@ class Encoding:
                 if key == encoding.key:
                     return encoding
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}). {remedy}") from None
+            raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
         if version != FORMAT_VERSION:
-            raise UserError(f"{path}: is of version {version}. {remedy}")
+            raise UserError(f"{path}: is of version {version}; {remedy}")
         raise UserError(
             f"{path}: its fields have the key {encoding.key:.12}, but the latents were written "
-            f"with the key {key:.12}: it was changed afterwards. {remedy}"
+            f"with the key {key:.12}: it was changed afterwards; {remedy}"
         )
 
 
@@ -137,8 +137,8 @@ def read_empty(folder: Path) -> Tensor:
         return load_file(folder / EMPTY_FILE)["prompt_embeds"]
     except (OSError, KeyError, SafetensorError) as error:
         raise UserError(
-            f"{folder / EMPTY_FILE}: cannot be read ({error}). "
-            "Encode the images again with `blackpoint data encode`."
+            f"{folder / EMPTY_FILE}: cannot be read ({error}); "
+            "encode the images again with `blackpoint data encode`"
         ) from None
 
 

@@ -61,13 +61,13 @@ def check_alike(readers: Mapping[str, Reader]) -> None:
             continue
         if not isinstance(reader, LatentReader) or not isinstance(first, LatentReader):
             raise UserError(
-                f"{first_name} and {name}: one holds latents and the other images. Mix data sets "
-                "of one kind: encode both with `blackpoint data encode`, or neither."
+                f"{first_name} and {name}: one holds latents and the other images; mix data sets "
+                "of one kind: encode both with `blackpoint data encode`, or neither"
             )
         for field in ENCODED_ALIKE:
             ours, theirs = getattr(first.encoding, field), getattr(reader.encoding, field)
             if ours != theirs:
                 raise UserError(
                     f"{first_name} and {name}: were encoded differently, {field}={ours} and "
-                    f"{theirs}. Encode both by one checkpoint at one resolution."
+                    f"{theirs}; encode both by one checkpoint at one resolution"
                 )

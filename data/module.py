@@ -61,7 +61,7 @@ class CaptionedImages(LightningDataModule):
     ) -> None:
         super().__init__()
         if seed < 0:
-            raise UserError(f"seed={seed}: must be 0 or more.")
+            raise UserError(f"seed={seed}: must be 0 or more")
         self.config = config
         self.seed = seed
         self.batch_size = batch_size
@@ -75,7 +75,7 @@ class CaptionedImages(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Indexes shards made elsewhere, compares others with their index and sorts samples by
-        bucket; one process a machine does. Raises UserError for shards that have changed."""
+        bucket; one process per machine does. Raises UserError for shards that have changed."""
         if self._is_prepared:  # by the run, before Lightning asks for it
             return
         for pattern, field in self._patterns():
@@ -102,7 +102,7 @@ class CaptionedImages(LightningDataModule):
             if not has_index(shards.folder):
                 raise UserError(
                     f"{field}={pattern}: has no index, and {num_processes} processes that were "
-                    "started at once would wait for the one that makes it. Make it first: "
+                    "started at once would wait for the one that makes it; make it first: "
                     f"{indexing_command(shards, pattern, self.config)}"
                 )
 
@@ -202,8 +202,8 @@ class CaptionedImages(LightningDataModule):
         if is_encoded(shards.folder) and not has_index(shards.folder):
             raise UserError(
                 f"{field}={pattern}: {shards.folder / INDEX_FOLDER} is missing, and shards of "
-                "latents can't be indexed anew. Encode the images again with `blackpoint data "
-                "encode`."
+                "latents can't be indexed anew; encode the images again with `blackpoint data "
+                "encode`"
             )
         return shards
 
@@ -268,8 +268,8 @@ class CaptionedImages(LightningDataModule):
         if not any(samples.counts):
             raise UserError(
                 f"{where}: all of {len(reader)} images would have to be enlarged by more than "
-                f"data.max_upscale={config.max_upscale:g} for data.resolution={config.resolution}. "
-                "Raise data.max_upscale or lower data.resolution."
+                f"data.max_upscale={config.max_upscale:g} for data.resolution={config.resolution}; "
+                "raise data.max_upscale or lower data.resolution"
             )
         stream = f"/{reader.name}" if reader.name else ""
         return BucketOrder(samples, self.seed, batch_size, stream)
@@ -281,22 +281,22 @@ class CaptionedImages(LightningDataModule):
             field = "data.buckets.enabled=true" if config.buckets.enabled else "data.max_upscale"
             raise UserError(
                 f"{field}: {where} holds latents of images that `blackpoint data encode` cut to "
-                "squares, whatever their size was. Train from the shards of images, or set "
-                "data.buckets.enabled=false data.max_upscale=null."
+                "squares, whatever their size was; train from the shards of images, or set "
+                "data.buckets.enabled=false data.max_upscale=null"
             )
         if config.resolution != encoding.resolution:
             raise UserError(
                 f"data.resolution={config.resolution}: {where} holds latents of "
-                f"{encoding.resolution} px. Set data.resolution={encoding.resolution}, or encode "
-                f"the images again with resolution={config.resolution}."
+                f"{encoding.resolution} px; set data.resolution={encoding.resolution}, or encode "
+                f"the images again with resolution={config.resolution}"
             )
         asked = ["data.flip=true"] if config.flip else []
         asked += ["data.crop=random"] if config.crop == "random" else []
         if training and asked:
             raise UserError(
                 f"{' and '.join(asked)}: {where} holds latents, one view of each image "
-                f"({encoding.crop} crop, not flipped), made once. Set data.flip=false "
-                "data.crop=auto, or train from shards of images."
+                f"({encoding.crop} crop, not flipped), made once; set data.flip=false "
+                "data.crop=auto, or train from shards of images"
             )
 
     def _start(self) -> int:
@@ -306,7 +306,7 @@ class CaptionedImages(LightningDataModule):
         if self.config.buckets.enabled and start % self.batch_size:
             raise UserError(
                 f"start_sample={start}: batches of one bucket begin at multiples of "
-                f"batch_size={self.batch_size}."
+                f"batch_size={self.batch_size}"
             )
         return start
 

@@ -74,7 +74,7 @@ class Reader:
         self._starts = [samples.start for samples in chosen]
         self._totals = list(itertools.accumulate(len(samples) for samples in chosen))
         if not self._totals[-1]:
-            raise UserError(f"{self.index.shard_folder}: the chosen shards hold no usable sample.")
+            raise UserError(f"{self.index.shard_folder}: the chosen shards hold no usable sample")
 
     def __len__(self) -> int:
         return self._totals[-1]
@@ -202,8 +202,8 @@ class Reader:
             candidate = self._replacement(place.index, number, attempt)
         bad = list(dict.fromkeys(sample for _, sample in replaced))
         raise UserError(
-            f"{self.index.shard_folder}: {MAX_REPLACEMENTS} samples in a row can't be used. "
-            f"Pack the data set again:\n{listing(bad)}"
+            f"{self.index.shard_folder}: {MAX_REPLACEMENTS} samples in a row can't be used; "
+            f"pack the data set again:\n{listing(bad)}"
         )
 
     def _replacement(self, index: int, number: int, attempt: int) -> int:

@@ -114,7 +114,7 @@ def decoder_lines(readers: Iterable[Reader]) -> list[str]:
         return []
     return [
         "note: the run was begun before images were converted to sRGB by their colour profiles; it "
-        "goes on with colours as they are stored. A new run converts them"
+        "goes on with colours as they are stored; a new run converts them"
     ]
 
 

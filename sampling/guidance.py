@@ -65,7 +65,7 @@ def guided_output(
     """Evaluates `predict(x, condition)` with guidance; returns float32 (B, C, H, W).
 
     `both` holds the B unconditional rows and then the conditional ones; it is needed where guidance
-    is on. NFE: one row an image where guidance is off, two where it is on.
+    is on. NFE: one row per image where guidance is off, two where it is on.
     """
     if not guidance.is_on(t):
         return predict(x_t, conditional).float()

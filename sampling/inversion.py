@@ -46,7 +46,7 @@ class Inverter:
 
     method: Method = "fixed_point"
     num_iterations: int = 5
-    """Evaluations a step, K; ddim has one."""
+    """Evaluations per step, K; ddim has one."""
     model_time: Literal["noisy", "clean"] = "noisy"
     """ddim: the timestep that the network is asked at, t (as diffusers does) or u."""
     predicts_eps: bool = False
@@ -58,7 +58,7 @@ class Inverter:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations a step and sample."""
+        """Network evaluations per step and sample."""
         return 1 if self.method == "ddim" else self.num_iterations
 
 
@@ -83,7 +83,7 @@ def invert(
 ) -> Inversion:
     """Walks from level `start` (None: clean data) up to the noise.
 
-    Without gradients of residual and contraction, a gradient of x keeps less memory a step.
+    Without gradients of residual and contraction, a gradient of x keeps less memory per step.
     """
     start = grid.num_steps if start is None else start
     if not 0 < start <= grid.num_steps:

@@ -1,6 +1,6 @@
 """The bundle that samples: UNet, autoencoder, text encoder and the process they were trained for.
 
-Loads any Stable Diffusion 1.x or 2.x, and models of our own that paint in pixels; samples by their
+Loads any Stable Diffusion 1.x or 2.x, and models of our own that generate pixels; samples by their
 own schedule, and saves a diffusers folder. The autoencoder and the text encoder are loaded on first
 use: training from cached latents needs neither. A pixel-space model has no autoencoder, and a text
 encoder only if it understands text.

@@ -30,5 +30,5 @@ def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> Float[Tensor, "
 
 
 def step_noise(seeds: Sequence[int], step: int, shape: Sequence[int]) -> Float[Tensor, "n ..."]:
-    """Draws the fresh noise of sampling step `step`, one a seed, for stochastic samplers."""
+    """Draws the fresh noise of sampling step `step`, one per seed, for stochastic samplers."""
     return initial_noise([derive_seed(seed, "step", step) for seed in seeds], shape)

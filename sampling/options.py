@@ -28,13 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class SamplingOptions:
-    """From which checkpoint and how images are generated: keys that sample, search and evaluate
-    share."""
+    """Checkpoint, sampler, guidance, device: keys that sample, search and evaluate share."""
 
     checkpoint: PathText = MISSING
-    """What to sample: a folder, hub id, run directory or .ckpt."""
+    """Checkpoint to sample: a folder, hub id, run directory or .ckpt."""
     prompts: Prompts = MISSING
-    """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one a line), .jsonl, .csv,
+    """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one per line), .jsonl, .csv,
     .tsv or .parquet."""
     output: OutputText = MISSING
     """Folder to write; the same command there continues what was stopped."""
@@ -43,18 +42,18 @@ class SamplingOptions:
     num_steps: int = 25
     """Sampling steps, from 1 to the number of training timesteps."""
     sampler: SamplerName = "ddim"
-    """How a step is taken."""
+    """Sampling algorithm."""
     eta: float | None = None
     """Share of fresh noise in a step of ddim: 0 (also if not set) is deterministic, 1 ancestral."""
     guidance_scale: float = 7.5
-    """Weight of the prompt; 1 is off, and halves the NFE of a step."""
+    """Classifier-free guidance scale; 1 is off, and halves the NFE per step."""
     guidance_rescale: float = 0.7
-    """Share of the guided output's standard deviation that is set back; 0 to 1."""
+    """Strength of the rescale of the guided output's standard deviation, 0 to 1."""
     negative_prompt: str = ""
-    """What guidance steers away from."""
+    """Text that guidance steers away from."""
     clip_skip: int = 0
     """Last layers of the text encoder to leave out for the prompts, as clip_skip of diffusers; the
-    negative prompt has all. 1 is what other tools call clip skip 2."""
+    negative prompt has all. 1 is clip skip 2 of other tools."""
     height: int | None = None
     """Height in px, a multiple of 8; the model's own if not set."""
     width: int | None = None
@@ -77,27 +76,27 @@ class SamplingOptions:
     channels_last: bool = False
     """Hold the convolutions' weights in channels-last order."""
     batch_size: int = 16
-    """Images sampled at once; changes them by rounding alone."""
+    """Images sampled at once; changes them only by rounding."""
 
 
 @dataclass
 class SampleConfig(SamplingOptions):
-    """From prompts to pictures."""
+    """From prompts to images."""
 
     output: OutputText = MISSING
-    """Folder to write; the same command there makes the pictures that are missing."""
+    """Folder to write; the same command there generates the missing images."""
     seed: int = 0
-    """First seed; the pictures of each prompt use seed, seed + 1, ... (ignored if seeds is set)."""
+    """First seed; the images of each prompt use seed, seed + 1, ... (ignored if seeds is set)."""
     num_images: int = 1
-    """Pictures a prompt (ignored if seeds is set)."""
+    """Images per prompt (ignored if seeds is set)."""
     seeds: list[int] = field(default_factory=list)
-    """Seeds of each prompt's pictures. Seed N is diffusers' torch.Generator("cpu") at N."""
+    """Seeds of each prompt's images. Seed N is diffusers' torch.Generator("cpu") at N."""
     guidance_interval: list[int] | None = None
     """Timesteps [low, high], both included, at which guidance is on; all if not set."""
     timestep_spacing: Spacing | None = None
-    """Visit other timesteps than the checkpoint says: trailing, leading or linspace."""
+    """Timestep spacing other than the checkpoint's: trailing, leading or linspace."""
     allow_unsound: bool = False
-    """Sample a checkpoint whose process cannot work, for a comparison."""
+    """Sample a checkpoint with an unsound process, for a comparison."""
     compile: bool = False
     """Compile the UNet with torch.compile, at the first step of each batch size."""
 
@@ -136,7 +135,7 @@ class ExportConfig:
     """From a trained checkpoint to a diffusers folder."""
 
     checkpoint: PathText = MISSING
-    """What to export: a run directory, a Lightning .ckpt, a diffusers folder or a hub id."""
+    """Checkpoint to export: a run directory, a Lightning .ckpt, a diffusers folder or a hub id."""
     output: OutputText = MISSING
     """Folder to write; must be empty or not exist."""
     weights: Weights = "ema"

@@ -61,7 +61,7 @@ class Process:
         """Raises UserError for an unsound process unless it is allowed."""
         reason = self.incompatibility()
         if reason and not allow_unsound:
-            raise UserError(f"{reason}. allow_unsound=true runs it all the same, for a comparison")
+            raise UserError(f"{reason}; allow_unsound=true runs it all the same, for a comparison")
 
     def not_exported(self) -> str | None:
         """Says why no export passes its comparison with diffusers; None where one does."""

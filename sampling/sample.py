@@ -1,4 +1,4 @@
-"""Samples prompts to a folder: pictures, one JSON row a picture, and a grid with captions.
+"""Samples prompts to a folder: pictures, one JSON row per image, and a grid with captions.
 
 The same command continues what was stopped: it makes the pictures that are missing.
 """

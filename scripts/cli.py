@@ -26,15 +26,15 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "sample": (
         "blackpoint.scripts.verbs.sample",
-        "Paints images from prompts and seeds with a checkpoint.",
+        "Generates images from prompts and seeds with a checkpoint.",
     ),
     "search": (
         "blackpoint.scripts.verbs.search",
-        "Searches over starting noises for the image that verifiers score best.",
+        "Searches over initial noises for the image that verifiers score highest.",
     ),
     "evaluate": (
         "blackpoint.scripts.verbs.evaluate",
-        "Measures a checkpoint: FID, KID, IS, scores, brightness; or runs a study of several.",
+        "Measures a checkpoint: FID, KID, IS, verifier scores, brightness.",
     ),
     "sweep": (
         "blackpoint.scripts.verbs.sweep",
@@ -50,15 +50,15 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "data encode": (
         "blackpoint.scripts.verbs.data_encode",
-        "Encodes shards into latents and prompt embeddings, to train without the encoders.",
+        "Encodes shards into latents and prompt embeddings, for training without the encoders.",
     ),
     "data check": (
         "blackpoint.scripts.verbs.data_check",
-        "Reports what shards hold and what in them is bad; indexes shards made elsewhere.",
+        "Reports contents and unusable samples of shards; indexes shards made elsewhere.",
     ),
     "demo": (
         "blackpoint.scripts.miniature.demo",
-        "Shows the flaw, fine-tunes it away, exports, and writes runs/demo/report.html.",
+        "Applies the zero-SNR fix to a small model and writes runs/demo/report.html.",
     ),
     "report": (
         "blackpoint.scripts.verbs.report",
@@ -113,12 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _not_foreseen() -> int:
     traceback.print_exc()
-    _complain("that was not foreseen: please report it with the traceback above")
+    _complain("unexpected error; please report it with the traceback above")
     return 1
 
 
 def entry() -> None:
-    """Is the console script."""
+    """Runs the console script."""
     if sys.argv[1:2] == ["train"]:
         # Seconds before a trainer listens: a signal during the imports must not be a crash.
         listen()
@@ -174,7 +174,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def chosen_config_class(module: ModuleType, arguments: list[str]) -> type:
-    """Returns the verb's config; a verb of several has config_class_of."""
+    """Returns the verb's config; a verb with several has config_class_of."""
     choose = getattr(module, "config_class_of", None)
     chosen: type = module.config_class() if choose is None else choose(arguments)
     return chosen

@@ -98,7 +98,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path}: not a YAML config: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict | None):
-        raise UserError(f"{path}: not a YAML config: it must hold `key: value` lines, one a field")
+        raise UserError(f"{path}: not a YAML config: must hold `key: value` lines, one per field")
     return {str(key): value for key, value in (content or {}).items()}
 
 

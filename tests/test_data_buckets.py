@@ -343,7 +343,7 @@ def test_mistakes_say_what_to_do(rectangles: Path) -> None:
         BucketsConfig(step_px=0)
     with pytest.raises(UserError, match="data.buckets.max_aspect=0.5"):
         BucketsConfig(max_aspect=0.5)
-    with pytest.raises(UserError, match="no multiples of step_px=64 .*Lower step_px"):
+    with pytest.raises(UserError, match="no multiples of step_px=64 .*lower step_px"):
         DataConfig("x", resolution=32, buckets=BucketsConfig(True))
     with pytest.raises(UserError, match="data.max_upscale=0"):
         DataConfig("x", max_upscale=0)

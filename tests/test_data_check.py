@@ -157,7 +157,7 @@ def test_an_index_that_does_not_fit_is_named(tmp_path: Path) -> None:
     records = tmp_path / "index" / "records.npy"
     records.write_bytes(records.read_bytes()[:-10])
     assert "can't be read" in notes()
-    with pytest.raises(UserError, match="not those of 8 samples. Remove"):
+    with pytest.raises(UserError, match="not those of 8 samples; remove"):
         Index(tmp_path).record(0)
 
 
@@ -259,7 +259,7 @@ def test_a_full_disk_ends_the_check_in_one_line_and_leaves_nothing(
     monkeypatch.setattr(Path, "open", open_full)
     assert main(["data", "check", f"shards={tmp_path}", "num_processes=1"]) == 1
     shown = capsys.readouterr().err
-    assert "could not write: No space left on device." in shown and "Traceback" not in shown
+    assert "could not write: No space left on device" in shown and "Traceback" not in shown
     if full != "facts":
         with pytest.raises(RunFailed, match="the disk is full; the index was not written"):
             build_index(tmp_path)

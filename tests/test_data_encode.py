@@ -217,7 +217,7 @@ def test_digests_are_of_values_and_not_of_files(pipeline: Path, tmp_path: Path) 
         ({"data.crop": "random"}, "data.crop=random: .*center crop.*data.crop=auto"),
         (
             {"data.resolution": 32},
-            "data.resolution=32: .* latents of 16 px. Set data.resolution=16",
+            "data.resolution=32: .* latents of 16 px; set data.resolution=16",
         ),
     ],
 )

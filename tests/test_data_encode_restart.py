@@ -104,7 +104,7 @@ def test_a_full_disk_says_what_to_do(
     kept: int,
 ) -> None:
     stop_after(monkeypatch, num_written, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(RunFailed, match="No space left on device.*Make room") as error:
+    with pytest.raises(RunFailed, match="No space left on device.*make room") as error:
         encoded(shards, pipeline, tmp_path / "out")
     assert ("2 shards (0.0 MB) were finished" in str(error.value)) == bool(kept)
     assert ("nothing was kept" in str(error.value)) == (not kept)

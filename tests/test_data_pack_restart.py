@@ -218,7 +218,7 @@ def test_a_full_disk_says_what_to_do(
 ) -> None:
     source = write_folder(tmp_path / "in", 14)
     stop_after(num_written, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(RunFailed, match="No space left on device.*Make room") as error:
+    with pytest.raises(RunFailed, match="No space left on device.*make room") as error:
         packed(source, tmp_path / "out")
     assert ("2 shards (0.0 MB) were finished" in str(error.value)) == bool(kept)
     assert ("nothing is left behind" in str(error.value)) == (not kept)
@@ -300,7 +300,7 @@ def test_a_killed_worker_leaves_a_pack_that_continues(tmp_path: Path, monkeypatc
             raise RunFailed("a worker process was ended by signal 9")
 
         patch.setattr("blackpoint.data.pack.pack.run_in_processes", killed)
-        with pytest.raises(RunFailed, match="signal 9; 4 shards.*Run the same command again"):
+        with pytest.raises(RunFailed, match="signal 9; 4 shards.*run the same command again"):
             packed(source, tmp_path / "out")
     assert packed(source, tmp_path / "out").num_kept_shards == 4
 

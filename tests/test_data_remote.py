@@ -286,5 +286,5 @@ def test_a_full_disk_says_so_and_leaves_nothing(
         cached(cache, server, 0)
     assert files(cache.folder) == set()
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Name another folder.*data.cache_dir="):
+    with pytest.raises(UserError, match="name another folder.*data.cache_dir="):
         cached(ShardCache(tmp_path / "file" / "x", 10**9, "data.cache_gigabytes"), server, 0)

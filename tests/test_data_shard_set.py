@@ -168,11 +168,11 @@ def test_a_small_cache_reads_samples_by_range(
     server.serves_ranges = False
     assert batches(module(url, tmp_path / "cache", **bound)) == expected
     told = capfd.readouterr().err
-    assert "10% of the samples cost a whole shard each" in told and "Set data.cache_g" in told
+    assert "10% of the samples cost a whole shard each" in told and "set data.cache_g" in told
     assert size_of(next((tmp_path / "cache").glob("shards"))) <= 0.9 * total
-    with pytest.raises(UserError, match="which .* does not serve. Set data.cache_gigabytes="):
+    with pytest.raises(UserError, match="which .* does not serve; set data.cache_gigabytes="):
         module(url, tmp_path / "cache", cache_gigabytes=0)
-    with pytest.raises(UserError, match="alone has .* GB. Set data.cache_gigabytes at least"):
+    with pytest.raises(UserError, match="alone has .* GB; set data.cache_gigabytes at least"):
         module(url, tmp_path / "cache", cache_gigabytes=1e-6)
 
 
@@ -216,14 +216,14 @@ def test_errors_name_the_url_and_the_remedy(
     shard.write_bytes(shard.read_bytes() + bytes(512))
     assert "shard-000002.tar has changed: " in message(url)
     shard.unlink()
-    assert "shard-000002.tar does not exist. Put the shard back" in message(url, "cache2")
+    assert "shard-000002.tar does not exist; put the shard back" in message(url, "cache2")
     (server.folder / "set" / INDEX_FOLDER / "keys.bin").unlink()
     assert "keys.bin is missing" in message(url, "cache3")
     shutil.rmtree(server.folder / "set" / INDEX_FOLDER)
     none = message(f"{url}/a.tar", "cache4", cache_gigabytes=0)
     assert "has no index" in none and "set data.cache_gigabytes above 0" in none
-    assert "Name the shards with braces" in message(url, "cache4")
-    assert "does not exist. Name the shards that are" in message(f"{url}/absent.tar", "cache4")
+    assert "name the shards with braces" in message(url, "cache4")
+    assert "does not exist; name the shards that are" in message(f"{url}/absent.tar", "cache4")
     not_found = "pipe:no_such_program_at_all {0..1}.tar"
     assert "can't run it" in message(not_found, allow_shell_urls=True)
     with pytest.raises(RunFailed, match="5 tries .exit status 3"):
@@ -239,7 +239,7 @@ def test_a_foreign_index_can_not_lead_out_of_the_cache(server: ShardServer, tmp_
     with pytest.raises(UserError, match="which is no file name"):
         module(f"{server.url}/set", tmp_path / "cache")
     description.write_text("{}")
-    with pytest.raises(UserError, match="can't be used .*Write that index anew"):
+    with pytest.raises(UserError, match="can't be used .*write that index anew"):
         module(f"{server.url}/set", tmp_path / "cache")
     assert not list(tmp_path.rglob("cache/indices/*/index"))
 
@@ -295,7 +295,7 @@ def test_latents_are_known_as_such_from_afar(server: ShardServer, tmp_path: Path
     batch = next(iter(images.train_dataloader()))
     assert batch["moments"][:, 0, 0, 0].tolist() == [int(key) for key in batch["key"]]
     shutil.rmtree(server.folder / "latents" / INDEX_FOLDER)
-    with pytest.raises(UserError, match="can't be indexed anew. Encode the images again"):
+    with pytest.raises(UserError, match="can't be indexed anew; encode the images again"):
         module(f"{server.url}/latents/shard-000000.tar", tmp_path / "other", resolution=24)
 
 
@@ -362,5 +362,5 @@ def test_the_index_of_a_read_only_disk_is_kept_in_the_cache(
     pattern = f"{read_only}/{BRACES.replace('3', '1')}"
     assert len(module(pattern, cache)._training) == 16  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="can't be written to .Read-only.*Or set cache_dir"):
+    with pytest.raises(UserError, match="can't be written to .Read-only.*or set cache_dir"):
         module(str(read_only), tmp_path / "file" / "cache")

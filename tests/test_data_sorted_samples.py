@@ -63,7 +63,7 @@ def test_sorted_samples_are_written_once_beside_the_index_or_in_the_cache(
     assert cached.path.parent == tmp_path / "cache" / "blackpoint"
     assert cached.path.read_bytes() == content
     monkeypatch.setattr(module_of, "_write", lambda *_: os.stat("/nowhere"))
-    with pytest.raises(UserError, match="nor the cache can be written to .*Set data.cache_dir"):
+    with pytest.raises(UserError, match="nor the cache can be written to .*set data.cache_dir"):
         sorted_samples(Index(shards), [range(3)], table)
 
 

@@ -94,7 +94,7 @@ def test_other_formats_than_the_kept_ones_are_refused_with_the_remedy(
         settle("output=out", asked, CPU, Said(), kept)
     assert str(on_cpu.value) == (
         "output=out: dtype was bfloat16 there, and auto takes float32 on this cpu device. "
-        "What is begun is not mixed: set dtype=bfloat16 to continue it here"
+        "number formats are not mixed: set dtype=bfloat16 to continue it here"
     )
     with pytest.raises(UserError, match="tf32 was false there, and auto takes true.*set tf32=fal"):
         settle("output=out", asked, GPU, Said(), kept)

@@ -159,7 +159,7 @@ def test_many_prompts_take_little_memory_and_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "\n\n", r"a.txt holds no prompt; write one a line"),
+        ("a.txt", "\n\n", r"a.txt holds no prompt; write one per line"),
         ("a.txt", b"a\ncaf\xe9\n", r"a.txt line 2 is not UTF-8 text; save it as UTF-8"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt', r"a.jsonl line 2 is not JSON .*; write one obj"),
         ("a.jsonl", "\n[1]", r"a.jsonl line 2 is list, not an object; write \{"),

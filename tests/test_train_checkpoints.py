@@ -154,7 +154,7 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_one_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", failing)
-        with pytest.raises(RunFailed, match=f"{os.strerror(error)}. Step 2 is kept.*same command"):
+        with pytest.raises(RunFailed, match=f"{os.strerror(error)}; step 2 is kept.*same command"):
             blackpoint.train.run.fit(config)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [
         "step_00000002.ckpt"

@@ -70,7 +70,7 @@ def test_the_global_batch_is_said(tmp_path: Path) -> None:
     settings = {"batch_size": 8, "trainer.accumulate_grad_batches": 3, "trainer.devices": 2}
     config = tiny_config(tmp_path, Path("base"), Path("shards"), **settings)
     assert batches_note(config) == (
-        "global batch: 24 images a step = 2 processes x 4 images x 3 accumulated; "
+        "global batch: 24 images per step = 2 processes x 4 images x 3 accumulated; "
         "learning rate 0.001"
     )
 

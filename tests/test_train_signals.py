@@ -134,7 +134,7 @@ def test_a_server_that_hangs_up_is_not_taken_for_a_lost_process() -> None:
     with pytest.raises(Resumable, match="another process"), lost_process(trainer):
         raise RuntimeError("Connection reset by peer")
     with pytest.raises(Unreachable), lost_process(trainer):
-        raise Unreachable("0.tar: can't be read after 8 tries (Connection reset by peer).")
+        raise Unreachable("0.tar: can't be read after 8 tries (Connection reset by peer)")
 
 
 def test_processes_that_start_at_once_are_those_of_the_launcher_or_one_a_machine(
@@ -170,7 +170,7 @@ def test_tasks_that_would_wait_for_an_index_are_told_how_to_make_it(
     with pytest.raises(UserError, match="has no index, and 2 processes") as error:
         blackpoint.train.run.fit(config)
     assert not has_index(tmp_path / "shards") and not (tmp_path / "run").exists()
-    program, *arguments = shlex.split(str(error.value).partition("Make it first: ")[2])
+    program, *arguments = shlex.split(str(error.value).partition("make it first: ")[2])
     assert program == "blackpoint" and f"cache_dir={tmp_path / 'a cache'}" in arguments
     assert main(arguments) == 0
     CaptionedImages(config.data, 0, 4).require_index(2)

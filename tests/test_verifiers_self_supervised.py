@@ -102,7 +102,7 @@ def test_it_says_which_preview_it_wants() -> None:
     scores.sum().backward()
     assert verifier.differentiable and images.grad is not None and images.grad.abs().sum() > 0
     for previews in (None, images[:1]):
-        with pytest.raises(RunFailed, match="needs one preview an image"):
+        with pytest.raises(RunFailed, match="needs one preview per image"):
             verifier.score(images, ["", ""], previews)
     assert verifier.score(images[:0], [], images[:0]).shape == (0,)
 

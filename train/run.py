@@ -99,8 +99,8 @@ def fit(config: TrainConfig) -> int:
         if error.errno not in NOT_WRITABLE:
             raise
         raise RunFailed(
-            f"{error.filename or run_dir}: {error.strerror}. What was saved is kept; make room or "
-            "restore the rights, and the same command continues"
+            f"{error.filename or run_dir}: {error.strerror}; the last checkpoint is kept; make "
+            "room or restore the rights, and the same command continues"
         ) from error
     finally:
         lock.release()
@@ -240,10 +240,10 @@ def run_trainer(
 
 
 def batches_note(config: TrainConfig) -> str:
-    """Says how many images a step takes, and who takes them; the learning rate is never scaled."""
+    """Says how a step's images are shared among processes; the learning rate is never scaled."""
     batch = describe_batch(config)
     return (
-        f"global batch: {batch['images_per_step']} images a step = {batch['num_processes']} "
+        f"global batch: {batch['images_per_step']} images per step = {batch['num_processes']} "
         f"processes x {batch['images_per_process']} images x {batch['accumulate_grad_batches']} "
         f"accumulated; learning rate {config.optimizer.learning_rate:g}"
     )

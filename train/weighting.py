@@ -105,7 +105,7 @@ def check_sound(loss: LossConfig, schedule: NoiseSchedule, allow_unsound: bool =
         )
     reason = _unsound(loss, schedule)
     if reason and not allow_unsound:
-        raise UserError(f"{reason}. allow_unsound=true runs it all the same, for a comparison")
+        raise UserError(f"{reason}; allow_unsound=true runs it all the same, for a comparison")
     loss_weights(loss, schedule)
 
 
@@ -114,10 +114,10 @@ def _unsound(loss: LossConfig, schedule: NoiseSchedule) -> str | None:
         return None
     if loss.offset_noise:
         return (
-            f"loss.offset_noise={loss.offset_noise:g} with zero terminal SNR: it must be 0. It "
+            f"loss.offset_noise={loss.offset_noise:g} with zero terminal SNR: it must be 0; it "
             "stands in for the missing black and white by shifting each channel's mean, but the "
             "last timestep is pure noise now, and sampling starts from noise that has no such "
-            "shift: training would see another distribution there. Zero terminal SNR already "
+            "shift: training would see another distribution there; zero terminal SNR already "
             "removes the cause; leave loss.offset_noise out, or set schedule.zero_terminal_snr="
             "false with a base that is not rescaled"
         )

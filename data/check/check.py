@@ -50,7 +50,7 @@ class CheckConfig:
     resolution: int | None = None
     """Counts images whose shorter side is below this many pixels, which training would enlarge."""
     num_processes: int = 0
-    """Processes that read shards, one shard at a time; 0: one a usable CPU core."""
+    """Processes that read shards, one shard at a time; 0: one per usable CPU core."""
     max_bad_share: float = 0.01
     """An index is written for shards without one if at most this share is bad, 0 to 1."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
@@ -75,13 +75,13 @@ class CheckConfig:
 
     def __post_init__(self) -> None:
         if self.resolution is not None and self.resolution < 1:
-            raise UserError(f"resolution={self.resolution}: must be at least 1.")
+            raise UserError(f"resolution={self.resolution}: must be at least 1")
         if self.num_processes < 0:
-            raise UserError(f"num_processes={self.num_processes}: must be 0 or more.")
+            raise UserError(f"num_processes={self.num_processes}: must be 0 or more")
         if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1.")
+            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1")
         if self.max_image_pixels < 1:
-            raise UserError(f"max_image_pixels={self.max_image_pixels}: must be at least 1.")
+            raise UserError(f"max_image_pixels={self.max_image_pixels}: must be at least 1")
         check_cache_fields(self)
 
 
@@ -112,7 +112,7 @@ def check(config: CheckConfig) -> CheckReport:
             elif state.state == "absent":
                 _publish(scratch, chosen, report, config.max_bad_share)
     except WriteFailed as error:
-        raise RunFailed(f"shards={config.shards}: the check could not write: {error}.") from None
+        raise RunFailed(f"shards={config.shards}: the check could not write: {error}") from None
     if output:
         _write(output, report)
     return report
@@ -159,7 +159,7 @@ def _prepared(output: str | None) -> Path | None:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"output={output}: can't be written: {error.strerror}. Name a folder."
+            f"output={output}: can't be written: {error.strerror}; name a folder"
         ) from None
     return Path(output)
 
@@ -170,7 +170,7 @@ def _write(output: Path, report: CheckReport) -> None:
             write_list(path, report.bad)
         write_whole(output / REPORT_FILE, json.dumps(report.as_json(), indent=1) + "\n")
     except OSError as error:
-        raise RunFailed(f"output={output}: can't be written: {error.strerror}.") from None
+        raise RunFailed(f"output={output}: can't be written: {error.strerror}") from None
 
 
 @contextmanager
@@ -190,11 +190,11 @@ def _index_state(found: Index, shards: ShardSet, latents: bool) -> IndexState:
     folder = shards.folder
     place = folder / INDEX_FOLDER
     if not has_index(folder):
-        notes = ["Encode the images again with `blackpoint data encode`."] if latents else []
+        notes = ["Encode the images again with `blackpoint data encode`"] if latents else []
         return IndexState("absent", str(place), notes)
-    remedy = f"Remove {place} and check again: it is then written anew."
+    remedy = f"Remove {place} and check again: it is then written anew"
     if latents:
-        remedy = "Encode the images again with `blackpoint data encode`."
+        remedy = "Encode the images again with `blackpoint data encode`"
     try:
         index = Index(folder, shards.kept)
         records = index.records
@@ -286,11 +286,11 @@ def _publish(
     elif too_many(len(report.bad), num_seen, max_bad_share):
         state.notes.append(
             f"not written: {len(report.bad)} of {num_seen} samples can't be used, above "
-            f"max_bad_share={max_bad_share:g}. Repair or remove them, or raise max_bad_share"
+            f"max_bad_share={max_bad_share:g}; repair or remove them, or raise max_bad_share"
         )
     elif not shards.is_whole:
         state.notes.append(
-            f"not written: an index covers a whole folder. Check shards={shards.folder} to write it"
+            f"not written: an index covers a whole folder; check shards={shards.folder} to write it"
         )
     else:
         try:

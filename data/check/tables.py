@@ -36,7 +36,7 @@ def tables(report: CheckReport) -> Iterator[Table | Text]:
         if captions.num_several:
             yield Text(
                 f"{captions.num_several:,} samples have several captions, of which training draws "
-                "one an epoch; the longest of each is counted here.\n"
+                "one per epoch; the longest of each is counted here.\n"
             )
         if captions.num_cut:
             share = captions.num_cut / report.num_samples

@@ -37,5 +37,5 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of an object a line."""
+    """Reads a file of one object per line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -2,7 +2,7 @@
 
 Beside the shards lies `index/`:
 
-- records.npy   one RECORD a sample, in the order of the shards
+- records.npy   one RECORD per sample, in the order of the shards
 - keys.bin      the keys, UTF-8, one after the other
 - shards.json   the names and sizes of the shards, how many samples each holds, the weights of the
                 luminances, and the members that were chosen (data/shards/sample_keys.py)
@@ -135,7 +135,7 @@ class Index:
             if found != self.num_samples * RECORD.itemsize:
                 raise UserError(
                     f"{folder / 'records.npy'}: holds {found} bytes of records, not those of "
-                    f"{self.num_samples} samples. Remove {folder}; the next run builds it anew."
+                    f"{self.num_samples} samples; remove {folder}; the next run builds it anew"
                 )
             self._files = (records, keys)
         return self._files
@@ -222,12 +222,12 @@ class Index:
         named = ", ".join(others[: NUM_NAMED - 1])
         more = len(others) - len(others[: NUM_NAMED - 1])
         also = f" (and so {named}{f' and {more} more' if more else ''})" if others else ""
-        remedy = "Remove that folder; the next run builds it anew."
+        remedy = "remove that folder; the next run builds it anew"
         if is_encoded(self.shard_folder):
-            remedy = "Encode the images again with `blackpoint data encode`."
+            remedy = "encode the images again with `blackpoint data encode`"
         where = (folder or self.shard_folder) / first
         return UserError(
-            f"{where} {changed[first]} the index {self.shard_folder / INDEX_FOLDER}{also}. {remedy}"
+            f"{where} {changed[first]} the index {self.shard_folder / INDEX_FOLDER}{also}; {remedy}"
         )
 
     def _text_content(self, shard: Path) -> ShardContent:
@@ -270,29 +270,29 @@ def build_index(
                 bad += scan.bad
             num_samples = writer.num_samples + len(bad)
             if not num_samples:
-                raise UserError(f"{folder}: {len(shards)} shards hold no samples.")
+                raise UserError(f"{folder}: {len(shards)} shards hold no samples")
             if too_many(len(bad), num_samples, max_bad_share) or not writer.num_samples:
                 raise refusal(str(folder), bad, num_samples, max_bad_share, "max_bad_share")
             writer.close(shards, bad, contents)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise NotWritable(
-                f"{folder} has no index and can't be written to ({error.strerror}). "
-                "Copy the shards to where you may write, or index them as their owner."
+                f"{folder} has no index and can't be written to ({error.strerror}); "
+                "copy the shards to where you may write, or index them as their owner"
             ) from None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunFailed(f"{folder}: the disk is full; the index was not written.") from None
+            raise RunFailed(f"{folder}: the disk is full; the index was not written") from None
         raise
     return bad
 
 
 def _description(shard_folder: Path) -> dict[str, Any]:
     path = shard_folder / INDEX_FOLDER / "shards.json"
-    remedy = f"Remove {path.parent}; the next run builds it anew."
+    remedy = f"remove {path.parent}; the next run builds it anew"
     try:
         description = json.loads(path.read_text())
         if description["version"] == FORMAT_VERSION:
             return description
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). {remedy}") from None
-    raise UserError(f"{path}: is of version {description['version']}. {remedy}")
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
+    raise UserError(f"{path}: is of version {description['version']}; {remedy}")

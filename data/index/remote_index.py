@@ -32,13 +32,13 @@ def fetch_index(folder: str, query: str, kept: Path) -> None:
     except Unreachable as error:
         if not has_index(kept):
             raise
-        print(f"{error} The index in {kept} is used as it is.", file=sys.stderr, flush=True)
+        print(f"{error}; the index in {kept} is used as it is", file=sys.stderr, flush=True)
     except WriteFailed as error:
-        raise RunFailed(f"{kept}: can't be written: {error}. Set cache_dir elsewhere.") from None
+        raise RunFailed(f"{kept}: can't be written: {error}; set cache_dir elsewhere") from None
     except OSError as error:
         raise UserError(
-            f"{kept}: can't be written: {error.strerror}. Set cache_dir to a folder that you may "
-            "write."
+            f"{kept}: can't be written: {error.strerror}; set cache_dir to a folder that you may "
+            "write"
         ) from None
 
 
@@ -99,8 +99,8 @@ def _fetch(source: str, path: Path) -> None:
             fetch(source, partial)
     except FileNotFoundError:
         raise UserError(
-            f"{shown(source)} is missing, though other files of the index are there. Copy the "
-            "whole index there, or remove it."
+            f"{shown(source)} is missing, though other files of the index are there; copy the "
+            "whole index there, or remove it"
         ) from None
 
 
@@ -124,8 +124,8 @@ def _check(folder: Path, url: str) -> None:
             index.key(index.num_samples - 1)
     except (UserError, OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{shown(url)}: can't be used ({error}). Write that index anew, or remove it there."
+            f"{shown(url)}: can't be used ({error}); write that index anew, or remove it there"
         ) from None
     strange = [name for name in index.shard_names if Path(name).name != name or name[0] == "."]
     if strange:
-        raise UserError(f"{shown(url)}: names a shard {strange[0]!r}, which is no file name.")
+        raise UserError(f"{shown(url)}: names a shard {strange[0]!r}, which is no file name")

@@ -3,7 +3,7 @@
 What is kept of data sets whose index can't be beside the shards is in the cache folder:
 
     CACHE_DIR/shards/    whole shards from elsewhere: data/shards/shard_cache.py
-    CACHE_DIR/indices/   one folder a data set: index/, and encoding.json of latents
+    CACHE_DIR/indices/   one folder per data set: index/, and encoding.json of latents
 
 The index beside remote shards is fetched, and again when it has changed. Where there is none the
 shards are read once, through the cache, and their index stays in CACHE_DIR, as does that of local
@@ -46,7 +46,7 @@ class ShardSet:
     folder: Path
     """Where index/ is or will be, and encoding.json of latents."""
     paths: list[Path]
-    """One a shard; a remote shard's is folder/name, and no file."""
+    """One per shard; a remote shard's is folder/name, and no file."""
     kept: Path
     """Where the index goes if `folder` can't be written."""
     remote: RemoteShards | None = None
@@ -88,7 +88,7 @@ def open_shards(pattern: str, field: str, config: CacheFields, in_order: bool = 
     elif not max_bytes:
         raise UserError(
             f"{where}: has no index, and what reads the shards to make one needs room "
-            f"for the largest of them: set {cache.setting} above 0."
+            f"for the largest of them: set {cache.setting} above 0"
         )
     digests = Index(folder).digests if shard_bytes else {}
     known = {name: digests[name].whole for name in sources if name in digests}
@@ -107,11 +107,11 @@ def index_shards(
         try:
             return shards.folder, build_index(shards.folder, *limits, keys=shards.keys)
         except NotWritable as error:
-            paths, reason = folder_shards(shards.folder), f"{error} Or set cache_dir elsewhere: "
+            paths, reason = folder_shards(shards.folder), f"{error}, or set cache_dir elsewhere: "
     try:
         shards.kept.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{reason}{shards.kept} can't be written ({error.strerror}).") from None
+        raise UserError(f"{reason}{shards.kept} can't be written ({error.strerror})") from None
     with locked(shards.kept / "lock"):
         if has_index(shards.kept):  # Another process was quicker.
             return shards.kept, []
@@ -153,11 +153,11 @@ def _check_commands(
     if not allowed:
         raise UserError(
             f"{where}: would run a shell command, which is refused unless "
-            f"{section}allow_shell_urls=true is set. Set it if you trust the command, or name the "
+            f"{section}allow_shell_urls=true is set; set it if you trust the command, or name the "
             "shards by URL, such as https:// or s3://."
         )
     if len(commands) < len(names) or not all(name.startswith(COMMAND) for name in commands):
-        raise UserError(f"{where}: a shard from a command is written {COMMAND}COMMAND, all alike.")
+        raise UserError(f"{where}: a shard from a command is written {COMMAND}COMMAND, all alike")
 
 
 def _beside_urls(
@@ -168,8 +168,8 @@ def _beside_urls(
     folders = sorted({(folder, query) for folder, _, query in parts})
     if len(folders) > 1 or not all(map(is_remote, names)):
         raise UserError(
-            f"{where}: names shards of several folders. One data set is one folder: put or copy "
-            "the shards into one."
+            f"{where}: names shards of several folders; one data set is one folder: put or copy "
+            "the shards into one"
         )
     folder, query = folders[0]
     kept = _kept(cache_dir, folder.rpartition("/")[2], folder)
@@ -182,12 +182,12 @@ def _beside_urls(
         wanted = [n for n in there if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
         if not wanted:
             raise UserError(
-                f"{where}: no .tar file is listed there, or the server lists none. Name the shards "
+                f"{where}: no .tar file is listed there, or the server lists none; name the shards "
                 "with braces: .../shard-{000000..000099}.tar"
             )
     other = [name for name in wanted if not name.endswith(".tar")]
     if other:
-        raise UserError(f"{where}: {other[0]} is no .tar file. Shards are plain tars.")
+        raise UserError(f"{where}: {other[0]} is no .tar file; shards are plain tars")
     wanted = sorted(set(wanted))
     sources = {name: f"{folder}/{name}{query}" for name in wanted}
     if has_index(kept) or is_encoded(kept):
@@ -213,8 +213,8 @@ def _indexed_sizes(folder: Path, sources: dict[str, str], where: str) -> dict[st
     absent = [name for name in sources if name not in sizes]
     if absent:
         raise UserError(
-            f"{where}: {len(absent)} shards are not in the index beside them, first {absent[0]}. "
-            "Name others, or write that index anew."
+            f"{where}: {len(absent)} shards are not in the index beside them, first {absent[0]}; "
+            "name others, or write that index anew"
         )
     return {name: sizes[name] for name in sources}
 
@@ -242,18 +242,18 @@ def _manner(
         return False, [f"{size}: read in order, so each shard is fetched once and then makes room"]
     if not sources[name].startswith(COMMAND) and facts(sources[name]).ranges:
         return True, [
-            f"{size}: each sample is read by a range request, and nothing is kept. With {enough}, "
+            f"{size}: each sample is read by a range request, and nothing is kept; with {enough}, "
             "each shard is fetched once"
         ]
     if not cache.max_bytes:
         raise UserError(
             f"{size}: without a cache samples are read by range requests, which "
-            f"{shown(sources[name])} does not serve. Set {enough}."
+            f"{shown(sources[name])} does not serve; set {enough}"
         )
     share = 1 - cache.max_bytes / total
     return False, [
         f"{size}, and ranges are not served: {share:.0%} of the samples cost a whole shard each, "
-        f"{total / len(shard_bytes) / 1e6:.3g} MB. Set {enough}, or copy the shards here"
+        f"{total / len(shard_bytes) / 1e6:.3g} MB; set {enough}, or copy the shards here"
     ]
 
 

@@ -63,12 +63,12 @@ def check_index_keys(shards: ShardSet, index: Index) -> None:
         if made_with.get(name) != value:
             then = f"with {name}={made_with[name]}" if name in made_with else f"without {name}"
             there = " (of shards on a server, there)" if shards.remote else ""
-            remedy = f"Remove {index.places[0]}{there}; the next run builds it anew"
+            remedy = f"remove {index.places[0]}{there}; the next run builds it anew"
             if is_encoded(shards.folder):
-                remedy = "Those of latents were chosen when their images were encoded"
+                remedy = "those of latents were chosen when their images were encoded"
             raise UserError(
-                f"{shards.section}{name}={value}: the index {index.places[0]} was made {then}. "
-                f"{remedy}. Or leave {shards.section}{name} at null, which takes what is indexed."
+                f"{shards.section}{name}={value}: the index {index.places[0]} was made {then}; "
+                f"{remedy}; or leave {shards.section}{name} at null, which takes what is indexed"
             )
 
 
@@ -152,7 +152,7 @@ def changed_on_server(index: Index, remote: RemoteShards) -> tuple[dict[str, Exc
         with ThreadPoolExecutor(NUM_REQUESTS) as pool:
             found += pool.map(lambda name: _stamp(remote, name), names[1:])
     except (Unreachable, Refused) as error:
-        return {}, [*notes, f"{error} The shards are not compared with their index."]
+        return {}, [*notes, f"{error}; the shards are not compared with their index"]
     for name, stamp in zip(names, found, strict=True):
         source, whole = remote.sources[name], remote.digests.get(name, "")
         if isinstance(stamp, Exception):

@@ -41,9 +41,9 @@ class BucketsConfig:
         for name in ("step_px", "min_side_px", "max_side_px"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"data.buckets.{name}={value}: must be at least 1.")
+                raise UserError(f"data.buckets.{name}={value}: must be at least 1")
         if self.max_aspect is not None and not self.max_aspect >= 1:
-            raise UserError(f"data.buckets.max_aspect={self.max_aspect}: must be at least 1.")
+            raise UserError(f"data.buckets.max_aspect={self.max_aspect}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def bucket_table(config: BucketsConfig, resolution: int, max_upscale: float | No
         raise UserError(
             f"data.buckets: no multiples of step_px={step} from {shortest:g} to {longest:g} px "
             f"(min_side_px, max_side_px; max_aspect={config.max_aspect}) make a rectangle of at "
-            f"most data.resolution={resolution} squared. Lower step_px or widen the limits."
+            f"most data.resolution={resolution} squared; lower step_px or widen the limits"
         )
     ordered = sorted(sizes, key=lambda size: (-size[0] * size[1], size))
     return Buckets(tuple(ordered), max_upscale)

@@ -84,8 +84,8 @@ def sorted_samples(
             continue
         return SortedSamples(folder / name, buckets)
     raise UserError(
-        f"data.buckets: neither {folders[0]} nor the cache can be written to ({problem}). "
-        "Set data.cache_dir to a folder with space."
+        f"data.buckets: neither {folders[0]} nor the cache can be written to ({problem}); "
+        "set data.cache_dir to a folder with space"
     )
 
 

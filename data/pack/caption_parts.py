@@ -95,8 +95,8 @@ def named(pattern: str, folder: Path) -> Parts:
         paths = [Path(name) for name in glob.glob(whole, recursive=True) if os.path.isfile(name)]
     if not paths:
         raise UserError(
-            f"captions_file={pattern}: no such file in source={folder}. Name a table of captions, "
-            "relative to source, or several with a pattern such as 'train-*.parquet'."
+            f"captions_file={pattern}: no such file in source={folder}; name a table of captions, "
+            "relative to source, or several with a pattern such as 'train-*.parquet'"
         )
     by_name = dict(zip(_names_within(paths, folder), paths, strict=True))
     names = sorted(by_name, key=Path)
@@ -153,13 +153,13 @@ def _check_whole(paths: Sequence[Path], total: str, pattern: str, folder: Path) 
     if absent:
         raise UserError(
             f"source={folder}: {len(absent)} of {int(total)} parts of {pattern} are missing, "
-            f"first number {absent[0]:0{len(total)}d}. Fetch them, or take those that are "
-            f"there with captions_file={pattern!r}."
+            f"first number {absent[0]:0{len(total)}d}; fetch them, or take those that are "
+            f"there with captions_file={pattern!r}"
         )
     if len(by_number) < len(paths):
         twice = next(path for path in paths if by_number[_number(path)] != path)
         names = f"{relative_to(twice, folder)}, {relative_to(by_number[_number(twice)], folder)}"
         raise UserError(
-            f"source={folder}: a part of {pattern} is there twice ({names}). Remove those of one "
-            f"version, or take all with captions_file={pattern!r}."
+            f"source={folder}: a part of {pattern} is there twice ({names}); remove those of one "
+            f"version, or take all with captions_file={pattern!r}"
         )

@@ -96,7 +96,7 @@ def table_kind(table: Path, fields: CaptionFields) -> str:
     if suffix == "json":
         return "kohya"
     if suffix not in TABLE_FORMS:
-        raise UserError(f"{table}: is no .jsonl, .csv, .parquet or .json file of captions.")
+        raise UserError(f"{table}: is no .jsonl, .csv, .parquet or .json file of captions")
     columns, has_images = table_columns(table), _holds_images(table, fields)
     names_files = fields.has_image_files or not has_images
     if names_files and {fields.file_column, fields.caption_column} <= set(columns):
@@ -106,8 +106,8 @@ def table_kind(table: Path, fields: CaptionFields) -> str:
     wanted = fields.image_column if has_images else fields.file_column
     raise UserError(
         f"{table}: needs columns {wanted} and {fields.caption_column}, has "
-        f"{', '.join(columns) or 'none'}. Rename them, or set file_column (image_column for images "
-        "inside Parquet) and caption_column."
+        f"{', '.join(columns) or 'none'}; rename them, or set file_column (image_column for images "
+        "inside Parquet) and caption_column"
     )
 
 
@@ -160,7 +160,7 @@ def _csv_lists(table: Path) -> Iterator[tuple[int, list[str]]]:
         try:
             yield from csv_rows(file)
         except BadTable as error:
-            raise UserError(f"{table}:{error.line}{error}.") from None
+            raise UserError(f"{table}:{error.line}{error}") from None
 
 
 def _open(table: Path) -> TextIO:
@@ -181,7 +181,7 @@ def _parquet_rows(table: Path, columns: Sequence[str]) -> Rows:
                 number += 1
                 yield f"{table.name}:{number}", row
     except (ArrowException, OSError) as error:
-        raise UserError(f"{table}: damaged Parquet after row {number}: {error}.") from None
+        raise UserError(f"{table}: damaged Parquet after row {number}: {error}") from None
 
 
 def _parquet_columns(table: Path) -> list[str]:
@@ -190,4 +190,4 @@ def _parquet_columns(table: Path) -> list[str]:
     try:
         return list(parquet.read_schema(table).names)
     except (ArrowException, OSError) as error:
-        raise UserError(f"{table}: cannot be read as Parquet: {error}.") from None
+        raise UserError(f"{table}: cannot be read as Parquet: {error}") from None

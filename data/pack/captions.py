@@ -11,8 +11,8 @@ These forms are known, and which one was found is said:
 - `kohya`: meta_cap.json or another meta_*.json (data/pack/kohya_metadata.py).
 
 Folders are walked recursively and in one order; names that begin with a dot are left out. Nothing
-but the names of one directory, and for tables 8 bytes an image, is held in memory; kohya's metadata
-is read as a whole.
+but the names of one directory, and for tables 8 bytes per image, is held in memory; kohya's file is
+read as a whole.
 """
 
 import os
@@ -64,7 +64,7 @@ class CaptionSource:
     """Whether the tables hold the images."""
 
     def __str__(self) -> str:
-        each_line = ", one a line" if self.fields.lines else ""
+        each_line = ", one per line" if self.fields.lines else ""
         if self.tables is None:
             return f"sidecar .{_SIDECARS[self.form]} files{each_line}"
         shown = self.tables.shown(self.folder)
@@ -111,12 +111,12 @@ def find_captions(
         return _from_parts(folder, tables[0], fields, "auto")
     if not kinds:
         others = [n for n in top[1] if is_metadata_name(n) and not has_image_beside(top[1], n)]
-        hint = f" {others[0]} is no JSON object of objects." if others else ""
+        hint = f"; {others[0]} is no JSON object of objects" if others else ""
         raise UserError(
-            f"source={folder}: no captions (captions={form}) for {count.num_images} images.{hint} "
-            "Put a .txt, .caption or .json beside each image, or one metadata.jsonl, .csv or "
+            f"source={folder}: no captions (captions={form}) for {count.num_images} images{hint}; "
+            "put a .txt, .caption or .json beside each image, or one metadata.jsonl, .csv or "
             f".parquet with columns {fields.file_column} and {fields.caption_column} at the top of "
-            "the folder."
+            "the folder"
         )
     return CaptionSource(folder, kinds[0], fields=fields)  # type: ignore[arg-type]
 
@@ -228,8 +228,8 @@ def _from_parts(
     if len(kinds) > 1 or (form != "auto" and suffixes != {form}):
         asked = "" if form == "auto" else f" and captions={form}"
         raise UserError(
-            f"captions_file={parts.pattern}{asked}: names {' and '.join(kinds)} files. Name "
-            "tables of one kind, and leave captions at auto."
+            f"captions_file={parts.pattern}{asked}: names {' and '.join(kinds)} files; name "
+            "tables of one kind, and leave captions at auto"
         )
     kind, _, images = kinds[0].partition(" ")
     return CaptionSource(folder, kind, parts, fields, bool(images))  # type: ignore[arg-type]
@@ -255,8 +255,8 @@ def _preferred(
     others = [parts for parts in tables if parts not in own_tables]
     found, remedies = _choices(folder, others, [k for k in kinds if k not in own_kinds], count)
     print(
-        f"note: source={folder}: captions come from {chosen[0]}; {' and '.join(found)} left aside. "
-        f"Take those with {' or '.join(remedies)}",
+        f"note: source={folder}: captions come from {chosen[0]}; {' and '.join(found)} left aside; "
+        f"take those with {' or '.join(remedies)}",
         file=sys.stderr,
         flush=True,
     )
@@ -285,6 +285,6 @@ def _ambiguous(
     pattern = common_pattern(tables, folder)
     together = f", or take them as one with captions_file={pattern!r}" if pattern else ""
     return UserError(
-        f"source={folder}: captions come from {' and from '.join(found)}. Choose one with "
-        f"{' or '.join(remedies)}{together}, or remove the others."
+        f"source={folder}: captions come from {' and from '.join(found)}; choose one with "
+        f"{' or '.join(remedies)}{together}, or remove the others"
     )

@@ -26,7 +26,7 @@ def embedded_column(table: Path, column: str) -> str | None:
     try:
         schema = parquet.read_schema(table)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{table}: cannot be read as Parquet: {error}.") from None
+        raise UserError(f"{table}: cannot be read as Parquet: {error}") from None
     if column not in schema.names:
         return None
     kind, path = schema.field(column).type, column
@@ -124,4 +124,4 @@ def _opened(table: Path) -> Any:
     try:
         return parquet.ParquetFile(table, buffer_size=BUFFER_BYTES, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{table}: cannot be read as Parquet: {error}.") from None
+        raise UserError(f"{table}: cannot be read as Parquet: {error}") from None

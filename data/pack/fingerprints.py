@@ -1,4 +1,4 @@
-"""A set of names that costs 8 bytes a name.
+"""A set of names that costs 8 bytes per name.
 
 Each name is kept as a 64-bit BLAKE2b hash: one sorted array, and the latest in a Python set that
 is merged into it when it is full. Two of n names share a hash with probability n^2 / 2^65, which

@@ -64,7 +64,7 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
         yield from visible_files(folder)
     except OSError as error:
         raise UserError(
-            f"source={folder}: cannot read {error.filename}: {error.strerror}."
+            f"source={folder}: cannot read {error.filename}: {error.strerror}"
         ) from None
 
 

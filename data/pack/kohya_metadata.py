@@ -88,10 +88,10 @@ def _entries(table: Path) -> dict[str, Any]:
     try:
         found = json.loads(table.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{table}: can't be read as JSON: {error}.") from None
+        raise UserError(f"{table}: can't be read as JSON: {error}") from None
     if not isinstance(found, dict):
         raise UserError(
             f"{table}: is no JSON object of images. kohya's metadata is "
-            '{"image": {"caption": "a text"}}; name another file with captions_file.'
+            '{"image": {"caption": "a text"}}; name another file with captions_file'
         )
     return found

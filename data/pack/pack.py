@@ -69,7 +69,7 @@ class PackConfig:
     """Column of Parquet files that holds the images themselves."""
     caption_lines: bool = False
     """Takes every line of a text for a caption of its own, as kohya's enable_wildcard and
-    SimpleTuner do; training draws one an epoch. Lists in JSON and Parquet are that in any case."""
+    SimpleTuner do; training draws one per epoch. Lists in JSON and Parquet are that in any case."""
     samples_per_shard: int = 10_000
     """Most samples in one shard."""
     shard_megabytes: float = 1000.0
@@ -79,20 +79,20 @@ class PackConfig:
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Images with more pixels are refused as decompression bombs."""
     num_processes: int = 0
-    """Processes that decode and write, each a shard at a time; 0: one a CPU core that it may use.
+    """Processes that decode and write, each a shard at a time; 0: one per CPU core that it may use.
     The output does not depend on it."""
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
-            raise UserError(f"samples_per_shard={self.samples_per_shard}: must be at least 1.")
+            raise UserError(f"samples_per_shard={self.samples_per_shard}: must be at least 1")
         if not self.shard_megabytes > 0:
-            raise UserError(f"shard_megabytes={self.shard_megabytes}: must be above 0.")
+            raise UserError(f"shard_megabytes={self.shard_megabytes}: must be above 0")
         if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1.")
+            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1")
         if self.max_image_pixels < 1:
-            raise UserError(f"max_image_pixels={self.max_image_pixels}: must be at least 1.")
+            raise UserError(f"max_image_pixels={self.max_image_pixels}: must be at least 1")
         if self.num_processes < 0:
-            raise UserError(f"num_processes={self.num_processes}: must be 0 (all) or more.")
+            raise UserError(f"num_processes={self.num_processes}: must be 0 (all) or more")
 
 
 @dataclass
@@ -123,7 +123,7 @@ def pack(config: PackConfig) -> PackResult:
     source, output = Path(config.source), Path(config.output)
     if not source.is_dir():
         what = "is a file" if source.exists() else "does not exist"
-        raise UserError(f"source={source}: {what}. Name a folder of images.")
+        raise UserError(f"source={source}: {what}; name a folder of images")
     refuse_used_output(output)
     count, captions = _found(config)
     num_images = captions.num_embedded() if captions.is_embedded else count.num_images
@@ -165,8 +165,8 @@ def _found(config: PackConfig) -> tuple[FolderCount, CaptionSource]:
             return count, captions
     found = ", ".join(f"{num} .{suffix}" for suffix, num in count.other_suffixes.items())
     raise UserError(
-        f"source={source}: holds no images (found {found or 'nothing'}). "
-        "Images are jpg, jpeg, png, webp, bmp, gif, tif, tiff or avif files, or inside Parquet."
+        f"source={source}: holds no images (found {found or 'nothing'}); "
+        "images are jpg, jpeg, png, webp, bmp, gif, tif, tiff or avif files, or inside Parquet"
     )
 
 

@@ -1,4 +1,4 @@
-"""What goes into one shard, as a file: one JSON line a sample, so that nothing is held in memory.
+"""What goes into one shard, as a file: one JSON line per sample, so that nothing is held in memory.
 
 The cuts between shards follow from names and sizes alone, in the order of the entries: shard k is
 full when it has `max_samples` or is of `max_bytes`. A sample that turns out bad later makes its

@@ -31,7 +31,7 @@ def check_cache_fields(config: CacheFields, section: str = "") -> None:
     if not 0 <= config.cache_gigabytes < math.inf:
         raise UserError(
             f"{section}cache_gigabytes={config.cache_gigabytes}: must be a number, 0 or more; 0 "
-            "keeps no shard and reads each sample by a range request."
+            "keeps no shard and reads each sample by a range request"
         )
 
 
@@ -57,25 +57,25 @@ def find_shards(pattern: str, field: str = "data.shards") -> list[Path]:
     Raises UserError, which names `field`, if there are none or one is absent.
     """
     if is_remote(pattern):
-        raise UserError(f"{field}={pattern}: only local paths are read. Copy the shards here.")
+        raise UserError(f"{field}={pattern}: only local paths are read; copy the shards here")
     is_folder = Path(pattern).is_dir()
     shards = folder_shards(Path(pattern)) if is_folder else _expand(pattern, field)
     if not shards:
-        raise UserError(f"{field}={pattern}: {_what_is_there(Path(pattern))} {_remedy(pattern)}")
+        raise UserError(f"{field}={pattern}: {_what_is_there(Path(pattern))}; {_remedy(pattern)}")
     absent = [path for path in shards if not path.is_file()]
     if absent:
         raise UserError(
             f"{field}={pattern}: {len(absent)} of {len(shards)} shards do not exist, "
-            f"first {absent[0]}. {_remedy(str(absent[0].parent))}"
+            f"first {absent[0]}; {_remedy(str(absent[0].parent))}"
         )
     other = [path for path in shards if path.suffix != ".tar"]
     if other:
-        raise UserError(f"{field}={pattern}: {other[0]} is no .tar file. Shards are plain tars.")
+        raise UserError(f"{field}={pattern}: {other[0]} is no .tar file; shards are plain tars")
     folders = sorted({path.parent for path in shards})
     if len(folders) > 1:
         raise UserError(
             f"{field}={pattern}: names shards of {len(folders)} folders ({folders[0]}, "
-            f"{folders[1]}). One data set is one folder: put or link the shards into one."
+            f"{folders[1]}); one data set is one folder: put or link the shards into one"
         )
     return shards
 
@@ -85,7 +85,7 @@ def expand_braces(pattern: str, field: str) -> list[str]:
     try:
         return list(braceexpand(pattern, escape=not is_remote(pattern)))
     except ValueError:
-        raise UserError(f"{field}={pattern}: the braces do not match.") from None
+        raise UserError(f"{field}={pattern}: the braces do not match") from None
 
 
 def _expand(pattern: str, field: str) -> list[Path]:
@@ -101,12 +101,12 @@ def _expand(pattern: str, field: str) -> list[Path]:
 
 def _what_is_there(path: Path) -> str:
     if not path.is_dir():
-        return "does not exist." if not glob.has_magic(str(path)) else "matches no file."
+        return "does not exist" if not glob.has_magic(str(path)) else "matches no file"
     suffixes = {child.suffix[1:].lower() for child in path.iterdir()}
     if suffixes & set(IMAGE_SUFFIXES):
-        return "is a folder of images, not of .tar shards."
-    return "holds no .tar shards."
+        return "is a folder of images, not of .tar shards"
+    return "holds no .tar shards"
 
 
 def _remedy(output: str) -> str:
-    return f"Make shards with `blackpoint data pack source=IMAGES output={output}`."
+    return f"make shards with `blackpoint data pack source=IMAGES output={output}`"

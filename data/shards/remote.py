@@ -261,7 +261,7 @@ def _run(source: str, sink: _Sink) -> str:
         if process.returncode == 0 and sink.num_bytes:
             return ""
         if process.returncode in (126, 127):
-            raise UserError(f"{source}: the shell can't run it; what it says is above.")
+            raise UserError(f"{source}: the shell can't run it; what it says is above")
         why = f"exit status {process.returncode}" if process.returncode else "it printed nothing"
         patience.failed(ConnectionError(why), progress=False)
 
@@ -277,15 +277,15 @@ class _Patience:
             raise error
         if not _may_pass(error):
             raise Refused(
-                f"{shown(self.source)}: can't be read ({_reason(error)}). Check the address, and "
-                "the credentials that the protocol takes from its environment."
+                f"{shown(self.source)}: can't be read ({_reason(error)}); check the address, and "
+                "the credentials that the protocol takes from its environment"
             ) from None
         self.failures = 1 if progress else self.failures + 1
         if self.failures >= self.tries:
             raise Unreachable(
                 f"{shown(self.source)}: can't be read after {self.tries} tries "
-                f"({_reason(error)}). Start the same command again when the server answers: it "
-                "goes on from where it stands."
+                f"({_reason(error)}); start the same command again when the server answers: it "
+                "goes on from where it stands"
             ) from None
         pause_s = PAUSES_S[min(self.failures, len(PAUSES_S)) - 1]
         what = f"{shown(self.source)}: {_reason(error)}; trying again in {pause_s:g} s"

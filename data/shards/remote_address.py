@@ -82,7 +82,7 @@ def _protocols(file_system: Any) -> tuple[str, ...]:
 
 
 def open_file_system(source: str, stall_s: float) -> tuple[Any, str]:
-    """Returns fsspec's file system, one a process, and the path in it; raises UserError.
+    """Returns fsspec's file system, one per process, and the path in it; raises UserError.
 
     A connection that gives nothing for `stall_s` is dropped.
     """
@@ -106,4 +106,4 @@ def open_file_system(source: str, stall_s: float) -> tuple[Any, str]:
             f"{shown(source)}: reading {name}:// needs a package that is not installed: {remedy}"
         ) from None
     except ValueError as error:
-        raise UserError(f"{shown(source)}: no such kind of URL ({error}).") from None
+        raise UserError(f"{shown(source)}: no such kind of URL ({error})") from None

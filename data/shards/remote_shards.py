@@ -3,8 +3,8 @@
 Training reads samples in an order that runs across all shards at once. So a cache that holds the
 whole data set fetches each shard once, and one that does not would fetch a whole shard for nearly
 every sample: n samples cost n (1 - cache/data) shards. Then members are read where they are, one
-range request a sample, and no shard is fetched at all. (Where a server has no ranges, whole shards
-it is; what reads in order, as `data encode` does, is well served by whole shards in any case.)
+range request per sample, and no shard is fetched at all. (A server without ranges sends whole
+shards; a reader in order, such as `data encode`, is well served by whole shards in any case.)
 """
 
 import os
@@ -90,13 +90,13 @@ class RemoteShards:
     ) -> UserError:
         """Returns the error for a shard, and others, that are not there or have changed."""
         if isinstance(error, FileNotFoundError) and not self.shard_bytes:
-            return UserError(f"{shown(source)} does not exist. Name the shards that are there.")
+            return UserError(f"{shown(source)} does not exist; name the shards that are there")
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"has changed: {error}"
         if others:
             what += f" ({len(others)} more differ: {', '.join(map(shown, others[:NUM_NAMED]))})"
         return UserError(
-            f"{shown(source)} {what}. Put the shard back, or have the shards indexed anew: remove "
-            f"the index beside them, if there is one, and {self.index_folder}."
+            f"{shown(source)} {what}; put the shard back, or have the shards indexed anew: remove "
+            f"the index beside them, if there is one, and {self.index_folder}"
         )
 
 

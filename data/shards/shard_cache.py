@@ -97,15 +97,15 @@ class ShardCache:
         """Returns the error for a shard that is larger than the bound."""
         return UserError(
             f"{self.setting}={self.max_bytes / GIGABYTE:g}: {what} alone has "
-            f"{num_bytes / GIGABYTE:.3g} GB. Set {self.setting} at least that high; best as high "
-            "as the data set is large."
+            f"{num_bytes / GIGABYTE:.3g} GB; set {self.setting} at least that high; best as high "
+            "as the data set is large"
         )
 
     def unwritable(self, reason: str | None) -> UserError:
         """Returns the error for a folder that can't be used."""
         field = self.setting.replace("gigabytes", "dir")
         return UserError(
-            f"{self.folder} can't be used as the cache of shards: {reason}. Name another folder, "
+            f"{self.folder} can't be used as the cache of shards: {reason}; name another folder, "
             f"on a local disk: {field}=..."
         )
 
@@ -153,9 +153,9 @@ class ShardCache:
         except WriteFailed as error:
             used = self.num_bytes() / GIGABYTE
             raise RunFailed(
-                f"{partial.parent}: can't be written: {error}. The cache of shards holds "
+                f"{partial.parent}: can't be written: {error}; the cache of shards holds "
                 f"{used:.3g} GB; free some space, lower {self.setting}, or name a folder on a "
-                "larger disk. The same command goes on from there."
+                "larger disk; the same command goes on from there"
             ) from None
         finally:
             partial.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
     whole   BLAKE2b of all bytes
     text    BLAKE2b of all bytes but those of the samples' images (or latents): of tar headers,
-            captions and all other members. It costs a read of a few kB a sample.
+            captions and all other members. It costs a read of a few kB per sample.
 
 A stamp is a fast first look, which costs no read: size and time of change of a file, or size and
 version (ETag, Last-Modified) of what a server has. A file that is written again keeps its stamp

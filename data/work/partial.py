@@ -78,8 +78,8 @@ class Partial:
                             raise
         except (OSError, WriteFailed) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"output={self.output}: can't be written: {reason}.") from None
-        raise UserError(f"output={self.output}: {self.folder} is removed again and again.")
+            raise UserError(f"output={self.output}: can't be written: {reason}") from None
+        raise UserError(f"output={self.output}: {self.folder} is removed again and again")
 
     def __exit__(
         self,
@@ -189,15 +189,15 @@ class Partial:
 
     def failure(self, error: Exception, less_memory: str) -> RunFailed:
         """Says what stopped the work, how much of it is done and how to go on."""
-        reason, remedy = str(error), f"Run the same command again; {less_memory}."
+        reason, remedy = str(error), f"run the same command again; {less_memory}"
         if isinstance(error, WriteFailed):
             reason = f"can't be written: {error}"
-            remedy = "Make room and run the same command again, or name another output."
+            remedy = "make room and run the same command again, or name another output"
         done = "nothing was kept" if self.shared else "nothing is left behind"
         done = f"no shard was finished, {done}"
         if num_shards := self.num_finished():
             done = f"{num_shards} shards ({self._megabytes():.1f} MB) were finished and are kept"
-        return RunFailed(f"output={self.output}: {reason}; {done}. {remedy}")
+        return RunFailed(f"output={self.output}: {reason}; {done}; {remedy}")
 
     @property
     def _knows_others(self) -> bool:
@@ -209,8 +209,8 @@ class Partial:
         if not self.shared:
             if other:
                 raise UserError(
-                    f"output={self.output}: another process is packing there ({other}). "
-                    "Wait for it, or name another output."
+                    f"output={self.output}: another process is packing there ({other}); "
+                    "wait for it, or name another output"
                 )
             refuse_used_output(self.output)
         is_first = self._knows_others and not other
@@ -264,13 +264,13 @@ class Partial:
             other = []
         if other and is_first:
             raise UserError(
-                f"output={self.output}: {here} of a run with {', '.join(other)}. Continue it with "
-                "those settings, or remove that folder to begin anew."
+                f"output={self.output}: {here} of a run with {', '.join(other)}; continue it with "
+                "those settings, or remove that folder to begin anew"
             )
         if other:
             raise UserError(
-                f"output={self.output}: another process is at work there with {', '.join(other)}. "
-                "Name another output, or join it with the same settings."
+                f"output={self.output}: another process is at work there with {', '.join(other)}; "
+                "name another output, or join it with the same settings"
             )
         if self.num_finished():
             print(f"found {self.num_finished()} finished shards in {self.folder}", file=sys.stderr)
@@ -313,8 +313,8 @@ def refuse_used_output(output: Path) -> None:
     """Raises UserError unless `output` is absent or an empty folder that can be replaced."""
     if output.is_dir():
         if any(output.iterdir()):
-            raise UserError(f"output={output}: is not empty. Name another folder or empty it.")
+            raise UserError(f"output={output}: is not empty; name another folder or empty it")
         if output.is_mount():
-            raise UserError(f"output={output}: is a mount point. Name a folder inside it.")
+            raise UserError(f"output={output}: is a mount point; name a folder inside it")
     elif output.exists():
-        raise UserError(f"output={output}: is a file. Name a folder.")
+        raise UserError(f"output={output}: is a file; name a folder")

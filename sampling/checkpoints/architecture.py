@@ -192,7 +192,7 @@ def _check_text(folder: Path, width: Any, checkpoint: str | Path) -> None:
             f"checkpoint={checkpoint}: the UNet attends to texts of width {width} "
             f"(cross_attention_dim in unet/config.json), and its text encoder makes {hidden} "
             "(hidden_size in text_encoder/config.json); they are of different models: Stable "
-            "Diffusion 1.x has 768, 2.x has 1024. Put the two that belong together in one folder"
+            "Diffusion 1.x has 768, 2.x has 1024; put the two that belong together in one folder"
         )
 
 

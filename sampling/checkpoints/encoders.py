@@ -91,7 +91,7 @@ class Encoders:
 def dtype_of(part: nn.Module) -> torch.dtype:
     """Returns the format of a part's weights.
 
-    Part.dtype and part.device of diffusers look for hooks in all modules: milliseconds a call.
+    Part.dtype and part.device of diffusers look for hooks in all modules: milliseconds per call.
     """
     return next(part.parameters()).dtype
 

@@ -239,7 +239,7 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
             raise UserError(_login_remedy(hub_id)) from error
         raise UserError(
             f"checkpoint={hub_id} is neither a local folder nor a model on the hub (or it is "
-            f"private: `hf auth login`). {COMMUNITY_IDS}"
+            f"private: `hf auth login`); {COMMUNITY_IDS}"
         ) from error
     except Exception as error:
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
@@ -255,14 +255,14 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
         raise UserError(
             f"checkpoint={hub_id} is not a local folder, and the hub cannot be reached from here "
             "(nor is it in the hub's cache); download it where there is a network and give the "
-            f"folder. {COMMUNITY_IDS}"
+            f"folder; {COMMUNITY_IDS}"
         ) from error
 
 
 def _login_remedy(hub_id: str) -> str:
     return (
         f"checkpoint={hub_id} needs a login: accept its licence on its page of the hub, then run "
-        "`hf auth login` or set HF_TOKEN to a token that may read it. Without a login: "
+        "`hf auth login` or set HF_TOKEN to a token that may read it; without a login: "
         f"{COMMUNITY_IDS}"
     )
 

@@ -29,7 +29,7 @@ RESULT_INVARIANT_KEYS = (
     *("output", "reference_cache", "keep_images", "batch_size", "device", "attention"),
     "channels_last",
 )
-"""Keys that change neither an image nor what is measured of it, but by rounding."""
+"""Keys that change images and measurements only by rounding."""
 COLUMNS = (
     *("prompt_index", "image", "prompt", "category", "seed", "file", "nfe", "sampling_s"),
     *("measuring_s", "peak_gb", "luminance", "border_luminance", "luminance_error", "asked_low"),
@@ -44,38 +44,38 @@ class MetricsConfig(SamplingOptions):
     interval."""
 
     study: Literal["metrics"] = "metrics"
-    """What is evaluated: metrics, all that there is; older configs say so."""
+    """Always metrics; older configs have this key."""
     prompts: Prompts = MISSING
-    """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one a line), .jsonl, .csv,
+    """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one per line), .jsonl, .csv,
     .tsv or .parquet. configs/prompts/brightness.jsonl is the brightness suite."""
     output: OutputText = MISSING
     """Folder to write; the same command there continues an evaluation that was stopped."""
     num_images: int = 1
     """Images of each prompt."""
     limit: int | None = None
-    """Take only so many prompts."""
+    """Use at most this many prompts."""
     offset: int = 0
-    """Leave out so many prompts at the start."""
+    """Skip this many prompts at the start."""
     seed: int = 0
     """Seed of the first image; image k of prompt i has seed + i * num_images + k."""
     sets: SetsConfig = field(default_factory=SetsConfig)
     """FID, KID, IS, precision, recall."""
     verifiers: dict[str, VerifierConfig] = field(default_factory=dict)
-    """What scores each image, by name: alignment, preference, classes. One whose weights are
-    missing is left out, and said so."""
+    """Verifiers that score each image, by name: alignment, preference, classes. A verifier without
+    its weights is left out, with a note."""
     brightness: BrightnessConfig = field(default_factory=BrightnessConfig)
     """The brightness suite."""
     geneval: PathText | None = None
     """results.jsonl of GenEval's detector, whose scores are shown beside."""
     reference_cache: PathText | None = None
-    """Folder that keeps what was measured of references, for evaluations that share it; inside
-    `output` if not set."""
+    """Folder for measurements of references, which evaluations can share; inside `output` if not
+    set."""
     keep_images: int | None = 64
-    """How many images to keep as PNG, the first ones; null: all, as GenEval's detector needs."""
+    """Number of images to keep as PNG, the first ones; null: all, as GenEval's detector needs."""
     timestep_spacing: Spacing | None = None
-    """Visit other timesteps than the checkpoint says, for a comparison; the report says so."""
+    """Timestep spacing other than the checkpoint's, for a comparison; the report names it."""
     allow_unsound: bool = False
-    """Sample a process that cannot work, for a comparison; the report says so."""
+    """Sample an unsound process, for a comparison; the report names it."""
 
     def __post_init__(self) -> None:
         for name in ("num_images", "num_steps", "batch_size"):
@@ -87,7 +87,7 @@ class MetricsConfig(SamplingOptions):
         for name, each in self.verifiers.items():
             if each.declared.needs != "image":
                 raise UserError(
-                    f"verifiers.{name}.kind={each.kind} does not judge a picture by itself; FID "
+                    f"verifiers.{name}.kind={each.kind} does not judge a single image; FID "
                     "and IS are under sets, stability is a verifier of searches"
                 )
             if name in COLUMNS:

@@ -64,7 +64,7 @@ class Evaluated:
     """What the numbers of an evaluation are made of."""
 
     rows: Sequence[Row]
-    """One an image, ordered by prompt and image."""
+    """One per image, ordered by prompt and image."""
     reference: "Reference | None" = None
     dependence: Sequence[float] = ()
     """Deviations over noises of the first prompts' first prediction."""

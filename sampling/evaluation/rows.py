@@ -1,4 +1,4 @@
-"""The rows of an evaluation, one an image, in Parquet files that pandas and others read.
+"""The rows of an evaluation, one per image, in Parquet files that pandas and others read.
 
 images.parquet     what was asked for, and one column for each thing measured
 features.parquet   (prompt_index, image) and the rows of numbers that set metrics are made of

@@ -1,7 +1,7 @@
 """`blackpoint evaluate`: from a config to images, rows and every metric, in a folder.
 
 evaluation.json    what was sampled; another checkpoint or setting is refused in the same folder
-images.parquet     a row an image: prompt, seed, luminance, scores, NFE, seconds
+images.parquet     one row per image: prompt, seed, luminance, scores, NFE, seconds
 features.parquet   rows of numbers behind the metrics of sets
 images/            the first images as PNG
 metrics.json, metrics.csv, metrics.md   every metric with n and interval

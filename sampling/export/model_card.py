@@ -69,7 +69,7 @@ def _front_matter(base: str, pixels: PixelForm | None) -> str:
 def _summary(title: str, process: Process, weights: str, base: str) -> str:
     schedule = process.schedule
     ending = (
-        "zero terminal SNR (Lin et al. 2023): it can paint true black and true white"
+        "zero terminal SNR (Lin et al. 2023): it can generate true black and true white"
         if schedule.is_zero_terminal_snr
         else f"terminal SNR {schedule.snr[-1].item():.3g}, not zero"
     )
@@ -117,7 +117,7 @@ image = pipe("{prompt}", generator=generator, num_inference_steps=25).images[0]
 ```
 
 The prompt is {known}; the empty one asks for anything. There is no autoencoder:
-noise and pictures are in pixels, which the UNet sees as {pixels.codec.channels} channels of
+noise and images are in pixels, which the UNet sees as {pixels.codec.channels} channels of
 {pixels.codec.patch} x {pixels.codec.patch} px ({pixels.codec.kind}).
 """
 

@@ -1,7 +1,7 @@
 """Files of prompts in the formats that people publish, read a line at a time.
 
-    .txt      one prompt a line (T2I-CompBench: one file a category, color_val.txt is "color")
-    .jsonl    one object a line (GenEval: `prompt`, and `tag` for the task; Pick-a-Pic: `caption`)
+    .txt      one prompt per line (T2I-CompBench: one file per category, color_val.txt is "color")
+    .jsonl    one object per line (GenEval: `prompt`, and `tag` for the task; Pick-a-Pic: `caption`)
     .tsv      a header, then fields between tabs, no quoting (PartiPrompts: `Prompt`, `Category`)
     .csv      a header, then fields with the usual quoting (DrawBench: `Prompts`, `Category`)
     .parquet  a table (Pick-a-Pic: `caption`)
@@ -81,7 +81,7 @@ def _json_rows(path: Path) -> Iterator[PromptRow | None]:
             row = decode(line)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{_place(path, number)} is not JSON ({error}); write one object a line"
+                f"{_place(path, number)} is not JSON ({error}); write one object per line"
             ) from None
         if not isinstance(row, dict):
             raise UserError(

@@ -1,4 +1,4 @@
-"""What to paint: prompts from the command line or from a file, with their categories.
+"""Prompts: texts from the command line or from a file, with their categories.
 
 A prompt's index is its place among all prompts of its source, whatever part of them is asked for:
 draws that are derived from it do not change with `limit` and `offset`.
@@ -76,7 +76,7 @@ def iterate_prompts(prompts: object, limit: int | None = None, offset: int = 0) 
             if limit is not None and num_prompts == offset + limit:
                 return
     if num_prompts == 0:
-        raise UserError(f"prompts={prompts} holds no prompt; write one a line")
+        raise UserError(f"prompts={prompts} holds no prompt; write one per line")
     if num_prompts <= offset:
         shown = f"={prompts}" if _is_path(prompts) else ""
         raise UserError(f"offset={offset}: prompts{shown} holds {num_prompts}; give less than that")
@@ -142,13 +142,13 @@ def _files(path: Path) -> tuple[list[Path], bool]:
         return [path], False
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
-        remedy = "give a folder with one .txt file a category, or one file"
+        remedy = "give a folder with one .txt file per category, or one file"
     elif "*" in path.name:
         files = sorted(path.parent.glob(path.name))
         remedy = "give a pattern that fits files"
     else:
         raise UserError(
-            f"prompts={path}: no such file; give a prompt, a list, {FORMATS}. A prompt that looks "
+            f"prompts={path}: no such file; give a prompt, a list, {FORMATS}; a prompt that looks "
             f"like a path is one in a list: prompts={json.dumps([str(path)])}"
         )
     if not files:

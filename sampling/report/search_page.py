@@ -35,10 +35,11 @@ def search_section(folder: Path) -> Section | None:
             Gallery("", lines, captions=captions),
             scores_table(paired, alarms),
         ],
-        f"{settings['algorithm']}, {nfe:.0f} NFE a prompt, {settings['num_steps']} steps, guidance "
-        f"{settings['guidance_scale']:g}; {len(rows)} prompts. Each column is one prompt: the "
-        "plain image of its first seed, and the image of the noise that the search found; the "
-        "number is the score that was searched for.",
+        f"{settings['algorithm']}, {nfe:.0f} NFE per prompt, "
+        f"{settings['num_steps']} steps, guidance {settings['guidance_scale']:g}; "
+        f"{len(rows)} prompts. Each column is one prompt: the plain image of its "
+        "first seed, and the image of the noise that the search found; the number is the searched "
+        "score.",
     )
 
 

@@ -107,13 +107,13 @@ def black_point(metrics: Series, prompts: Sequence[str] = ()) -> str | None:
             draw(axis, curve, color, label, smooth=False)
         axis.set_ylim(-0.03, 1.03)
         title = (
-            "asked for (dashed) and painted" if name == "fixed" else "prompts that leave it open"
+            "requested (dashed) and generated" if name == "fixed" else "prompts that leave it open"
         )
         finish(axis, title, "luminance (0 black, 1 white)", below=True, log=False)
     if error:
         draw(axes[-1], error, COLORS[3], smooth=False)
         axes[-1].set_ylim(bottom=0)
-        finish(axes[-1], "distance to what was asked for", "mean absolute error", log=False)
+        finish(axes[-1], "distance to the requested luminance", "mean absolute error", log=False)
     return svg_text(figure, "black_point")
 
 

@@ -23,7 +23,7 @@ SURROUND, TEXT = (128, 128, 128), (255, 255, 255)  # black and white pictures bo
 def to_picture(image: Tensor) -> Image.Image:
     """Turns (3, H, W) in [0, 1] into an 8-bit picture, rounding to nearest."""
     if not torch.isfinite(image).all():
-        raise RunFailed("the model painted non-finite pixels; sample with dtype=float32")
+        raise RunFailed("the model generated non-finite pixels; sample with dtype=float32")
     pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 

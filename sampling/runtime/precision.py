@@ -152,7 +152,7 @@ def _check_same(
         _check({name: kept[name] for name in differing}, device)
     except UserError:
         remedy = f"continue it on a device that computes with {values}"
-    raise UserError(f"{where}: {'; '.join(rows)}. What is begun is not mixed: {remedy}")
+    raise UserError(f"{where}: {'; '.join(rows)}; number formats are not mixed: {remedy}")
 
 
 def _text(value: Any) -> str:

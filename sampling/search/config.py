@@ -60,19 +60,19 @@ class SearchOptions(SamplingOptions):
     output: OutputText = MISSING
     """Folder to write; the same command there continues a search that was stopped."""
     budget_nfe: int = MISSING
-    """Most UNet evaluations a prompt, both branches of guidance counted; the winner's included."""
+    """Most UNet evaluations per prompt, with those of both guidance branches and of the winner."""
     algorithm: AlgorithmName = "random"
-    """How noises are chosen (docs/search.md); random is best-of-N."""
+    """Search algorithm (docs/search.md); random is best-of-N."""
     verifiers: dict[str, VerifierConfig] = field(default_factory=dict)
-    """What is searched for, by name; several are combined by `ensemble`."""
+    """Verifiers whose scores the search maximises, by name; `ensemble` combines several."""
     held_out: dict[str, VerifierConfig] = field(default_factory=dict)
-    """Verifiers that judge the winners and are not searched with: they show hacking."""
+    """Verifiers that judge the winners but do not guide the search: they reveal hacking."""
     ensemble: EnsembleRule = "mean_rank"
     """How several verifiers rank candidates; fk_steering takes weighted_sum alone."""
     seed: int = 0
     """Decides every draw of the search, together with prompt, candidate, round and step."""
     limit: int | None = None
-    """Take only so many prompts."""
+    """Use at most this many prompts."""
     offset: int = 0
     """Leave out so many prompts at the start."""
     compile: bool = False
@@ -95,7 +95,7 @@ _Sections: Any = make_dataclass(
 
 @dataclass
 class SearchConfig(_Sections, SearchOptions):
-    """From prompts to the best picture that a budget of network evaluations finds for each."""
+    """From prompts to the best image of each within a budget of network evaluations."""
 
     def __post_init__(self) -> None:
         for name in ("budget_nfe", "num_steps"):
@@ -131,29 +131,29 @@ def check_names(verifiers: Collection[str], held_out: Collection[str]) -> None:
     """Raises UserError without a verifier, or for names that would be mixed up."""
     if not verifiers:
         raise UserError(
-            "verifiers is empty: name what to search for, such as verifiers.black.kind="
+            "verifiers is empty: name one to search with, such as verifiers.black.kind="
             "luminance verifiers.black.target=0, or verifiers.clip.kind=clip_score "
             "verifiers.clip.checkpoint=FOLDER"
         )
     both = sorted(set(verifiers) & set(held_out))
     if both:
         raise UserError(
-            f"held_out.{both[0]} is among the verifiers too: a verifier that is searched with "
+            f"held_out.{both[0]} is among the verifiers too: a verifier that guides the search "
             "cannot judge the search; give it another name if it is another one"
         )
     if "diversity" in {*verifiers, *held_out}:
         raise UserError(
-            "a verifier is called diversity, as what is measured beside the held-out ones is; "
-            "give it another name"
+            "a verifier is called diversity, the name of a measure beside the held-out ones; give "
+            "it another name"
         )
 
 
 def check_judge(name: str, verifier: VerifierConfig) -> None:
-    """Raises UserError for a held-out verifier that needs more than the winner's picture."""
+    """Raises UserError for a held-out verifier that needs more than the winner's image."""
     if verifier.declared.needs != "image":
         raise UserError(
             f"held_out.{name}: kind={verifier.kind} {verifier.declared.looks}, and a winner is "
-            "judged by its picture alone; hold out another kind"
+            "judged by its image alone; hold out another kind"
         )
 
 
@@ -170,7 +170,7 @@ def check_verifier(name: str, verifier: VerifierConfig, search: SearchOptions) -
         runs = "whole runs" if kind.forms == ("whole",) else "runs from a noise of their own"
         raise UserError(
             f"verifiers.{name}: kind={verifier.kind} {kind.looks} and needs {runs}; algorithm="
-            f"{search.algorithm} has none. Use {named(kind.forms)}"
+            f"{search.algorithm} has none; use {named(kind.forms)}"
         )
     sampler = SAMPLERS[search.sampler]
     if kind.inverts and not (sampler.is_ddim and not sampler.fresh_noise(search.eta)):
@@ -194,7 +194,7 @@ def check_partial_steps(name: str, partial_steps: int | None, search: SearchOpti
     if ALGORITHMS[search.algorithm].form != "whole":
         raise UserError(
             f"verifiers.{name}: partial_steps goes with {named(('whole',), 'and')}; algorithm="
-            f"{search.algorithm} inverts each run from where it looks at it. Leave it out"
+            f"{search.algorithm} inverts each run from where it looks at it; leave it out"
         )
 
 

@@ -56,7 +56,7 @@ def gradient_batch(runner: "TrialRunner", batch: Sequence[tuple[int, Trial]]) ->
 def through_the_run(
     runner: "TrialRunner", noise: Tensor, conditions: Conditioning, prompts: Sequence[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns scores, their gradient at the noise, and the latents that were painted."""
+    """Returns scores, their gradient at the noise, and the generated latents."""
     [verifier] = runner.scoring.verifiers
     num_steps, started_s = runner.grid.num_steps, runner.now_s()
     with torch.enable_grad():
@@ -78,7 +78,7 @@ def through_the_run(
 def fixed_inverse(
     runner: "TrialRunner", verifier: Stability, noise: Tensor, conditions: Conditioning
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the cosines, their gradient with e' held fixed, and the latents painted."""
+    """Returns the cosines, their gradient with e' held fixed, and the generated latents."""
     started_s, grid = runner.now_s(), runner.grid
     denoise = runner.denoiser(conditions, runner.sampling.guidance)
     x = run(runner.sampling.sampler, denoise, grid, SampleState(noise)).x

@@ -220,7 +220,7 @@ def calibrated(
 def baselines(
     config: SearchConfig, loaded: Loaded, winners: Winners, mine: Sequence[int], task: Task
 ) -> dict[int, Outcome]:
-    """Paints the plain image of each prompt where the algorithm has none and somebody judges it."""
+    """Generates the plain images for held-out verifiers where the algorithm generates none."""
     if config.declared.has_plain_first or not config.held_out:
         return {}
     runner, folder = loaded.runner, Path(config.output) / BASELINES

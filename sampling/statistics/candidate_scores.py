@@ -19,7 +19,7 @@ from blackpoint.sampling.statistics.estimates import Estimate, mean, smallest_de
 FEWEST = 3
 """Images with finite scores that a rank correlation needs."""
 Scores = dict[str, np.ndarray]
-"""Score -> (P, K): a row per prompt, a column per image; NaN where there is no number."""
+"""Score -> (P, K): one row per prompt, a column per image; NaN where there is no number."""
 
 
 @dataclass(frozen=True)

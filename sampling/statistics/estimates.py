@@ -10,7 +10,7 @@ ties counting half:
 
 The plain percentile interval is too narrow by sqrt((n - 1) / n) z / t_{n-1}, which BCa alone keeps.
 Proportions take Wilson's score interval (Wilson 1927), which stays honest near 0 and 1 where the
-normal approximation does not. A few paired differences, one a seed, take Student's t.
+normal approximation does not. A few paired differences, one per seed, take Student's t.
 """
 
 import math

@@ -29,7 +29,7 @@ DIVERSITY = "diversity"
 
 @dataclass(frozen=True)
 class PairedScores:
-    """A verifier's scores of the winners and of the baselines, one of each a prompt."""
+    """A verifier's scores of the winners and of the baselines, one per prompt."""
 
     verifier: str
     winners: Values

@@ -67,7 +67,7 @@ def checked(answer: Any, num_images: int, name: str) -> Tensor:
         found = type(answer).__name__ if scores is None else tuple(scores.shape)
         raise RunFailed(
             f"verifier {name} returned {found} for {num_images} images; it must return "
-            f"one score an image, of shape ({num_images},)"
+            f"one score per image, of shape ({num_images},)"
         )
     return scores
 

@@ -27,9 +27,9 @@ Rule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
 def combined(
     scores: Float[Tensor, "n k"], rule: Rule = "mean_rank", weights: Sequence[float] | None = None
 ) -> Float[Tensor, " n"]:
-    """Returns one ranking score a candidate, the higher the better, in float64.
+    """Returns one ranking score per candidate, the higher the better, in float64.
 
-    scores: one row a candidate of the group that is compared, one column a verifier. Raises
+    scores: one row per candidate of the group that is compared, one column per verifier. Raises
     UserError for weights that the rule cannot take.
     """
     weight = torch.tensor(weights or [1.0] * scores.shape[1]).double()

@@ -29,7 +29,7 @@ class VerifierOptions:
     """The keys of every verifier."""
 
     kind: str = "clip_score"
-    """What judges."""
+    """Kind of verifier."""
     checkpoint: PathText | None = None
     """Its weights: a transformers folder, a hub id, or the file of a head."""
     module: str | None = None
@@ -43,7 +43,7 @@ class VerifierOptions:
     batch_size: int = 16
     """Images judged at once; changes scores by rounding alone."""
     base: PathText | None = None
-    """What a checkpoint stands on: the CLIP of aesthetic, the tokenizer of image_reward."""
+    """Base of the checkpoint: the CLIP of aesthetic, the tokenizer of image_reward."""
 
     @property
     def column(self) -> str:

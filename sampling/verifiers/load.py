@@ -57,7 +57,7 @@ class VerifierConfig(_KeysOfKinds, VerifierOptions):
     """One verifier: what judges the images, and how much its judgement weighs."""
 
     kind: KindName = "clip_score"
-    """What judges."""
+    """Kind of verifier."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -1,4 +1,4 @@
-"""Stability of a noise under inversion: is it a fixed point of painting and inverting?
+"""Stability of a noise under inversion: is it a fixed point of sampling and inverting?
 
 With x the latent that a deterministic run makes of noise e, and e' what inversion makes of x,
 
@@ -42,7 +42,7 @@ class StabilityConfig(VerifierOptions):
     inversion: Literal["ddim", "fixed_point", "anderson", "renoise"] = "ddim"
     """stability: how a step is inverted."""
     num_iterations: int = 5
-    """stability: network evaluations a step; ddim has one."""
+    """stability: network evaluations per step; ddim has one."""
     model_time: Literal["noisy", "clean"] = "noisy"
     """stability, inversion=ddim: end of a step whose timestep the network is asked at (diffusers:
     noisy)."""
@@ -67,7 +67,7 @@ class Stability:
         if inverter.evaluations < fewest:
             raise UserError(
                 f"measure={measure} with inversion={inverter.method} and "
-                f"{inverter.evaluations} evaluations a step: it compares iterates; use "
+                f"{inverter.evaluations} evaluations per step: it compares iterates; use "
                 f"inversion=fixed_point with num_iterations of at least {fewest}"
             )
         self.name, self.inverter, self._measure = name, inverter, measure

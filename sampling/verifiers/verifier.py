@@ -33,7 +33,7 @@ class Verifier(Protocol):
     def score(
         self, images: Images, prompts: Sequence[str], previews: Images | None = None
     ) -> Float[Tensor, " n"]:
-        """Returns one score an image; an image's depends on the rest of the batch by
+        """Returns one score per image; an image's depends on the rest of the batch by
         rounding alone."""
         ...
 
@@ -128,7 +128,7 @@ class ImageVerifier:
     def score(
         self, images: Images, prompts: Sequence[str], previews: Images | None = None
     ) -> Float[Tensor, " n"]:
-        """Returns one score an image."""
+        """Returns one score per image."""
         if len(images) != len(prompts):
             raise RunFailed(f"{len(images)} images cannot be scored against {len(prompts)} prompts")
         parts = []
@@ -153,6 +153,6 @@ def checked_scores(
         found = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
         raise RunFailed(
             f"verifier {verifier.name} returned {found} for {len(images)} images; it must return "
-            f"one score an image, a tensor of shape ({len(images)},)"
+            f"one score per image, a tensor of shape ({len(images)},)"
         )
     return scores.detach().double().cpu()

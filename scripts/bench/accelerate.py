@@ -4,7 +4,7 @@ Its structure is that of the public example of diffusers (examples/text_to_image
 image folder through torchvision transforms and a shuffling DataLoader, accelerate.Accelerator, VAE
 and text encoder for every batch, a DDPMScheduler, clip_grad_norm_, AdamW as torch builds it by
 default, a learning rate schedule, diffusers' EMAModel, the loss gathered and logged at each step
-and shown on a progress bar. With cached latents the folder holds a safetensors file an image.
+and shown on a progress bar. With cached latents the folder holds a safetensors file per image.
 """
 
 import os
@@ -76,7 +76,7 @@ class ImageFolder(Dataset):
 
 
 class CachedFolder(Dataset):
-    """Cached moments and prompt embeddings, a file a sample."""
+    """Cached moments and prompt embeddings, a file per sample."""
 
     def __init__(self, folder: Path) -> None:
         self.files = cached_files(folder)

@@ -47,14 +47,14 @@ class BenchConfig:
     rounds: int = 12
     """Rounds of training: a block of each contestant."""
     block_steps: int = 5
-    """Optimizer steps a block."""
+    """Optimizer steps per block."""
     warmup_steps: int = 40
     """Steps of ours before the first round, in which it keeps the embeddings of captions it has
     seen; it encodes each once, the others encode every batch."""
     sample_rounds: int = 16
     """Rounds of sampling."""
     sample_images: int = 8
-    """Images a sampling run."""
+    """Images per sampling run."""
     num_steps: int = 25
     """Sampling steps, with guidance 7.5."""
     search_rounds: int = 6

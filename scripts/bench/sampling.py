@@ -129,7 +129,7 @@ def _pipeline(
 
 
 def time_sampling(config: TrainConfig, num_images: int, num_steps: int, rounds: int) -> Seconds:
-    """Returns the seconds of each contestant, one a round; raises RunFailed if images differ."""
+    """Returns the seconds of each contestant, one per round; raises RunFailed if images differ."""
     parts = contestants(config, num_images, num_steps)
     ours, theirs = parts[SAMPLE](), parts[PIPELINE]()
     assert isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
@@ -147,7 +147,7 @@ def time_sampling(config: TrainConfig, num_images: int, num_steps: int, rounds: 
 
 
 def sampling_rows(seconds: Seconds, num_images: int) -> list[Row]:
-    """Returns seconds an image of all, and ratios to the UNet calls and to the pipeline."""
+    """Returns seconds per image of all, and ratios to the UNet calls and to the pipeline."""
     group = "sampling"
     rows = [
         row(group, text, "s/image", [s / num_images for s in seconds[name]])

@@ -108,7 +108,7 @@ def contestants(
 def time_search(
     config: TrainConfig, folder: Path, num_candidates: int, num_steps: int, rounds: int
 ) -> Seconds:
-    """Returns the seconds of each contestant, one a round; raises RunFailed if winners differ."""
+    """Returns the seconds of each contestant, one per round; raises RunFailed if winners differ."""
     parts = contestants(config, folder / "search", num_candidates, num_steps)
     ours, theirs = parts[SEARCH](), parts[LOOP]()
     if ours != theirs:
@@ -123,13 +123,13 @@ def time_search(
 
 
 def search_rows(seconds: Seconds, num_candidates: int) -> list[Row]:
-    """Returns seconds a candidate of all, and how the search compares."""
+    """Returns seconds per candidate of all, and how the search compares."""
     group, count = "search over noise", 2 * num_candidates
     rows = [
         row(group, text, "s/candidate", [s / count for s in seconds[name]])
         for name, text in NAMES.items()
     ]
-    speed = "candidates a second of ours / of "
+    speed = "candidates per second of ours / of "
     rows.append(
         ratio_row(group, speed + "the UNet calls", seconds[UNET], seconds[SEARCH], at_least=0.95)
     )

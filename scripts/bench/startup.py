@@ -58,7 +58,7 @@ def required_keys(verb: str) -> list[str]:
 
 
 def time_startup(verbs: list[str], rounds: int) -> Seconds:
-    """Returns the seconds of each command, one a round, after one that is not timed."""
+    """Returns the seconds of each command, one per round, after one that is not timed."""
     parts: dict[str, Callable[[], object]] = {
         name: partial(_start, command) for name, command in commands(verbs).items()
     }

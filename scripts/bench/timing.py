@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from blackpoint.sampling.statistics.estimates import mean
 
-Seconds = dict[str, list[float]]  # contestant -> seconds, one a round
+Seconds = dict[str, list[float]]  # contestant -> seconds, one per round
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def row(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Row:
-    """Summarises one value a round."""
+    """Summarises one value per round."""
     middle, lowest, highest = statistics.median(values), min(values), max(values)
     n = len(values)
     return Row(group, what, unit, middle, lowest, highest, n, interval, at_least, at_most)

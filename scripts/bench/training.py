@@ -67,7 +67,7 @@ def time_training(
     rounds: int,
     keeps_captions: bool = True,
 ) -> Seconds:
-    """Returns the seconds of each contestant's blocks, one a round.
+    """Returns the seconds of each contestant's blocks, one per round.
 
     The run's first `warmup_steps` are not timed: it keeps the embeddings of captions that it has
     seen, unless `keeps_captions` is false: then each counts as new, as in a set that has no two

@@ -35,7 +35,7 @@ class Allocation:
 
 
 def read_allocation(environment: Mapping[str, str]) -> Allocation:
-    """Reads a job; raises UserError where it can't carry one process a GPU, or has no srun."""
+    """Reads a job; raises UserError where it can't carry one process per GPU, or has no srun."""
     if "SLURM_JOB_ID" not in environment:
         raise UserError("this is no SLURM job (SLURM_JOB_ID is not set); submit it with sbatch")
     num_nodes = int(environment.get("SLURM_JOB_NUM_NODES", "1"))

@@ -26,7 +26,7 @@ every verb, each a process of its own, computing in float32: training from cache
 batch 1, fused AdamW, gradient checkpointing, average on), sampling at 64x64 latents with guidance.
 
 - *peak*: largest resident memory of the process, mapped files included, in GB of 10^9 bytes.
-- *not droppable*: the part of it that no file backs, looked at ten times a second.
+- *not droppable*: the part of it that no file backs, looked at ten times per second.
 - *arithmetic*: what the verb must hold; *over* is the peak without the imports, divided by it.
   A second copy of the weights would add .2 to training and .6 to .8 to the other verbs."""
 

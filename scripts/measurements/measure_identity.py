@@ -134,7 +134,7 @@ def measure_start(folder: Path, repeats: int) -> dict[str, float]:
 
 
 def measure_gigabyte(shards: ShardSet, repeats: int) -> dict[str, Any]:
-    """Returns seconds a GB of each level, in memory and on the disk."""
+    """Returns seconds per GB of each level, in memory and on the disk."""
     total = sum(path.stat().st_size for path in shards.paths) / GB
 
     def index_anew() -> None:
@@ -188,7 +188,7 @@ def markdown(found: dict[str, Any]) -> str:
         )
         for name, seconds in full["seconds"].items()
     ]
-    columns = {"": "", "s a GB, in memory": ".2f", "s a GB, on the disk": ".2f"}
+    columns = {"": "", "s per GB, in memory": ".2f", "s per GB, on the disk": ".2f"}
     return Page(
         "What identity costs",
         [
@@ -198,9 +198,9 @@ def markdown(found: dict[str, Any]) -> str:
             f"The start of a run on {settings['num_shards']:,} unchanged shards, on a local disk; "
             f"medians of {settings['repeats']}:",
             Table.of({"": "", "s": ".3f"}, start.items()),
-            f"Shards of {kb:.0f} kB a sample, of which {full['text_share']:.1%} are headers and "
+            f"Shards of {kb:.0f} kB per sample, of which {full['text_share']:.1%} are headers and "
             "captions:",
-            Table.of(columns | {"minutes a TB, on the disk": ".0f"}, levels),
+            Table.of(columns | {"minutes per TB, on the disk": ".0f"}, levels),
         ],
     ).markdown()
 

@@ -151,8 +151,8 @@ def measure(config: IntervalsConfig) -> str:
     parts: list[Part] = [
         f"`python -m blackpoint.scripts.measurements.measure_intervals`, "
         f"{machine['date']}, {machine['machine']}. Share of "
-        f"95 % intervals that hold the known value: {config.num_samples} samples a line for means "
-        f"and standard deviations, {config.num_sets} sets a line for FID.",
+        f"95 % intervals that hold the known value: {config.num_samples} samples per line for "
+        f"means and standard deviations, {config.num_sets} sets per line for FID.",
         means_table(config),
         "FID of n images drawn from a Gaussian of d features against exact references of another; "
         f"mean distance {SHIFT}, deviations {SCALE} times the references'.",

@@ -43,7 +43,7 @@ class PixelCostConfig:
     transformer_blocks: list[int] = field(default_factory=lambda: [0, 0, 0, 1])
     """Transformer blocks after each residual block of a level."""
     batch_size: int = 1
-    """Images a step."""
+    """Images per step."""
     num_steps: int = 3
     """Timed steps of each cell, after one that is not counted."""
     num_threads: int = 1
@@ -139,7 +139,7 @@ def markdown(config: PixelCostConfig, found: dict[str, Any]) -> str:
             one, two = (cells[f"{side} px, patch {patch}"] for side in (small, large))
             ratios = (spread(two).value / spread(one).value, two["peak_bytes"] / one["peak_bytes"])
             growth.append((f"{small}, {large} px", patch, *ratios))
-    columns = {"image": "", "patch": "", "parameters, M": ".2f", "s a step": ".3g", "GB": ".2f"}
+    columns = {"image": "", "patch": "", "parameters, M": ".2f", "s per step": ".3g", "GB": ".2f"}
     columns |= {"time, patch 1 over this": ".1f", "memory": ".1f"}
     return Page(
         "What early down-sampling saves",

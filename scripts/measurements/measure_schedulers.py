@@ -7,7 +7,7 @@ background left open, black, white), the same prompts and seeds for every schedu
 picture that of `DiffusionModel.sample(sampler="ddim")`. DDIM also at numbers of steps that do not
 divide T, where it leaves the timestep list.
 
-Writes docs/schedulers.md and, one row a picture, docs/schedulers.csv.gz; goes on where it stopped.
+Writes docs/schedulers.md and, one row per image, docs/schedulers.csv.gz; goes on where it stopped.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
 Two figures of memory, in bytes. Peak RSS is the high-water mark of the largest process: it counts
 pages of mapped files, which the system can drop. Peak anonymous memory is what it cannot drop, of
-the process and its descendants together. Linux tells both, ten times a second; elsewhere the first
-is that of getrusage, which also knows the caller's own size, and the second is 0.
+the process and its descendants together. Linux tells both, ten times per second; elsewhere the
+first is that of getrusage, which also knows the caller's own size, and the second is 0.
 """
 
 import os

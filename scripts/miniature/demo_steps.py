@@ -72,10 +72,10 @@ EXPECTED = {
 }
 """(Metric, guidance scale) -> checkpoint -> what is expected of all captions."""
 INTRODUCTION = (
-    "Stable Diffusion cannot paint true black or true white. Its noise schedule never reaches pure "
-    "noise: at the last training step the image's mean still shines through, and sampling then "
+    "Stable Diffusion cannot generate true black or true white. Its terminal SNR is not zero: "
+    "at the last training timestep the image's mean still shows through the noise, but sampling "
     "starts from noise without it, so every image is drawn towards a middle gray.\n\n"
-    "The cure (Lin et al. 2023): rescale the schedule to zero terminal SNR, train with "
+    "The zero-SNR fix (Lin et al. 2023): rescale the schedule to zero terminal SNR, train with "
     "v-prediction, start sampling at the last timestep, rescale the guidance. Below, the same "
     "prompts and seeds before and after."
 )
@@ -87,7 +87,7 @@ def demonstrate(config: DemoConfig) -> None:
     started_s = time.perf_counter()
     pack_digits(config, "train")
     pack_digits(config, "held_out")
-    evaluate(config, {BASE: config.checkpoint}, "sample the base, to see the flaw")
+    evaluate(config, {BASE: config.checkpoint}, "sample the base (non-zero terminal SNR)")
     fine_tune(config, config.config, run_dir, "fine-tune to zero terminal SNR")
     with timed(run_dir, "verify the export with stock diffusers", again=True):
         check_against_diffusers(DiffusionModel.load(run_dir / "export"), run_dir / "export")

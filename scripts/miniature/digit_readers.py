@@ -30,7 +30,7 @@ Reader = TypeVar("Reader", bound=nn.Module)
 SIDE_PX = 32
 WIDTH, NUM_LAYERS = 512, 3
 SMALLEST_CONTRAST = (
-    0.02  # below about five gray levels an image is blank, and is not amplified into noise
+    0.02  # below about five gray levels per image is blank, and is not amplified into noise
 )
 
 

@@ -1,9 +1,9 @@
-"""Makes the parts of the embedded Stable Diffusion: a small flawed base trained on real digits.
+"""Makes the parts of the embedded Stable Diffusion: a small base with non-zero terminal SNR.
 
 Three trainings, each of the published kind at a small size: an autoencoder (reconstruction and a
 slight KL term, Rombach et al. 2022), a text encoder (contrastive with an image tower, Radford et
 al. 2021) and a UNet with epsilon-prediction on the published betas (Ho et al. 2020), whose terminal
-SNR is not zero. That last fault is the point: the fine-tune of this project is there to cure it.
+SNR is not zero: the fine-tunes of this project start from it to apply the zero-SNR fix.
 """
 
 import copy

@@ -62,7 +62,7 @@ class BaseConfig:
 
 
 def stage(work: Path, name: str, report: base.Report, num_steps: int) -> None:
-    """Runs one training and writes its losses to `work`, a row a step."""
+    """Runs one training and writes its losses to `work`, a row per step."""
     with (work / f"{name}_loss.csv").open("a", encoding="utf-8") as file:
         for step, loss in track(report, description=name, total=num_steps):
             file.write(f"{step},{loss:.6f}\n")

@@ -2,9 +2,9 @@
 blackpoint.scripts.studies.keep_sweep.
 
 settings, cells, wins_*   the report's tables, .md and .csv
-rows.csv.gz               a row an image, or a winner, of every cell
+rows.csv.gz               one row per image, or a winner, of every cell
 figure.png                each setting's metrics, over the seeds
-candidates.csv.gz         a row a candidate of searches with several scores of each
+candidates.csv.gz         a row per candidate of searches with several scores of each
 made.json                 machine, date, seconds of every cell, versions
 """
 
@@ -132,7 +132,7 @@ def cell_seconds(run_dir: Path) -> dict[str, float]:
 
 @matplotlib.rc_context(STYLE)
 def figure(results: Results, names: Sequence[str]) -> bytes:
-    """Draws each metric, a line a setting: seeds as dots, their mean with its t interval."""
+    """Draws each metric, a line per setting: seeds as dots, their mean with its t interval."""
     settings = settings_of(results)
     sheet, axes = panels(len(names), 1, width=2.6, height=0.6 + 0.28 * len(settings))
     for axis, name in zip(axes, names, strict=True):

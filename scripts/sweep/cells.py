@@ -214,10 +214,10 @@ def _check_key(key: str, origin: str) -> None:
         f"{n}.{path}" for n in ("evaluate", "search", "train") for path in fields_of(CLASSES[n])
     ]
     closest = nearest(key, known)
-    remedy = f"did you mean {closest}?" if closest else "evaluate.num_steps is one."
+    remedy = f"did you mean {closest}?" if closest else "evaluate.num_steps is one"
     raise UserError(
         f"{origin}: {key} is not a key of train, evaluate or search; {remedy} Keys begin with the "
-        "verb, train., evaluate. or search."
+        "verb, train., evaluate. or search"
     )
 
 

@@ -1,4 +1,4 @@
-"""blackpoint sample: samples prompts to a folder of pictures."""
+"""blackpoint sample: samples prompts to a folder of images."""
 
 from blackpoint.data.files.signals import stoppable
 from blackpoint.sampling.options import SampleConfig
@@ -16,5 +16,5 @@ def run(config: SampleConfig) -> int:
         from blackpoint.sampling.sample import sample_to_folder
 
         output = sample_to_folder(config)
-    print(f"pictures, samples.jsonl and grid.png are in {output}")
+    print(f"images, samples.jsonl and grid.png are in {output}")
     return 0

@@ -111,9 +111,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
             kept = max(checkpoint_steps(path.parent), default=None)
             raise RunFailed(
-                f"{path} can't be written: {reason.strerror}. "
-                + (f"Step {kept} is kept there. " if kept is not None else "")
-                + "Make room or restore the rights; the same command continues"
+                f"{path} can't be written: {reason.strerror}; "
+                + (f"step {kept} is kept there; " if kept is not None else "")
+                + "make room or restore the rights; the same command continues"
             ) from error
 
     def load_checkpoint(

@@ -1,7 +1,7 @@
-"""What is watched at every step: the loss (which must stay finite), its gradient, and the time.
+"""Watches every step: the loss (which must stay finite), its gradient, and the time.
 
-Numbers stay on the device until a row is due, so that a GPU is never made to wait for them; which
-numbers a row has is in METRICS.
+Numbers stay on the device until a row is due, so that a GPU never waits for them; METRICS lists
+the numbers of a row.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from blackpoint.train.callbacks.step_metrics import (
 from blackpoint.train.module import FineTuner
 
 REMEDY = (
-    "No checkpoint was written after it, so the last one is good. Remedies: look at these samples, "
+    "no checkpoint was written after it, so the last one is good; remedies: look at these samples, "
     "lower optimizer.learning_rate, or use trainer.precision=bf16-mixed or 32-true"
 )
 FETCH = ".train_dataloader_next"
@@ -105,11 +105,11 @@ class Watch(Callback):
             if bad:
                 raise RunFailed(
                     f"the loss of step {step} is not finite for {len(bad)} of {len(keys)} samples "
-                    f"of the batch: {', '.join(bad[:16])}. {REMEDY}"
+                    f"of the batch: {', '.join(bad[:16])}; {REMEDY}"
                 )
         raise RunFailed(
             f"the gradient of step {self._step} is not finite, though its loss is; samples of the "
-            f"batch: {', '.join(pending[-1][1][:16]) if pending else 'seen before'}. {REMEDY}"
+            f"batch: {', '.join(pending[-1][1][:16]) if pending else 'seen before'}; {REMEDY}"
         )
 
     @contextlib.contextmanager

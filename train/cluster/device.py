@@ -94,9 +94,9 @@ def check_count(config: TrainConfig, device: torch.device) -> None:
     if device.type != "cpu" and devices > present:
         raise UserError(
             f"trainer.devices={devices} needs {devices} GPUs on each machine, and this process "
-            f"sees {present}; set trainer.devices={present}. The training stays the same, for "
+            f"sees {present}; set trainer.devices={present}; the training stays the same, for "
             f"batch_size={config.batch_size} counts the images of all GPUs; if memory runs out, "
-            "halve batch_size and double trainer.accumulate_grad_batches. (Under SLURM, "
+            "halve batch_size and double trainer.accumulate_grad_batches (under SLURM, "
             "--gpus-per-task hides GPUs: use --gpus-per-node)"
         )
     if device.type == "cuda" and (device.index or 0) >= present:

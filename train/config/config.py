@@ -55,7 +55,7 @@ class EmaConfig:
     enabled: bool = True
     """Keep an average of the UNet beside it (one more copy of its weights in memory)."""
     decay: float = 0.9999
-    """Final decay a step; early on it is (1 + n) / (10 + n) after n updates, if that is less."""
+    """Final decay per step; early on it is (1 + n) / (10 + n) after n updates, if that is less."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "ema.", decay=">= 0 and < 1")
@@ -68,7 +68,7 @@ class TrainerConfig:
     max_steps: int = 10_000
     """Optimizer steps of the whole run."""
     devices: int = 1
-    """Processes on each node, one a GPU (or CPU). Left at 1, torchrun says both."""
+    """Processes on each node, one per GPU (or CPU). Left at 1, torchrun says both."""
     num_nodes: int = 1
     """Machines."""
     precision: Precision = "32-true"
@@ -114,7 +114,7 @@ class TrainerConfig:
 
 @dataclass
 class PreviewConfig:
-    """Pictures of the training model, at fixed prompts and seeds, with the averaged weights."""
+    """Images of the training model, at fixed prompts and seeds, with the averaged weights."""
 
     prompts: list[str] = field(
         default_factory=lambda: [
@@ -164,12 +164,12 @@ class TrainConfig:
     run_dir: OutputText = MISSING
     """Directory of the run; the same command there continues an interrupted run."""
     checkpoint: PathText | None = None
-    """What to start from: a diffusers folder, hub id, run directory or .ckpt. Not set: from random
-    weights, with the pixel-space architecture of `model`."""
+    """Checkpoint to start from: a diffusers folder, hub id, run directory or .ckpt. Not set: random
+    weights of the pixel-space architecture of `model`."""
     seed: int = 0
     """Decides every draw of the run, together with the epoch and the sample's index."""
     batch_size: int = 16
-    """Images a batch, over all processes together; an optimizer step takes
+    """Images per batch, over all processes together; an optimizer step takes
     accumulate_grad_batches of them."""
     allow_unsound: bool = False
     """Allow pairs that cannot work, for study: epsilon, leading timesteps, offset noise or a weight

@@ -77,7 +77,7 @@ class ModelConfig:
             raise UserError(
                 f"model.channels={self.channels}: the first level is narrower than the "
                 f"{3 * self.patch**2} channels of {self.patch} x {self.patch} pixels, which it "
-                "must carry: the noise in them could not be told. Widen it, or take a smaller "
+                "must carry: the noise in them could not be told; widen it, or take a smaller "
                 "model.patch"
             )
         self._check_condition()

@@ -20,8 +20,8 @@ class EncodeConfig:
     """Shards of images: a folder, a pattern such as shards/shard-{000000..000009}.tar, or the same
     as a URL (https://, s3://, gs://)."""
     checkpoint: PathText = MISSING
-    """Whose VAE and text encoder encode: a folder, hub id, run directory or .ckpt. Training from
-    the result must start from a checkpoint with the same two."""
+    """Checkpoint whose VAE and text encoder are used: a folder, hub id, run directory or .ckpt.
+    Training from the result must start from a checkpoint with the same two."""
     output: OutputText = MISSING
     """Folder for the shards of latents and their index; must be absent or empty. A run that was
     stopped is continued, and a run that is under way is joined, by the same command."""
@@ -34,7 +34,7 @@ class EncodeConfig:
     batch_size: int = 8
     """Images that a process encodes at once; more need more memory."""
     dtype: Dtype = "float16"
-    """Number format of what is stored."""
+    """Number format of the stored latents."""
     encoder_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the VAE and the text encoder while they encode. auto: bfloat16 on a GPU that
     computes in it, else float32. In float16 an image that overflows would change later ones."""
@@ -46,7 +46,7 @@ class EncodeConfig:
     or cpu, cuda:1, ..."""
     num_processes: int = 0
     """Processes that encode on this machine, each a shard at a time with encoders of its own; 0:
-    one a GPU, or one a CPU core. Several tasks that SLURM or torchrun starts each have one."""
+    one per GPU, or one per CPU core. Several tasks that SLURM or torchrun starts each have one."""
     num_workers: int = 4
     """Processes that decode images for each encoding process; 0 decodes in that process."""
     samples_per_shard: int = 5000
@@ -73,15 +73,15 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "samples_per_shard", "max_image_pixels"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1.")
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
         for name in ("resolution", "num_workers", "num_processes"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: must be 0 or more.")
+                raise UserError(f"{name}={getattr(self, name)}: must be 0 or more")
         if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1.")
+            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1")
         check_cache_fields(self)
         if self.crop != "center":
             raise UserError(
-                f"crop={self.crop}: latents are made once, so each image has one view. "
-                "Set crop=center; random crops need training from the images."
+                f"crop={self.crop}: latents are made once, so each image has one view; "
+                "set crop=center; random crops need training from the images"
             )

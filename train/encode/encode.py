@@ -140,12 +140,12 @@ def open_source(config: EncodeConfig, task: Task) -> Reader:
     """Returns the reader of the source's images, indexed first where they were not."""
     shards = open_shards(config.source, "source", config, in_order=True)
     if is_encoded(shards.folder):
-        raise UserError(f"source={config.source}: holds latents already. Name shards of images.")
+        raise UserError(f"source={config.source}: holds latents already; name shards of images")
     if not has_index(shards.folder):
         if task.count > 1:
             raise UserError(
                 f"source={config.source}: has no index, and each of {task.count} tasks would make "
-                f"one. Make it first: {indexing_command(shards, config.source, config)}"
+                f"one; make it first: {indexing_command(shards, config.source, config)}"
             )
         index_shards(shards, config.max_bad_share, config.max_image_pixels)
         shards = open_shards(config.source, "source", config, in_order=True)
@@ -191,7 +191,7 @@ def check_output(output: Path, encoding: Encoding, earlier: Encoding) -> None:
         ]
         raise UserError(
             f"output={output}: is not empty: it holds latents that were made with "
-            f"{', '.join(names)}. Name another output, or remove that folder to encode anew."
+            f"{', '.join(names)}; name another output, or remove that folder to encode anew"
         )
     tell(
         f"{output} was made before its source was known by its content; it is taken to be of the "

@@ -113,7 +113,7 @@ class SampleEncoder:
             largest = values[row].abs().max().item()
             raise UserError(
                 f"dtype={str(self.dtype).removeprefix('torch.')}: can't hold the values of "
-                f"{names[row]}, up to {largest:.3g}. Encode with dtype=bfloat16 or float32."
+                f"{names[row]}, up to {largest:.3g}; encode with dtype=bfloat16 or float32"
             )
         return result
 

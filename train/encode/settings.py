@@ -58,7 +58,7 @@ def begun_decoder(output: Path) -> int:
     if version == STORED_COLORS:
         tell(
             f"{output} was begun before images were converted to sRGB by their colour profiles; it "
-            "goes on with colours as they are stored. Name another output to convert them"
+            "goes on with colours as they are stored; name another output to convert them"
         )
     return version
 

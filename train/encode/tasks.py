@@ -13,7 +13,7 @@ from blackpoint.train.encode.config import EncodeConfig
 def process_devices(config: EncodeConfig, task: Task) -> list[str]:
     """Returns the device of each process that this task starts.
 
-    num_processes=0: one a GPU, or one a core; of several tasks, each one for itself.
+    num_processes=0: one per GPU, or one per core; of several tasks, each one for itself.
     """
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()

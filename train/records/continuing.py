@@ -107,7 +107,7 @@ def _check_length(record: RunRecord, config: TrainConfig) -> None:
             f"{where} was begun with trainer.max_steps={before}, and with "
             f"optimizer.decay={settings.decay} its learning rate falls to 0 there: step {done}, "
             f"which is done, had {settings.learning_rate * then:.3g} and would have had "
-            f"{settings.learning_rate * now:.3g}. Continue it with trainer.max_steps={before}, "
+            f"{settings.learning_rate * now:.3g}; continue it with trainer.max_steps={before}, "
             "or choose another run_dir"
         )
 

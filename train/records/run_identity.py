@@ -124,7 +124,7 @@ def check_encodings(
                 raise UserError(
                     f"{where}: was encoded with the {part} {stored:.12} of "
                     f"checkpoint={encoding.checkpoint}, but checkpoint={model.source} has the "
-                    f"{part} {digest:.12}. Encode the images for it: blackpoint data encode "
+                    f"{part} {digest:.12}; encode the images for it: blackpoint data encode "
                     f"source={encoding.source} checkpoint={model.source} output=... "
                     f"resolution={encoding.resolution}"
                 )

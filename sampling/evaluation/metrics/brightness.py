@@ -47,9 +47,9 @@ class BrightnessConfig(MetricConfig):
     """Whose luminance is compared with the references' where a prompt leaves it open; the border
     is the outer two pixels."""
     invariance_prompts: int = 16
-    """Prompts, the first ones, whose first prediction is asked from several noises; 0: none."""
+    """Number of first prompts whose first prediction is compared over several noises; 0: none."""
     invariance_noises: int = 16
-    """Noises of each of them."""
+    """Noises per prompt."""
 
     def __post_init__(self) -> None:
         if self.invariance_prompts < 0:

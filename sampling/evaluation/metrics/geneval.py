@@ -1,7 +1,7 @@
 """GenEval's scores from the file that its detector writes (Ghosh et al. 2023).
 
-A row an image: `prompt`, `tag` (the task) and `correct`. A task's score is the share of its images
-that are correct, the overall score the mean of the tasks' (553 prompts, six tasks, four images a
+One row per image: `prompt`, `tag` (the task) and `correct`. A task's score is the share of its
+correct images, the overall score the mean of the tasks' (553 prompts, six tasks, four images per
 prompt, as published). Intervals are bootstraps over prompts, within each task: images of one prompt
 are not independent. Where all prompts have one share they are Wilson's of the prompts: a bootstrap
 would leave no doubt.

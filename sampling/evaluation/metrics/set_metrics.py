@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FID_INFINITE = "FID at infinite n"
 MOST_GROUPS = 20
 IMAGES_PER_CLASS = 10
-"""Images a class that a split of IS has at least; fewer bound it: IS <= images in a split."""
+"""Images per class that a split of IS has at least; fewer bound it: IS <= images in a split."""
 BATCH = 512
 Groups = Sequence[int] | np.ndarray
 """Each image's prompt."""

@@ -43,7 +43,7 @@ class SetsConfig(MetricConfig):
     """Images in a subset of KID; all that there are, where there are fewer."""
     inception_score_splits: int = 10
     """Parts of the set that IS is the mean of; one part where a part would have fewer than ten
-    images a class."""
+    images per class."""
     neighbourhood: int = 3
     """k of the k-nearest-neighbour balls of precision and recall."""
 

@@ -6,7 +6,7 @@ Qi et al. 2024 (algorithm 2) ascend the stability of the noise,
 
 with d the elements of e: the gradient of a cosine is of order 1 / |e|, so that a step of this rate
 turns e by the same angle at every size. Any differentiable verifier takes the place of stability
-(ReNO, Eyring et al. 2024). Noise of a model has |e| near sqrt(d); what leaves that sphere paints
+(ReNO, Eyring et al. 2024). Noise of a model has |e| near sqrt(d); noise off that sphere gives
 worse, so e is put back on it, or pulled by the gradient of
 
     log p(|e|) = (d - 1) log |e| - |e|^2 / 2

@@ -15,7 +15,7 @@ class ZeroOrderConfig:
     """Zero-order search, ZO-N."""
 
     num_neighbours: int = 2
-    """Neighbours of the pivot a round, N; the authors have 2 for text-to-image, 4 on ImageNet."""
+    """Neighbours of the pivot per round, N; the authors have 2 for text-to-image, 4 on ImageNet."""
     cosine: float = 0.95
     """Cosine of the angle between a neighbour and the pivot."""
 

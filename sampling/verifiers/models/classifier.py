@@ -63,7 +63,7 @@ class Classifier:
         if self._labels and len(self._labels) != num_classes:
             raise UserError(
                 f"labels: {len(self._labels)} names for a classifier with {num_classes} outputs; "
-                "give one name an output, in their order"
+                "give one name per output, in their order"
             )
         if max(classes) >= num_classes:
             raise UserError(

@@ -54,7 +54,7 @@ class ImageModel:
             found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
             raise RunFailed(
                 f"an image model returned {found} for {len(images)} images; it must return one row "
-                "of numbers an image"
+                "of numbers per image"
             )
         return rows.flatten(1).float()
 

@@ -60,8 +60,8 @@ def download(hub_id: str, field: str, example: str, files: Sequence[str] = NEEDE
         reason = "may not be written to the hub's cache" if refused else "cannot be fetched"
         raise UserError(
             f"{field}={hub_id} is not a local folder and {reason} ({type(error).__name__}); "
-            f"download it where there is a network (`hf download {hub_id}`) and give the folder. "
-            f"A model that fits: {example}"
+            f"download it where there is a network (`hf download {hub_id}`) and give the folder; "
+            f"a model that fits: {example}"
         ) from error
 
 

@@ -42,7 +42,7 @@ def load(config: SelfSupervisedConfig, device: torch.device, dtype: torch.dtype)
     def scores(images: Images, prompts: Sequence[str], previews: Images | None) -> Tensor:
         if previews is None or len(previews) != len(images):
             raise RunFailed(
-                f"verifier {config.column} needs one preview an image, the x0-prediction at log "
+                f"verifier {config.column} needs one preview per image, the x0-prediction at log "
                 f"SNR {config.preview_log_snr}"
             )
         return cosine_similarity(features(images), features(previews), dim=-1)
