@@ -199,7 +199,7 @@ def test_rows_are_merged_by_key_whatever_their_order(tmp_path: Path) -> None:
         (["sets.features.module=tests.tiny_vision:ThreeColors"], "sets.reference"),
         (["num_imges=3"], "did you mean `num_images`"),
         (["verifiers.fid.kind=oracle", "verifiers.fid.metric=is", "verifiers.fid.module=a:b"],
-         "does not judge a picture by itself"),
+         "does not judge a single image"),
         (["verifiers.seed.kind=luminance"], "kept for another column"),
         (["keep_images=-1"], "keep_images=-1"),
         (["timestep_spacing=leading"], "allow_unsound=true"),

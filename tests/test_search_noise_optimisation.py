@@ -297,7 +297,7 @@ def test_searches_without_a_gradient_are_refused(changes: dict[str, Any], messag
         "verifiers": {"bright": VerifierConfig(kind="luminance", target=1.0)},
     }
     with pytest.raises(UserError, match=message):
-        SearchConfig("x", "a red photo", "out", 99, **(settings | changes))
+        SearchConfig("x", "a red photo", "out", budget_nfe=99, **(settings | changes))
 
 
 @pytest.mark.parametrize(

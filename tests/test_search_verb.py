@@ -180,7 +180,7 @@ def test_a_folder_that_holds_something_else_is_refused(pipeline: Path, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"verifiers": {}}, "verifiers is empty: name what to search for"),
+        ({"verifiers": {}}, "verifiers is empty: name one to search with"),
         ({"held_out": {"dark": VerifierConfig(kind="luminance", target=1.0)}}, "held_out.dark"),
         ({"algorithm": "fk_steering"}, "would stay copies without noise"),
         ({"budget_nfe": 0}, "budget_nfe=0"),

@@ -245,7 +245,7 @@ def test_non_finite_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
     overrides = {"trainer.log_every_steps": log_every_steps}
     with pytest.raises(RunFailed, match="loss of step 5 is not finite for 1 of 4") as caught:
         blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **overrides))
-    assert f": {poisoned[0]}. " in str(caught.value)
+    assert f": {poisoned[0]}; " in str(caught.value)
     saved = list((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name for path in saved] == ["step_00000003.ckpt"]
     assert all(

@@ -164,8 +164,9 @@ def test_searches_that_it_cannot_score_are_refused(changes: dict[str, Any], mess
     if "held_out" in changes:
         changes["held_out"] = {"own": stable}
     verifiers = {"stable": stable}
+    given = {"verifiers": verifiers} | changes
     with pytest.raises(UserError, match=message):
-        SearchConfig("x", "a red photo", "out", 9, **({"verifiers": verifiers} | changes))
+        SearchConfig("x", "a red photo", "out", budget_nfe=9, **given)
 
 
 @pytest.mark.parametrize(
