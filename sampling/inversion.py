@@ -93,7 +93,7 @@ def invert(
         iterates = _iterate(denoise, grid, step, x, inverter)
         x = iterates[-1]
         if not changes_have_gradients:
-            iterates = [each.detach() for each in iterates]
+            iterates = [iterate.detach() for iterate in iterates]
         changes = [_norm(b - a) for a, b in zip(iterates, iterates[1:], strict=False)]
         residuals.append(changes[-1] / _norm(iterates[-1]).clamp(min=SMALLEST))
         contractions.append(_contraction(changes))
@@ -120,7 +120,7 @@ def _iterate(
             iterates.append(images[-1])
     if inverter.method == "renoise":
         kept = readings[-NUM_AVERAGED:]
-        mean = Prediction(*(torch.stack(each).mean(dim=0) for each in zip(*kept, strict=True)))
+        mean = Prediction(*(torch.stack(parts).mean(dim=0) for parts in zip(*kept, strict=True)))
         iterates[-1] = _fixed_point_map(mean, grid, step, x_u, inverter)
     return iterates
 

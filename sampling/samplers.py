@@ -198,7 +198,7 @@ def check_sampler(sampler: str, eta: float | None = None) -> None:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}{hint}")
     if eta is not None and not SAMPLERS[sampler].takes_eta:
-        takers = " or ".join(name for name, each in SAMPLERS.items() if each.takes_eta)
+        takers = " or ".join(name for name, kind in SAMPLERS.items() if kind.takes_eta)
         raise UserError(f"eta={eta} goes with sampler={takers} alone, not with {sampler}")
     if eta is not None and not 0 <= eta <= 1:
         raise UserError(f"eta={eta} must lie in 0..1: 0 is deterministic, 1 ancestral")

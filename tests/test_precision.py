@@ -93,7 +93,7 @@ def test_other_formats_than_the_kept_ones_are_refused_with_the_remedy(
     with pytest.raises(UserError) as on_cpu:
         settle("output=out", asked, CPU, Said(), kept)
     assert str(on_cpu.value) == (
-        "output=out: dtype was bfloat16 there, and auto takes float32 on this cpu device. "
+        "output=out: dtype was bfloat16 there, and auto takes float32 on this cpu device; "
         "number formats are not mixed: set dtype=bfloat16 to continue it here"
     )
     with pytest.raises(UserError, match="tf32 was false there, and auto takes true.*set tf32=fal"):

@@ -103,13 +103,13 @@ def check_sound(loss: LossConfig, schedule: NoiseSchedule, allow_unsound: bool =
             "in eps is alpha times the one in v, so its means see nothing at the last timestep; "
             "use loss.prediction_type=v_prediction (or sample)"
         )
-    reason = _unsound(loss, schedule)
+    reason = _incompatibility(loss, schedule)
     if reason and not allow_unsound:
         raise UserError(f"{reason}; allow_unsound=true runs it all the same, for a comparison")
     loss_weights(loss, schedule)
 
 
-def _unsound(loss: LossConfig, schedule: NoiseSchedule) -> str | None:
+def _incompatibility(loss: LossConfig, schedule: NoiseSchedule) -> str | None:
     if not schedule.is_zero_terminal_snr:
         return None
     if loss.offset_noise:

@@ -84,10 +84,10 @@ class MetricsConfig(SamplingOptions):
         check_seed("seed", self.seed, largest=MAX_STORED_SEED)
         if self.keep_images is not None and self.keep_images < 0:
             raise UserError(f"keep_images={self.keep_images} must be 0 or more, or null for all")
-        for name, each in self.verifiers.items():
-            if each.declared.needs != "image":
+        for name, verifier in self.verifiers.items():
+            if verifier.declared.needs != "image":
                 raise UserError(
-                    f"verifiers.{name}.kind={each.kind} does not judge a single image; FID "
+                    f"verifiers.{name}.kind={verifier.kind} does not judge a single image; FID "
                     "and IS are under sets, stability is a verifier of searches"
                 )
             if name in COLUMNS:

@@ -83,10 +83,10 @@ class ImageGenerator:
 
     def _process_notes(self, model: DiffusionModel) -> None:
         """Tells what is unusual about the process; raises UserError for what cannot work."""
-        config, own = self._config, model.process
-        process = own.respaced(config.timestep_spacing)
+        config, trained = self._config, model.process
+        process = trained.respaced(config.timestep_spacing)
         process.check_sound(config.allow_unsound)
-        respaced = own.respacing_note(config.timestep_spacing)
+        respaced = trained.respacing_note(config.timestep_spacing)
         notes = [respaced] if respaced else []
         if process.incompatibility():
             notes.append(

@@ -56,7 +56,7 @@ class Measures:
 
     def of_column(self, column: str) -> Measure | None:
         """Returns what measures a column; None where nothing here does."""
-        return next((each for source, each in self.loaded if column in source.columns), None)
+        return next((measure for source, measure in self.loaded if column in source.columns), None)
 
     def skipped(self, evaluated: Evaluated) -> dict[str, str]:
         """Returns what no start has measured, by key, with the reason."""
@@ -87,7 +87,7 @@ def load_measures(
     Raises UserError for a prompt that a verifier cannot judge.
     """
     measures = Measures()
-    for source in itertools.chain.from_iterable(each.sources() for each in metrics):
+    for source in itertools.chain.from_iterable(metric.sources() for metric in metrics):
         if taken := measures.asked.keys() & source.columns.keys():
             raise UserError(f"{source.key}: {min(taken)} is measured by another metric; rename it")
         try:
@@ -111,14 +111,14 @@ def luminance_rows(pixels: Pixels, prompts: Sequence[Prompt]) -> list[Row]:
         {
             "luminance": round(whole[n].item(), DECIMALS),
             "border_luminance": round(border[n].item(), DECIMALS),
-            "asked_low": None if each is None else each.low,
-            "asked_high": None if each is None else each.high,
-            "asked_where": None if each is None else each.where,
+            "asked_low": None if target is None else target.low,
+            "asked_high": None if target is None else target.high,
+            "asked_where": None if target is None else target.where,
             "luminance_error": None
-            if each is None
-            else round(float(luminance_error(images[n : n + 1], [each])[0]), DECIMALS),
+            if target is None
+            else round(float(luminance_error(images[n : n + 1], [target])[0]), DECIMALS),
         }
-        for n, each in enumerate(asked)
+        for n, target in enumerate(asked)
     ]
 
 
@@ -127,8 +127,9 @@ def luminance_error(
 ) -> Float[Tensor, " n"]:
     """Returns each image's distance to its range, 0 inside it; images in [0, 1]."""
     low, high = (
-        torch.tensor([getattr(each, end) for each in ranges]).to(images) for end in ("low", "high")
+        torch.tensor([getattr(target, end) for target in ranges]).to(images)
+        for end in ("low", "high")
     )
-    at_border = torch.tensor([each.where == "border" for each in ranges], device=images.device)
+    at_border = torch.tensor([target.where == "border" for target in ranges], device=images.device)
     measured = torch.where(at_border, border_luminance(images), image_luminance(images))
     return torch.maximum(low - measured, measured - high).clamp(min=0)

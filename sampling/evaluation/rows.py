@@ -70,12 +70,12 @@ def read_rows(folder: Path, columns: Columns | None = None) -> dict[Key, Row]:
     settings is left out. None: whatever there is. Raises UserError for files of another version.
     """
     while True:
-        found: dict[Key, Row] = {}
+        rows: dict[Key, Row] = {}
         try:
             for path in _files(folder):
                 for row in _read(path, columns):
-                    found.setdefault((row["prompt_index"], row["image"]), {}).update(row)
-            return found
+                    rows.setdefault((row["prompt_index"], row["image"]), {}).update(row)
+            return rows
         except FileNotFoundError:
             continue  # the first process has joined the parts meanwhile
 
@@ -85,12 +85,12 @@ def carried_columns(folder: Path, asked: Columns) -> dict[str, str]:
 
     One that two files measured with different settings is none: it could not be told apart.
     """
-    found: dict[str, set[str]] = {}
+    by_column: dict[str, set[str]] = {}
     for path in _files(folder):
         for field in pq.read_schema(path):
             if field.metadata and DIGEST in field.metadata and field.name not in asked:
-                found.setdefault(field.name, set()).add(field.metadata[DIGEST].decode())
-    return {name: digests.pop() for name, digests in found.items() if len(digests) == 1}
+                by_column.setdefault(field.name, set()).add(field.metadata[DIGEST].decode())
+    return {name: digests.pop() for name, digests in by_column.items() if len(digests) == 1}
 
 
 def join_rows(folder: Path, rows: Mapping[Key, Row], columns: Columns) -> None:
@@ -122,21 +122,21 @@ def finished_keys(folder: Path, columns: Columns) -> set[Key]:
 
     Reads no more than the keys. Files that vanish meanwhile are joined into others.
     """
-    found: dict[Key, set[str]] = {}
+    by_key: dict[Key, set[str]] = {}
     for path in _files(folder):
         try:
             file = pq.ParquetFile(path)
             keys = file.read(KEY).to_pydict()
         except FileNotFoundError:
             continue
-        own = {
+        measured = {
             field.name
             for field in file.schema_arrow
             if (field.metadata or {}).get(DIGEST, b"").decode() == columns.get(field.name)
         }
         for prompt_index, image in zip(*keys.values(), strict=True):
-            found.setdefault((prompt_index, image), set()).update(own)
-    return {key for key, own in found.items() if own >= columns.keys()}
+            by_key.setdefault((prompt_index, image), set()).update(measured)
+    return {key for key, measured in by_key.items() if measured >= columns.keys()}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -170,8 +170,8 @@ def _read(path: Path, columns: Columns | None) -> list[Row]:
     lists = {name: table.column(name) for name in LISTS if name in table.column_names}
     rows = table.drop_columns(list(lists)).to_pylist()
     for name, column in lists.items():
-        own = [row for row, has in zip(rows, column.is_valid().to_pylist(), strict=True) if has]
-        for row, values in zip(own, _matrix(column), strict=True):
+        present = [row for row, has in zip(rows, column.is_valid().to_pylist(), strict=True) if has]
+        for row, values in zip(present, _matrix(column), strict=True):
             row[name] = values
     return rows if columns is None else [_without_missing(row, columns) for row in rows]
 

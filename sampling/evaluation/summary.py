@@ -52,11 +52,11 @@ def summarise(
     skipped: what was asked for and not measured, with the reason; notes: told before the metrics'.
     """
     rows = evaluated.rows
-    found = [metric.numbers(evaluated) for metric in metrics]
+    results = [metric.numbers(evaluated) for metric in metrics]
     seconds = sum(row["sampling_s"] + row["measuring_s"] for row in rows)
     return Summary(
-        tuple(metric for numbers, _ in found for metric in numbers),
-        (*notes, *(note for _, own in found for note in own)),
+        tuple(metric for numbers, _ in results for metric in numbers),
+        (*notes, *(note for _, metric_notes in results for note in metric_notes)),
         dict(skipped),
         len(rows),
         len({row["prompt_index"] for row in rows}),
@@ -86,13 +86,13 @@ def markdown(summary: Summary) -> str:
     """Writes the table of metrics, with notes, as Markdown."""
     rows = [
         {
-            "metric": title_at_n(each.name, [each.estimate.n])
-            + (f" ({each.group})" if each.group else ""),
-            "value [95 % interval]": each.estimate,
-            "n": f"{each.estimate.n} {each.unit}",
-            "": WORDS[each.better],
+            "metric": title_at_n(metric.name, [metric.estimate.n])
+            + (f" ({metric.group})" if metric.group else ""),
+            "value [95 % interval]": metric.estimate,
+            "n": f"{metric.estimate.n} {metric.unit}",
+            "": WORDS[metric.better],
         }
-        for each in summary.metrics
+        for metric in summary.metrics
     ]
     columns = {"metric": "", "value [95 % interval]": ".4g", "n": "", "": ""}
     cost = (
@@ -109,10 +109,10 @@ def write_summary(folder: Path, summary: Summary) -> None:
     write_whole(folder / MARKDOWN_FILE, markdown(summary))
     columns = ["metric", "group", "value", "low", "high", "n", "unit", "better", "title"]
     rows = [
-        {"metric": each.name, "title": title_at_n(each.name, [each.estimate.n])}
-        | {"group": each.group, "unit": each.unit, "better": each.better}
-        | {name: f"{value:.8g}" for name, value in asdict(each.estimate).items()}
-        for each in summary.metrics
+        {"metric": metric.name, "title": title_at_n(metric.name, [metric.estimate.n])}
+        | {"group": metric.group, "unit": metric.unit, "better": metric.better}
+        | {name: f"{value:.8g}" for name, value in asdict(metric.estimate).items()}
+        for metric in summary.metrics
     ]
     write_whole(folder / CSV_FILE, Table(rows, dict.fromkeys(columns, "")).csv())
     write_whole(folder / JSON_FILE, json.dumps(finite(asdict(summary)), indent=1) + "\n")
@@ -125,8 +125,8 @@ def read_summary(folder: Path) -> Summary | None:
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
     metrics = tuple(
-        Metric(**{**each, "estimate": Estimate(**_numbers(each["estimate"]))})
-        for each in content.pop("metrics")
+        Metric(**{**row, "estimate": Estimate(**_numbers(row["estimate"]))})
+        for row in content.pop("metrics")
     )
     return Summary(metrics, notes=tuple(content.pop("notes")), **content)
 

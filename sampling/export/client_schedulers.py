@@ -40,7 +40,7 @@ MOST_STEPS = 200
 def scheduler_facts(process: Process) -> list[str]:
     """Lists what there is to say, "" where nothing is."""
     return [
-        unsound(process),
+        incompatibility_note(process),
         keep_zero_snr(process),
         drop_zero_snr(process),
         ddim_leaves_the_list(process),
@@ -50,7 +50,7 @@ def scheduler_facts(process: Process) -> list[str]:
     ]
 
 
-def unsound(process: Process) -> str:
+def incompatibility_note(process: Process) -> str:
     """A process can be allowed that cannot work."""
     reason = process.incompatibility()
     return f"This model cannot be sampled right: {reason}." if reason else ""

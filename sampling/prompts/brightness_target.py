@@ -31,10 +31,10 @@ class LuminanceTarget:
 def luminance_target(prompt: str) -> LuminanceTarget | None:
     """Returns what the prompt fixes, 0 black to 1 white; None where it leaves luminance open."""
     text = " ".join(prompt.lower().replace("grey", "gray").strip(" .").split())
-    if found := _SOLID.fullmatch(text):
-        return LuminanceTarget(TONES[found[1]], "image")
-    if found := _BACKGROUND.search(text):
-        return LuminanceTarget(TONES[found[1]], "border")
+    if match := _SOLID.fullmatch(text):
+        return LuminanceTarget(TONES[match[1]], "image")
+    if match := _BACKGROUND.search(text):
+        return LuminanceTarget(TONES[match[1]], "border")
     return None
 
 

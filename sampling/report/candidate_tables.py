@@ -33,14 +33,14 @@ def _ranks(cells: Mapping[str, Candidates]) -> Table:
     for cell, candidates in cells.items():
         known = {next(iter(candidates.scores)), *candidates.qualities}
         for first, second in itertools.combinations(candidates.scores, 2):
-            found = rank_correlation(candidates.scores, first, second)
-            if found is not None and known & {first, second}:
+            correlation = rank_correlation(candidates.scores, first, second)
+            if correlation is not None and known & {first, second}:
                 row = {"cell": cell, "score": first, "with": second}
                 coefficients = {
-                    "Spearman": marked_change(found.spearman),
-                    "Kendall": marked_change(found.kendall),
+                    "Spearman": marked_change(correlation.spearman),
+                    "Kendall": marked_change(correlation.kendall),
                 }
-                rows.append({**row, **coefficients, "would have shown": found.detectable})
+                rows.append({**row, **coefficients, "would have shown": correlation.detectable})
     note = (
         "Mean over prompts of the rank correlation over each prompt's images. Would have shown: "
         "the smallest mean Spearman that so many prompts find with power 0.8. Bold: the interval "
@@ -54,7 +54,9 @@ def _ranks(cells: Mapping[str, Candidates]) -> Table:
 
 def _best_of(cells: Mapping[str, Candidates]) -> Table:
     """Shows what choosing the best of k images by each score gains by each quality."""
-    sizes = {cell: next(iter(each.scores.values())).shape[1] for cell, each in cells.items()}
+    sizes = {
+        cell: next(iter(candidates.scores.values())).shape[1] for cell, candidates in cells.items()
+    }
     counts = sorted({count for most in sizes.values() for count in counts_up_to(most)} - {1})
     rows = []
     for cell, candidates in cells.items():

@@ -42,18 +42,18 @@ def draw_estimates(
     axis: Axes, xs: Sequence[float], estimates: Sequence[Estimate], **style: Any
 ) -> None:
     """Draws values over xs, with their intervals."""
-    axis.errorbar(xs, [each.value for each in estimates], yerr=_bars(estimates), **style)
+    axis.errorbar(xs, [estimate.value for estimate in estimates], yerr=_bars(estimates), **style)
 
 
 def draw_named(
     axis: Axes, names: Sequence[str], estimates: Sequence[Estimate | None], marker: str
 ) -> None:
     """Draws a line for each name, its value with the interval; the first has another color."""
-    for place, each in enumerate(estimates):
-        if each is not None:
-            color = COLORS[min(place, 1)]
+    for index, estimate in enumerate(estimates):
+        if estimate is not None:
+            color = COLORS[min(index, 1)]
             style = {"fmt": marker, "color": color, "capsize": 2, "markersize": 5}
-            axis.errorbar(each.value, place, xerr=_bars([each]), **style)  # type: ignore[arg-type]
+            axis.errorbar(estimate.value, index, xerr=_bars([estimate]), **style)  # type: ignore[arg-type]
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.grid(axis="y", color="#eeeeee")
@@ -61,8 +61,8 @@ def draw_named(
 
 def _bars(estimates: Sequence[Estimate]) -> list[list[float]]:
     """Returns how far intervals reach below and above; 0 where there is no interval."""
-    below = [max(0.0, each.value - each.low) for each in estimates]
-    return [below, [max(0.0, each.high - each.value) for each in estimates]]
+    below = [max(0.0, estimate.value - estimate.low) for estimate in estimates]
+    return [below, [max(0.0, estimate.high - estimate.value) for estimate in estimates]]
 
 
 def share_y(axes: Sequence[Axes]) -> None:

@@ -140,9 +140,9 @@ def _read_sweep(folder: Path) -> Results:
         )
     cells, reference = [], list[float]()
     for row in content["cells"]:
-        for cell, place in _cells_of(folder, row):
+        for cell, path in _cells_of(folder, row):
             if cell.state in ("done", STALE):
-                reference = _fill(cell, place) or reference
+                reference = _fill(cell, path) or reference
             cells.append(cell)
     if not any(row.get(section) for row in content["cells"] for section in FOLDERS):
         training = folder / "trainings" / content["cells"][0]["training"]
@@ -156,8 +156,8 @@ def _read_sweep(folder: Path) -> Results:
 
 def _cells_of(folder: Path, row: Mapping[str, Any]) -> Iterator[tuple[Cell, Path]]:
     """Yields a cell of a sweep with the folder of its verb; two where it evaluates and searches."""
-    place = folder / row["folder"]
-    record = read_json(place / CELL)
+    path = folder / row["folder"]
+    record = read_json(path / CELL)
     state, reason = record.get("state", "not run"), record.get("reason", "")
     if state == "started":
         state = "stopped, or under way"
@@ -176,7 +176,7 @@ def _cells_of(folder: Path, row: Mapping[str, Any]) -> Iterator[tuple[Cell, Path
         name, varied = row["name"], row["varied"]
         if len(verbs) > 1:
             name, varied = f"{name} {verb}", {**varied, EVALUATE_AND_SEARCH: verb}
-        yield Cell(name, row["arm"], varied, settings, state, reason), place / FOLDERS[verb]
+        yield Cell(name, row["arm"], varied, settings, state, reason), path / FOLDERS[verb]
 
 
 def _fill(cell: Cell, folder: Path) -> list[float]:
@@ -198,12 +198,12 @@ def _read_evaluation(cell: Cell, folder: Path) -> list[float]:
         cell.state = "not finished"
         return []
     rows = read_images(folder)
-    for each in summary.metrics:
-        cell.values[_title(each)] = Value(each.estimate, each.better)
-    for each in summary.metrics:
-        values = _paired(each, rows)
+    for metric in summary.metrics:
+        cell.values[_title(metric)] = Value(metric.estimate, metric.better)
+    for metric in summary.metrics:
+        values = _paired(metric, rows)
         if values:
-            cell.paired[_title(each)] = values
+            cell.paired[_title(metric)] = values
     cell.pictures = {
         (row["prompt_index"], row["prompt"], row["image"]): Picture(
             row["seed"], folder / row["file"]
@@ -236,16 +236,16 @@ def _read_search(cell: Cell, folder: Path) -> None:
     settings = read_json(folder / SEARCH_SETTINGS)
     for kind in ("held_out", "scores"):
         for name in rows[0][kind]:
-            own = {
+            scores = {
                 (row["prompt_index"], row["prompt"], 0): number(row[kind][name])
                 for row in rows
                 if math.isfinite(number(row[kind][name]))
             }
-            if own:
+            if scores:
                 searched = kind == "scores" and _decides(settings, name)
                 title = f"{name} (searched)" if searched else name
-                cell.values[title] = Value(statistics.mean_score(list(own.values())), "higher")
-                cell.paired[title] = own
+                cell.values[title] = Value(statistics.mean_score(list(scores.values())), "higher")
+                cell.paired[title] = scores
     for row in rows:
         path = folder / row["image"]
         if path.is_file():
@@ -272,10 +272,10 @@ def _searched_candidates(folder: Path, settings: Mapping[str, Any]) -> Candidate
     path = folder / CANDIDATES
     if settings.get("algorithm") != BEST_OF_N or not path.is_file():
         return None
-    kinds = {name: each["kind"] for name, each in settings["verifiers"].items()}
+    kinds = {name: options["kind"] for name, options in settings["verifiers"].items()}
     rows = read_lines(path)
-    found = ((row["prompt_index"], row["candidate"], row["scores"]) for row in rows)
-    scores = scores_by_prompt(found, list(kinds))
+    rows_of_prompts = ((row["prompt_index"], row["candidate"], row["scores"]) for row in rows)
+    scores = scores_by_prompt(rows_of_prompts, list(kinds))
     qualities = tuple(name for name, kind in kinds.items() if KINDS[kind].needs == "image")
     return Candidates(scores, qualities) if scores else None
 

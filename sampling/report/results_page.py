@@ -39,8 +39,8 @@ def write_results(path: Path, results: Results, settings: Mapping[str, str]) -> 
     tables = tables_of(results)
     files = {path.parent / TABLES / name: text for name, text in table_files(tables).items()}
     files[path] = page_of(results, tables, settings).html()
-    for each, content in files.items():
-        write_whole(each, content)
+    for file, content in files.items():
+        write_whole(file, content)
     return [path, *list(files)[:-1]]
 
 
@@ -158,7 +158,7 @@ def _spread(keys: Sequence[Key]) -> list[Key]:
     """Chooses prompts from the first to the last."""
     count = min(NUM_COLUMNS, len(keys))
     places = sorted({round(n * (len(keys) - 1) / max(1, count - 1)) for n in range(count)})
-    return [keys[place] for place in places]
+    return [keys[index] for index in places]
 
 
 def _side(num_pictures: int) -> int:
@@ -176,7 +176,7 @@ def _notes(cells: Sequence[Cell]) -> list[str]:
         for note in cell.notes:
             names.setdefault(note, []).append(cell.name)
     return [
-        f"{note} ({len(found)} {'cell' if len(found) == 1 else 'cells'}: {', '.join(found[:4])}"
-        + (", ...)" if len(found) > 4 else ")")
-        for note, found in names.items()
+        f"{note} ({len(of)} {'cell' if len(of) == 1 else 'cells'}: {', '.join(of[:4])}"
+        + (", ...)" if len(of) > 4 else ")")
+        for note, of in names.items()
     ]

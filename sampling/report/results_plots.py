@@ -40,13 +40,13 @@ def scaling_curves(results: Results, names: Sequence[str]) -> list[tuple[str, st
         return []
     drawn = []
     for name in names[:MOST_METRICS]:
-        own = {
+        by_setting = {
             title: [cell for cell in cells if name in cell.values]
             for title, cells in series.items()
         }
-        if any(len({cell.nfe for cell in cells}) > 1 for cells in own.values()):
-            title = title_of(name, [cell for cells in own.values() for cell in cells])
-            drawn.append((title, _scaling(own, name, title)))
+        if any(len({cell.nfe for cell in cells}) > 1 for cells in by_setting.values()):
+            title = title_of(name, [cell for cells in by_setting.values() for cell in cells])
+            drawn.append((title, _scaling(by_setting, name, title)))
     return drawn
 
 
@@ -94,8 +94,8 @@ def _scaling(series: dict[str, list[Cell]], name: str, title: str) -> str:
         points: dict[float, list[Cell]] = {}
         for cell in cells:
             points.setdefault(cell.nfe, []).append(cell)
-        found = {x: shown_estimate(points[x], name) for x in sorted(points)}
-        estimates = {x: each for x, each in found.items() if each is not None}
+        shown = {x: shown_estimate(points[x], name) for x in sorted(points)}
+        estimates = {x: estimate for x, estimate in shown.items() if estimate is not None}
         middle = min(len(series), MOST_SERIES) / 2
         draw_estimates(
             axis,

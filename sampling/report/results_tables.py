@@ -30,11 +30,11 @@ class Setting:
 
 def settings_of(results: Results) -> list[Setting]:
     """Groups finished cells by what they share beside seeds, in order."""
-    found: dict[str, list[Cell]] = {}
+    by_setting: dict[str, list[Cell]] = {}
     for cell in results.cells:
         if cell.values:
-            found.setdefault(cell.setting, []).append(cell)
-    return [Setting(name, cells) for name, cells in found.items()]
+            by_setting.setdefault(cell.setting, []).append(cell)
+    return [Setting(name, cells) for name, cells in by_setting.items()]
 
 
 def metric_names(cells: Sequence[Cell]) -> list[str]:
@@ -119,8 +119,8 @@ def seeds_table(results: Results, names: Sequence[str] = ()) -> Table | None:
 def baseline_of(results: Results, settings: Sequence[Setting]) -> Setting:
     """Returns the setting that others are compared with: the named one, or the first."""
     for setting in settings:
-        names = {setting.name, *(each.arm for each in setting.cells)}
-        names |= {each.name for each in setting.cells}
+        names = {setting.name, *(cell.arm for cell in setting.cells)}
+        names |= {cell.name for cell in setting.cells}
         if results.baseline in names:
             return setting
     return settings[0]
@@ -129,7 +129,7 @@ def baseline_of(results: Results, settings: Sequence[Setting]) -> Setting:
 def seed_difference(setting: Setting, baseline: Setting, name: str) -> Estimate | None:
     """Estimates a metric's mean difference from the baseline, paired by seed; None for one seed."""
     prefix = _repeated([*setting.cells, *baseline.cells])
-    ours, theirs = (_by_seed(each.cells, name, prefix) for each in (setting, baseline))
+    ours, theirs = (_by_seed(either.cells, name, prefix) for either in (setting, baseline))
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return statistics.paired_mean(differences) if len(differences) > 1 else None
 
@@ -150,11 +150,11 @@ def over_seeds(cells: Sequence[Cell], name: str) -> Value | None:
 
 def shown_estimate(cells: Sequence[Cell], name: str) -> Estimate | None:
     """Returns what a plot shows of a setting: one cell's own interval, of more that over seeds."""
-    own = [cell for cell in cells if name in cell.values]
-    if len(own) == 1:
-        return own[0].values[name].estimate
-    found = over_seeds(own, name)
-    return None if found is None else found.estimate
+    measured = [cell for cell in cells if name in cell.values]
+    if len(measured) == 1:
+        return measured[0].values[name].estimate
+    value = over_seeds(measured, name)
+    return None if value is None else value.estimate
 
 
 def win_matrix(results: Results, name: str) -> Table | None:
@@ -177,17 +177,19 @@ def win_matrix(results: Results, name: str) -> Table | None:
     outcomes = {}
     for row, column in permutations(scores, 2):
         shared = sorted(scores[row].keys() & scores[column].keys())
-        ours, theirs = ([sign * scores[each][key] for key in shared] for each in (row, column))
+        ours, theirs = (
+            [sign * scores[setting][key] for key in shared] for setting in (row, column)
+        )
         if shared:
             outcomes[row, column] = count_outcomes(ours, theirs)
     pairs = [pair for pair in combinations(scores, 2) if pair in outcomes]
     adjusted = holm({"\0".join(pair): outcomes[pair].p_value for pair in pairs})
     rows: dict[str, dict[str, Any]] = {row: {"": row} for row in scores}
-    for (row, column), found in outcomes.items():
+    for (row, column), test in outcomes.items():
         name_of_pair = f"{row}\0{column}" if (row, column) in pairs else f"{column}\0{row}"
         p_value = adjusted[name_of_pair]
-        wins = p_value < 0.05 and found.wins > found.losses
-        rows[row][column] = Marked(f"{found.wins} : {found.losses}", f"p {p_value:.2g}", wins)
+        wins = p_value < 0.05 and test.wins > test.losses
+        rows[row][column] = Marked(f"{test.wins} : {test.losses}", f"p {p_value:.2g}", wins)
     note = (
         f"By {name}: prompts that the row wins and loses against the column, ties left out; p of "
         f"the exact test after Holm's correction over all pairs. Bold: the row wins (p < .05).{cut}"
@@ -198,12 +200,12 @@ def win_matrix(results: Results, name: str) -> Table | None:
 
 
 def _by_prompt(setting: Setting, name: str) -> dict[tuple[int, str], float]:
-    found: dict[tuple[int, str], list[float]] = {}
+    by_prompt: dict[tuple[int, str], list[float]] = {}
     for cell in setting.cells:
         key: Key
         for key, value in cell.paired.get(name, {}).items():
-            found.setdefault(key[:2], []).append(value)
-    return {prompt: float(np.mean(values)) for prompt, values in found.items()}
+            by_prompt.setdefault(key[:2], []).append(value)
+    return {prompt: float(np.mean(values)) for prompt, values in by_prompt.items()}
 
 
 def _repeated(cells: Sequence[Cell]) -> str:
@@ -216,12 +218,12 @@ def _repeated(cells: Sequence[Cell]) -> str:
 
 def _by_seed(cells: Sequence[Cell], name: str, prefix: str) -> dict[Seeds, float]:
     """Returns a metric of each repetition, the mean of its cells."""
-    found: dict[Seeds, list[float]] = {}
+    by_seeds: dict[Seeds, list[float]] = {}
     for cell in cells:
         value = cell.values[name].estimate.value if name in cell.values else math.nan
         if math.isfinite(value):
-            found.setdefault(_seeds(cell, prefix), []).append(value)
-    return {seeds: float(np.mean(values)) for seeds, values in found.items()}
+            by_seeds.setdefault(_seeds(cell, prefix), []).append(value)
+    return {seeds: float(np.mean(values)) for seeds, values in by_seeds.items()}
 
 
 def _num_repetitions(cells: Sequence[Cell]) -> int:
@@ -235,11 +237,13 @@ def _seeds(cell: Cell, prefix: str) -> Seeds:
 
 
 def _best(values: Sequence[Value | None]) -> Value | None:
-    own = [each for each in values if each is not None and math.isfinite(each.estimate.value)]
-    if len(own) < 2 or not own[0].better:
+    finite = [
+        value for value in values if value is not None and math.isfinite(value.estimate.value)
+    ]
+    if len(finite) < 2 or not finite[0].better:
         return None
-    choose = min if own[0].better == "lower" else max
-    return choose(own, key=lambda each: each.estimate.value)
+    choose = min if finite[0].better == "lower" else max
+    return choose(finite, key=lambda value: value.estimate.value)
 
 
 def _marked(value: Value | None, best: Value | None) -> Marked | None:

@@ -20,10 +20,10 @@ def at_a_glance(metrics: Series, max_steps: int | None = None) -> dict[str, str]
     if not any(metrics.values()):
         return {}
     last_step = max(step for series in metrics.values() for step, _ in series)
-    found = {"optimizer steps": f"{last_step}" + (f" of {max_steps}" if max_steps else "")}
+    items = {"optimizer steps": f"{last_step}" + (f" of {max_steps}" if max_steps else "")}
     values = {name: [value for _, value in series] for name, series in metrics.items() if series}
     if loss := values.get("train/loss"):
-        found["training loss"] = f"{smoothed(loss)[-1]:.4g} (running mean at the end)"
+        items["training loss"] = f"{smoothed(loss)[-1]:.4g} (running mean at the end)"
     of_v = ", of v" if own_validation(metrics) else ""
     for name, text in (
         ("validation/loss", f"validation loss{of_v}"),
@@ -31,18 +31,18 @@ def at_a_glance(metrics: Series, max_steps: int | None = None) -> dict[str, str]
         ("preview/luminance_error", "previews' distance to the luminance asked for"),
     ):
         if own := values.get(name):
-            found[text] = f"{own[0]:.3g} \u2192 {own[-1]:.3g}" if len(own) > 1 else f"{own[0]:.3g}"
+            items[text] = f"{own[0]:.3g} \u2192 {own[-1]:.3g}" if len(own) > 1 else f"{own[0]:.3g}"
     if speed := values.get("train/images_per_s"):
-        found["throughput"] = f"{statistics.median(speed):.3g} images/s (median)"
+        items["throughput"] = f"{statistics.median(speed):.3g} images/s (median)"
     if waiting := values.get("train/data_wait_share"):
-        found["waiting for data"] = f"{statistics.median(waiting):.1%} of the time (median)"
+        items["waiting for data"] = f"{statistics.median(waiting):.1%} of the time (median)"
     for name, text in (
         ("memory/process_peak_gb", "peak memory of the process"),
         ("memory/gpu_allocated_peak_gb", "peak memory of the GPU, allocated"),
     ):
         if own := values.get(name):
-            found[text] = f"{max(own):.2f} GB"
-    return found
+            items[text] = f"{max(own):.2f} GB"
+    return items
 
 
 def run_figures(metrics: Series, prompts: Sequence[str] = ()) -> list[Figure]:
@@ -93,7 +93,7 @@ def chosen_grids(folder: Path) -> list[tuple[str, Path]]:
     count = min(NUM_GRIDS, len(grids))
     places = [round(number * (len(grids) - 1) / max(1, count - 1)) for number in range(count)]
     return [
-        (f"step {int(grids[place].stem.removeprefix('step_'))}", grids[place]) for place in places
+        (f"step {int(grids[index].stem.removeprefix('step_'))}", grids[index]) for index in places
     ]
 
 

@@ -86,9 +86,9 @@ def black_point(metrics: Series, prompts: Sequence[str] = ()) -> str | None:
 
     `prompts` as the run's config has them; without them they are read from the metrics' names.
     """
-    found = preview_luminance(metrics, prompts)
-    fixed = {prompt: curve for prompt, curve in found.items() if luminance_target(prompt)}
-    left_open = {prompt: curve for prompt, curve in found.items() if prompt not in fixed}
+    curves = preview_luminance(metrics, prompts)
+    fixed = {prompt: curve for prompt, curve in curves.items() if luminance_target(prompt)}
+    left_open = {prompt: curve for prompt, curve in curves.items() if prompt not in fixed}
     parts = [(name, part) for name, part in (("fixed", fixed), ("open", left_open)) if part]
     error = metrics.get("preview/luminance_error")
     if not parts:
@@ -97,8 +97,8 @@ def black_point(metrics: Series, prompts: Sequence[str] = ()) -> str | None:
         len(parts) + bool(error), 1, width=PANEL_WIDTH * 0.8, height=BLACK_POINT_HEIGHT
     )
     for axis, (name, part) in zip(axes, parts, strict=False):
-        for place, (prompt, curve) in enumerate(part.items()):
-            color = COLORS[place] if len(part) <= len(COLORS) else f"C{place}"
+        for index, (prompt, curve) in enumerate(part.items()):
+            color = COLORS[index] if len(part) <= len(COLORS) else f"C{index}"
             target = luminance_target(prompt)
             if target:
                 axis.axhline(target.value, color=color, linestyle="--", linewidth=1)

@@ -20,7 +20,7 @@ def preview_luminance(metrics: Series, prompts: Sequence[str]) -> dict[str, Rows
     prefix = "preview/luminance_"
     slugs = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
     names = dict(zip(prompt_slugs(prompts), prompts, strict=True))
-    found = {}
+    by_prompt = {}
     for slug in slugs:
         if slug == "error":
             continue
@@ -29,8 +29,8 @@ def preview_luminance(metrics: Series, prompts: Sequence[str]) -> dict[str, Rows
         at_border = target is not None and target.where == "border"
         name = f"preview/border_luminance_{slug}" if at_border else prefix + slug
         if metrics.get(name):
-            found[prompt] = metrics[name]
-    return found
+            by_prompt[prompt] = metrics[name]
+    return by_prompt
 
 
 def own_validation(metrics: Series) -> str | None:
@@ -46,8 +46,8 @@ def extremes(series: Rows) -> list[tuple[int, float]]:
     kept: list[tuple[int, float]] = []
     for stretch in range(NUM_STRETCHES):
         start, stop = (len(series) * (stretch + end) // NUM_STRETCHES for end in (0, 1))
-        own = series[start:stop]
-        pair = {min(own, key=lambda row: row[1]), max(own, key=lambda row: row[1])}
+        rows = series[start:stop]
+        pair = {min(rows, key=lambda row: row[1]), max(rows, key=lambda row: row[1])}
         kept += sorted(pair)
     return kept
 
@@ -69,15 +69,15 @@ def smoothed(values: Iterable[float]) -> list[float]:
 
 def bin_label(name: str) -> str:
     """Writes `validation/loss_log_snr_2_4` as `log SNR 2 to 4`; other names as they are."""
-    found = re.search(r"log_snr_(-?\w+)_(-?\w+)$", name)
-    if found:
-        return f"log SNR {found[1]} to {found[2]}"
+    match = re.search(r"log_snr_(-?\w+)_(-?\w+)$", name)
+    if match:
+        return f"log SNR {match[1]} to {match[2]}"
     return name.split("/")[-1].removeprefix("loss_").replace("_", " ")
 
 
 def bin_order(name: str) -> float:
     """Orders ranges of log SNR by noise, the least first and the last timestep last."""
-    found = re.search(r"log_snr_(-?\w+)_-?\w+$", name)
-    if found:
-        return -float(found[1]) if found[1] != "-inf" else 1e6
+    match = re.search(r"log_snr_(-?\w+)_-?\w+$", name)
+    if match:
+        return -float(match[1]) if match[1] != "-inf" else 1e6
     return math.inf

@@ -88,7 +88,10 @@ class SearchOptions(SamplingOptions):
 
 _Sections: Any = make_dataclass(
     "_Sections",
-    [(name, each.config, field(default_factory=each.config)) for name, each in ALGORITHMS.items()],
+    [
+        (name, algorithm.config, field(default_factory=algorithm.config))
+        for name, algorithm in ALGORITHMS.items()
+    ],
     namespace={"__doc__": ""},
 )
 
@@ -200,5 +203,5 @@ def check_partial_steps(name: str, partial_steps: int | None, search: SearchOpti
 
 def named(forms: tuple[RunForm, ...], word: str = "or") -> str:
     """Names the algorithms that run candidates so."""
-    names = [name for name, each in ALGORITHMS.items() if each.form in forms]
+    names = [name for name, algorithm in ALGORITHMS.items() if algorithm.form in forms]
     return f"{', '.join(names[:-1])} {word} {names[-1]}" if len(names) > 1 else names[0]

@@ -46,7 +46,9 @@ class Costs:
 
     def score_rows(self, stop: int) -> Rows:
         """Returns the rows of the scores of a run to level `stop`."""
-        counts = [(each.evaluations(stop), each.guidance_scale != 1) for each in self.measured]
+        counts = [
+            (verifier.evaluations(stop), verifier.guidance_scale != 1) for verifier in self.measured
+        ]
         return Rows(sum(rows for rows, _ in counts), sum(rows for rows, guided in counts if guided))
 
     def nfe(self, first: int, stop: int) -> int:

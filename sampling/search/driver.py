@@ -131,8 +131,8 @@ def drive(
             active += more
             wanted += _unpaid(more, journal)
         trials = [(one.problem.prompt_index, trial) for one, trial in wanted]
-        for place, result in runner.run(trials):
-            one, trial = wanted[place]
+        for number, result in runner.run(trials):
+            one, trial = wanted[number]
             index = one.problem.prompt_index
             if one.may_win(result.outcome):
                 on_image(one, result)  # before its row, which says that nothing is missing

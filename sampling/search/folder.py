@@ -24,7 +24,7 @@ SETTINGS, LEDGER, DIGEST = "search.json", "ledger.json", "prompts_digest"
 DECODER = "decoder"
 """Version of what decodes the pictures of a reference; recorded where there are any."""
 _DOLLAR = "\ue000{"
-FREE = (
+RESULT_INVARIANT_KEYS = (
     "output",
     "batch_size",
     "device",
@@ -38,14 +38,16 @@ FREE = (
 
 def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) -> dict[str, Any]:
     """Returns the settings to be kept; raises UserError where `output` holds something else."""
-    settings = {key: value for key, value in asdict(config).items() if key not in FREE}
+    settings = {
+        key: value for key, value in asdict(config).items() if key not in RESULT_INVARIANT_KEYS
+    }
     settings[DIGEST] = digest_of(prompts)
     if reads_pictures(config):
         settings[DECODER] = DECODER_VERSION
     path = output / SETTINGS
     if not path.is_file():
-        found = output.iterdir() if output.is_dir() else [output] if output.exists() else []
-        if not all(each.name.startswith(f".{SETTINGS}") for each in found):  # one is writing it
+        entries = output.iterdir() if output.is_dir() else [output] if output.exists() else []
+        if not all(entry.name.startswith(f".{SETTINGS}") for entry in entries):  # one is writing it
             raise UserError(f"output={output} holds something that is no search; name a new folder")
         return settings
     saved, now = read_settings(path), json.loads(json.dumps(settings))
@@ -71,12 +73,12 @@ def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) 
 
 def formats_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the device and the formats of candidates, lists where they differ."""
-    found: dict[str, list[Any]] = {name: [] for name in ("device", *FORMATS)}
+    formats: dict[str, list[Any]] = {name: [] for name in ("device", *FORMATS)}
     for row in rows:
-        for name, values in found.items():
+        for name, values in formats.items():
             if name in row and row[name] not in values:
                 values.append(row[name])
-    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+    return {name: values[0] if len(values) == 1 else values for name, values in formats.items()}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -98,14 +100,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     whole = OmegaConf.to_container(merged)
     assert isinstance(whole, dict)
     whole = json.loads(json.dumps(whole, ensure_ascii=False).replace(_DOLLAR, "${"))
-    kept = {str(key): value for key, value in whole.items() if key not in FREE}
+    kept = {str(key): value for key, value in whole.items() if key not in RESULT_INVARIANT_KEYS}
     return kept if digest is None else kept | {DIGEST: digest}
 
 
 def reads_pictures(config: SearchConfig) -> bool:
     """Tells whether a verifier measures pictures of the user's."""
-    sets = [each for each in config.verifiers.values() if each.declared.needs == "set"]
-    references = [each.reference for each in sets]
+    sets = [verifier for verifier in config.verifiers.values() if verifier.declared.needs == "set"]
+    references = [verifier.reference for verifier in sets]
     return any(path is not None and Path(path).suffix != ".safetensors" for path in references)
 
 

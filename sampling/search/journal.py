@@ -40,24 +40,24 @@ class Journal:
     """
 
     def __init__(
-        self, folder: Path, own: Path | None = None, prompts: Iterable[int] | None = None
+        self, folder: Path, part: Path | None = None, prompts: Iterable[int] | None = None
     ) -> None:
-        self.folder, own = folder, own or folder
+        self.folder, part = folder, part or folder
         self.spent = Ledger()
         """Of all rows in `own`."""
         self.rows: dict[int, Rows] = {}
-        own.mkdir(parents=True, exist_ok=True)
-        self._file = (own / ROWS).open("a", encoding="utf-8")
-        self._lock = Lock(own / ROWS)
+        part.mkdir(parents=True, exist_ok=True)
+        self._file = (part / ROWS).open("a", encoding="utf-8")
+        self._lock = Lock(part / ROWS)
         if not self._lock.acquire(holder=""):  # the file is the rows
             self._file.close()
             raise FolderInUse(
-                f"output={own}: another process is searching there; wait for it, or choose another "
-                "output"
+                f"output={part}: another process is searching there; wait for it, or choose "
+                "another output"
             )
         wanted = None if prompts is None else set(prompts)
         for path in files_of(folder, ROWS):
-            is_own = path.samefile(own / ROWS)
+            is_own = path.samefile(part / ROWS)
             for row in read_rows(path, repair=is_own):
                 if is_own:
                     self.spent += Ledger(**row["spent"])
@@ -143,7 +143,7 @@ def read_rows(path: Path, repair: bool = True) -> list[dict[str, Any]]:
     """
     content = path.read_bytes()
     rows, good = [], 0
-    for place, line in enumerate(content.splitlines(keepends=True), 1):
+    for line_number, line in enumerate(content.splitlines(keepends=True), 1):
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("torn")
@@ -151,8 +151,8 @@ def read_rows(path: Path, repair: bool = True) -> list[dict[str, Any]]:
         except ValueError as error:
             if good + len(line) != len(content):
                 raise UserError(
-                    f"{path}:{place} is not JSON: it was changed by hand or the disk lost it; "
-                    "remove the line to pay for that candidate again, or choose another output"
+                    f"{path}:{line_number} is not JSON: it was changed by hand or the disk lost "
+                    "it; remove the line to pay for that candidate again, or choose another output"
                 ) from error
             if repair:
                 with path.open("rb+") as file:
@@ -167,11 +167,11 @@ def join_rows(
     output: Path, name: str, key: Callable[[dict[str, Any]], Any]
 ) -> list[dict[str, Any]]:
     """Writes the rows of the whole search and of its parts to output/name, sorted; returns them."""
-    found = {}
+    by_key = {}
     for path in files_of(output, name):
         for row in read_rows(path, repair=False):
-            found[key(row)] = row
-    rows = [found[each] for each in sorted(found)]
+            by_key[key(row)] = row
+    rows = [by_key[row_key] for row_key in sorted(by_key)]
     write_whole(output / name, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 

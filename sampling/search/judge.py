@@ -65,14 +65,14 @@ def alarms(
     usable = (winners.isfinite() & plain.isfinite()).all(dim=1)
     # One row that is not finite has no distance to any other.
     diversity = diversity_change(winners[usable], plain[usable]) if usable.sum() > 1 else None
-    found = []
+    results = []
     held_out = [_pairs(paired, "held_out", name) for name in paired[0]["held_out"]]
     held_out = [scores for scores in held_out if _is_enough(scores)]
     for searched in paired[0]["scores"]:
         first = _pairs(paired, "scores", searched)
         if _is_enough(first):
-            found.append(hacking_alarm(first, held_out, diversity))
-    return found
+            results.append(hacking_alarm(first, held_out, diversity))
+    return results
 
 
 def _is_enough(scores: PairedScores) -> bool:
@@ -116,7 +116,10 @@ def _thumbnails(images: Tensor) -> Tensor:
 
 
 def send_tables(
-    config: WandbConfig, output: Path, rows: Sequence[dict[str, Any]], found: Sequence[HackingAlarm]
+    config: WandbConfig,
+    output: Path,
+    rows: Sequence[dict[str, Any]],
+    results: Sequence[HackingAlarm],
 ) -> None:
     """Sends a row for each winner, at most 1,000, with its picture, and the ledger's sums."""
     if not config.enabled:
@@ -140,7 +143,7 @@ def send_tables(
         )
     run.log({"winners": table})
     changes = wandb.Table(columns=["searched", "metric", "change", "low", "high", "prompts"])
-    for alarm in found:
+    for alarm in results:
         for metric, change in alarm.changes.items():
             numbers = (change.value, change.low, change.high, change.n)
             changes.add_data(alarm.searched, metric, *numbers)
@@ -148,5 +151,5 @@ def send_tables(
     ledger = json.loads((output / LEDGER).read_text(encoding="utf-8"))
     beside = ledger.pop("beside")
     run.summary.update(ledger | {"beside_nfe": beside["nfe"]})
-    run.summary["hacking"] = any(alarm.raised for alarm in found)
+    run.summary["hacking"] = any(alarm.raised for alarm in results)
     run.finish()

@@ -183,7 +183,7 @@ class Problem:
             for outcome, value in zip(outcomes, values, strict=True)
         ]
         order = sorted(range(len(outcomes)), key=keys.__getitem__)
-        return [outcomes[place] for place in order]
+        return [outcomes[index] for index in order]
 
     @property
     def full_cost(self) -> int:

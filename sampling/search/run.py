@@ -141,13 +141,13 @@ def search_prompts(
     winners = Winners(output, texts, settings | formats, runner.shape)
     plain = baselines(config, loaded, winners, mine, task)
     beside = spent_in(output / calibration.FOLDER, own_folder(output / BASELINES, task))
-    own = own_folder(output, task)
-    journal = Journal(output, own, mine)  # locks it
-    rows = WinnerRows(own, winners, prompts, loaded, plain, is_reproducible(config))
+    part = own_folder(output, task)
+    journal = Journal(output, part, mine)  # locks it
+    rows = WinnerRows(part, winners, prompts, loaded, plain, is_reproducible(config))
     progress = SearchProgress(
         len(mine),
         config.budget_nfe,
-        lambda: keep_ledger(own, journal.spent, beside, formats_of([about])),
+        lambda: keep_ledger(part, journal.spent, beside, formats_of([about])),
     )
     problems = (make_problem(config, runner, index, kendall) for index in mine)
     try:
@@ -155,7 +155,10 @@ def search_prompts(
             drive(
                 runner,
                 journal,
-                (open_search(each, lambda one: start_search(config, one)) for each in problems),
+                (
+                    open_search(problem, lambda one: start_search(config, one))
+                    for problem in problems
+                ),
                 about=lambda index: {"prompt": texts[index], **about},
                 on_image=winners.keep,
                 on_turn=progress.tell,
@@ -231,7 +234,10 @@ def baselines(
         searches = drive(
             runner,
             journal,
-            (open_search(each, lambda one: random_search(one, config.random)) for each in problems),
+            (
+                open_search(problem, lambda one: random_search(one, config.random))
+                for problem in problems
+            ),
             on_image=lambda one, result: winners.keep(one, result, BASELINE),
             needs_winner=False,
         )
@@ -246,10 +252,10 @@ def join(config: SearchConfig, output: Path) -> list[str]:
     rows = join_rows(output, WINNERS, lambda row: row["prompt_index"])
     beside = spent_in(output / calibration.FOLDER, output / BASELINES)
     keep_ledger(output, spent_on(candidates), beside, formats_of(candidates))
-    found = alarms(rows, config.diversity, output)
-    send_tables(config.wandb, output, rows, found)
+    results = alarms(rows, config.diversity, output)
+    send_tables(config.wandb, output, rows, results)
     for name in (STATES, BESTS, PARTS):
         shutil.rmtree(output / name, ignore_errors=True)
-    content = [asdict(alarm) | {"raised": alarm.raised} for alarm in found]
+    content = [asdict(alarm) | {"raised": alarm.raised} for alarm in results]
     write_whole(output / HACKING, json.dumps(content, indent=1) + "\n")  # last: it says done
-    return [line for alarm in found for line in alarm.lines]
+    return [line for alarm in results for line in alarm.lines]

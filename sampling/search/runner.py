@@ -223,8 +223,8 @@ class TrialRunner:
         for verifier in self.scoring.measured:
             level = verifier.level(stop)
             denoise = self.denoiser(conditions, Guidance(verifier.guidance_scale))
-            found = verifier.measure(trace.levels[level], level, denoise, self.grid)
-            measured[verifier.measurement] = found
+            measurements = verifier.measure(trace.levels[level], level, denoise, self.grid)
+            measured[verifier.measurement] = measurements
         noise = self.noise([trial for _, trial in batch]) if measured else images[:0]
         prompts = [self.prompts[prompt] for prompt, _ in batch]
         scores = self.scoring.scores(images, prompts, previews, noise, measured)

@@ -75,7 +75,7 @@ def load_judges(
     configs: Mapping[str, VerifierConfig], prompts: Iterable[str], device: torch.device
 ) -> dict[str, AnyVerifier]:
     """Loads verifiers under their names in the config, and asks them about the first prompts."""
-    named = {name: dataclasses.replace(each, name=name) for name, each in configs.items()}
+    named = {name: dataclasses.replace(options, name=name) for name, options in configs.items()}
     judges = load_verifiers(named, device)
     checks = [getattr(verifier, "check_prompt", None) for verifier in judges.values()]
     for text in itertools.islice(prompts, MAX_CHECKED):
@@ -115,7 +115,7 @@ def weights_of(verifiers: Mapping[str, VerifierConfig]) -> dict[str, float]:
     """Returns the weights of the verifiers in a score; that of a single one is 1."""
     if len(verifiers) == 1:
         return dict.fromkeys(verifiers, 1.0)
-    return {name: each.weight for name, each in verifiers.items()}
+    return {name: verifier.weight for name, verifier in verifiers.items()}
 
 
 @functools.cache
@@ -168,7 +168,7 @@ def ranking_of(verifiers: Mapping[str, VerifierConfig], rule: EnsembleRule) -> R
     """Returns how candidates are compared: by the one verifier, or by the ensemble's rule."""
     if len(verifiers) == 1:
         return by_score
-    return lambda outcomes: rank_values(verifiers, rule, [each.scores for each in outcomes])
+    return lambda outcomes: rank_values(verifiers, rule, [outcome.scores for outcome in outcomes])
 
 
 def rank_values(
@@ -177,6 +177,6 @@ def rank_values(
     scores: Sequence[Mapping[str, float]],
 ) -> list[float]:
     """Returns what the ensemble's rule makes of each candidate's scores."""
-    weights = [each.weight for each in verifiers.values()]
-    rows = [[each[name] for name in verifiers] for each in scores]
+    weights = [verifier.weight for verifier in verifiers.values()]
+    rows = [[row[name] for name in verifiers] for row in scores]
     return combined(torch.tensor(rows).double(), rule, weights).tolist()

@@ -132,7 +132,7 @@ class Winners:
         numbers = [outcome.trial.candidate for outcome in bests]
         images = [load_file(self._best_path(index, number))["image"] for number in numbers]
         pictures = [to_picture(image) for image in images]
-        titles = [f"candidate {each.trial.candidate}: {each.score:.4f}" for each in bests]
+        titles = [f"candidate {outcome.trial.candidate}: {outcome.score:.4f}" for outcome in bests]
         sheet = caption_grid([self.prompts[index]], [pictures], titles)
         sheet.save(self.folder / IMAGES / f"{index:06d}.sheet.png")
 
@@ -149,7 +149,7 @@ class WinnerRows:
 
     def __init__(
         self,
-        own: Path,
+        part: Path,
         winners: Winners,
         prompts: Mapping[int, Prompt],
         loaded: Loaded,
@@ -160,9 +160,9 @@ class WinnerRows:
         self._plain, self._reproducible = plain, reproducible
         for row in read_winners(winners.folder).values():
             self._tell_oracles(row)
-        if (own / WINNERS).is_file():
-            read_rows(own / WINNERS)  # a torn last line is cut off before the next is written
-        self._file = (own / WINNERS).open("a", encoding="utf-8")
+        if (part / WINNERS).is_file():
+            read_rows(part / WINNERS)  # a torn last line is cut off before the next is written
+        self._file = (part / WINNERS).open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Closes the file; every row is in it already."""
@@ -198,13 +198,13 @@ class WinnerRows:
 
 def first_of(one: PromptSearch) -> Outcome | None:
     """Returns the first candidate where it is a whole image with a score."""
-    return next((each for each in one.finals if each.trial.candidate == 0), None)
+    return next((outcome for outcome in one.finals if outcome.trial.candidate == 0), None)
 
 
 def read_winners(folder: Path) -> dict[int, dict[str, Any]]:
     """Reads the winners.jsonl of all processes by prompt; a torn last line is left out."""
-    found: dict[int, dict[str, Any]] = {}
+    by_prompt: dict[int, dict[str, Any]] = {}
     for path in files_of(folder, WINNERS):
         for row in read_rows(path, repair=False):
-            found[row["prompt_index"]] = row
-    return found
+            by_prompt[row["prompt_index"]] = row
+    return by_prompt

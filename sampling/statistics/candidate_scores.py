@@ -101,8 +101,8 @@ def expected_of_best(score: np.ndarray, quality: np.ndarray, count: int) -> np.n
 
 def counts_up_to(most: int) -> list[int]:
     """Returns 1, 2, 5, 10, ... below `most`, and `most`."""
-    steps = [each for power in range(6) for each in (10**power, 2 * 10**power, 5 * 10**power)]
-    return [*(each for each in steps if each < most), most]
+    steps = [size for power in range(6) for size in (10**power, 2 * 10**power, 5 * 10**power)]
+    return [*(size for size in steps if size < most), most]
 
 
 def finite_mean(values: np.ndarray) -> Estimate:

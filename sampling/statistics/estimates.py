@@ -50,7 +50,7 @@ class Estimate:
         "+0.12 [+0.05, +0.19] n = 30", f"{estimate:.1%}" is "12.0% [5.0, 19.0]".
         """
         form, _, count = spec.partition(" ")
-        value, low, high = (f"{each:{form}}" for each in (self.value, self.low, self.high))
+        value, low, high = (f"{number:{form}}" for number in (self.value, self.low, self.high))
         interval = f"[{low.rstrip('%')}, {high.rstrip('%')}]"
         if not math.isfinite(self.low):
             interval = "[too few for an interval]"
@@ -206,12 +206,12 @@ def bca_interval(
     drawn = drawn[np.isfinite(drawn)]
     if len(drawn) == 0:
         return math.nan, math.nan
-    sizes = np.array([len(each) for each in influence], dtype=np.float64)
-    scaled = [each / len(each) for each in influence]
-    squares = np.array([float((each**2).sum()) for each in scaled])
+    sizes = np.array([len(parts) for parts in influence], dtype=np.float64)
+    scaled = [parts / len(parts) for parts in influence]
+    squares = np.array([float((parts**2).sum()) for parts in scaled])
     acceleration, freedom, expansion = 0.0, sizes.min() - 1, sizes.min() / (sizes.min() - 1)
     if np.isfinite(squares).all() and squares.sum() > 0:
-        cubes = sum(float((each**3).sum()) for each in scaled)
+        cubes = sum(float((parts**3).sum()) for parts in scaled)
         acceleration = cubes / (6 * float(squares.sum()) ** 1.5)
         variances = squares * sizes / (sizes - 1)  # the bootstrap's own are `squares`
         freedom = variances.sum() ** 2 / (variances**2 / (sizes - 1)).sum()  # Welch 1947
@@ -268,12 +268,12 @@ def bootstrap(
     sample: (n,), or (n, m) of which rows are drawn. statistic: from (k, n m) to (k,).
     """
     at_once = max(1, MOST_AT_ONCE // sample.size)
-    found = []
+    values = []
     for start in range(0, num_resamples, at_once):
         count = min(at_once, num_resamples - start)
         drawn = sample[rng.integers(len(sample), size=(count, len(sample)))]
-        found.append(statistic(drawn.reshape(count, -1)))
-    return np.concatenate(found)
+        values.append(statistic(drawn.reshape(count, -1)))
+    return np.concatenate(values)
 
 
 def _deviation(drawn: np.ndarray) -> np.ndarray:

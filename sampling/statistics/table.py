@@ -112,16 +112,18 @@ class Table:
     def markdown(self) -> str:
         """Writes the table alone as Markdown; columns of numbers stand to the right."""
         places = self.places()
-        lines = [self.header, *([each.markdown for each in row] for row in places)]
+        lines = [self.header, *([cell.markdown for cell in row] for row in places)]
         text = [f"| {' | '.join(line)} |" for line in lines]
         columns = list(zip(*places, strict=True)) or [()] * len(self.columns)
-        text.insert(1, f"|{'|'.join('--:' if _is_numeric(own) else '---' for own in columns)}|")
+        text.insert(
+            1, f"|{'|'.join('--:' if _is_numeric(column) else '---' for column in columns)}|"
+        )
         return "\n".join(text) + "\n"
 
     def html(self) -> str:
         """Writes the table alone as HTML, with the numbers that a page sorts it by."""
         head = "".join(f"<th>{escape(heading)}</th>" for heading in self.header)
-        rows = (f"<tr>{''.join(each.html for each in row)}</tr>" for row in self.places())
+        rows = (f"<tr>{''.join(cell.html for cell in row)}</tr>" for row in self.places())
         start = f'<table id="{self.name}">' if self.name else "<table>"
         start += f"\n<thead><tr>{head}</tr></thead>\n<tbody>"
         return "\n".join([start, *rows, "</tbody>\n</table>"])
@@ -146,7 +148,7 @@ def read_csv(path: Path, row_type: type[Row]) -> list[Row]:
     """
     content = path.read_bytes()
     text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    types: dict[str, Any] = {each.name: each.type for each in fields(row_type)}  # type: ignore[arg-type]
+    types: dict[str, Any] = {column.name: column.type for column in fields(row_type)}  # type: ignore[arg-type]
     reader = csv.DictReader(io.StringIO(text))
     if reader.fieldnames != list(types):
         raise UserError(f"{path} has columns {reader.fieldnames}; its rows need {list(types)}")
@@ -184,5 +186,5 @@ def _values(value: Any) -> Sequence[Any]:
 
 
 def _is_numeric(places: Sequence[Place]) -> bool:
-    shown = [each for each in places if each.text]
-    return bool(shown) and all(each.number is not None and not each.detail for each in shown)
+    shown = [cell for cell in places if cell.text]
+    return bool(shown) and all(cell.number is not None and not cell.detail for cell in shown)

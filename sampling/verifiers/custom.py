@@ -64,9 +64,9 @@ def checked(answer: Any, num_images: int, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         scores = None
     if scores is None or tuple(scores.shape) != (num_images,):
-        found = type(answer).__name__ if scores is None else tuple(scores.shape)
+        returned = type(answer).__name__ if scores is None else tuple(scores.shape)
         raise RunFailed(
-            f"verifier {name} returned {found} for {num_images} images; it must return "
+            f"verifier {name} returned {returned} for {num_images} images; it must return "
             f"one score per image, of shape ({num_images},)"
         )
     return scores

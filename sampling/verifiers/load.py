@@ -106,14 +106,14 @@ def load_verifiers(
     """Loads every verifier, by name; those of one CLIP folder share its towers."""
     from blackpoint.sampling.verifiers.models.clip import shared_clips
 
-    found: dict[str, Verifier | TrajectoryVerifier] = {}
+    loaded: dict[str, Verifier | TrajectoryVerifier] = {}
     with shared_clips():
         for name, config in configs.items():
             try:
-                found[name] = load_verifier(config, device)
+                loaded[name] = load_verifier(config, device)
             except UserError as error:
                 raise UserError(f"verifier {name}: {error}") from error
-    return found
+    return loaded
 
 
 def load_verifier(config: VerifierConfig, device: torch.device) -> Verifier | TrajectoryVerifier:

@@ -150,9 +150,9 @@ def checked_scores(
     """
     scores = verifier.score(images, prompts, previews)
     if not isinstance(scores, torch.Tensor) or tuple(scores.shape) != (len(images),):
-        found = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        given = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
         raise RunFailed(
-            f"verifier {verifier.name} returned {found} for {len(images)} images; it must return "
+            f"verifier {verifier.name} returned {given} for {len(images)} images; it must return "
             f"one score per image, a tensor of shape ({len(images)},)"
         )
     return scores.detach().double().cpu()

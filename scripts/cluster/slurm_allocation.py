@@ -102,16 +102,16 @@ def rendezvous(allocation: Allocation) -> dict[str, str]:
     The first node's name must lead somewhere on every node: tasks that can't find it hang until
     the time limit. Where it does not resolve, SLURM's own address of the node is taken.
     """
-    found = {}
+    variables = {}
     if "MASTER_ADDR" not in os.environ:
-        found["MASTER_ADDR"] = (
+        variables["MASTER_ADDR"] = (
             "127.0.0.1" if allocation.num_nodes == 1 else _first_address(allocation)
         )
     if "MASTER_PORT" not in os.environ:
         # Jobs of other clusters and folders may have the same number.
-        own = zlib.crc32(f"{Path.cwd()} {allocation.job}".encode())
-        found["MASTER_PORT"] = str(_free_port(own))
-    return found
+        seed = zlib.crc32(f"{Path.cwd()} {allocation.job}".encode())
+        variables["MASTER_PORT"] = str(_free_port(seed))
+    return variables
 
 
 def _first_address(allocation: Allocation) -> str:

@@ -86,7 +86,7 @@ def chosen_of(cells: list[Cell], only: list[str]) -> list[Cell]:
     """Returns the cells that one of the patterns names, all without any; UserError for none."""
     if not only:
         return cells
-    chosen = [c for c in cells if any(fnmatch.fnmatch(c.name, each) for each in only)]
+    chosen = [c for c in cells if any(fnmatch.fnmatch(c.name, pattern) for pattern in only)]
     if not chosen:
         near = difflib.get_close_matches(only[0], [c.name for c in cells], n=1, cutoff=0)
         raise UserError(f"only={only} names no cell; the nearest is {near[0]}")
@@ -95,8 +95,8 @@ def chosen_of(cells: list[Cell], only: list[str]) -> list[Cell]:
 
 def trainings_of(cells: list[Cell]) -> list[Training]:
     """Lists the trainings that cells need, each once."""
-    found = {cell.training.folder: cell.training for cell in cells if cell.training is not None}
-    return list(found.values())
+    trainings = {cell.training.folder: cell.training for cell in cells if cell.training is not None}
+    return list(trainings.values())
 
 
 def _base(config: SweepConfig, section: str) -> Settings:
@@ -124,18 +124,18 @@ class _Expansion:
         by_section = self._by_section(settings | varied)
         train = by_section.pop("train")
         training = self._training(train, arm, varied, label) if train else None
-        sections = {section: own for section, own in by_section.items() if own}
+        sections = {section: settings for section, settings in by_section.items() if settings}
         if not sections and training is None:
             raise UserError(f"cell {label} has nothing to do: give train, evaluate or search keys")
-        for section, own in sections.items():
+        for section, keys in sections.items():
             if training is None:
                 continue
-            if "checkpoint" in own:
+            if "checkpoint" in keys:
                 raise UserError(
                     f"{section}.checkpoint and train: a cell evaluates what it trains; leave one "
                     "of them out"
                 )
-            own["checkpoint"] = str(training.folder)
+            keys["checkpoint"] = str(training.folder)
         images, numbers = _digests(sections, training, label)
         folder = folder_of(self.run_dir / CELLS, label, images)
         return Cell(label, arm, varied, folder, training, sections, numbers)
@@ -199,9 +199,9 @@ def _has_values(path: Path, values: Settings) -> bool:
 
 def _checked(section: str, settings: Settings, label: str) -> Any:
     """Builds the verb's config, so that what it would refuse is refused before anything runs."""
-    own = {OWN_KEYS[section]: "-"}
+    unset = {OWN_KEYS[section]: "-"}
     try:
-        return load_values(CLASSES[section], settings | own, f"{section} of the sweep")
+        return load_values(CLASSES[section], settings | unset, f"{section} of the sweep")
     except UserError as error:
         raise UserError(f"cell {label}: {section}: {error}") from None
 

@@ -26,14 +26,14 @@ def content_digests(prompts: object, checkpoint: str | None, weights: str) -> di
     weights: ema or raw, which decides what is loaded from a run directory. A hub id, a path that
     does not exist and prompts that are no file have no digest.
     """
-    found = {}
+    digests = {}
     if isinstance(prompts, str) and os.path.isfile(prompts):  # False for one too long for a path
-        found["prompts"] = digest_of_file(Path(prompts))
+        digests["prompts"] = digest_of_file(Path(prompts))
     if checkpoint is not None:
         digest = digest_of_weights(Path(checkpoint), weights)
         if digest is not None:
-            found["checkpoint"] = digest
-    return found
+            digests["checkpoint"] = digest
+    return digests
 
 
 @functools.lru_cache
@@ -72,9 +72,9 @@ def _files_of(checkpoint: Path, weights: str) -> Iterable[Path]:
         is_loaded = folder == checkpoint or weights == "ema"
         if is_loaded and (folder / "model_index.json").is_file():
             patterns = [
-                f"{part}{each}" for each in PATTERNS for part in ("", "*/")
+                f"{part}{pattern}" for pattern in PATTERNS for part in ("", "*/")
             ]  # ** skips links
-            return sorted(file for each in patterns for file in folder.glob(each))
+            return sorted(file for pattern in patterns for file in folder.glob(pattern))
     return [newest] if newest else []
 
 

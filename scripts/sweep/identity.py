@@ -14,13 +14,13 @@ from typing import Any
 
 from blackpoint.data.files.dotted import flat
 from blackpoint.sampling.evaluation.config import RESULT_INVARIANT_KEYS, metric_keys
-from blackpoint.sampling.search.folder import FREE as FREE_OF_SEARCH
+from blackpoint.sampling.search.folder import RESULT_INVARIANT_KEYS as SEARCH_INVARIANT_KEYS
 from blackpoint.scripts.config_fields import fields_of, item_hint, nested_class
 from blackpoint.scripts.sweep.config import Settings
 
 OWN_KEYS = {"train": "run_dir", "evaluate": "output", "search": "output"}
 """Keys that the sweep sets itself."""
-INVARIANT_KEYS = {"evaluate": RESULT_INVARIANT_KEYS, "search": FREE_OF_SEARCH}
+INVARIANT_KEYS = {"evaluate": RESULT_INVARIANT_KEYS, "search": SEARCH_INVARIANT_KEYS}
 """Keys that change no number of a cell."""
 IMAGE_INVARIANT_KEYS = INVARIANT_KEYS | {"evaluate": (*metric_keys(), *RESULT_INVARIANT_KEYS)}
 """Keys that change no image of a cell."""
@@ -88,7 +88,7 @@ def _default(config_class: type, key: str) -> object:
 
 
 def _is_of(key: str, keys: tuple[str, ...]) -> bool:
-    return any(key == each or key.startswith(f"{each.rstrip('.')}.") for each in keys)
+    return any(key == prefix or key.startswith(f"{prefix.rstrip('.')}.") for prefix in keys)
 
 
 def _label(key: str, value: Any, varied: Mapping[str, Any], values: list[Any]) -> str:

@@ -76,10 +76,10 @@ class Runner:
         todo = [cell for cell in cells if state_of(cell).state != "done"]
         outcomes = {cell.folder: Outcome(cell, "done") for cell in cells if cell not in todo}
         trainings = trainings_of(todo)
-        self._trainings = {each.folder: threading.Lock() for each in trainings}
+        self._trainings = {training.folder: threading.Lock() for training in trainings}
         with ThreadPoolExecutor(self._num_processes) as pool:
-            for each in trainings:
-                pool.submit(self._train_early, each)
+            for training in trainings:
+                pool.submit(self._train_early, training)
             try:
                 for polls_left in reversed(range(1 + NUM_POLLS)):
                     futures = [pool.submit(self._run_cell, cell) for cell in todo]
@@ -305,8 +305,8 @@ def write_sweep(config: SweepConfig, cells: Iterable[Cell]) -> None:
 def skipped_in(cell: Cell) -> str:
     """Names the metrics that an evaluation could not measure here; "" where it had all."""
     path = cell.folder / FOLDERS["evaluate"] / "metrics.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    names = ", ".join(found.get("skipped", {}))
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    names = ", ".join(content.get("skipped", {}))
     return f"without {names}, which could not be loaded" if names else ""
 
 
@@ -319,6 +319,6 @@ def last_line(log: Path) -> str:
 
 def raise_stopped(outcomes: Iterable[Outcome]) -> None:
     """Raises Resumable where a cell was stopped."""
-    stopped = [each.cell.name for each in outcomes if each.state == "stopped"]
+    stopped = [outcome.cell.name for outcome in outcomes if outcome.state == "stopped"]
     if stopped:
         raise Resumable(f"stopped in {', '.join(stopped)}; the same command continues")

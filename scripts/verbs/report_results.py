@@ -23,8 +23,8 @@ def shared_settings(results: Results) -> dict[str, str]:
     """Returns the settings that all cells have with one value."""
     shared = None
     for cell in results.cells:
-        own = {key: str(value) for key, value in cell.settings.items()}
-        shared = own if shared is None else {k: v for k, v in shared.items() if own.get(k) == v}
+        given = {key: str(value) for key, value in cell.settings.items()}
+        shared = given if shared is None else {k: v for k, v in shared.items() if given.get(k) == v}
     return dict(sorted((shared or {}).items()))
 
 

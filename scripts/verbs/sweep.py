@@ -56,12 +56,12 @@ def run(config: SweepConfig) -> int:
     with stoppable():
         outcomes = runner.run(mine, tell)
     raise_stopped(outcomes)
-    counts = Counter(each.state for each in outcomes)
+    counts = Counter(outcome.state for outcome in outcomes)
     print(", ".join(f"{count} {state}" for state, count in counts.items()))
     print(f"blackpoint report run_dir={config.run_dir} shows them")
-    failed = [each for each in outcomes if each.state == "failed"]
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if failed:
-        lines = [f"  {each.cell.name}: {each.reason}" for each in failed]
+        lines = [f"  {outcome.cell.name}: {outcome.reason}" for outcome in failed]
         raise RunFailed(
             f"{len(failed)} of {len(outcomes)} cells failed; the same command tries them again:\n"
             + "\n".join(lines)

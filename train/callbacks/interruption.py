@@ -71,10 +71,10 @@ class StopOnSignal(Callback):
         """Raises RunFailed where the processes found different checkpoints, as on a slow disk."""
         steps = [torch.tensor(0) for _ in range(trainer.world_size)]
         torch.distributed.all_gather(steps, torch.tensor(trainer.global_step), self._group)
-        found = sorted({int(step) for step in steps})
-        if len(found) > 1:
+        newest = sorted({int(step) for step in steps})
+        if len(newest) > 1:
             raise RunFailed(
-                f"the processes found different newest checkpoints, of steps {found}: does every "
+                f"the processes found different newest checkpoints, of steps {newest}: does every "
                 "machine see the same run_dir? Put it on a shared file system and start again"
             )
 

@@ -181,11 +181,11 @@ def check_output(output: Path, encoding: Encoding, earlier: Encoding) -> None:
 
     One that was made of the same source before its content was known is taken over, with a note.
     """
-    found = Encoding.read(output)
-    if found.key == encoding.key:
+    stored = Encoding.read(output)
+    if stored.key == encoding.key:
         return
-    if found.key != earlier.key:
-        then, now = found.settings(), encoding.settings()
+    if stored.key != earlier.key:
+        then, now = stored.settings(), encoding.settings()
         names = [
             f"{name}={then[name]} (now {now[name]})" for name in now if then[name] != now[name]
         ]
@@ -198,7 +198,7 @@ def check_output(output: Path, encoding: Encoding, earlier: Encoding) -> None:
         "source as it is now"
     )
     with contextlib.suppress(OSError), scratch_folder(output) as working:
-        dataclasses.replace(found, source_digest=encoding.source_digest).write(output, working)
+        dataclasses.replace(stored, source_digest=encoding.source_digest).write(output, working)
 
 
 def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encoding:

@@ -98,10 +98,10 @@ class SampleEncoder:
 
         No more texts are encoded at once than there are samples.
         """
-        texts = [text for own in captions for text in own]
+        texts = [text for several in captions for text in several]
         size = len(captions)
         rows = [self.embed(texts[n : n + size]) for n in range(0, len(texts), size)]
-        parts = torch.cat(rows).split([len(own) for own in captions])
+        parts = torch.cat(rows).split([len(several) for several in captions])
         return [part if len(part) > 1 else part[0] for part in parts]
 
     def _stored(self, values: Tensor, names: list[str]) -> Tensor:

@@ -117,10 +117,10 @@ def _encode_share(rules: EncodeRules, share: Share, advance: Advance) -> None:
 
 def _in_order(num_shards: int, share: Share) -> list[int]:
     """Lists the empty caption's number, then the shards: every count-th from rank on, the rest."""
-    own = list(range(share.rank, num_shards, share.count))
+    assigned = list(range(share.rank, num_shards, share.count))
     following = [*range(share.rank, num_shards), *range(min(share.rank, num_shards))]
-    taken = set(own)
-    return [num_shards, *own, *(number for number in following if number not in taken)]
+    taken = set(assigned)
+    return [num_shards, *assigned, *(number for number in following if number not in taken)]
 
 
 def _encoder(config: EncodeConfig, device: str) -> SampleEncoder:

@@ -179,6 +179,6 @@ def _asked_luminance(row: Row) -> float:
 def _is_range(given: object) -> bool:
     if not isinstance(given, (list, tuple)) or len(given) != 2:
         return False
-    if not all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in given):
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in given):
         return False
     return 0 <= given[0] <= given[1] <= 1

@@ -50,7 +50,7 @@ class GenEval(MetricConfig):
         if self.scores is None:
             return [], []
         scores = {"": self.scores.overall, **self.scores.tasks}
-        metrics = [Metric("GenEval", *each, "prompts", "higher") for each in scores.items()]
+        metrics = [Metric("GenEval", *score, "prompts", "higher") for score in scores.items()]
         missing = ", ".join(self.scores.missing)
         return metrics, [f"GenEval: no images of {missing}"] if missing else []
 
@@ -71,8 +71,8 @@ def read_geneval(path: str | Path, level: float = LEVEL, seed: int = 0) -> GenEv
     values, resampled, influence = {}, {}, {}
     for task in sorted(by_task, key=_place):
         prompts = list(by_task[task].values())
-        right = np.array([sum(each) for each in prompts], dtype=np.float64)
-        count = np.array([len(each) for each in prompts], dtype=np.float64)
+        right = np.array([sum(answers) for answers in prompts], dtype=np.float64)
+        count = np.array([len(answers) for answers in prompts], dtype=np.float64)
         drawn = rng.integers(len(prompts), size=(NUM_RESAMPLES, len(prompts)))
         values[task] = float(right.sum() / count.sum())
         resampled[task] = right[drawn].sum(axis=1) / count[drawn].sum(axis=1)
@@ -85,7 +85,7 @@ def read_geneval(path: str | Path, level: float = LEVEL, seed: int = 0) -> GenEv
     }
     overall = float(np.mean(list(values.values())))
     spread = np.mean(list(resampled.values()), axis=0)
-    parts = [None if each not in influence else influence[each] / len(values) for each in values]
+    parts = [None if task not in influence else influence[task] / len(values) for task in values]
     num_prompts = sum(map(len, by_task.values()))
     return GenEvalScores(
         _share(overall, spread, parts, num_prompts, level),
@@ -103,7 +103,7 @@ def _share(
     level: float,
 ) -> Estimate:
     """Gives a share of n prompts its interval; a task of a single prompt adds no spread."""
-    known = [each for each in influence if each is not None]
+    known = [value for value in influence if value is not None]
     if not known or np.ptp(resampled) == 0:
         wilson = proportion(round(value * n), n, level)
         return Estimate(value, min(value, wilson.low), max(value, wilson.high), n)

@@ -91,12 +91,12 @@ def noise_dependence(
     shape = model.latent_shape(height, width)
     noise = initial_noise([derive_seed(seed, "invariance", k) for k in range(num_noises)], shape)
     last = len(model.process.schedule.alpha) - 1
-    found = []
+    deviations = []
     for prompt in prompts:
         condition = model.encode_prompts([prompt], clip_skip)
         parts = []
         for part in noise.split(batch_size):
             rows = condition[torch.zeros(len(part), dtype=torch.long, device=model.device)]
             parts.append(model.denoiser(rows)(part.to(model.device), last).x0.double().cpu())
-        found.append(torch.cat(parts).var(dim=0).mean().sqrt())
-    return torch.stack(found)
+        deviations.append(torch.cat(parts).var(dim=0).mean().sqrt())
+    return torch.stack(deviations)

@@ -47,24 +47,24 @@ class Reference:
 
     def notes(self, height: int, width: int, num_images: int) -> list[str]:
         """Says what of the references may surprise beside `num_images` generated images."""
-        found, count = [], len(self.luminance)
+        notes, count = [], len(self.luminance)
         if self.measured_otherwise:
-            found.append(
+            notes.append(
                 "the references are decoded as training images are from here on (orientation, "
                 "transparency, 16 bits, colour profiles), and measure otherwise than before: so do "
                 "FID, KID and every other distance to them"
             )
         if self.num_resized:
-            found.append(
+            notes.append(
                 f"{self.num_resized} of {count} references had another size than {width} x "
                 f"{height} px and were resized and cut"
             )
         if count != num_images:
-            found.append(
+            notes.append(
                 f"{count} references and {num_images} images: FID is biased upwards in small "
                 "sets; compare FID of equal numbers, or KID, which is unbiased"
             )
-        return found
+        return notes
 
 
 def measure_reference(

@@ -54,40 +54,46 @@ def feature_metrics(
     fewer than two rows of either.
     """
     _check_rows(features, reference)
-    own, real = features.double(), reference.double()
+    generated, real = features.double(), reference.double()
     parts = jackknife_parts(groups)
-    metrics = fid(own, real, groups, seed) + [kid(own, real, parts, config, seed)]
-    if min(len(own), len(real)) > config.neighbourhood:
-        metrics += precision_recall(own, real, parts, config.neighbourhood)
+    metrics = fid(generated, real, groups, seed) + [kid(generated, real, parts, config, seed)]
+    if min(len(generated), len(real)) > config.neighbourhood:
+        metrics += precision_recall(generated, real, parts, config.neighbourhood)
     return metrics
 
 
-def fid(own: Tensor, real: Tensor, groups: Groups, seed: int) -> list[Metric]:
+def fid(generated: Tensor, real: Tensor, groups: Groups, seed: int) -> list[Metric]:
     """Returns FID at this n and, where it can be extrapolated, at infinite n."""
-    at_n, at_infinity = frechet_estimates(own, gaussian_of(real), independent_groups(groups), seed)
+    at_n, at_infinity = frechet_estimates(
+        generated, gaussian_of(real), independent_groups(groups), seed
+    )
     estimates = {FID: at_n} | ({} if at_infinity is None else {FID_INFINITE: at_infinity})
-    return [Metric(name, "", each, "images", "lower") for name, each in estimates.items()]
+    return [Metric(name, "", estimate, "images", "lower") for name, estimate in estimates.items()]
 
 
-def kid(own: Tensor, real: Tensor, parts: Parts, config: "SetsConfig", seed: int) -> Metric:
+def kid(generated: Tensor, real: Tensor, parts: Parts, config: "SetsConfig", seed: int) -> Metric:
     """Returns KID, the mean over subsets, with the interval of the whole set's distance."""
-    value = subset_distance(own, real, config.kid_subsets, config.kid_subset_size, seed)
-    left_out = distances_without(own, real, parts) if parts else []
-    return Metric(KID, "", jackknife(value, left_out, len(own)), "images", "lower")
+    value = subset_distance(generated, real, config.kid_subsets, config.kid_subset_size, seed)
+    left_out = distances_without(generated, real, parts) if parts else []
+    return Metric(KID, "", jackknife(value, left_out, len(generated)), "images", "lower")
 
 
-def precision_recall(own: Tensor, real: Tensor, parts: Parts, neighbourhood: int) -> list[Metric]:
+def precision_recall(
+    generated: Tensor, real: Tensor, parts: Parts, neighbourhood: int
+) -> list[Metric]:
     """Returns the shares of images in the references' balls, and of references in the images'.
 
     Without a part, recall keeps the other images' balls as they are in the whole set.
     """
-    inside, covers = ball_counts(own, real, neighbourhood, parts or [np.arange(len(own))])
+    inside, covers = ball_counts(
+        generated, real, neighbourhood, parts or [np.arange(len(generated))]
+    )
     total = covers.sum(axis=0)
-    recalls = [float((total > each).mean()) for each in covers] if parts else []
+    recalls = [float((total > cover).mean()) for cover in covers] if parts else []
     precisions = _without(parts, lambda kept: float(inside[kept].mean()))
     return [
-        _share(PRECISION, float(inside.mean()), precisions, len(own)),
-        _share(RECALL, float((total > 0).mean()), recalls, len(own)),
+        _share(PRECISION, float(inside.mean()), precisions, len(generated)),
+        _share(RECALL, float((total > 0).mean()), recalls, len(generated)),
     ]
 
 
@@ -135,7 +141,7 @@ def num_splits(num_images: int, num_classes: int, wanted: int) -> int:
 
 
 def ball_counts(
-    own: Tensor, real: Tensor, neighbourhood: int, parts: Parts
+    generated: Tensor, real: Tensor, neighbourhood: int, parts: Parts
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns what precision and recall of parts of a set follow from.
 
@@ -146,14 +152,14 @@ def ball_counts(
     k = neighbourhood + 1  # the nearest is the row itself
     own_radius, real_radius = (
         torch.cat([torch.cdist(some, rows).kthvalue(k).values for some in rows.split(BATCH)])
-        for rows in (own, real)
+        for rows in (generated, real)
     )
-    inside = torch.empty(len(own), dtype=torch.bool)
+    inside = torch.empty(len(generated), dtype=torch.bool)
     covers = torch.zeros(len(parts), len(real), dtype=torch.int32)
-    owner = part_numbers(parts, len(own))
-    for start in range(0, len(own), BATCH):
+    owner = part_numbers(parts, len(generated))
+    for start in range(0, len(generated), BATCH):
         rows = slice(start, start + BATCH)
-        across = torch.cdist(own[rows], real)
+        across = torch.cdist(generated[rows], real)
         inside[rows] = (across <= real_radius).any(dim=1)
         covers.index_add_(0, owner[rows], (across <= own_radius[rows, None]).int())
     return inside.numpy(), covers.numpy()

@@ -143,8 +143,8 @@ def _tilted(scores: Sequence[float], potential: Potential) -> float:
 def check(search: SearchSettings, config: FkSteeringConfig) -> None:
     """Raises UserError without noise in the steps, or without a score to weigh by."""
     if not SAMPLERS[search.sampler].fresh_noise(search.eta):
-        always = [f"sampler={name}" for name, each in SAMPLERS.items() if each.stochastic]
-        chosen = [f"sampler={name}" for name, each in SAMPLERS.items() if each.takes_eta]
+        always = [f"sampler={name}" for name, kind in SAMPLERS.items() if kind.stochastic]
+        chosen = [f"sampler={name}" for name, kind in SAMPLERS.items() if kind.takes_eta]
         raise UserError(
             f"algorithm=fk_steering with sampler={search.sampler}: copies of a particle would stay "
             f"copies without noise in the steps; use {' or '.join(always)}, or "

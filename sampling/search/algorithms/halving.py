@@ -103,19 +103,19 @@ def walk(problem: Problem, levels: Sequence[int], count: int, keep: float) -> Se
     A continuation is a candidate of its own, whose parent is what it continues.
     """
     last, number = problem.grid.num_steps, 0
-    seeds = [problem.draw_seed("candidate", place) for place in range(count)]
+    seeds = [problem.draw_seed("candidate", index) for index in range(count)]
     kept: list[Outcome] = []
     for round_number, level in enumerate((*levels, last)):
         goal: Goal = "final" if level == last else "preview"
         trials = []
-        for place in range(len(kept) or count):
+        for index in range(len(kept) or count):
             if kept:
-                before, seed = kept[place], kept[place].trial.seed
+                before, seed = kept[index], kept[index].trial.seed
                 assert before.state is not None
                 start, parent = before.state, before.trial.candidate
                 trials.append(Trial(round_number, number, start, level, goal, seed, parent))
             else:
-                seed = seeds[place]
+                seed = seeds[index]
                 trials.append(Trial(round_number, number, Seeded(seed), level, goal, seed))
             number += 1
         outcomes = yield trials
@@ -144,12 +144,12 @@ def measured_kendall(
             if before["score"] is not None:
                 pairs.setdefault((before["stop"], prompt), []).append((before, row))
     taus: dict[int, list[float]] = {}
-    for (level, _), found in pairs.items():
-        previews, finals = zip(*found, strict=True)
+    for (level, _), outcomes in pairs.items():
+        previews, finals = zip(*outcomes, strict=True)
         tau = float(stats.kendalltau(values(previews), values(finals)).statistic)
         if not math.isnan(tau):
             taus.setdefault(level, []).append(tau)
-    return {level: sum(each) / len(each) for level, each in taus.items()}
+    return {level: sum(of_level) / len(of_level) for level, of_level in taus.items()}
 
 
 ALGORITHM = Algorithm(

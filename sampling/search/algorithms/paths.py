@@ -61,14 +61,14 @@ def rounds_of(grid: SamplingGrid, config: PathsConfig) -> list[tuple[int, int, i
     Round k goes from sigma - k (delta_b - delta_f). On a coarse grid several have the same levels;
     none reaches clean data, which nothing is left to choose from.
     """
-    found, tau, gain = [], config.sigma, config.delta_b - config.delta_f
+    rounds, tau, gain = [], config.sigma, config.delta_b - config.delta_f
     while tau > 0:
         after = tau - gain
         level, forth = _noisy_level(grid, tau), _noisy_level(grid, max(after, 0.0))
         back = min(level_of(grid, min(tau + config.delta_f, 1.0)), level)
-        found.append((level, back, forth))
+        rounds.append((level, back, forth))
         tau = after
-    return found
+    return rounds
 
 
 def _noisy_level(grid: SamplingGrid, tau: float) -> int:

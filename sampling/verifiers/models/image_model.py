@@ -51,9 +51,9 @@ class ImageModel:
         pixels = pixels if self.preprocess is None else self.preprocess(pixels)
         rows = self.rows(pixels.to(self.dtype))
         if not isinstance(rows, Tensor) or rows.ndim < 2 or len(rows) != len(images):
-            found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            given = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
             raise RunFailed(
-                f"an image model returned {found} for {len(images)} images; it must return one row "
+                f"an image model returned {given} for {len(images)} images; it must return one row "
                 "of numbers per image"
             )
         return rows.flatten(1).float()
@@ -121,12 +121,12 @@ def load_classifier(
 def _by_import_path(
     path: str, checkpoint: str | None, device: torch.device, dtype: torch.dtype
 ) -> ImageModel:
-    found = built_object(path, "module", checkpoint)
-    if not callable(found):
+    model = built_object(path, "module", checkpoint)
+    if not callable(model):
         raise UserError(
-            f"module={path} is a {type(found).__name__}; name a torch module, a class of one, or a "
+            f"module={path} is a {type(model).__name__}; name a torch module, a class of one, or a "
             "function of images"
         )
-    if isinstance(found, nn.Module):
-        found = frozen(found.to(device, dtype))
-    return ImageModel(found, device, dtype, labels=list(getattr(found, "labels", ())))
+    if isinstance(model, nn.Module):
+        model = frozen(model.to(device, dtype))
+    return ImageModel(model, device, dtype, labels=list(getattr(model, "labels", ())))

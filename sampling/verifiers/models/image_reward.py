@@ -116,8 +116,8 @@ def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> I
     remedy = f"download {EXAMPLE} and give the folder that holds {WEIGHTS[1]} and {CONFIG}"
     if not (folder / CONFIG).is_file():
         raise UserError(f"checkpoint={checkpoint}: {folder / CONFIG} does not exist; {remedy}")
-    found = [folder / file for file in WEIGHTS if (folder / file).is_file()]
-    state = load_weights(found[0] if found else folder / WEIGHTS[1], "checkpoint", remedy)
+    files = [folder / file for file in WEIGHTS if (folder / file).is_file()]
+    state = load_weights(files[0] if files else folder / WEIGHTS[1], "checkpoint", remedy)
     try:
         vision, text, head = _built(state, json.loads((folder / CONFIG).read_text("utf-8")))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -63,17 +63,17 @@ def built_object(path: str, field: str, checkpoint: str | None) -> Any:
     With a checkpoint it is `Class.load(checkpoint)` where there is such a method, else
     `Class(checkpoint)`; without one `Class()`.
     """
-    found = import_object(path, field)
-    if not inspect.isclass(found):
-        return found
+    imported = import_object(path, field)
+    if not inspect.isclass(imported):
+        return imported
     if checkpoint is None:
         try:
-            inspect.signature(found).bind()
+            inspect.signature(imported).bind()
         except TypeError as error:
             raise UserError(
                 f"{field}={path} is a class that needs arguments ({error}); give it a checkpoint, "
                 "or a class that is built without"
             ) from error
-        return found()
-    load: Any = getattr(found, "load", found)
+        return imported()
+    load: Any = getattr(imported, "load", imported)
     return load(checkpoint)

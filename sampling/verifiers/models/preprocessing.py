@@ -168,8 +168,8 @@ def _agrees(ours: Preprocessing, processor: Any) -> bool:
     for number, size in enumerate(PROBE_SIZES):
         probe = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(number))
         probe = (probe * 255).round() / 255
-        expected, found = processed(processor, probe), ours(probe)
-        if found.shape != expected.shape or (found - expected).abs().max() > tolerance:
+        expected, actual = processed(processor, probe), ours(probe)
+        if actual.shape != expected.shape or (actual - expected).abs().max() > tolerance:
             return False
     return True
 
