@@ -28,7 +28,7 @@ def too_many(num_bad: int, num_samples: int, max_bad_share: float) -> bool:
 
 
 def kind(reason: str) -> str:
-    """Returns what a reason has in common with others: its words before the colon."""
+    """Returns the kind of a reason: its words before the colon."""
     return reason.split(":")[0]
 
 
@@ -70,6 +70,6 @@ def write_list(path: Path, bad: Sequence[BadSample]) -> None:
 
 
 def read_list(path: Path) -> list[BadSample]:
-    """Reads what `write_list` wrote."""
+    """Reads the list of `write_list`."""
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return [BadSample(row["key"], row["reason"]) for row in rows]

@@ -1,4 +1,4 @@
-"""Which shards training reads, and what becomes of their images; free of torch and Lightning."""
+"""Shards that training reads and the transforms of their images; free of torch and Lightning."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from blackpoint.data.shards.listing import check_cache_fields
 
 @dataclass
 class DataConfig:
-    """Shards and what becomes of their images."""
+    """Shards and the transforms of their images."""
 
     shards: PathText | None = field(default=MISSING, metadata={"unless": "mixture"})
     """Training shards, of images or of latents from `blackpoint data encode`: a folder, a pattern

@@ -1,4 +1,4 @@
-"""What tells the data of a run from any other, wherever they are: digests, and no path.
+"""Identity of a run's data, wherever they are: digests, and no path.
 
 A shard counts by its bytes, by what the index says of its samples, and by the number of its first
 sample, from which the draws of crop, flip and caption follow. Of latents the embedding
@@ -36,7 +36,7 @@ def identity(reader: "Reader") -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns, for each field whose data are others than before, what differs; [] if none."""
+    """Returns the differences of each field whose data changed; [] if none."""
     found = []
     for field in sorted(before.keys() | now.keys()):
         if field not in before or field not in now:

@@ -1,4 +1,4 @@
-"""Shards of encoded samples: what `data encode` leaves behind, and how training reads it.
+"""Shards of encoded samples: the output of `data encode`, and how training reads it.
 
 Beside the shards and their index lie
 
@@ -39,7 +39,7 @@ DEFAULT_FORMATS = {"encoder_dtype": "float32", "tf32": False}
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a folder of latents holds, and the weights and preprocessing that made them."""
+    """Contents of a folder of latents, with the weights and preprocessing that made them."""
 
     source: str
     checkpoint: str
@@ -54,7 +54,7 @@ class Encoding:
     """Side of the square images, in pixels."""
     crop: str
     dtype: str
-    """Number format of what is stored."""
+    """Number format of the stored latents."""
     batch_size: int
     """Images encoded at once: the last bit of a matrix product depends on it."""
     samples_per_shard: int
@@ -70,11 +70,11 @@ class Encoding:
     tf32: bool = False
     """Whether float32 products were computed in TensorFloat-32; likewise."""
     decoder: int = STORED_COLORS
-    """Version of what decoded the images; the default is that of caches made without a record."""
+    """Version of the image decoder; the default is that of caches made without a record."""
     version: int = FORMAT_VERSION
 
     def settings(self) -> dict[str, Any]:
-        """Returns what decides the bytes of the shards: all but where the inputs lay."""
+        """Returns the settings that decide the bytes of the shards: all but the inputs' places."""
         values = dataclasses.asdict(self)
         for name in ("source", "checkpoint", "prompt_embeds_shape", "scaling_factor"):
             del values[name]

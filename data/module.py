@@ -181,7 +181,7 @@ class CaptionedImages(LightningDataModule):
         return dict(zip(names, readers, strict=True))
 
     def identity(self) -> dict[str, Any]:
-        """Returns what tells the data from any other, by field: data/identity.py."""
+        """Returns the identity of the data, by field: data/identity.py."""
         return {name.partition("=")[0]: identity(reader) for name, reader in self.readers().items()}
 
     def summary(self) -> list[str]:
@@ -275,7 +275,7 @@ class CaptionedImages(LightningDataModule):
         return BucketOrder(samples, self.seed, batch_size, stream)
 
     def _check_latents(self, where: str, encoding: Encoding, training: bool) -> None:
-        """Raises UserError for what can't be asked of images that are encoded already."""
+        """Raises UserError for options that images already encoded can't have."""
         config = self.config
         if config.buckets.enabled or config.max_upscale is not None:
             field = "data.buckets.enabled=true" if config.buckets.enabled else "data.max_upscale"

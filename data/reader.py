@@ -118,7 +118,7 @@ class Reader:
         return collate([(self, place) for place in places], training)
 
     def key(self, index: int) -> str:
-        """Returns what names a sample to the user."""
+        """Returns the name of a sample for the user."""
         key = self.index.key(index - self.offset)
         return f"{self.name}:{key}" if self.name else key
 

@@ -1,4 +1,4 @@
-"""What training reads, for the user: the share of each data set, the images of each bucket."""
+"""Summary of the training data: the share of each data set, the images of each bucket."""
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ class BucketRow(NamedTuple):
 
 
 def bucket_rows(readers: Mapping[str, Reader]) -> Iterator[BucketRow]:
-    """Yields the buckets that hold images, and what is left out, of readers by "field=value"."""
+    """Yields the buckets that hold images, and left-out samples, of readers by "field=value"."""
     for name, reader in readers.items():
         if reader.order is None:
             continue
@@ -109,7 +109,7 @@ def write_buckets(path: Path, rows: Sequence[BucketRow]) -> None:
 
 
 def decoder_lines(readers: Iterable[Reader]) -> list[str]:
-    """Returns what to say of a run that goes on with an earlier decoder."""
+    """Returns a note on a run that goes on with an earlier decoder."""
     if not any(type(reader) is Reader and reader.decoder == STORED_COLORS for reader in readers):
         return []
     return [
@@ -135,7 +135,7 @@ def mixture_lines(readers: Sequence[Reader], parts: Sequence[int]) -> list[str]:
 
 
 def bucket_lines(name: str, reader: Reader, batch_size: int) -> list[str]:
-    """Returns the table of one data set's buckets, and what is to be known about it."""
+    """Returns the table of one data set's buckets, and notes on it."""
     assert reader.order is not None
     rows = [row for row in bucket_rows({name: reader}) if row.width]
     total = sum(row.num_images for row in rows)

@@ -17,7 +17,7 @@ from blackpoint.data.order.buckets import Size
 
 
 class Draws(NamedTuple):
-    """What is random about one sample in one epoch; each is uniform in [0, 1)."""
+    """Random draws of one sample in one epoch; each is uniform in [0, 1)."""
 
     crop_x: float
     crop_y: float
@@ -54,7 +54,7 @@ def resized(width: int, height: int, size: Size) -> Size:
 def crop_box(
     width: int, height: int, size: Size, crop_x: float, crop_y: float
 ) -> tuple[float, float, float, float]:
-    """Returns what is kept (left, top, right, bottom), in pixels of the image as it is stored."""
+    """Returns the crop (left, top, right, bottom), in pixels of the image as it is stored."""
     resized_width, resized_height = resized(width, height, size)
     # Whole pixels after the resize; u = .5 is the center and every offset is equally likely.
     left = int(crop_x * (resized_width - size[0] + 1))

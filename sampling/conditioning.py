@@ -1,4 +1,4 @@
-"""From prompts to what a UNet is conditioned on: text embeddings, class labels, or nothing.
+"""From prompts to a UNet's conditioning: text embeddings, class labels, or nothing.
 
 The empty prompt stands for "no condition" in every case: the text "", the class beyond the last, or
 nothing. A UNet without text still has the inputs of its class: one token of one zero.
@@ -24,7 +24,7 @@ NO_TEXT_WIDTH = 1
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a UNet is conditioned on.
+    """The conditioning of a UNet.
 
     `pooled` and `time_ids` are None for SD 1.x and 2.x, `class_labels` for all but class models.
     """

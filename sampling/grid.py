@@ -1,4 +1,4 @@
-"""What a sampler walks: readings of the network, noise levels, and the state between two steps.
+"""The path of a sampler: readings of the network, noise levels, and the state between two steps.
 
 Free of torch at import, so that a config can list the samplers and its help is instant.
 """

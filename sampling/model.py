@@ -125,7 +125,7 @@ class DiffusionModel:
         return self.pixels is not None and not (self.pixels.has_text or self.pixels.classes)
 
     def load_encoders(self) -> None:
-        """Loads now what would be loaded on first use, so that its faults show now."""
+        """Loads lazy parts now, so that their faults show now."""
         self._encoders.load(self.device)
 
     def set_encoder_dtype(self, dtype: torch.dtype) -> None:
@@ -155,7 +155,7 @@ class DiffusionModel:
 
     @property
     def downsampling_factor(self) -> int:
-        """Pixels to a position of what the UNet sees, along one side."""
+        """Pixels per position of the UNet's input, along one side."""
         return self.pixels.codec.patch if self.pixels else self.vae_scale
 
     @property
@@ -172,7 +172,7 @@ class DiffusionModel:
 
     @property
     def size_multiple(self) -> int:
-        """What the sides of images must be multiples of, in pixels.
+        """Divisor of the sides of images, in pixels.
 
         Latents may have any sides: where the UNet cannot halve one evenly, diffusers' passes the
         size to upsample to on. In pixel space it must.

@@ -113,7 +113,7 @@ class SampleConfig(SamplingOptions):
         self.guidance()
 
     def sampling_options(self) -> dict[str, Any]:
-        """Returns what DiffusionModel.sample is given beside prompts and seeds."""
+        """Returns the arguments of DiffusionModel.sample beside prompts and seeds."""
         names = (
             *("num_steps", "guidance_scale", "guidance_rescale", "sampler", "eta", "height"),
             *("width", "negative_prompt", "batch_size", "allow_unsound", "clip_skip"),

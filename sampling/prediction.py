@@ -1,4 +1,4 @@
-"""What the network predicts, and how to read x0 and eps from it.
+"""The network's target, and how to read x0 and eps from its prediction.
 
     x_t = alpha x0 + sigma eps,   v = alpha eps - sigma x0   (Salimans and Ho 2022)
     x0 = alpha x_t - sigma v,     eps = sigma x_t + alpha v
@@ -31,7 +31,7 @@ def training_target(
     alpha: Coefficient,
     sigma: Coefficient,
 ) -> Latent:
-    """Returns what the network is trained to output: v, eps or x0."""
+    """Returns the training target of the network: v, eps or x0."""
     match prediction_type:
         case "v_prediction":
             return alpha * eps - sigma * x0

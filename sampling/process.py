@@ -27,7 +27,7 @@ SCHEME_KEYS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 
 @dataclass(frozen=True)
 class Process:
-    """What the network was trained to predict, and on which noise."""
+    """The prediction type and noise schedule that a network was trained with."""
 
     schedule: NoiseSchedule
     prediction_type: PredictionType = "v_prediction"
@@ -42,7 +42,7 @@ class Process:
     without the cleanest, as such solvers of diffusers (DPM++, UniPC, DEIS, SA) make it."""
 
     def incompatibility(self) -> str | None:
-        """Names what cannot work at zero terminal SNR, with the remedy; None where all is well."""
+        """Names a conflict with zero terminal SNR, with the remedy; None without one."""
         if not self.schedule.is_zero_terminal_snr:
             return None
         if self.prediction_type == "epsilon":

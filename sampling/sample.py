@@ -1,6 +1,6 @@
-"""Samples prompts to a folder: pictures, one JSON row per image, and a grid with captions.
+"""Samples prompts to a folder: images, one JSON row per image, and a grid with captions.
 
-The same command continues what was stopped: it makes the pictures that are missing.
+The same command continues a stopped one: it generates the missing images.
 """
 
 import json
@@ -39,8 +39,8 @@ def sample_to_folder(config: SampleConfig) -> Path:
     """Writes images/, samples.jsonl, grid.png and sample.json to config.output; returns that.
 
     Nothing is written before the first batch is sampled, so wrong input leaves no folder behind.
-    Pictures that are there are not made again. Without a missing picture the checkpoint is loaded
-    only where it has another name than the one they are of, to see that it is the same.
+    Images that are there are not generated again. Where none is missing, the checkpoint is loaded
+    only if its name differs from the recorded one, to see that it is the same.
     """
     output = Path(config.output)
     prompts = read_prompts(config.prompts)
@@ -55,7 +55,7 @@ def sample_to_folder(config: SampleConfig) -> Path:
     }
     for file in files.values():
         if (output / file).is_dir():
-            raise UserError(f"{output / file} is a folder where a picture belongs; remove it")
+            raise UserError(f"{output / file} is a folder where an image belongs; remove it")
     missing = [job for job, file in files.items() if not (output / file).is_file()]
     if missing or record.is_of_another_name():
         model, digest = _load(config, record)
@@ -82,13 +82,13 @@ def _open(path: Path) -> Image.Image:
         return open_picture(path)
     except BadImage as error:
         raise UserError(
-            f"{path} cannot be read as a picture ({error}); remove it, and the same command makes "
-            "it again"
+            f"{path} cannot be read as an image ({error}); remove it, and the same command "
+            "generates it again"
         ) from error
 
 
 def _load(config: SampleConfig, record: SampleRecord) -> tuple[DiffusionModel, str]:
-    """Loads the checkpoint; returns it with its digest, which is that of the pictures there."""
+    """Loads the checkpoint; returns it with its digest, which is that of the images there."""
     device = find_device(config.device)
     formats = record.settled_formats(device, partial(log.warning, "note: %s"))
     set_tf32(formats["tf32"])
@@ -102,7 +102,7 @@ def _load(config: SampleConfig, record: SampleRecord) -> tuple[DiffusionModel, s
 
 
 def _prepare(model: DiffusionModel, config: SampleConfig) -> None:
-    """Gives the model the timesteps and the speed that are asked for, and says what that means."""
+    """Sets the requested timesteps and speed options on the model, and logs their notes."""
     for note in (
         model.process.respacing_note(config.timestep_spacing),
         prepare_unet(model.unet, config.attention, config.channels_last, config.compile),
@@ -121,12 +121,12 @@ def _sample(
     files: dict[Job, str],
     missing: list[Job],
 ) -> None:
-    """Makes the missing pictures, batch by batch, and a row of each as it is there."""
+    """Generates the missing images, batch by batch, and writes a row for each."""
     output = Path(config.output)
     _prepare(model, config)
     if len(missing) < len(files):
         there = len(files) - len(missing)
-        log.warning("note: output=%s holds %d of %d pictures", output, there, len(files))
+        log.warning("note: output=%s holds %d of %d images", output, there, len(files))
     options = config.sampling_options()
     columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:

@@ -1,7 +1,7 @@
-"""sample.json: what the pictures in a folder are made with, by which the same command continues.
+"""sample.json: the settings of the images in a folder, by which the same command continues.
 
-A picture is there or not: files are written whole. What decides on pictures must be as it was; the
-checkpoint is known by the content of its weights, not by its path.
+An image is there or not: files are written whole. Settings that decide images must be the same;
+the checkpoint is known by the content of its weights, not by its path.
 """
 
 import json
@@ -23,16 +23,16 @@ from blackpoint.sampling.runtime.precision import settle
 RECORD, FORMATS, CONTENT = "sample.json", ("dtype", "tf32"), "checkpoint_digest"
 DIGEST_BYTES = 12
 RESULT_INVARIANT_KEYS = ("output", "batch_size", "device", "attention", "channels_last", "compile")
-"""Keys that change pictures by rounding alone, or not at all."""
+"""Keys that change images only by rounding, or not at all."""
 RESOLVED = ("seed", "num_images", "prompts")
-"""Keys that are kept as what they ask for: the seeds, and a digest of the texts."""
+"""Keys that are kept in resolved form: the seeds, and a digest of the texts."""
 
 
 class SampleRecord:
     """The settings of config.output, of this command and, where it continues, of the one before."""
 
     def __init__(self, config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -> None:
-        """Raises UserError where the folder holds something else, or pictures of other settings."""
+        """Raises UserError where the folder holds something else, or images of other settings."""
         self.path = Path(config.output) / RECORD
         self._checkpoint = config.checkpoint
         settings = {
@@ -47,7 +47,7 @@ class SampleRecord:
             self._check_same(self.saved)
 
     def settled_formats(self, device: torch.device, say: Any) -> dict[str, Any]:
-        """Returns dtype and tf32 on `device`; UserError where pictures there have others."""
+        """Returns dtype and tf32 on `device`; UserError where images there have others."""
         kept = None if self.saved is None else recorded_formats(self.saved, FORMATS)[0]
         asked = {name: self.settings[name] for name in FORMATS}
         formats = settle(f"output={self.path.parent}", asked, device, say, kept)
@@ -72,11 +72,11 @@ class SampleRecord:
             self.check_checkpoint(digest)
 
     def is_of_another_name(self) -> bool:
-        """Whether `checkpoint` is written otherwise than where the pictures there were made."""
+        """Whether `checkpoint` is written otherwise than where the images there were generated."""
         return self.saved is not None and self.saved.get("checkpoint") != self._checkpoint
 
     def check_checkpoint(self, digest: str) -> None:
-        """Raises UserError where pictures there are of another checkpoint."""
+        """Raises UserError where images there are of another checkpoint."""
         if self.saved is not None and self.saved.get(CONTENT) != digest:
             raise UserError(
                 f"checkpoint={self._checkpoint} has other weights, or another process, than "
@@ -108,6 +108,6 @@ class SampleRecord:
             what = f"{key}: {there!r:.80} there, {now!r:.80} now"
             what = "other prompts" if key == "prompts_digest" else what
             raise UserError(
-                f"output={self.path.parent} holds pictures of other settings ({what}); choose "
+                f"output={self.path.parent} holds images of other settings ({what}); choose "
                 "another output, or continue it with its own"
             )

@@ -48,7 +48,7 @@ class Counterpart:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A way to take one step, and what those who run it must know."""
+    """A sampling step and its declared properties."""
 
     step: Step
     evaluations_per_step: int = 1
@@ -66,7 +66,7 @@ class Sampler:
     is_multistep: bool = False
     """Whether diffusers counts it among the multistep solvers, whose lists of timesteps differ."""
     counterpart: Counterpart | None = None
-    """What an export is checked against."""
+    """Scheduler of diffusers that an export is checked against."""
 
     def fresh_noise(self, eta: float | None) -> float:
         """Returns the share of fresh noise in a step: 0 is deterministic, 1 ancestral."""

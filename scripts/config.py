@@ -103,7 +103,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _split(argument: str) -> tuple[str, str]:
-    """Splits key=value; raises UserError for what is none."""
+    """Splits key=value; raises UserError for anything else."""
     match = KEY_VALUE.match(argument)
     if match is None:
         hint = (

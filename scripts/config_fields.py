@@ -1,4 +1,4 @@
-"""What a config dataclass says about itself: every field's dotted path, type, default and meaning.
+"""Help from a config dataclass: every field's dotted path, type, default and meaning.
 
 The meaning is the docstring under the field, so that the help text and the code can't disagree.
 """

@@ -1,4 +1,4 @@
-"""What stands after key=, or in a YAML file, and what of it a config field is given.
+"""From a text after key=, or in a YAML file, to the value of a config field.
 
 The field's type decides. A text stays as it is written: a prompt may be `#3`, `- a cat`, `[a, b]`,
 `a ${b}` or `null`. Numbers, truth values and lists are parsed, sections and mappings are YAML.
@@ -38,7 +38,7 @@ _ITEM = re.compile(
 
 
 def parse(hint: Any, key: str, text: str) -> Any:
-    """Reads what stands after `key=`; what does not fit the type is refused where it is set."""
+    """Reads the text after `key=`; one that does not fit the type is refused where it is set."""
     if hint is None:
         return text
     if is_optional(hint) and text == "null":
@@ -162,7 +162,7 @@ class Texts:
         return self._token(value)
 
     def instance(self, hint: Any, value: Any) -> Any:
-        """Builds the dataclasses of what OmegaConf has checked, texts in place of their tokens."""
+        """Builds dataclasses from OmegaConf's checked values, texts in place of their tokens."""
         section, item = nested_class(hint), item_hint(hint)
         if isinstance(value, dict):
             if section is None:

@@ -22,7 +22,7 @@ def run_script(name: str, body: Callable[[], object]) -> int:
 
 
 def write_page(output: str, page: str, content: Any = None) -> None:
-    """Writes and prints a page, output.md, and what it was made of, output.json."""
+    """Writes and prints a page, output.md, and its data, output.json."""
     if content is not None:
         write_whole(Path(f"{output}.json"), json.dumps(content, indent=1) + "\n")
     write_whole(Path(f"{output}.md"), page)

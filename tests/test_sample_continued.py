@@ -109,7 +109,7 @@ def test_other_settings_are_refused(
     before = contents(unbroken)
     assert main(arguments(checkpoint, unbroken, change)) == 2
     error = capsys.readouterr().err
-    assert "holds pictures of other settings" in error and "choose another output" in error
+    assert "holds images of other settings" in error and "choose another output" in error
     assert re.search(message, error), error
     assert contents(unbroken) == before
 

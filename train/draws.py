@@ -36,7 +36,7 @@ PHI = (math.isqrt(5 << 2 * BITS) - (1 << BITS)) >> 1
 
 @dataclass(frozen=True)
 class Draws:
-    """What a batch draws; all on the CPU."""
+    """Draws of a batch; all on the CPU."""
 
     posterior_noise: Float[Tensor, "b c h w"] | None
     t: Int[Tensor, " b"]

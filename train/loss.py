@@ -1,4 +1,4 @@
-"""What the fine-tune minimises, in pure functions; train/loss_config.py has its options.
+"""The fine-tune's loss in pure functions; train/loss_config.py has its options.
 
     L = E_t w(t) || target - output ||^2 / (C H W),   w(t) = 1 by default (Lin et al. 2023)
 

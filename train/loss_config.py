@@ -1,4 +1,4 @@
-"""What the fine-tune minimises, as its config says it; free of torch.
+"""Options of the fine-tune's loss; free of torch.
 
 The weights are in train/loss_weights.py, the learned one in train/uncertainty.py, the draws of t
 and eps in train/draws.py.
@@ -26,7 +26,7 @@ class LossConfig:
     """The training target, the weight of every timestep, and how t and eps are drawn."""
 
     prediction_type: PredictionType = "v_prediction"
-    """What the network predicts: v_prediction, epsilon, or sample (x0)."""
+    """Training target of the network: v_prediction, epsilon, or sample (x0)."""
     weighting: Weighting = "uniform"
     """Weight of a timestep: 1 for all (lambda_t = 1 in the paper), or a function of its SNR."""
     floor: float | None = None

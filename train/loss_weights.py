@@ -60,4 +60,4 @@ WEIGHTS: dict[str, Callable[["NoiseSchedule", "LossConfig"], "Tensor"]] = {
     "p2": lambda schedule, loss: p2(schedule, loss.p2_k, loss.p2_gamma),
     "sigmoid": lambda schedule, loss: sigmoid(schedule, loss.sigmoid_bias),
 }
-"""What loss.weighting names: (T,) float64, from the schedule and the config of the loss."""
+"""The functions of loss.weighting: (T,) float64, from the schedule and the config of the loss."""

@@ -78,7 +78,7 @@ class FineTuner(LightningModule):
         return {"loss": loss, "objective": loss.detach(), **watched}
 
     def draws(self, batch: Batch) -> Draws:
-        """Returns what the batch's samples draw in their epochs, on the CPU."""
+        """Returns the draws of the batch's samples in their epochs, on the CPU."""
         stratified = self.config.loss.timesteps == "stratified"
         return draw(
             self.config.seed,
@@ -143,7 +143,7 @@ class FineTuner(LightningModule):
             return self.model.encode(batch["image"].float() / 255, noise)
 
     def condition(self, batch: Batch) -> Conditioning:
-        """Returns what the UNet is conditioned on: embeddings of the batch, or of its captions."""
+        """Returns the UNet's conditioning: embeddings of the batch, or of its captions."""
         if "prompt_embeds" in batch:
             return Conditioning(batch["prompt_embeds"])
         captions = batch["caption"]
@@ -177,7 +177,7 @@ class FineTuner(LightningModule):
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
-        """Moves what is encoded; what identifies the samples stays on the CPU, where it is read."""
+        """Moves encoded inputs; identifiers of samples stay on the CPU, where they are read."""
         names = [name for name in ("image", "moments", "prompt_embeds") if name in batch]
         return batch | {name: batch[name].to(device, non_blocking=True) for name in names}
 
@@ -227,7 +227,7 @@ class FineTuner(LightningModule):
             counts |= {name: count + more for name, count in counts.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Records, in plain containers, what the weights mean: their base and their process."""
+        """Records, in plain containers, the base and the process of the weights."""
         base = Path(self.model.source)
         checkpoint["blackpoint"] = {
             "base": str(base.resolve()) if base.exists() else self.model.source,

@@ -187,7 +187,7 @@ def open_records(
     lock: RunLock | None,
     device: torch.device,
 ) -> None:
-    """Writes what a run directory holds before the first step."""
+    """Writes the files of a run directory before the first step."""
     if lock is not None:
         lock.acquire()
     run_dir = record.run_dir

@@ -37,7 +37,7 @@ def v_weights(loss: LossConfig, schedule: NoiseSchedule) -> Weights:
 
 
 def floor_of(loss: LossConfig, schedule: NoiseSchedule) -> float:
-    """Returns loss.floor or, where it is null, what weighting and schedule need."""
+    """Returns loss.floor or, where it is null, the floor for weighting and schedule."""
     if loss.floor is not None:
         return loss.floor
     if not schedule.is_zero_terminal_snr:

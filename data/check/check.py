@@ -1,4 +1,4 @@
-"""`blackpoint data check`: reads every sample of a data set and tells what is in it.
+"""`blackpoint data check`: reads every sample of a data set and reports its contents.
 
 The shards may be ours or anyone's (img2dataset's, say). What is counted is in data/check/report.py;
 here the shards are read, an index that exists is compared with what was read, and where there is
@@ -119,7 +119,7 @@ def check(config: CheckConfig) -> CheckReport:
 
 
 def _read_shards(config: CheckConfig, chosen: ShardSet, scratch: Path) -> list[BadSample]:
-    """Reads the shards into an index and a file of FACT in `scratch`; returns what is bad."""
+    """Reads the shards into an index and a file of FACT in `scratch`; returns the bad samples."""
     shards, keys = chosen.paths, _keys(chosen)
     remote = chosen.remote and replace(chosen.remote, anew=config.full)
     num_processes = config.num_processes or usable_cores()
@@ -186,7 +186,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _index_state(found: Index, shards: ShardSet, latents: bool) -> IndexState:
-    """Compares the index of the shards, if there is one, with what was found in them."""
+    """Compares the index of the shards, if there is one, with their contents."""
     folder = shards.folder
     place = folder / INDEX_FOLDER
     if not has_index(folder):

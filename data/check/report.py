@@ -1,4 +1,4 @@
-"""What `data check` counts: sizes, luminance, captions, duplicates.
+"""Counts of `data check`: sizes, luminance, captions, duplicates.
 
 Copies are found by 64-bit hashes: of the image file's bytes (the same file twice), of the caption,
 of the key (the same key in several shards), and of the picture: equal gradient hashes and mean
@@ -75,7 +75,7 @@ class Copies:
 
 @dataclass
 class IndexState:
-    """What became of the index, or how it compares with the shards."""
+    """State of the index, or its comparison with the shards."""
 
     state: Literal["valid", "stale", "written", "absent"]
     folder: str
@@ -84,7 +84,7 @@ class IndexState:
 
 @dataclass
 class CheckReport:
-    """What the shards hold."""
+    """Contents of the shards."""
 
     shards: str
     num_shards: int
@@ -101,7 +101,7 @@ class CheckReport:
     copies: dict[str, Copies] = field(default_factory=dict)
     index: IndexState = field(default_factory=lambda: IndexState("absent", "", []))
     encoding: dict[str, Any] | None = None
-    """What the latents are of, for shards that `data encode` wrote."""
+    """Origin of the latents, for shards that `data encode` wrote."""
 
     @property
     def bad_kinds(self) -> dict[str, int]:
@@ -176,7 +176,7 @@ def _copies(found: Index, hashes: np.ndarray) -> Copies:
 
 
 def _near_copies(found: Index, facts: np.ndarray) -> Copies:
-    """Counts what looks alike but is not the same file; flat pictures look all alike, so not."""
+    """Counts pictures that look alike but are not the same file; flat ones are left out."""
     luminance = np.array(found.records["luminance"])
     order = np.lexsort((luminance, facts["gradient_hash"]))
     gradient, image = facts["gradient_hash"][order], facts["image_hash"][order]

@@ -22,7 +22,7 @@ _COPIES = {
 
 
 def tables(report: CheckReport) -> Iterator[Table | Text]:
-    """Yields what is to be printed, from counts to bad samples."""
+    """Yields the lines to print, from counts to bad samples."""
     yield _counts(report)
     if report.sizes:
         spreads = {f"{name}, px": report.sizes[name] for name in ("width", "height")}

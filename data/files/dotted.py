@@ -30,7 +30,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def value_at(tree: Mapping[str, Any], key: str) -> Any:
-    """Returns what is at a dotted key, None where nothing is."""
+    """Returns the value at a dotted key, or None."""
     value: Any = tree
     for word in key.split("."):
         value = value.get(word) if isinstance(value, Mapping) else None

@@ -1,4 +1,4 @@
-"""What stops a command on purpose: each class is one exit status of the command line."""
+"""Errors that stop a command on purpose: each class is one exit status of the command line."""
 
 import errno
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 NOT_WRITABLE = (*FULL, *FORBIDDEN)
-"""What the system says of a disk that takes no more, for a reason that the user can mend."""
+"""System errors of a disk that takes no more, for a reason that the user can mend."""
 
 
 class UserError(ValueError):
@@ -42,7 +42,7 @@ class WriteFailed(Exception):
 
 @contextmanager
 def disk_writes() -> Iterator[None]:
-    """Turns an OSError of what is done inside into WriteFailed: reading fails for other reasons."""
+    """Turns an OSError of the block into WriteFailed: reading fails for other reasons."""
     try:
         yield
     except OSError as error:

@@ -65,7 +65,7 @@ class Lock:
         return self._file is not None
 
     def holder(self) -> str:
-        """Returns what the holder, or the last one, has written of itself."""
+        """Returns the holder's note on itself, or the last holder's."""
         with contextlib.suppress(OSError):
             text = self.path.read_text(encoding="utf-8", errors="replace")
             return text.strip() or "it does not say who"

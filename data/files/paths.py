@@ -21,7 +21,7 @@ _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 
 
 class Holds(Enum):
-    """What a text field of a config stands for, as a mark in its type."""
+    """Meaning of a config's text field, as a mark in its type."""
 
     PATH = "path"
     OUTPUT = "output"
@@ -44,7 +44,7 @@ def is_remote(text: str) -> bool:
 
 
 def is_verbatim(text: str) -> bool:
-    """Tells what stands in place of a path, and is no one's to expand."""
+    """Tells texts that stand in place of a path, which nobody expands."""
     return is_remote(text) or _COMMAND.match(text) is not None
 
 

@@ -1,4 +1,4 @@
-"""What values must be: whatever breaks a rule is refused with its name, its value and the rule.
+"""Rules of values: a value that breaks one is refused with its name, its value and the rule.
 
 Free of torch. A rule of several fields is said where it is known.
 """

@@ -28,13 +28,13 @@ from types import FrameType
 from blackpoint.data.files.errors import Resumable
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What a scheduler sends before it kills."""
+"""Signals that a scheduler sends before it kills."""
 STOP_SIGNALS = {signal.SIGINT, *SIGNALS}
 RESUMABLE_STATUS = 75  # EX_TEMPFAIL of sysexits.h
 LOOK_EVERY_S = 5
 POLL_S = 0.5
 NO_SAFE_POINT_S = 20.0
-"""What has passed no safe point for so long has none: it is not waited for."""
+"""Time without a safe point after which a command is not waited for."""
 
 
 class Stopped(SystemExit):
@@ -57,7 +57,7 @@ class _Flag:
     has_raised: bool = False
     """Whether the command is being left: an error that follows may be a library's word for it."""
     deferred: str = ""
-    """What is finished first, where another than `stop_if_asked` looks at the flag."""
+    """Work that is finished first, where another than `stop_if_asked` looks at the flag."""
     process: int = field(default_factory=os.getpid)
 
 
@@ -160,7 +160,7 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Blocks what stops a run, in the processes started here for good: their parent ends them.
+    """Blocks stop signals for good in the processes started here: their parent ends them.
 
     Here it comes after the block. Within a fork Python would lose an interrupt: what is
     raised in a hook of `os.fork` is printed and ignored.

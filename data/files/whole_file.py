@@ -33,7 +33,7 @@ def write_new(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, sync: bool = False) -> Iterator[Path]:
-    """Yields where to write what becomes the file `path`; removed where the block raises.
+    """Yields a path to write, which becomes the file `path`; removed where the block raises.
 
     `sync`: it is on the disk before it has its name.
     """
@@ -111,7 +111,7 @@ def _write(path: Path, content: str | bytes, move: Callable[[Path, Path], None])
 
 
 def _beside(path: Path) -> Path:
-    """Returns where `path` grows; removes what killed ones left there, once per process."""
+    """Returns the folder where `path` grows; clears leftovers there, once per process."""
     folder = os.path.abspath(path.parent)
     if folder not in _cleared:
         _cleared.add(folder)

@@ -1,4 +1,4 @@
-"""What an index knows of the content of its shards, in two files beside its records.
+"""An index's knowledge of its shards' content, in two files beside its records.
 
 - digests.json  {shard: [whole, text, samples]}: data/shards/shard_digest.py; the same anywhere
 - stamps.json   {shard: stamp and whole}: how the shards looked when they last had these digests
@@ -49,7 +49,7 @@ def write_digests(
 
 
 def digests_json(index: Path, digests: Mapping[str, ShardDigests]) -> str:
-    """Returns what digests.json holds."""
+    """Returns the contents of digests.json."""
     content = {"version": FORMAT_VERSION, "index": _index_digest(index), "shards": digests}
     return json.dumps(content, indent=0) + "\n"
 
@@ -74,12 +74,12 @@ def add_stamps(folders: Iterable[Path], stamps: Mapping[str, str]) -> Path | Non
 
 
 def stamps_json(stamps: Mapping[str, str]) -> str:
-    """Returns what stamps.json holds."""
+    """Returns the contents of stamps.json."""
     return json.dumps(stamps, indent=0) + "\n"
 
 
 def stamped(stamp: str, whole: str) -> str:
-    """Returns what stamps.json holds of a shard."""
+    """Returns the entry of a shard in stamps.json."""
     return f"{stamp} {whole}"
 
 

@@ -96,7 +96,7 @@ class Index:
 
     @functools.cached_property
     def digests(self) -> dict[str, ShardDigests]:
-        """What each shard held when it was indexed; without those of an index from before."""
+        """Content of each shard when it was indexed; without those of an index from before."""
         return read_digests(self.places, self.shard_folder / INDEX_FOLDER)
 
     @property
@@ -146,7 +146,7 @@ class Index:
         return self.read(samples.start, samples.stop)
 
     def content_digest(self, shards: Sequence[Path]) -> str:
-        """Returns what tells the content of these shards from any other, wherever they are.
+        """Returns the identity of these shards' content, wherever they are.
 
         Of an index without digests it is `places_digest`.
         """

@@ -1,4 +1,4 @@
-"""What lies beside remote shards, brought here: their index and, of latents, how they were made."""
+"""Files beside remote shards, brought here: their index and, of latents, the encoding."""
 
 import contextlib
 import sys
@@ -20,7 +20,7 @@ TRIES_WITH_A_COPY = 3
 
 
 def fetch_index(folder: str, query: str, kept: Path) -> None:
-    """Brings `kept` up to date with what lies in a folder's URL; leaves it alone if nothing does.
+    """Brings `kept` up to date with a folder's URL; leaves it alone if nothing is there.
 
     If the server does not answer, what is here already is used, which is said. Raises UserError
     for an index that can't be used, or where `kept` can't be written, Unreachable and RunFailed.

@@ -1,4 +1,4 @@
-"""One shard, read once: its records for the index, what is bad, and facts that show duplicates.
+"""One shard, read once: its records for the index, bad samples, and facts that show duplicates.
 
 A sample is an image and its caption, or captions, of one key, one after the other in the tar;
 data/shards/sample_keys.py says which members they are. Every image is decoded. Keys are unique
@@ -48,7 +48,7 @@ FACT = np.dtype(
 
 @dataclass
 class ShardScan:
-    """What one shard holds; `facts`, FACT, has a row for each of `records`."""
+    """Contents of one shard; `facts`, FACT, has a row for each of `records`."""
 
     records: ShardRecords
     facts: np.ndarray

@@ -53,7 +53,7 @@ class ShardSet:
     is_whole: bool = True
     """Whether these are all shards that an index of `folder` is to cover."""
     notes: list[str] = field(default_factory=list)
-    """What the user should know before it is read."""
+    """Notes for the user before it is read."""
     keys: SampleKeys = AUTOMATIC
     """Which members the user chose, by keys of `section`."""
     section: str = ""
@@ -226,7 +226,7 @@ def _manner(
     where: str,
     in_order: bool,
 ) -> tuple[bool, list[str]]:
-    """Returns whether members are read by range, and what the user should know of it."""
+    """Returns whether members are read by range, and notes for the user."""
     total, largest = sum(shard_bytes.values()), max(shard_bytes.values())
     name = max(shard_bytes, key=shard_bytes.__getitem__)
     if 0 < cache.max_bytes < largest:

@@ -133,7 +133,7 @@ def _note(index: Index, digests: dict[str, ShardDigests], stamps: dict[str, str]
 
 
 def changed_on_server(index: Index, remote: RemoteShards) -> tuple[dict[str, Exception], list[str]]:
-    """Returns what is wrong with each source that has changed, and notes for the user.
+    """Returns the fault of each source that has changed, and notes for the user.
 
     What can't be asked, a command or a server that does not answer, has not changed.
     """
@@ -188,7 +188,7 @@ def _stamp(remote: RemoteShards, name: str) -> str | Exception:
 
 
 def _difference(source: str, num_bytes: int, whole: str) -> Exception | None:
-    """Reads a shard where it is and returns how it differs from what was indexed."""
+    """Reads a shard where it is and returns its difference from the indexed one."""
     if not whole:
         return Changed("another version than before, and the index has no digest to compare it by")
     try:

@@ -84,7 +84,7 @@ class IndexWriter:
         bad: Sequence[BadSample],
         contents: Sequence[ShardContent] | None = None,
     ) -> None:
-        """Writes what belongs to the whole and renames the index into place.
+        """Writes the files of the whole and renames the index into place.
 
         `contents` were taken while the shards were read or written; by default they are read again.
         """

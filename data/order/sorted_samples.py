@@ -42,7 +42,7 @@ class SortedSamples:
         return self.__dict__ | {"_file": None}
 
     def index(self, bucket: int, position: int) -> int:
-        """Returns the sample at `place` of a bucket; bucket len(sizes) is what is left out.
+        """Returns the sample at `place` of a bucket; bucket len(sizes) holds those left out.
 
         Places beyond a bucket's own are those of the buckets that follow.
         """

@@ -26,7 +26,7 @@ class Parts(NamedTuple):
 
     paths: tuple[Path, ...]
     pattern: str
-    """What the user can name them by, relative to the folder."""
+    """The user's name for them, relative to the folder."""
     names: tuple[str, ...]
     """Of each path, however it was written: relative to the folder, absolute where it lies
     elsewhere."""
@@ -58,7 +58,7 @@ def grouped(tables: Iterable[Path], folder: Path) -> list[Parts]:
 
 
 def common_pattern(tables: Sequence[Parts], folder: Path) -> str | None:
-    """Returns what names all of several tables that are called alike; None if they are not."""
+    """Returns a pattern for several tables that are called alike; None if they are not."""
     paths = [path for parts in tables for path in parts.paths]
     kinds = {(*_stem(path), suffix_of(path.name)) for path in paths}
     return _pattern(paths, folder) if len(tables) > 1 and len(kinds) == 1 else None
@@ -75,7 +75,7 @@ def _sets(paths: Sequence[Path]) -> list[list[Path]]:
 
 
 def _pattern(paths: Sequence[Path], folder: Path) -> str:
-    """Returns what the user can name parts by, relative to `folder`."""
+    """Returns the user's name of parts, relative to `folder`."""
     if len(paths) == 1:
         return relative_to(paths[0], folder)
     (stem, total), name = _stem(paths[0]), glob.escape(paths[0].name)
@@ -133,7 +133,7 @@ def relative_to(path: Path, folder: Path) -> str:
 
 
 def _stem(path: Path) -> tuple[str, str]:
-    """Returns what the names of parts share, and how many parts there are; "" if unknown."""
+    """Returns the common name of parts, and their number; "" if unknown."""
     match = _OF.fullmatch(path.stem)
     if match:
         return match["stem"], match["total"]

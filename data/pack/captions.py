@@ -170,7 +170,7 @@ def _from_table(
 
 
 def _rows(source: CaptionSource, table: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (place, name of the image, caption); a BadSample for what is no row."""
+    """Yields (place, name of the image, caption); a BadSample for anything that is no row."""
     fields = source.fields
     if source.form == "kohya":
         yield from metadata_rows(table, fields.lines)

@@ -32,7 +32,7 @@ class CaptionedFile(NamedTuple):
 
 @dataclass
 class FolderCount:
-    """What a folder holds, by kind."""
+    """Contents of a folder, by kind."""
 
     num_images: int = 0
     num_sidecars: dict[str, int] = field(default_factory=dict)

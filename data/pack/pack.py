@@ -97,7 +97,7 @@ class PackConfig:
 
 @dataclass
 class PackResult:
-    """What was packed and what was not."""
+    """Counts of packed and left-out samples."""
 
     caption_source: str
     num_samples: int = 0
@@ -153,7 +153,7 @@ def pack(config: PackConfig) -> PackResult:
 
 
 def _found(config: PackConfig) -> tuple[FolderCount, CaptionSource]:
-    """Returns what the source holds; raises UserError where there are no images."""
+    """Returns the contents of the source; raises UserError where there are no images."""
     source = Path(config.source)
     count = count_files(source)
     if count.num_images or "parquet" in count.other_suffixes or config.captions_file:
@@ -171,7 +171,7 @@ def _found(config: PackConfig) -> tuple[FolderCount, CaptionSource]:
 
 
 def _settings(config: PackConfig, captions: CaptionSource) -> dict[str, object]:
-    """Returns what a continued run must have in common with the one that was stopped."""
+    """Returns the settings that a continued run must share with the stopped one."""
     return {
         "source": os.path.realpath(config.source),
         "captions": str(captions),
@@ -182,7 +182,7 @@ def _settings(config: PackConfig, captions: CaptionSource) -> dict[str, object]:
 
 
 class _Shards:
-    """The shards of a pack: those that are finished, those that are written, what was bad."""
+    """The shards of a pack: finished ones, those being written, and bad samples."""
 
     def __init__(self, config: PackConfig, rules: ShardRules, result: PackResult) -> None:
         self.config, self.rules, self.result = config, rules, result

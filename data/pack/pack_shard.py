@@ -22,7 +22,7 @@ REPORT_EVERY = 16
 
 @dataclass(frozen=True)
 class ShardRules:
-    """What all shards of a pack share."""
+    """Settings that all shards of a pack share."""
 
     source: Path
     shards: Path
@@ -30,7 +30,7 @@ class ShardRules:
     parts: Path
     """Folder of the part files."""
     working: Path
-    """Folder of what is half-written."""
+    """Folder of half-written files."""
     max_image_pixels: int
     max_bad_share: float
     num_images: int
@@ -39,7 +39,7 @@ class ShardRules:
 
 
 def pack_shard(rules: ShardRules, listed: ShardList, advance: Callable[[int], None]) -> Part:
-    """Writes one shard and its part file, removes its list, and returns what became of it.
+    """Writes one shard and its part file, removes its list, and returns its result.
 
     A shard without a usable sample has a part file and no tar. Raises WriteFailed.
     """

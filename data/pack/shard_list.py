@@ -1,4 +1,4 @@
-"""What goes into one shard, as a file: one JSON line per sample, so that nothing is held in memory.
+"""The samples of one shard, as a file: one JSON line per sample, so that nothing is held in memory.
 
 The cuts between shards follow from names and sizes alone, in the order of the entries: shard k is
 full when it has `max_samples` or is of `max_bytes`. A sample that turns out bad later makes its
@@ -71,7 +71,7 @@ def shard_lists(
 
 
 def read_list(path: Path) -> Iterator[ListedFile | BadSample]:
-    """Yields what a list holds, in order."""
+    """Yields the entries of a list, in order."""
     with path.open(encoding="ascii") as file:
         for line in file:
             values = json.loads(line)
@@ -104,7 +104,7 @@ class _ListWriter:
 
 
 def _line(entry: ListedFile | BadSample) -> list[Any]:
-    """Returns what stands in a list: one caption as a text, and no row where there is none."""
+    """Returns the entry of a list: one caption as a text, and no row where there is none."""
     if isinstance(entry, BadSample):
         return list(entry)
     key, name, path, captions, *others, row = entry

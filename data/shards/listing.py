@@ -81,7 +81,7 @@ def find_shards(pattern: str, field: str = "data.shards") -> list[Path]:
 
 
 def expand_braces(pattern: str, field: str) -> list[str]:
-    """Returns what a pattern with braces stands for; raises UserError, which names `field`."""
+    """Returns the expansion of a pattern with braces; raises UserError, which names `field`."""
     try:
         return list(braceexpand(pattern, escape=not is_remote(pattern)))
     except ValueError:

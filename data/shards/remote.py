@@ -50,7 +50,7 @@ class Refused(UserError):
 
 
 class TooLarge(Exception):
-    """A file is larger than what may be fetched."""
+    """A file is larger than may be fetched."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Facts:
 
 
 class Fetched(NamedTuple):
-    """What came, its digest and the server's version of it."""
+    """Size and digest of the fetched bytes, and the server's version of them."""
 
     num_bytes: int
     whole: str
@@ -109,13 +109,13 @@ def fetch(
 
 
 class _Sink:
-    """Takes what comes, digests it and writes it into a file, if there is one."""
+    """Digests the incoming bytes and writes them into a file, if there is one."""
 
     def __init__(self, file: BinaryIO | None) -> None:
         self._file, self.num_bytes, self.digest = file, 0, new_digest()
 
     def go_on_from(self, offset: int) -> None:
-        """Makes ready for what follows what came so far, or for a new beginning."""
+        """Prepares for the next bytes, or for a new beginning."""
         if offset != self.num_bytes:
             assert offset == 0, "a download goes on where it stopped, or begins anew"
             self.num_bytes, self.digest = 0, new_digest()
@@ -215,7 +215,7 @@ def _download(source: str, sink: _Sink, num_bytes: int | None, max_bytes: int | 
 
 @dataclass
 class _Stream:
-    """A file from byte `start`; `resumes` is what proves a later range to be of the same file."""
+    """A file from byte `start`; `resumes` proves a later range to be of the same file."""
 
     start: int
     total: int | None
@@ -245,7 +245,7 @@ def _stream(file_system: Any, path: str, start: int, resumes: str) -> Iterator[_
 
 
 def _run(source: str, sink: _Sink) -> str:
-    """Writes what a command prints; one that fails is run again. Returns "", its version."""
+    """Writes the output of a command; one that fails is run again. Returns "", its version."""
     command = source.removeprefix(COMMAND)
     patience = _Patience(source)
     while True:
@@ -267,7 +267,7 @@ def _run(source: str, sink: _Sink) -> str:
 
 
 class _Patience:
-    """Counts the failures of one file: waits after each, and raises what ends the matter."""
+    """Counts the failures of one file: waits after each, and raises the final error."""
 
     def __init__(self, source: str, tries: int | None = None) -> None:
         self.source, self.tries, self.failures = source, tries or len(PAUSES_S) + 1, 0

@@ -1,4 +1,4 @@
-"""Addresses, and the file systems of fsspec behind them: one request, and what its answer says."""
+"""Addresses, and the file systems of fsspec behind them: one request and its answer."""
 
 import re
 from email.utils import parsedate_to_datetime
@@ -24,7 +24,7 @@ VERSIONS = (
 
 
 def shown(source: str) -> str:
-    """Returns a URL without what may be secret, its query and password; a command as it is."""
+    """Returns a URL without its query and password, which may be secret; a command as it is."""
     if source.startswith(COMMAND):
         return source
     return re.sub(r"//[^/@]*@", "//", source.partition("?")[0])
@@ -58,7 +58,7 @@ def http_version(answer: Any) -> str:
 
 
 def stored_version(info: dict[str, Any]) -> str:
-    """Returns what tells a file's version in a store from others, by fsspec's `info` of it."""
+    """Returns a file's version in a store, by fsspec's `info` of it."""
     return next((str(info[name]) for name in VERSIONS if info.get(name)), "")
 
 

@@ -46,7 +46,7 @@ class SampleKeys(NamedTuple):
         return match[2] if match and match[2] else CAPTION_FIELD
 
     def chosen(self) -> dict[str, str]:
-        """Returns what is chosen, by the key of a config."""
+        """Returns the choices, by the key of a config."""
         named = {"image_key": self.image, "caption_key": self.caption}
         return {name: value for name, value in named.items() if value is not None}
 

@@ -83,7 +83,7 @@ class ShardCache:
             yield path or self._fetch(source, name, num_bytes, whole)
 
     def copy(self, source: str) -> Fetched | None:
-        """Returns what was fetched last from a URL; None: nothing, or it is not known."""
+        """Returns the last copy from a URL; None: none, or not known."""
         try:
             return Fetched(*json.loads((self._folder(source) / "copy.json").read_bytes()))
         except (OSError, ValueError, TypeError):
@@ -161,7 +161,7 @@ class ShardCache:
             partial.unlink(missing_ok=True)
 
     def _make_room(self, num_bytes: int, path: Path) -> None:
-        """Removes the shards that were not read for the longest time, and what the killed left."""
+        """Removes the least recently read shards, and leftovers of killed processes."""
         shards = [shard for shard in self._shards() if shard[2] != path]
         total = sum(size for _, size, _ in shards)
         for _, size, victim in sorted(shards):

@@ -1,4 +1,4 @@
-"""Digests of a shard: what it holds, wherever it lies and whenever it was written.
+"""Digests of a shard's content, wherever it lies and whenever it was written.
 
     whole   BLAKE2b of all bytes
     text    BLAKE2b of all bytes but those of the samples' images (or latents): of tar headers,
@@ -28,7 +28,7 @@ HEADER_BYTES = tarfile.BLOCKSIZE
 
 
 class ShardContent(NamedTuple):
-    """What tells one shard from any other; empty digests: not known."""
+    """Identity of a shard's content; empty digests: not known."""
 
     num_bytes: int = 0
     whole: str = ""
@@ -51,7 +51,7 @@ class ContentDigest:
             self._text.update(content)
 
     def follow(self, file: int, stop: int, is_image: bool = False) -> None:
-        """Takes in what an open file holds up to byte `stop`, or its end."""
+        """Takes in an open file up to byte `stop`, or its end."""
         while self.num_bytes < stop:
             content = os.pread(file, min(CHUNK_BYTES, stop - self.num_bytes), self.num_bytes)
             if not content:
@@ -59,7 +59,7 @@ class ContentDigest:
             self.update(content, is_image)
 
     def content(self, stamp: str = "") -> ShardContent:
-        """Returns what was taken in."""
+        """Returns the digest of the bytes taken in."""
         digests = self._whole.hexdigest(), self._text.hexdigest()
         return ShardContent(self.num_bytes, *digests, stamp)
 
@@ -151,7 +151,7 @@ def headers_fit(path: Path, rows: np.ndarray) -> bool:
 
 
 def samples_digest(rows: np.ndarray, field: str = CAPTION_FIELD) -> str:
-    """Returns the digest of what an index says of a shard's samples, but for their luminance.
+    """Returns the digest of an index's records of a shard, but for their luminance.
 
     It decides which bytes are which sample, in which order and bucket; `rows` is RECORD (n,).
     `field` is that of a .json member which holds the captions.

@@ -43,7 +43,7 @@ class ShardFile:
         return end + -end % tarfile.RECORDSIZE
 
     def close(self) -> ShardContent:
-        """Ends the tar, sees it to the disk and returns what it holds."""
+        """Ends the tar, flushes it to the disk and returns its contents."""
         self._write(bytes(self.num_bytes - self.offset))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -72,7 +72,7 @@ def is_full(num_samples: int, offset: int, max_samples: int, max_bytes: float) -
 
 
 def member_bytes(name: str, size: int) -> int:
-    """Returns what a member of `size` bytes adds to a tar."""
+    """Returns the bytes that a member of `size` bytes adds to a tar."""
     name_size = len(name.encode("utf-8", "surrogateescape"))
     long_name = _BLOCK + _padded(name_size + 1) if name_size > _MAX_NAME else 0
     return long_name + _BLOCK + _padded(size)

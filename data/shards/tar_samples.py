@@ -81,7 +81,7 @@ def tar_samples(shard: Path, bad: list[BadSample]) -> Iterator[TarSample]:
 def _members(
     file: BinaryIO, damaged: Callable[[str], None]
 ) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """Yields (member, fault) from the first block to the last, past what is damaged."""
+    """Yields (member, fault) from the first block to the last, past damaged parts."""
     length = file.seek(0, os.SEEK_END)
     start: int | None = 0
     while start is not None:

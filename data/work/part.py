@@ -1,4 +1,4 @@
-"""The part file of a shard: what says that the shard is finished, and what the index needs of it.
+"""The part file of a shard: the mark that it is finished, and its records for the index.
 
 It holds the digest of what the shard was made from, the size of its tar, the samples left out and
 the records for the index. The tar is moved into place first and the part file last, so a shard
@@ -24,7 +24,7 @@ from blackpoint.data.shards.shard_file import shard_name
 
 @dataclass(frozen=True)
 class Part:
-    """What became of one shard."""
+    """Result of one shard."""
 
     number: int
     digest: str
@@ -72,7 +72,7 @@ def read_part(path: Path) -> tuple[Part, ShardRecords]:
 
 
 def shard_content_of(part: Part, shard: Path, records: ShardRecords) -> ShardContent:
-    """Returns what a finished shard holds, read again where the part does not say."""
+    """Returns the contents of a finished shard, read again where the part lacks them."""
     if not part.content.whole:
         return shard_content(shard, records.records)
     return part.content._replace(stamp=settled(part.content.stamp))

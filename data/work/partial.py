@@ -37,7 +37,7 @@ OTHERS_FINISH_S = 5.0
 NUM_TRIES = 3
 SETTINGS = "settings.json"
 EARLIER_LOCK = "lock"
-"""What processes of earlier versions hold while they are at work."""
+"""Lock of processes of earlier versions at work."""
 
 
 class Partial:
@@ -188,7 +188,7 @@ class Partial:
             self.shards.rename(self.target)
 
     def failure(self, error: Exception, less_memory: str) -> RunFailed:
-        """Says what stopped the work, how much of it is done and how to go on."""
+        """Returns an error with its cause, the finished part and the way to go on."""
         reason, remedy = str(error), f"run the same command again; {less_memory}"
         if isinstance(error, WriteFailed):
             reason = f"can't be written: {error}"
@@ -234,7 +234,7 @@ class Partial:
             raise
 
     def _other(self) -> str:
-        """Returns what another process at work here says of itself; "" where there is none."""
+        """Returns the note of another process at work here; "" where there is none."""
         present = self._presence.path.parent
         for path in (self.folder / EARLIER_LOCK, *present.glob("*")):
             if path != self._presence.path and is_locked(path):

@@ -1,4 +1,4 @@
-"""The progress bar of what reads a whole data set."""
+"""The progress bar of commands that read a whole data set."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -112,7 +112,7 @@ class _Worker:
 
 
 def _collect(workers: list[_Worker], advance: Advance, timeout_s: float) -> Iterator[Any]:
-    """Reads what the processes have sent and yields the results among it; a safe point."""
+    """Reads the messages of the processes and yields the results among it; a safe point."""
     stop_if_asked()
     by_connection = {worker.connection: worker for worker in workers}
     for connection in wait(list(by_connection), timeout_s):

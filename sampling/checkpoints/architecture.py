@@ -30,14 +30,14 @@ TEXT_SIZES = (
     "num_hidden_layers",
     "vocab_size",
 )
-"""What text_encoder/config.json says in whole numbers."""
+"""Whole numbers of text_encoder/config.json."""
 BY_CHANNELS = {
     5: "a depth-to-image model",
     7: "an upscaler",
     8: "an instruct-pix2pix model, or another that edits an image",
     9: "an inpainting model",
 }
-"""What UNets of 4-channel latents are, by their input channels."""
+"""Kinds of UNets of 4-channel latents, by their input channels."""
 BY_ADDED = {
     "text_time": "a Stable Diffusion XL",
     "text": "a DeepFloyd IF",
@@ -45,7 +45,7 @@ BY_ADDED = {
     "image_hint": "a Kandinsky 2.2 with a control image",
     "text_image": "a Kandinsky 2.1",
 }
-"""What UNets are, by their addition_embed_type."""
+"""Kinds of UNets, by their addition_embed_type."""
 REMEDY = (
     "only plain text-to-image models (latents and one text in, latents out) can be used here; give "
     "the text-to-image model that it was made from, such as "
@@ -108,7 +108,7 @@ def _check_class(config: Config, expected: str, what: str) -> None:
 
 
 def _other_kind(unet: Config, may_have_classes: bool) -> str | None:
-    """Names what a UNet is that needs more than latents and a text; None for a plain one."""
+    """Names the kind of a UNet that needs more than latents and a text; None for a plain one."""
     inputs, outputs = unet["in_channels"], unet["out_channels"]
     added = unet["addition_embed_type"]
     if added is not None:
@@ -153,7 +153,7 @@ def _check_sample_size(size: Any, where: str) -> None:
 
 
 def _check_factors(vae: Config, where: str) -> None:
-    """Checks what the size and the scale of latents are computed from."""
+    """Checks the values that decide size and scale of latents."""
     levels, factor = vae["block_out_channels"], vae["scaling_factor"]
     is_list = isinstance(levels, list | tuple) and levels
     require(is_list, "block_out_channels", levels, "a list of widths", where)
@@ -162,7 +162,7 @@ def _check_factors(vae: Config, where: str) -> None:
 
 
 def _check_text(folder: Path, width: Any, checkpoint: str | Path) -> None:
-    """Checks that the text encoder is CLIP's and as wide as what the UNet attends to."""
+    """Checks that the text encoder is CLIP's and as wide as the UNet's cross-attention."""
     path = folder / "text_encoder" / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is incomplete: text_encoder/config.json is missing")

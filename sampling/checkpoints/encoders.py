@@ -20,7 +20,7 @@ VAE_SLICE_IMAGES = 8
 
 
 class Encoders:
-    """What encodes and decodes beside the UNet, by name: `vae`, `text_encoder`; frozen."""
+    """Encoders and decoder beside the UNet, by name: `vae`, `text_encoder`; frozen."""
 
     def __init__(self, parts: dict[str, Any]) -> None:
         self._parts = {name: part for name, part in parts.items() if part is not None}
@@ -37,7 +37,7 @@ class Encoders:
         return part
 
     def load(self, device: torch.device) -> None:
-        """Reads now what would be read on first use, so that its faults show now."""
+        """Reads lazy parts now, so that their faults show now."""
         for name in self._parts:
             self.get(name, device)
 
@@ -97,5 +97,5 @@ def dtype_of(part: nn.Module) -> torch.dtype:
 
 
 def _overflowed(given: Tensor, result: Tensor) -> bool:
-    """Whether the result is not finite though what it was made of is."""
+    """Whether the result is not finite although its input is."""
     return not torch.isfinite(result).all() and bool(torch.isfinite(given).all())

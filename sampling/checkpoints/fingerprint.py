@@ -86,8 +86,8 @@ def tokenizer_digest(settings: dict[str, Any]) -> str:
 
 
 def model_digest(model: "DiffusionModel") -> str:
-    """Returns the digest of a loaded model's UNet and process: what decides its pictures beside the
-    encoders."""
+    """Returns the digest of a loaded model's UNet and process: all that decides its
+    images beside the encoders."""
     process = repr(sorted(model.process.to_diffusers().items())).encode()
     digest = blake2b(process, digest_size=MODEL_DIGEST_BYTES)
     for key, tensor in sorted(model.unet.state_dict().items()):
@@ -97,7 +97,7 @@ def model_digest(model: "DiffusionModel") -> str:
 
 
 def sampling_digest(model: "DiffusionModel", variant: str | None = None) -> str:
-    """Returns the digest of all that decides the pictures of a model that was loaded from a folder:
+    """Returns the digest of all that decides the images of a model that was loaded from a folder:
     UNet, process, autoencoder, text encoder."""
     assert model.folder is not None
     parts = [model_digest(model)]

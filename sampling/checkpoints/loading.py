@@ -33,7 +33,7 @@ WRONG_CONFIG = (
     ArithmeticError,
     StrictDataclassError,
 )
-"""What a library may raise for a config.json that makes no sense."""
+"""Errors that a library may raise for a config.json that makes no sense."""
 CLIP_TOKENIZER_FILES = ("tokenizer.json", "merges.txt")
 
 

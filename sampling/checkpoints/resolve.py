@@ -28,7 +28,7 @@ COMMUNITY_IDS = (
 
 @dataclass(frozen=True)
 class Resolved:
-    """A pipeline folder and, for a Lightning checkpoint, what replaces its UNet and process."""
+    """A pipeline folder and, for a Lightning checkpoint, the UNet and process of that."""
 
     folder: Path
     checkpoint: str | Path = ""
@@ -40,7 +40,7 @@ class Resolved:
 def resolve(
     checkpoint: str | Path, weights: Weights = "ema", variant: str | None = None
 ) -> Resolved:
-    """Finds `checkpoint` on disk or on the hub; raises UserError naming what is wrong with it.
+    """Finds `checkpoint` on disk or on the hub; raises UserError naming its fault.
 
     RunFailed where a full disk does not take what the hub gives. A folder of the hub's cache is
     its snapshot. `variant` chooses among a folder's files, as in diffusers: fp16, bf16, non_ema.
@@ -227,7 +227,7 @@ def _download(hub_id: str, variant: str | None = None) -> Path:
 
 @contextlib.contextmanager
 def _hub_errors(hub_id: str) -> Iterator[None]:
-    """Turns what the user can mend into UserError: the name, a login, the network, the cache."""
+    """Turns errors of name, login, network and cache, which the user can mend, into UserError."""
     from huggingface_hub import errors
 
     try:

@@ -126,7 +126,7 @@ def _defaults(name: str) -> dict[str, Any]:
 
 
 def _check_values(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for what is no number, list or word where one belongs."""
+    """Raises UserError for a value that is not the number, list or word it should be."""
     total, offset = settings["num_train_timesteps"], settings.get("steps_offset", 0)
     is_total = is_number(total, int) and 2 <= total <= MAX_TRAIN_TIMESTEPS
     whole = f"a whole number from 2 to {MAX_TRAIN_TIMESTEPS}"
@@ -160,7 +160,7 @@ def _require(holds: bool, key: str, value: Any, rule: str) -> None:
 def _tell(
     settings: Mapping[str, Any], solver: Mapping[str, Any], written: Mapping[str, Any]
 ) -> None:
-    """Says what of the config is not followed, and a spacing that is not the one written."""
+    """Notes keys of the config that are not followed, and a spacing that is not the one written."""
     spacing = settings["timestep_spacing"]
     if spacing != written.get("timestep_spacing", "leading"):
         log.warning(

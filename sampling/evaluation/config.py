@@ -101,7 +101,7 @@ class MetricsConfig(SamplingOptions):
 
 
 def metric_keys(config_class: type[MetricsConfig] = MetricsConfig) -> list[str]:
-    """Lists the keys of metrics: they change what is measured of the images, and no image."""
+    """Lists the keys of metrics: they change measurements, but no image."""
     sections = [
         one.name
         for one in fields(config_class)

@@ -82,7 +82,7 @@ class ImageGenerator:
         )
 
     def _process_notes(self, model: DiffusionModel) -> None:
-        """Tells what is unusual about the process; raises UserError for what cannot work."""
+        """Notes an unusual process; raises UserError for an unsound one."""
         config, trained = self._config, model.process
         process = trained.respaced(config.timestep_spacing)
         process.check_sound(config.allow_unsound)

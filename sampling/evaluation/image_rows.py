@@ -1,6 +1,6 @@
 """The images of an evaluation and their rows, batch by batch: generated, measured, kept.
 
-What is finished is never generated again; a column that is added later is measured on the pictures
+What is finished is never generated again; a column that is added later is measured on the images
 that are kept, or on images generated once more.
 """
 
@@ -38,18 +38,18 @@ IMAGE_COLUMN = "luminance"
 
 @dataclass(frozen=True)
 class ImageRows:
-    """The rows in a folder: which of them and what in them is missing, and how it is made."""
+    """The rows in a folder: missing rows, missing columns, and their measurement."""
 
     folder: Path
     jobs: Sequence[Job]
     measures: Measures
     batch_size: int
     num_kept: int | None
-    """Pictures to keep, the first ones; None: all."""
+    """Images to keep, the first ones; None: all."""
 
     @property
     def columns(self) -> dict[str, str]:
-        """Every measured column that stays: what is asked for, and what was before."""
+        """Every measured column that stays: requested now or before."""
         return self.measures.asked | carried_columns(self.folder, self.measures.asked)
 
     def read(self) -> dict[Key, Row]:
@@ -61,7 +61,7 @@ class ImageRows:
         return not self._missing(self.read())
 
     def are_finished(self) -> bool:
-        """Whether every image has its row, and in it what some process can measure."""
+        """Whether every image has its row, and in it every column that some process can measure."""
         return finished_keys(self.folder, self.measures.columns) >= {job.key for job in self.jobs}
 
     def write_missing(self, generator: ImageGenerator, task: Task) -> None:
@@ -87,7 +87,7 @@ class ImageRows:
                 progress.advance(bar, len(batch))
 
     def _missing(self, have: dict[Key, Row]) -> set[Key]:
-        """Lists what has to be generated, measured or, since more are wanted now, kept."""
+        """Lists the images to generate, to measure or, since more are wanted now, to keep."""
         return {
             job.key
             for job in self.jobs
@@ -99,7 +99,7 @@ class ImageRows:
     def _rows_of(
         self, batch: Sequence[Job], generator: ImageGenerator, have: dict[Key, Row]
     ) -> list[Row]:
-        """Returns the rows of a batch, with what it lacked; keeps the first images as files."""
+        """Returns the completed rows of a batch; keeps the first images as files."""
         rows: list[Row] = [dict(have.get(job.key, {})) for job in batch]
         is_new = any(IMAGE_COLUMN not in row for row in rows)
         started_s, generated, pixels = self._pictures(batch, generator, is_new)
@@ -125,7 +125,7 @@ class ImageRows:
     def _pictures(
         self, batch: Sequence[Job], generator: ImageGenerator, is_new: bool
     ) -> tuple[float, Row, Pixels]:
-        """Returns when they were begun, what each cost, and the pictures, generated or read."""
+        """Returns the start time, each image's cost, and the images, generated or read."""
         files = [self.folder / job.file for job in batch]
         is_generated = is_new or not all(file.is_file() for file in files)
         if is_generated:

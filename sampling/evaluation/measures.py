@@ -1,6 +1,6 @@
-"""What is measured on each image of an evaluation: its luminance, and the columns of its metrics.
+"""Measurements of each image of an evaluation: its luminance, and the columns of its metrics.
 
-Everything is measured on the 8-bit picture that a PNG file holds. A source that cannot be loaded is
+Everything is measured on the 8-bit image that a PNG file holds. A source that cannot be loaded is
 left out and named; the rest runs.
 """
 
@@ -33,11 +33,11 @@ MAX_CHECKED = 10_000
 
 @dataclass
 class Measures:
-    """What measures; the digest of a column is of the settings that it is measured with."""
+    """The loaded metrics; a column's digest is of its settings."""
 
     loaded: list[tuple[Source, Measure]] = field(default_factory=list)
     lacking: list[tuple[Source, str]] = field(default_factory=list)
-    """What was asked for and cannot be measured here, with the reason."""
+    """Requested metrics that cannot be measured here, with the reason."""
 
     @property
     def columns(self) -> dict[str, str]:
@@ -55,11 +55,11 @@ class Measures:
         return self.columns.keys() - row.keys()
 
     def of_column(self, column: str) -> Measure | None:
-        """Returns what measures a column; None where nothing here does."""
+        """Returns the function that measures a column, or None."""
         return next((measure for source, measure in self.loaded if column in source.columns), None)
 
     def skipped(self, evaluated: Evaluated) -> dict[str, str]:
-        """Returns what no start has measured, by key, with the reason."""
+        """Returns the metrics that no start has measured, by key, with the reason."""
         real = None if evaluated.reference is None else evaluated.reference.features
         return {
             source.key: reason
@@ -70,7 +70,7 @@ class Measures:
 
     @torch.no_grad()
     def measure(self, pixels: Pixels, prompts: Sequence[Prompt], wanted: set[str]) -> list[Row]:
-        """Measures pictures (N, 3, H, W) uint8; returns a row of the wanted columns for each."""
+        """Measures images (N, 3, H, W) uint8; returns a row of the wanted columns for each."""
         rows: list[Row] = [{} for _ in prompts]
         for source, measure in self.loaded:
             if wanted & source.columns.keys():
@@ -82,7 +82,7 @@ class Measures:
 def load_measures(
     metrics: Sequence[MetricConfig], prompts: Sequence[Prompt], device: torch.device
 ) -> Measures:
-    """Loads all that measures; what is missing is skipped, with its reason.
+    """Loads all metrics; those that lack something are skipped, with the reason.
 
     Raises UserError for a prompt that a verifier cannot judge.
     """
@@ -103,7 +103,7 @@ def load_measures(
 
 
 def luminance_rows(pixels: Pixels, prompts: Sequence[Prompt]) -> list[Row]:
-    """Measures luminance of the image and of its border, and the distance to what is asked for."""
+    """Measures luminance of the image and of its border, and the distance to the requested one."""
     images = pixels.float() / 255
     asked = [luminance_range(prompt) for prompt in prompts]
     whole, border = image_luminance(images), border_luminance(images)

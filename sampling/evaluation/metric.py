@@ -1,4 +1,4 @@
-"""What a metric of an evaluation is: a section of the config that says what it measures.
+"""A metric of an evaluation: a section of the config with its measurement.
 
 A metric may measure columns of each image (`sources`), which stay in the rows, and makes numbers
 of the rows of all images (`numbers`). The fields of `MetricsConfig` are the table of metrics: each
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 Pixels = Any
 """(N, 3, H, W) uint8, a tensor."""
 Measure = Callable[[Pixels, "Sequence[Prompt]"], Sequence[Row]]
-"""From pictures and their prompts to a row of columns for each."""
+"""From images and their prompts to a row of columns for each."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Metric:
     """Which prompts: a category, a tone that they ask for, or "" for all."""
     estimate: "Estimate"
     unit: Unit
-    """What n counts."""
+    """Unit of n."""
     better: Better = ""
 
 
@@ -48,7 +48,7 @@ Numbers = tuple[list[Metric], list[str]]
 
 @dataclass(frozen=True)
 class Source:
-    """What measures columns of each image: a network, or a function."""
+    """Source of columns of each image: a network, or a function."""
 
     key: str
     """Of the config, by which it is named where it cannot be loaded."""
@@ -61,7 +61,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What the numbers of an evaluation are made of."""
+    """Inputs of an evaluation's numbers."""
 
     rows: Sequence[Row]
     """One per image, ordered by prompt and image."""
@@ -77,17 +77,17 @@ class Evaluated:
 
 
 class MetricConfig:
-    """A section of the config that measures something; it defines what it needs of these."""
+    """A section of the config that measures something; it defines the methods it needs."""
 
     def check(self, prompts: "Sequence[Prompt]", num_images: int) -> None:
-        """Raises UserError for what can be refused before anything is sampled."""
+        """Raises UserError for settings that can be refused before sampling."""
 
     def sources(self) -> list[Source]:
-        """Returns what measures columns of each image."""
+        """Returns the sources of its columns."""
         return []
 
     def numbers(self, evaluated: Evaluated) -> Numbers:
-        """Returns what comes of the rows: the mean of each column that `sources` names."""
+        """Returns the numbers of the rows: the mean of each column that `sources` names."""
         names = [name for source in self.sources() for name in source.columns]
         rows = evaluated.rows
         return [mean_metric(n, rows, itemgetter(n)) for n in filter(evaluated.has, names)], []

@@ -112,7 +112,7 @@ def read_images(folder: Path) -> list[Row]:
 
 
 def column_digest(settings: object) -> str:
-    """Returns a fingerprint of what a column is measured with."""
+    """Returns a fingerprint of a column's settings."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -177,7 +177,7 @@ def _read(path: Path, columns: Columns | None) -> list[Row]:
 
 
 def _without_missing(row: Row, columns: Columns) -> Row:
-    """Leaves out what a part did not measure, so that it hides nothing that another part did."""
+    """Leaves out columns that a part did not measure, so that they hide no other part's."""
     return {k: v for k, v in row.items() if v is not None or k not in columns}
 
 

@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_to_folder(config: MetricsConfig, task: Task | None = None) -> Summary | None:
-    """Samples and measures what is missing; returns the metrics, None in all but the first process.
+    """Samples and measures missing images; returns the metrics, None in all but the first process.
 
     Raises UserError for wrong input before anything is written.
     """
@@ -197,5 +197,5 @@ def _summary(
 
 
 def _others(output: Path) -> list[Path]:
-    """Lists what lies there beside files that are being written, and references."""
+    """Lists the entries other than unfinished files and references."""
     return [p for p in output.iterdir() if not p.name.startswith(".") and p.name != REFERENCES]

@@ -1,4 +1,4 @@
-"""What the rows of an evaluation say: every metric with n and its 95 % interval.
+"""Summary of an evaluation's rows: every metric with n and its 95 % interval.
 
 Computed from rows alone, in the order of their keys, so that it does not matter how many processes
 wrote them, nor in which order. Means are over prompts (each the mean of its images), because images
@@ -24,7 +24,7 @@ WORDS: dict[Better, str] = {"lower": "lower is better", "higher": "higher is bet
 
 @dataclass(frozen=True)
 class Summary:
-    """All metrics of an evaluation, what they cost, and what there is to say of them."""
+    """All metrics of an evaluation, their cost, and notes."""
 
     metrics: tuple[Metric, ...]
     notes: tuple[str, ...]

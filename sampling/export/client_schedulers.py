@@ -1,4 +1,4 @@
-"""What an export's card says of diffusers' schedulers (diffusers 0.42): one fact each.
+"""Notes of an export's card on diffusers' schedulers (diffusers 0.42): one fact each.
 
 Every function takes the process and returns a statement, or "" where it is not so.
 tests/test_card_schedulers.py runs the installed schedulers on each.
@@ -38,7 +38,7 @@ MOST_STEPS = 200
 
 
 def scheduler_facts(process: Process) -> list[str]:
-    """Lists what there is to say, "" where nothing is."""
+    """Lists the notes on schedulers, "" where one does not apply."""
     return [
         incompatibility_note(process),
         keep_zero_snr(process),
@@ -66,7 +66,7 @@ def keep_zero_snr(process: Process) -> str:
 
 
 def drop_zero_snr(process: Process) -> str:
-    """The others drop the flag; what follows depends on how the betas are written."""
+    """The others drop the flag; the consequence depends on how the betas are written."""
     if not process.schedule.is_zero_terminal_snr:
         return ""
     names = ", ".join(name.removesuffix("Scheduler") for name in DROP_ZERO_SNR)
@@ -106,7 +106,7 @@ def surplus_timestep(process: Process) -> str:
         return ""
     return (
         f"DDIM and DDPM: not {listed(steps)} steps. There diffusers' list has a surplus timestep "
-        "-1, which they read as the noisiest: the picture is lost."
+        "-1, which they read as the noisiest: the image is lost."
     )
 
 

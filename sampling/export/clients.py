@@ -1,4 +1,4 @@
-"""What an export's card says of clients other than diffusers, each fact where it is so.
+"""Notes of an export's card on clients other than diffusers, each where it applies.
 
 Single files hold no scheduler config, so a client guesses the prediction type and the schedule:
 
@@ -44,7 +44,7 @@ SCHEDULERS = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """What other clients would take a UNet for."""
+    """The architecture that other clients take a UNet for."""
 
     kind: Kind
     statistic: float | None = None
@@ -74,7 +74,7 @@ UNKNOWN = Architecture("unknown")
 
 
 def client_facts(process: Process, architecture: Architecture) -> list[str]:
-    """Lists what there is to say."""
+    """Lists the notes."""
     if architecture.kind not in LDM_CONFIGS:
         return ["They do not know this UNet. Use diffusers, as above."]
     if not has_sd_betas(process):

@@ -97,7 +97,7 @@ def moved_into_place(output: Path) -> Iterator[Path]:
 
 
 def _reason_not_written(error: BaseException) -> str:
-    """Returns what the system says if it is the disk that failed, else nothing."""
+    """Returns the system's message if the disk failed, else nothing."""
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
         return error.strerror or str(error)
     # safetensors has one class for all its errors, and passes the system's words on.

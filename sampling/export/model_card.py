@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how to load it, what samples it right.
+"""The README.md of an exported model: its process, how to load it, the right way to sample it.
 
 A function of the process and the architecture: each statement appears exactly where it is true.
 """

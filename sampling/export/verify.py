@@ -134,7 +134,7 @@ def check_prompt(model: DiffusionModel) -> str:
 
 
 def config_failures(process: Process, config: dict[str, Any]) -> list[str]:
-    """Lists the keys of the reloaded scheduler config that do not say what the process is."""
+    """Lists the keys of the reloaded scheduler config that contradict the process."""
     expected = process.to_diffusers()
     return [
         f"scheduler_config.json: {key} is {config.get(key)!r}, must be {value!r}"
@@ -214,7 +214,7 @@ def _fail(failures: list[str]) -> None:
 
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
-    """Switches TensorFloat-32 off: its 10-bit mantissa would drown what is compared."""
+    """Switches TensorFloat-32 off: its 10-bit mantissa would drown the differences."""
     precision = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")

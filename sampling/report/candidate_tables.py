@@ -53,7 +53,7 @@ def _ranks(cells: Mapping[str, Candidates]) -> Table:
 
 
 def _best_of(cells: Mapping[str, Candidates]) -> Table:
-    """Shows what choosing the best of k images by each score gains by each quality."""
+    """Shows the gain in each quality from the best of k images by each score."""
     sizes = {
         cell: next(iter(candidates.scores.values())).shape[1] for cell, candidates in cells.items()
     }

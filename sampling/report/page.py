@@ -54,7 +54,7 @@ class Facts(Block):
 
 
 class Choice(Block):
-    """Tables of which one at a time is shown; the title says what is chosen."""
+    """Tables of which one at a time is shown; the title names the choice."""
 
 
 class Section(Block):
@@ -73,7 +73,7 @@ Part: TypeAlias = str | Table | Block
 
 @dataclass(frozen=True)
 class Page:
-    """What a page shows, in order; None and what is empty is left out."""
+    """Contents of a page, in order; None and empty parts are left out."""
 
     title: str
     parts: Sequence[Part | None]
@@ -126,7 +126,7 @@ def embedded(path: Path, widest_px: int = WIDEST_PX, most_bytes: float = math.in
 
 
 def _with_code(text: str) -> str:
-    """Escapes a text; what stands in back quotes is set as code."""
+    """Escapes a text; words in back quotes are set as code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 

@@ -1,4 +1,4 @@
-"""What all plots share: colors, style, panels, intervals, luminance, SVG text without links."""
+"""Shared parts of plots: colors, style, panels, intervals, luminance, SVG text without links."""
 
 import io
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""What evaluations, searches and the cells of a sweep have found, in one form.
+"""Results of evaluations, searches and cells of a sweep, in one form.
 
 A cell is one setting: its metrics with intervals, its scores image by image (for what is paired),
-its pictures by prompt and seed, its cost. Read from the files that the verbs leave; a cell that is
+its images by prompt and seed, its cost. Read from the files that the verbs leave; a cell that is
 not finished, or of another version, is kept with the reason.
 """
 
@@ -38,7 +38,7 @@ VERSION = 1
 Key = tuple[int, str, int]
 """Index and text of the prompt, and the image of it: cells with other prompts share none."""
 EVALUATE_AND_SEARCH = "verb"
-"""What the two lines of a cell differ in that evaluates and searches."""
+"""Key that tells apart the two lines of a cell that evaluates and searches."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that a cell kept."""
+    """An image that a cell kept."""
 
     seed: int | None
     path: Path
@@ -59,7 +59,7 @@ class Picture:
 
 @dataclass
 class Cell:
-    """One setting and what came of it."""
+    """One setting and its results."""
 
     name: str
     arm: str = ""
@@ -122,7 +122,7 @@ def short(key: str) -> str:
 
 
 def title_of(name: str, cells: Sequence[Cell]) -> str:
-    """Returns what a metric of these cells is called in a head."""
+    """Returns the heading of a metric of these cells."""
     return title_at_n(name, [cell.values[name].estimate.n for cell in cells if name in cell.values])
 
 
@@ -262,7 +262,7 @@ def _read_search(cell: Cell, folder: Path) -> None:
 
 
 def _decides(settings: Mapping[str, Any], name: str) -> bool:
-    """Whether a verifier has a part in what a search chooses: one of weight 0 has none."""
+    """Whether a verifier has a part in a search's choices: one of weight 0 has none."""
     verifier = settings.get("verifiers", {}).get(name, {})
     return settings.get("ensemble") != "weighted_sum" or verifier.get("weight", 1.0) != 0
 

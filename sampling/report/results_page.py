@@ -112,7 +112,7 @@ def page_of(results: Results, tables: Sequence[Table], settings: Mapping[str, st
 
 
 def gallery(cells: Sequence[Cell]) -> Gallery | None:
-    """Collects pictures of prompts and seeds that all cells have, one cell of each setting."""
+    """Collects images of prompts and seeds that all cells have, one cell of each setting."""
     lines = {}
     for setting in settings_of(Results("", list(cells))):
         first = setting.cells[0]

@@ -29,7 +29,7 @@ class Setting:
 
 
 def settings_of(results: Results) -> list[Setting]:
-    """Groups finished cells by what they share beside seeds, in order."""
+    """Groups finished cells by their settings beside seeds, in order."""
     by_setting: dict[str, list[Cell]] = {}
     for cell in results.cells:
         if cell.values:
@@ -149,7 +149,7 @@ def over_seeds(cells: Sequence[Cell], name: str) -> Value | None:
 
 
 def shown_estimate(cells: Sequence[Cell], name: str) -> Estimate | None:
-    """Returns what a plot shows of a setting: one cell's own interval, of more that over seeds."""
+    """Returns a setting's estimate for a plot: one cell's own, of several cells that over seeds."""
     measured = [cell for cell in cells if name in cell.values]
     if len(measured) == 1:
         return measured[0].values[name].estimate

@@ -1,4 +1,4 @@
-"""What the report page shows of a search: plain images above winners, their scores, the alarm."""
+"""The report page of a search: plain images above winners, their scores, the alarm."""
 
 import math
 from pathlib import Path

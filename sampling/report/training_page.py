@@ -1,4 +1,4 @@
-"""What the report page says about a training run: numbers at a glance, plots, previews.
+"""The report page of a training run: numbers at a glance, plots, previews.
 
 All of it comes from the series of metrics.csv and the grids in previews/.
 """

@@ -210,7 +210,7 @@ def draw(
     faint: bool = True,
     smooth: bool = True,
 ) -> None:
-    """Draws one series: its points if it is short, else its running mean over what was logged."""
+    """Draws one series: its points if it is short, else its running mean over the logged points."""
     if not series:
         return
     if len(series) <= SHORT or not smooth:

@@ -23,7 +23,7 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Returns the peak of what computes: memory allocated on a GPU, or this process's own."""
+    """Returns the peak of memory: allocated on a GPU, or this process's own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return process_peak_bytes()

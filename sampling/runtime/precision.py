@@ -1,4 +1,4 @@
-"""Number formats: what `auto` takes on a device, and whether something begun may go on in it.
+"""Number formats: the choice of `auto` on a device, and whether a result may go on in it.
 
 On a GPU that computes in bfloat16 a dtype of `auto` is bfloat16, and on one of compute capability
 8.0 or newer tf32=auto is true; everywhere else they are float32 and false. What is computed differs
@@ -33,7 +33,7 @@ def settle(
     is_recorded: bool = True,
     prefix: str = "",
 ) -> Formats:
-    """Returns the formats asked for, with what `auto` takes on `device` in its place.
+    """Returns the requested formats, `auto` replaced by its choice on `device`.
 
     `kept` are the formats of what is continued, named `where` in messages; where it holds no record
     of them (`is_recorded`), `auto` takes those. `say` is told what `auto` took, if that is not
@@ -103,7 +103,7 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes a GPU the current one inside the block: what is called there leaves others alone."""
+    """Makes a GPU the current one inside the block: calls there leave others alone."""
     if device.type == "cuda" and device.index is not None:
         return torch.cuda.device(device)
     return contextlib.nullcontext()

@@ -35,12 +35,12 @@ def files_of(output: Path, name: str) -> list[Path]:
 
 
 def share_of(items: Sequence[Item], task: Task) -> list[Item]:
-    """Returns what this process has to do."""
+    """Returns the work of this process."""
     return list(items[task.rank :: task.count])
 
 
 def wait_until(is_done: Callable[[], bool], output: Path, since: float) -> None:
-    """Waits for what other processes do; raises RunFailed where one has stopped with an error.
+    """Waits for the work of other processes; raises RunFailed where one has stopped with an error.
 
     since: time of this process's start; errors of earlier starts are not this one's.
     """

@@ -1,4 +1,4 @@
-"""What makes a UNet faster without changing what it computes: attention, memory order, compilation.
+"""Speed options of a UNet that keep its results: attention, memory order, compilation.
 
 Attention is softmax(q k^T / sqrt(d)) v in every case. `sdpa` is torch's own kernel, `xformers` that
 of the optional package, whose operators exist for some devices, number formats and widths only: it
@@ -33,7 +33,7 @@ def prepare_unet(
     dtype: torch.dtype | None = None,
     training: bool = False,
 ) -> str | None:
-    """Sets the UNet up in place; returns what `auto` took and why, None where nothing was chosen.
+    """Sets the UNet up in place; returns the choice of `auto` and its reason, None without one.
 
     `device` and `dtype` are what the UNet will compute on and in (mixed precision: the lower
     format), its own if not given; `training` asks for the backward pass too. Weights, their names
@@ -65,7 +65,7 @@ def _set_attention(
     dtype: torch.dtype,
     training: bool,
 ) -> str | None:
-    """Sets the attention kernel; returns what `auto` took and why."""
+    """Sets the attention kernel; returns the choice of `auto` and its reason."""
     from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
 
     problem = None if attention == "sdpa" else xformers_problem(unet, device, dtype, training)
@@ -120,7 +120,7 @@ def head_widths(unet: "UNet2DConditionModel") -> list[int]:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises UserError where torch.compile lacks what it needs to make programs for `device`."""
+    """Raises UserError where torch.compile lacks the compiler for `device`."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Which of several processes this one is, by what torchrun or SLURM says.
+"""Which of several processes this one is, by the environment of torchrun or SLURM.
 
 Such processes need no rendezvous where they meet in the folder that they fill.
 """
@@ -25,7 +25,7 @@ class Task:
 
 
 def this_task(environment: Mapping[str, str] = os.environ) -> Task:
-    """Returns what the launcher says of this process; one of one without a launcher."""
+    """Returns this process's place from the launcher; one of one without a launcher."""
     for rank, count, local_rank in VARIABLES:
         try:
             task = Task(

@@ -1,4 +1,4 @@
-"""One run at Weights & Biases for a folder, however often what writes there is started again."""
+"""One run at Weights & Biases for a folder, however often its command starts again."""
 
 import netrc
 import os
@@ -14,7 +14,7 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_whole
 
 NOT_IN_PROJECT, MAX_PROJECT_CHARACTERS = "/\\#?%:", 128
-"""What wandb refuses in the name of a project, when the run starts."""
+"""Characters that wandb refuses in a project's name, when the run starts."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What is measured before a search: how well previews rank candidates, and the batch size.
+"""Measurements before a search: how well previews rank candidates, and the batch size.
 
 The whole runs that tell how previews rank have seeds of their own and are in output/calibration;
 they count in no budget and in the ledger under `beside`. One process measures, the others wait for
@@ -27,7 +27,7 @@ from blackpoint.sampling.search.runner import TrialRunner
 FOLDER, FOUND = "calibration", "kendall.json"
 LARGEST, LEAST_GAIN = 128, 1.05
 Values = Callable[[Sequence[Mapping[str, Any]]], list[float]]
-"""What candidates of one prompt and level are ranked by, from their rows."""
+"""Ranking values of the candidates of one prompt and level, from their rows."""
 
 
 def calibrate(
@@ -68,13 +68,13 @@ def is_calibrated(output: Path) -> bool:
 
 
 def read_kendall(output: Path) -> dict[int, float]:
-    """Returns what was measured, by level."""
+    """Returns the measured correlations by level."""
     kendall = json.loads((output / FOLDER / FOUND).read_text(encoding="utf-8"))
     return {int(level): tau for level, tau in kendall.items()}
 
 
 def calibration_line(allowed: list[int], num_steps: int, kendall: dict[int, float]) -> str:
-    """Says what was measured, and at which levels a search may prune for that."""
+    """Tells the measured correlations, and the levels at which a search may prune."""
     shown = ", ".join(f"{tau:.2f} after {level}" for level, tau in sorted(kendall.items()))
     return (
         f"Kendall's tau of preview and final score: {shown or 'not to be measured'} of "

@@ -121,7 +121,7 @@ class SearchConfig(_Sections, SearchOptions):
 
     @property
     def declared(self) -> Algorithm:
-        """What the algorithm declares."""
+        """Declarations of the algorithm."""
         return ALGORITHMS[self.algorithm]
 
     @property
@@ -161,7 +161,7 @@ def check_judge(name: str, verifier: VerifierConfig) -> None:
 
 
 def check_verifier(name: str, verifier: VerifierConfig, search: SearchOptions) -> None:
-    """Raises UserError for a verifier that cannot judge what the search runs."""
+    """Raises UserError for a verifier that cannot judge the runs of the search."""
     kind, form = verifier.declared, ALGORITHMS[search.algorithm].form
     if kind.needs == "set" and search.held_out and form != "whole":
         raise UserError(
@@ -185,7 +185,7 @@ def check_verifier(name: str, verifier: VerifierConfig, search: SearchOptions) -
 
 
 def check_partial_steps(name: str, partial_steps: int | None, search: SearchOptions) -> None:
-    """Raises UserError for a partial inversion of what is not run whole, or not so far."""
+    """Raises UserError for a partial inversion of runs that are not whole, or too short."""
     if partial_steps is None:
         return
     if partial_steps > search.num_steps:

@@ -1,4 +1,4 @@
-"""What a run costs before it is made, and the ledger of what was spent, counted where it is spent.
+"""Costs of runs in advance, and the ledger of the actual costs, counted where they arise.
 
 The unit is a row of the network (NFE). A forward-and-backward row counts 3, as in Ma et al. 2025.
 """
@@ -28,7 +28,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """What runs of one sample cost with a sampler, and what the scores of trajectories add."""
+    """Costs of runs of one sample with a sampler, and those of trajectory scores on top."""
 
     sampler: str
     grid: SamplingGrid
@@ -99,7 +99,7 @@ class Ledger:
         return Ledger(**{name: getattr(self, name) - getattr(other, name) for name in names})
 
     def share(self, count: int) -> Ledger:
-        """Returns what one of `count` equal candidates of a batch has spent."""
+        """Returns the share of one of `count` equal candidates of a batch."""
         parts = {}
         for name, value in vars(self).items():
             parts[name] = round(value / count, 4) if name.endswith("_s") else value // count

@@ -37,7 +37,7 @@ class PromptSearch:
     num_rejected: int = 0
     is_done: bool = False
     leading: Outcome | None = None
-    """Best of what was said to be able to win, in a turn that is not over."""
+    """Best outcome of the current turn that may win."""
     note: str = ""
     """How the algorithm ended, where that was not as planned."""
 
@@ -62,7 +62,7 @@ class PromptSearch:
         return True
 
     def take(self, outcomes: list[Outcome]) -> None:
-        """Hands the outcomes of `pending` to the algorithm, and takes what it asks for next."""
+        """Hands the outcomes of `pending` to the algorithm, and takes its next trials."""
         for outcome in outcomes:
             self.spent_nfe += outcome.nfe
             self.num_rejected += math.isnan(outcome.score)
@@ -166,7 +166,7 @@ def _unpaid(searches: list[PromptSearch], journal: Journal) -> list[tuple[Prompt
 def _outcome(
     one: PromptSearch, trial: Trial, fresh: dict[tuple[int, int], Outcome], journal: Journal
 ) -> Outcome:
-    """Returns what became of a trial, just now or in an earlier start."""
+    """Returns the outcome of a trial, of this start or an earlier one."""
     index = one.problem.prompt_index
     outcome = fresh.get((index, trial.candidate)) or journal.find(index, trial)
     assert outcome is not None

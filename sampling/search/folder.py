@@ -1,4 +1,4 @@
-"""The output folder of a search: whose it is, and what was spent on it."""
+"""The output folder of a search: its settings and its costs."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from blackpoint.sampling.search.journal import ROWS, read_rows
 
 SETTINGS, LEDGER, DIGEST = "search.json", "ledger.json", "prompts_digest"
 DECODER = "decoder"
-"""Version of what decodes the pictures of a reference; recorded where there are any."""
+"""Version of the decoder of reference pictures; recorded where there are any."""
 _DOLLAR = "\ue000{"
 RESULT_INVARIANT_KEYS = (
     "output",
@@ -82,9 +82,9 @@ def formats_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Reads search.json; what it does not say, being of an earlier version, is the default.
+    """Reads search.json; keys that an earlier version did not write have their defaults.
 
-    Raises UserError where it holds what this version does not know.
+    Raises UserError where it holds keys that this version does not know.
     """
     # OmegaConf fills in the defaults, and would take ${ inside a text for its own.
     saved = json.loads(path.read_text(encoding="utf-8").replace("${", _DOLLAR))
@@ -112,7 +112,7 @@ def reads_pictures(config: SearchConfig) -> bool:
 
 
 def decoder_note(config: SearchConfig, output: Path) -> str:
-    """Returns what to say where an earlier version of the decoder read the references, or ""."""
+    """Returns a note where an earlier version of the decoder read the references, or ""."""
     path = output / SETTINGS
     if not reads_pictures(config) or not path.is_file():
         return ""
@@ -134,7 +134,7 @@ def digest_of(prompts: Iterable[Prompt]) -> str:
 
 
 def keep_ledger(folder: Path, spent: Ledger, beside: Ledger, formats: Mapping[str, Any]) -> None:
-    """Writes ledger.json: what the search spent, under `beside` what counts in no budget, and the
+    """Writes ledger.json: the search's costs, under `beside` those in no budget, and the
     device and number formats that computed it."""
     content = spent.to_row() | {"beside": beside.to_row()}
     rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in content.items()}
@@ -142,11 +142,11 @@ def keep_ledger(folder: Path, spent: Ledger, beside: Ledger, formats: Mapping[st
 
 
 def spent_in(*folders: Path) -> Ledger:
-    """Adds up what the candidates of folders, and of their parts, have cost."""
+    """Adds up the costs of candidates in folders, and in their parts."""
     paths = [path for folder in folders for path in files_of(folder, ROWS)]
     return sum((spent_on(read_rows(path, repair=False)) for path in paths), Ledger())
 
 
 def spent_on(rows: Iterable[Mapping[str, Any]]) -> Ledger:
-    """Adds up what candidates have cost."""
+    """Adds up the costs of candidates."""
     return sum((Ledger(**row["spent"]) for row in rows), Ledger())

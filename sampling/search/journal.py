@@ -33,7 +33,7 @@ Rows = dict[int, dict[str, Any]]
 
 
 class Journal:
-    """The rows of one process's searches; reads what earlier starts and other parts have written.
+    """The rows of one process's searches; reads those of earlier starts and other parts.
 
     It writes to `own`, a folder in the search's `folder` or that folder itself. `prompts`, if
     given, are the indices whose rows are of use; of the others only the costs are added up.
@@ -95,7 +95,7 @@ class Journal:
         return Outcome(trial, score, row["nfe"], state, scores)
 
     def write(self, prompt_index: int, result: Result, about: Mapping[str, Any]) -> None:
-        """Appends a candidate's row, after what later rounds need of it."""
+        """Appends a candidate's row, after the state that later rounds need."""
         outcome, trial = result.outcome, result.outcome.trial
         if outcome.state is not None:
             path = self._state_path(prompt_index, trial.candidate)
@@ -125,7 +125,7 @@ class Journal:
         self._keep(row)
 
     def forget(self, prompt_index: int) -> None:
-        """Drops what only an unfinished prompt needs: its rows in memory, its states."""
+        """Drops the data of a finished prompt: its rows in memory, its states."""
         self.rows.pop(prompt_index, None)
         shutil.rmtree(self.folder / STATES / f"{prompt_index:06d}", ignore_errors=True)
 

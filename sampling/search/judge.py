@@ -1,5 +1,4 @@
-"""What held-out verifiers and the diversity say of the winners, beside the first candidates, and
-tables of it at Weights & Biases.
+"""Held-out scores and diversity of winners beside baselines, and their tables at wandb.
 
 The baseline of a prompt is the plain image of its first seed: the first candidate of an algorithm
 of whole images; for the others one more image, which counts in no budget and in the ledger under
@@ -35,7 +34,7 @@ MAX_DIVERSITY_IMAGES, BATCH, THUMBNAIL_PX = 2000, 64, 16
 def judge(
     held_out: Mapping[str, Verifier], images: Sequence[Tensor], prompt: str
 ) -> list[dict[str, float | str]]:
-    """Returns what each held-out verifier says of each image of a prompt."""
+    """Returns each held-out verifier's score of each image of a prompt."""
     if not images:
         return []
     columns = {

@@ -1,4 +1,4 @@
-"""The one search problem: what an algorithm asks for, and what it is told.
+"""The one search problem: an algorithm's requests and their results.
 
 An algorithm is a generator for one prompt. It yields rounds of trials, each a run from a start to a
 level of the grid, and is sent their outcomes in the same order; it neither runs a network nor sees
@@ -34,7 +34,7 @@ Goal = Literal["final", "preview", "gradient"]
 
 @dataclass(frozen=True)
 class Seeded:
-    """The noise of a seed: what diffusers draws from torch.Generator("cpu") at it."""
+    """The noise of a seed, as diffusers draws it from torch.Generator("cpu")."""
 
     seed: int
 
@@ -117,7 +117,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a trial.
+    """Result of a trial.
 
     `score` is rounded to 1e-4: of the image, or of the preview of x0, NaN where it is not finite;
     of several verifiers it is the weighted sum, and `scores` has each. `state` is of one sample,
@@ -142,7 +142,7 @@ class Result:
 
 
 Search = Generator[list[Trial], list[Outcome], Any]
-"""What it returns, if anything, is a note on how it ended."""
+"""Its return value, if any, is a note on how it ended."""
 Ranking = Callable[[Sequence[Outcome]], Sequence[float]]
 """Values of the candidates of a group, by which they are compared; the higher the better."""
 
@@ -154,7 +154,7 @@ def by_score(outcomes: Sequence[Outcome]) -> list[float]:
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt's search: its number, the run's seed, the grid, and what may be spent."""
+    """One prompt's search: its number, the run's seed, the grid, and the budget."""
 
     prompt_index: int
     seed: int
@@ -198,7 +198,7 @@ class Problem:
 
 
 class SearchSettings(Protocol):
-    """What an algorithm may ask of the search that it is to make."""
+    """Settings of a search that an algorithm may read."""
 
     sampler: str
     eta: float | None
@@ -209,7 +209,7 @@ class SearchSettings(Protocol):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What a search algorithm declares; `config` holds its settings, a section of the verb's."""
+    """Declaration of a search algorithm; `config` holds its settings, a section of the verb's."""
 
     start: Callable[[Problem, Any], Search]
     config: type

@@ -72,12 +72,12 @@ BASELINES = "baselines"
 def search_to_folder(
     config: SearchConfig, task: Task | None = None, since: float | None = None
 ) -> tuple[Path, list[str]]:
-    """Searches every prompt; continues what an earlier start has left.
+    """Searches every prompt; continues an earlier start.
 
     since: time from which another process's word that it has stopped counts; that of the call if
     not given. Of several searches in a row, where a process may be ahead, that of the first.
 
-    Returns the folder and what there is to say of it. Of several processes each searches its share
+    Returns the folder and lines about it. Of several processes each searches its share
     of the prompts, and the first waits for the others and joins what they have found.
     """
     task, since = task or this_task(), since or time.time() - 1
@@ -123,7 +123,7 @@ def search_prompts(
     task: Task,
     since: float,
 ) -> list[str]:
-    """Searches the prompts of this process; returns what there is to say."""
+    """Searches the prompts of this process; returns lines about them."""
     output, device = Path(config.output), find_device(config.device, task)
     config, record = begin(config, settings, device)
     texts = {index: prompt.text for index, prompt in prompts.items()}
@@ -179,8 +179,7 @@ def start_search(config: SearchConfig, problem: Problem) -> Search:
 def begin(
     config: SearchConfig, settings: dict[str, Any], device: torch.device
 ) -> tuple[SearchConfig, dict[str, Any]]:
-    """Settles the number formats on the device; returns the config with them, and what search.json
-    is to hold.
+    """Settles the number formats on the device; returns the config and settings with them.
 
     Raises UserError where the folder was begun in others.
     """
@@ -247,7 +246,7 @@ def baselines(
 
 
 def join(config: SearchConfig, output: Path) -> list[str]:
-    """Joins what the processes have written, tells what came out, and clears up."""
+    """Joins the files of the processes, reports the results, and clears up."""
     candidates = join_rows(output, ROWS, lambda row: (row["prompt_index"], row["candidate"]))
     rows = join_rows(output, WINNERS, lambda row: row["prompt_index"])
     beside = spent_in(output / calibration.FOLDER, output / BASELINES)

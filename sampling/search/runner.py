@@ -166,7 +166,7 @@ class TrialRunner:
     def results(
         self, outcomes: Sequence[Outcome], images: Tensor | None, started_s: float, before: Ledger
     ) -> list[Result]:
-        """Returns the results of a batch: each has its share of the time, and of what was spent."""
+        """Returns the results of a batch: each with its share of time and costs."""
         count = len(outcomes)
         seconds = (self.now_s() - started_s) / count
         spent = (self.ledger - before).share(count)
@@ -179,7 +179,7 @@ class TrialRunner:
     def _denoise(
         self, trials: Sequence[Trial], conditions: Conditioning, trace: Trace
     ) -> SampleState:
-        """Runs trials to where they stop; fills the trace with what verifiers want."""
+        """Runs trials to where they stop; records the readings of verifiers in the trace."""
         start, stop = self._start(trials), trials[0].stop
         started_s = self.now_s()
         seeds = [trial.seed for trial in trials]

@@ -1,4 +1,4 @@
-"""The verifiers of a search: what they want of a run while it is made, and their scores of it."""
+"""The verifiers of a search: the states of a run that they read, and their scores."""
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -23,7 +23,7 @@ AnyVerifier = Verifier | TrajectoryVerifier
 
 @dataclass
 class Trace:
-    """What is kept of the runs of a batch on their way."""
+    """States kept of a batch's runs on their way."""
 
     readings: dict[int, Tensor] = field(default_factory=dict)
     """x0-predictions by step."""
@@ -57,7 +57,7 @@ class Scoring:
         self.looks_at_images = len(of_runs) < len(verifiers)
 
     def watch(self, trace: Trace, stop: int) -> Callable[[SampleState], None]:
-        """Returns what is told of each step of a run to `stop`, and keeps what is wanted."""
+        """Returns the callback for each step of a run to `stop`, which keeps the wanted states."""
         levels = {verifier.level(stop) for verifier in self.measured}
         steps = set(self._preview_steps.values())
 
@@ -77,7 +77,7 @@ class Scoring:
         noise: Latents,
         measured: Mapping[Hashable, Any],
     ) -> list[dict[str, float]]:
-        """Returns what each verifier says of each candidate; `previews` are by step."""
+        """Returns each verifier's score of each candidate; `previews` are by step."""
         columns = {}
         for verifier in self.verifiers:
             if isinstance(verifier, TrajectoryVerifier):

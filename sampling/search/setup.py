@@ -1,4 +1,4 @@
-"""From a search's config to what it needs: model, verifiers, runner, problems."""
+"""From a search's config to its model, verifiers, runner and problems."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ MAX_CHECKED = 10_000
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a search runs with."""
+    """The loaded parts of a search."""
 
     runner: TrialRunner
     held_out: dict[str, Verifier]
@@ -176,7 +176,7 @@ def rank_values(
     rule: EnsembleRule,
     scores: Sequence[Mapping[str, float]],
 ) -> list[float]:
-    """Returns what the ensemble's rule makes of each candidate's scores."""
+    """Returns the ensemble's score of each candidate."""
     weights = [verifier.weight for verifier in verifiers.values()]
     rows = [[row[name] for name in verifiers] for row in scores]
     return combined(torch.tensor(rows).double(), rule, weights).tolist()

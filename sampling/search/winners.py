@@ -1,7 +1,7 @@
-"""What a search leaves for each prompt: the winner's picture, its noise, its row, a contact sheet.
+"""The results of a search for each prompt: the winner's image, noise and row, a contact sheet.
 
 The image of every candidate that may win is kept, unrounded, until its prompt is finished, so that
-a killed search has all it needs. A picture carries the settings that made it as PNG text.
+a killed search has all it needs. An image carries the settings that made it as PNG text.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ MAX_SHEET = 12
 
 
 class Winners:
-    """Writes to `folder`; `settings` goes into every picture."""
+    """Writes to `folder`; `settings` goes into every image."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Winners:
         return None
 
     def finish(self, one: PromptSearch, reproducible: bool) -> tuple[dict[str, Any], Tensor]:
-        """Writes picture, noise and contact sheet of a finished prompt; returns row and image.
+        """Writes image, noise and contact sheet of a finished prompt; returns row and image.
 
         `reproducible`: a seed alone re-makes what starts from it, as with deterministic samplers
         and whole runs.
@@ -95,7 +95,7 @@ class Winners:
         return row, image
 
     def save_baseline(self, one: PromptSearch, image: Tensor) -> str:
-        """Writes the picture of a baseline; returns its name in the folder."""
+        """Writes the image of a baseline; returns its name in the folder."""
         name = f"{IMAGES}/{one.problem.prompt_index:06d}.baseline.png"
         to_picture(image).save(self.folder / name)
         return name
@@ -105,13 +105,13 @@ class Winners:
         return read_picture(self.folder / str(row["image"]))
 
     def forget(self, one: PromptSearch) -> None:
-        """Removes what only a prompt without a row needs."""
+        """Removes the files that only a prompt without a row needs."""
         shutil.rmtree(self.folder / BESTS / f"{one.problem.prompt_index:06d}", ignore_errors=True)
         with contextlib.suppress(OSError):  # others are still searched
             (self.folder / BESTS).rmdir()
 
     def _keep_start(self, index: int, start: Any) -> None:
-        """Keeps what no seed re-makes: the noise, or the state that the last part began from."""
+        """Keeps a start that no seed reproduces: the noise, or the state before the last part."""
         name = self.folder / IMAGES / f"{index:06d}"
         if isinstance(start, Noise):
             save_file({"noise": start.noise(self.shape)}, f"{name}.noise.safetensors")

@@ -1,4 +1,4 @@
-"""Verifier hacking: the searched score rises while what nobody searched for gets worse.
+"""Verifier hacking: the searched score rises while held-out measures get worse.
 
 A search takes the argmax of a verifier's score, faults of the verifier included (Ma et al. 2025:
 verifier hacking). The alarm goes off where, with paired intervals over prompts, winners minus
@@ -47,14 +47,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class HackingAlarm:
-    """What changed from the baselines to the winners, and what of it looks like hacking."""
+    """Changes from the baselines to the winners, and those that look like hacking."""
 
     searched: str
     changes: dict[str, Estimate]
     """Winners minus baselines, by verifier (the searched one first) and diversity."""
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What to know when nothing was found, and what was left out."""
+    """Notes on power where nothing was found, and on left-out prompts."""
 
     @property
     def raised(self) -> bool:

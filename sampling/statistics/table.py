@@ -24,7 +24,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Marked:
-    """A value with what the format of its column does not say of it."""
+    """A value with more than its column's format shows."""
 
     value: Any
     detail: str = ""
@@ -34,7 +34,7 @@ class Marked:
 
 @dataclass(frozen=True)
 class Place:
-    """What one place of a table shows."""
+    """Contents of one place of a table."""
 
     text: str
     detail: str = ""
@@ -64,7 +64,7 @@ class Table:
     title: str = ""
     note: str = ""
     name: str = ""
-    """What its files, and its element of a page, are called."""
+    """Name of its files and of its element of a page."""
     headings: Mapping[str, str] = field(default_factory=dict)
     """Column -> heading, where that is not the column itself."""
     filters: Sequence[str] = ()
@@ -85,7 +85,7 @@ class Table:
         return [self.headings.get(column, column) for column in self.columns]
 
     def places(self) -> list[list[Place]]:
-        """Returns what stands in each place, row by row."""
+        """Returns the contents of each place, row by row."""
         return [[_place(row.get(c), form) for c, form in self.columns.items()] for row in self.rows]
 
     def values(self) -> tuple[list[str], list[list[Any]]]:

@@ -1,4 +1,4 @@
-"""What a kind of verifier declares, and the keys that every kind has.
+"""Declarations of a kind of verifier, and the keys that every kind has.
 
 A kind is a file that ends in `KIND = VerifierKind(load, ...)`, its config above, and a line in
 KINDS (sampling/verifiers/load.py). Such files import torch where they use it and not at the top, so
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 Needs = Literal["image", "trajectory", "set"]
-"""What a score takes: the image with its prompt; more of the run that made it; other images, too"""
+"""Input of a score: the image with its prompt; more of the run that made it; other images, too"""
 RunForm = Literal["whole", "parts", "mixed", "gradient"]
 """How a search runs a candidate: whole, from a noise of its own; in parts, from a noise of its own;
 in parts that go on from another's; or whole, and differentiated."""
@@ -47,13 +47,13 @@ class VerifierOptions:
 
     @property
     def column(self) -> str:
-        """What its scores are called."""
+        """Name of its scores."""
         return self.name or self.kind
 
 
 @dataclass(frozen=True)
 class VerifierKind:
-    """One kind: how it is loaded, its config, and what it can judge."""
+    """One kind: how it is loaded, its config, and its input."""
 
     load: Callable[[Any, torch.device, torch.dtype], Any]
     """(config, device, number format of its weights) -> what sampling/verifiers/verifier.py calls a
@@ -64,12 +64,12 @@ class VerifierKind:
     check: Callable[[Any], None] = lambda config: None
     """Raises UserError for settings that cannot be."""
     checkpoint: str = ""
-    """What to give as checkpoint, where that must be given."""
+    """Remedy for a missing checkpoint, where one is required."""
     has_model: bool = False
     """Whether checkpoint or module must be given."""
     needs: Needs = "image"
     looks: str = ""
-    """What it does with more than an image, as messages say it: "compares a run with its noise"."""
+    """Its use of more than an image, as messages say it: "compares a run with its noise"."""
     forms: tuple[RunForm, ...] = ("whole", "parts", "mixed", "gradient")
     """The runs of a search that it can judge."""
     inverts: bool = False

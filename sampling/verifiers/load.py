@@ -54,7 +54,7 @@ _KeysOfKinds: Any = type("_KeysOfKinds", tuple(reversed(_CONFIGS)), {})  # the l
 
 @dataclass
 class VerifierConfig(_KeysOfKinds, VerifierOptions):
-    """One verifier: what judges the images, and how much its judgement weighs."""
+    """One verifier: its kind, its settings and its weight."""
 
     kind: KindName = "clip_score"
     """Kind of verifier."""
@@ -81,7 +81,7 @@ class VerifierConfig(_KeysOfKinds, VerifierOptions):
 
     @property
     def declared(self) -> VerifierKind:
-        """What its kind declares."""
+        """Declarations of its kind."""
         return KINDS[self.kind]
 
 
@@ -117,7 +117,7 @@ def load_verifiers(
 
 
 def load_verifier(config: VerifierConfig, device: torch.device) -> Verifier | TrajectoryVerifier:
-    """Loads what the config names; raises UserError naming the file that is missing."""
+    """Loads the verifiers of a config; raises UserError naming the file that is missing."""
     import torch
 
     from blackpoint.sampling.runtime.precision import check_dtype

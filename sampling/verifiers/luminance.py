@@ -52,7 +52,7 @@ def load(config: LuminanceConfig, device: torch.device, dtype: torch.dtype) -> I
 
 
 def target_of(config: LuminanceConfig, prompt: str) -> LuminanceTarget:
-    """Returns what is asked for; raises UserError where neither config nor prompt says it."""
+    """Returns the wanted luminance; raises UserError where neither config nor prompt names it."""
     from blackpoint.sampling.prompts.brightness_target import LuminanceTarget, luminance_target
 
     if config.target is not None:

@@ -55,7 +55,7 @@ class Oracle:
     def score(
         self, images: Images, prompts: Sequence[str], previews: Images | None = None
     ) -> Tensor:
-        """Returns what each image alone would add to the winners kept so far, in float64.
+        """Returns each image's gain over the winners kept so far, in float64.
 
         NaN for an image whose features are not finite.
         """

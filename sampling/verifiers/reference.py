@@ -63,7 +63,7 @@ def reference_pictures(path: str, field: str = "reference") -> list[Path]:
 
 @torch.no_grad()
 def picture_features(files: Sequence[Path], features: ImageModel) -> Float[Tensor, "n d"]:
-    """Returns the features of pictures of any sizes, float64; raises UserError for what is none."""
+    """Returns the features of pictures of any sizes, float64; raises UserError for other files."""
     return torch.cat([features(_picture(file)).double().cpu() for file in files])
 
 

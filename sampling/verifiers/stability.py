@@ -91,7 +91,7 @@ class Stability:
         return self.inverter.evaluations * self.level(stop)
 
     def measure(self, x: Latents, level: int, denoise: Denoise, grid: SamplingGrid) -> Inversion:
-        """Inverts what runs are at `level`, back to noise."""
+        """Inverts the states of runs at `level` back to noise."""
         from blackpoint.sampling.inversion import invert
 
         with_gradients = self._measure != "cosine"

@@ -1,4 +1,4 @@
-"""What every verifier is: from images and their prompts to one score each, the higher the better.
+"""The protocol of verifiers: from images and prompts to one score each, the higher the better.
 
 Searches compare scores after rounding them to 1e-4, so that near-ties seldom turn on the batch or
 the device (seldom, not never), and see no more of a verifier than this.
@@ -21,7 +21,7 @@ Latents = Float[Tensor, "n c h w"]
 
 
 class Verifier(Protocol):
-    """Scores images in [0, 1]; see `checked_scores` for what the answer must be."""
+    """Scores images in [0, 1]; see `checked_scores` for the rules of the answer."""
 
     name: str
     """Column of the score in every row and table."""
@@ -49,7 +49,7 @@ class SetVerifier(Verifier, Protocol):
 
 @runtime_checkable
 class TrajectoryVerifier(Protocol):
-    """Scores runs by their noise and by what the network makes of their latents, not by pictures.
+    """Scores runs by their noise and by the network's evaluations of their latents, not by images.
 
     What is measured by more network evaluations is shared by verifiers with the same `measurement`.
     """
@@ -60,11 +60,11 @@ class TrajectoryVerifier(Protocol):
 
     @property
     def measurement(self) -> Hashable:
-        """Names what is measured."""
+        """Names the measurement."""
         ...
 
     def prepare(self, process: Process) -> None:
-        """Tells it, once, what process the runs are of."""
+        """Tells it, once, the process of the runs."""
         ...
 
     def level(self, stop: int) -> int:
@@ -76,11 +76,11 @@ class TrajectoryVerifier(Protocol):
         ...
 
     def measure(self, x: Latents, level: int, denoise: Denoise, grid: SamplingGrid) -> Any:
-        """Evaluates the network on what runs are at `level`."""
+        """Evaluates the network on the states of runs at `level`."""
         ...
 
     def score_measured(self, noise: Latents, measured: Any) -> Float[Tensor, " n"]:
-        """Returns the score of each run from its noise and what was measured."""
+        """Returns the score of each run from its noise and its measurements."""
         ...
 
 
@@ -97,7 +97,7 @@ def score_run(
 
 
 def of_images(verifiers: Mapping[str, Verifier | TrajectoryVerifier]) -> dict[str, Verifier]:
-    """Returns the verifiers of images; configs have refused the others where a picture is all."""
+    """Returns the verifiers of images; configs have refused the others where an image is all."""
     return {
         name: verifier
         for name, verifier in verifiers.items()

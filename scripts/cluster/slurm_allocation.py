@@ -1,4 +1,4 @@
-"""What SLURM gave a job, read from the environment of its batch script."""
+"""The allocation of a SLURM job, read from the environment of its batch script."""
 
 import os
 import re
@@ -150,7 +150,7 @@ def _free_port(own: int) -> int:
 
 
 def scontrol(*arguments: str) -> str:
-    """Runs scontrol and returns what it prints; raises OSError or CalledProcessError."""
+    """Runs scontrol and returns its output; raises OSError or CalledProcessError."""
     answer = subprocess.run(
         ["scontrol", *arguments], capture_output=True, text=True, check=True, timeout=60
     )

@@ -1,4 +1,4 @@
-"""How settings of a sweep are told apart, and what they are called.
+"""Identity and names of the settings of a sweep.
 
 A digest is of the settings that differ from the defaults and change a number; a name is for people:
 the arm and what the grid varies.

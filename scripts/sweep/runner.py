@@ -1,4 +1,4 @@
-"""Runs the cells of a sweep, each verb in a process of its own, and keeps what became of them.
+"""Runs the cells of a sweep, each verb in a process of its own, and keeps their outcomes.
 
 run_dir/sweep.json            the cells: settings, folders, in order
 run_dir/trainings/NAME/       a run directory of `blackpoint train`
@@ -51,7 +51,7 @@ State = Literal["new", "started", "done", "failed", "stopped", "elsewhere"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell."""
+    """Outcome of a cell."""
 
     cell: Cell
     state: State
@@ -59,7 +59,7 @@ class Outcome:
 
 
 class Runner:
-    """Runs cells here; `stop` ends what is running, resumable."""
+    """Runs cells here; `stop` ends running ones, resumable."""
 
     def __init__(self, config: SweepConfig, num_processes: int) -> None:
         self._config = config
@@ -72,7 +72,7 @@ class Runner:
         self._is_stopping = False
 
     def run(self, cells: list[Cell], tell: Any = lambda outcome: None) -> list[Outcome]:
-        """Runs what is not done of the cells, trainings first; returns their outcomes in order."""
+        """Runs unfinished cells, trainings first; returns their outcomes in order."""
         todo = [cell for cell in cells if state_of(cell).state != "done"]
         outcomes = {cell.folder: Outcome(cell, "done") for cell in cells if cell not in todo}
         trainings = trainings_of(todo)
@@ -113,7 +113,7 @@ class Runner:
                 process.kill()
 
     def _train_early(self, training: Training) -> None:
-        """Trains before the cells; what goes wrong is told by who needs it."""
+        """Trains before the cells; a cell that needs a failed training reports it."""
         if not is_trained(training):
             self._train(training)
 
@@ -209,7 +209,7 @@ class Runner:
         return {"OMP_NUM_THREADS": str(max(1, (count or 1) // self._num_processes))}
 
     def _ended(self, cell: Cell, status: int, reason: str, seconds: float) -> Outcome:
-        """Keeps the outcome; what was stopped has none yet."""
+        """Keeps the outcome; a stopped cell has none yet."""
         if status == RESUMABLE_STATUS or self._is_stopping:
             return Outcome(cell, "stopped")
         if status < 0:
@@ -233,7 +233,7 @@ class Runner:
 
 
 def _as_completed(futures: Iterable["Future[Outcome]"]) -> Iterator["Future[Outcome]"]:
-    """Yields what is done as it ends; waiting is a safe point."""
+    """Yields futures as they end; waiting is a safe point."""
     pending = set(futures)
     while pending:
         stop_if_asked()
@@ -251,7 +251,7 @@ def with_own_keys(verb: str, settings: Settings, folder: Path, run_dir: Path) ->
 
 
 def state_of(cell: Cell) -> Outcome:
-    """Returns what an earlier start made of a cell; started: it was stopped, or is under way."""
+    """Returns a cell's state from an earlier start; started: stopped, or under way."""
     content = read_cell(cell.folder)
     if content.get("state") == "done" and content.get("digest") == cell.digest:
         return Outcome(cell, "done")

@@ -1,4 +1,4 @@
-"""blackpoint data check: reports what shards hold, and indexes shards made elsewhere."""
+"""blackpoint data check: reports the contents of shards, and indexes shards made elsewhere."""
 
 from rich.console import Console
 

@@ -11,7 +11,7 @@ def config_class() -> type[EncodeConfig]:
 
 
 def run(config: EncodeConfig) -> int:
-    """Encodes, says what was encoded and left out, and returns the exit status."""
+    """Encodes, reports encoded and left-out samples, and returns the exit status."""
     # A scheduler's signal may come at any time from here on, also while torch is imported.
     with stoppable():
         from blackpoint.train.encode.encode import encode

@@ -13,7 +13,7 @@ def config_class() -> type[PackConfig]:
 
 
 def run(config: PackConfig) -> int:
-    """Packs, says what was found, packed and left out, and returns the exit status."""
+    """Packs, reports packed and left-out samples, and returns the exit status."""
     # Each process computes alone: threads of numpy's own would only crowd a large machine.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with left_by_sigterm():

@@ -38,7 +38,7 @@ def config_class_of(arguments: Sequence[str]) -> type[MetricsConfig]:
 
 
 def run(config: MetricsConfig) -> int:
-    """Samples and measures what is missing and prints what came out."""
+    """Samples and measures missing images and prints the metrics."""
     with stoppable():
         from blackpoint.sampling.evaluation.run import evaluate_to_folder
         from blackpoint.sampling.evaluation.summary import markdown

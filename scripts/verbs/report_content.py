@@ -38,7 +38,7 @@ def write(config: ReportConfig, introduction: str | None = None) -> Path:
 
 
 def page_of(run_dir: Path, evaluation: Path, introduction: str | None = None) -> Page:
-    """Lays out what the run directory and its evaluation hold; UserError where that is nothing."""
+    """Lays out a run directory and its evaluation; UserError where both are empty."""
     metrics_file, study = run_dir / "metrics.csv", run_dir / "black_point" / "summary.md"
     search = search_section(run_dir / "search") or search_section(run_dir)
     is_evaluated = is_about_results(evaluation)

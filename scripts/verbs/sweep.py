@@ -21,7 +21,7 @@ def config_class() -> type[SweepConfig]:
 
 
 def run(config: SweepConfig) -> int:
-    """Runs what is not done and says what became of every cell; 1 where one failed."""
+    """Runs unfinished cells and reports the outcome of each; 1 where one failed."""
     from blackpoint.scripts.sweep.cells import cells_of, chosen_of
     from blackpoint.scripts.sweep.runner import (
         Outcome,

@@ -51,7 +51,7 @@ def read_best(folder: Path) -> tuple[int, float] | None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Removes what a kill left half-written; for the process that has the run directory."""
+    """Removes half-written files of a kill; for the process that has the run directory."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -79,7 +79,7 @@ def latest_valid_checkpoint(folder: Path) -> int:
 
 
 def damage(path: Path) -> str | None:
-    """Returns what is wrong with a checkpoint file, by the checksums of its records, or None."""
+    """Returns the damage of a checkpoint file, by the checksums of its records, or None."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()

@@ -79,7 +79,7 @@ class StopOnSignal(Callback):
             )
 
     def restore_handlers(self) -> None:
-        """Puts back what was installed before `listen`."""
+        """Puts back the handlers from before `listen`."""
         self._signals.close()
 
 

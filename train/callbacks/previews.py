@@ -1,4 +1,4 @@
-"""Preview grids: the training model's pictures at fixed prompts and seeds, as it learns.
+"""Preview grids: the training model's images at fixed prompts and seeds, as it learns.
 
 Their luminance is logged beside them, so that a run shows its black point moving: of each prompt
 preview/luminance_<prompt> (whole image) and preview/border_luminance_<prompt>, and as one number

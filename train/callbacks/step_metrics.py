@@ -1,5 +1,6 @@
-"""What a row of metrics.csv tells of the steps since the row before: each metric is a function of
-them, which METRICS of train/callbacks/watch.py lists.
+"""Metrics of the steps since the last row of metrics.csv, each a function of those steps.
+
+METRICS of train/callbacks/watch.py lists them.
 
 Losses are means over the micro-batches of all processes. `train/loss` is without loss weights, so
 that runs of one prediction type compare: it is the error of the network's own output, v, eps or x0,
@@ -26,7 +27,7 @@ class Steps:
     trainer: Trainer
     module: FineTuner
     outputs: list[dict[str, Tensor]]
-    """What the training step returned for each micro-batch: train/module.py."""
+    """Output of the training step for each micro-batch: train/module.py."""
     learning_rate: float
     images_per_s: float
     data_wait_share: float
@@ -38,7 +39,7 @@ class Steps:
 
 
 def losses(steps: Steps) -> dict[str, float]:
-    """The loss, what is minimised where that differs, and the loss at each scale if of several."""
+    """The loss, the objective where that differs, and the loss at each scale if of several."""
     module, outputs = steps.module, steps.outputs
     means = [
         torch.stack([output["losses"].mean() for output in outputs]).mean(),

@@ -1,4 +1,4 @@
-"""What a run gives Lightning: its callbacks, in the order that they need, and a bare Trainer."""
+"""A run's parts of Lightning: its callbacks, in the order that they need, and a bare Trainer."""
 
 import logging
 import warnings

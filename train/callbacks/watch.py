@@ -35,7 +35,7 @@ REMEDY = (
 )
 FETCH = ".train_dataloader_next"
 METRICS = (losses, gradient_and_rate, speed, losses_by_snr, memory)
-"""What a row tells, in this order: functions of the steps since the row before."""
+"""Metrics of a row, in this order: functions of the steps since the row before."""
 
 
 class Watch(Callback):
@@ -86,7 +86,7 @@ class Watch(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuses to save what a loss that is not finite has spoilt."""
+        """Refuses to save weights after a loss that is not finite."""
         self.check_finite(trainer, pl_module)
 
     def check_finite(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -53,7 +53,7 @@ COUNT_EVERY_S = 1.0
 
 @dataclass
 class EncodeResult:
-    """What the output holds and what was left out of it."""
+    """Contents of the output, and the samples left out of it."""
 
     num_samples: int
     num_shards: int
@@ -123,7 +123,7 @@ def _is_made(output: Path) -> bool:
 def _fill(
     rules: EncodeRules, task: Task, devices: list[str], num_kept: int, stamps: Mapping[Path, str]
 ) -> None:
-    """Encodes what is not finished, and gives the output its name unless another task has."""
+    """Encodes unfinished shards, and gives the output its name unless another task has."""
     num_left = rules.num_shards - num_kept
     if num_left and task.rank == 0:
         warn_of_enlarged(rules.config, rules.reader)
@@ -177,7 +177,7 @@ def compared_source(reader: Reader, stamps: Mapping[Path, str] | None = None) ->
 
 
 def check_output(output: Path, encoding: Encoding, earlier: Encoding) -> None:
-    """Raises UserError unless a finished output is what `encoding` makes.
+    """Raises UserError unless a finished output is of `encoding`.
 
     One that was made of the same source before its content was known is taken over, with a note.
     """
@@ -202,7 +202,7 @@ def check_output(output: Path, encoding: Encoding, earlier: Encoding) -> None:
 
 
 def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encoding:
-    """Returns what the encoders of the checkpoint will make of the source; loads no weights."""
+    """Returns the encoding of the source by the checkpoint; loads no weights."""
     model = DiffusionModel.load(config.checkpoint, with_unet=False)
     if model.pixels:
         raise UserError(
@@ -233,7 +233,7 @@ def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encod
 
 
 def result_of(output: Path, num_kept_shards: int | None) -> EncodeResult:
-    """Reads what a finished output holds; None: all of it was there before."""
+    """Reads the contents of a finished output; None: all of it was there before."""
     index = Index(output)
     num_shards = len(index.shard_names)
     return EncodeResult(
@@ -247,7 +247,7 @@ def result_of(output: Path, num_kept_shards: int | None) -> EncodeResult:
 
 
 def _encode_shards(rules: EncodeRules, task: Task, devices: list[str], num_left: int) -> None:
-    """Returns when every shard is finished; raises what stopped a process."""
+    """Returns when every shard is finished; raises the error that stopped a process."""
     if not rules.config.num_processes and len(devices) > rules.num_shards:
         note = (
             f"{rules.num_shards} shards for {len(devices)} processes: a smaller samples_per_shard"

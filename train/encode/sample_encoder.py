@@ -45,7 +45,7 @@ class SampleEncoder:
     def write_shard(
         self, path: Path, batches: Iterable[Decoded]
     ) -> tuple[ShardRecords, ShardContent]:
-        """Writes one shard and returns its records and what it holds.
+        """Writes one shard and returns its records and contents.
 
         What has no finite latent becomes bad. Raises WriteFailed.
         """

@@ -81,5 +81,5 @@ def warn_of_enlarged(config: EncodeConfig, reader: Reader) -> None:
 
 
 def tell(text: str) -> None:
-    """Says what is to be known, on stderr."""
+    """Prints notes on stderr."""
     print(f"note: {text}", file=sys.stderr, flush=True)

@@ -37,7 +37,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class EncodeRules:
-    """What all processes of one command share."""
+    """Settings that all processes of one command share."""
 
     config: EncodeConfig
     encoding: Encoding
@@ -67,7 +67,7 @@ class EncodeRules:
 
 @dataclass(frozen=True)
 class Share:
-    """One process of `count`, and what it computes on."""
+    """One process of `count`, and its device."""
 
     rank: int
     count: int
@@ -75,7 +75,7 @@ class Share:
 
 
 def encode_share(rules: EncodeRules, share: Share, advance: Advance) -> Exception | None:
-    """Encodes shards until all are finished, by whomever; returns what stopped it on purpose."""
+    """Encodes shards until all are finished, by any process; returns a foreseen error or None."""
     try:
         _encode_share(rules, share, advance)
     except (UserError, RunFailed, WriteFailed) as error:
@@ -179,7 +179,7 @@ def _watched(
     own_bad: list[BadSample],
     advance: Advance,
 ) -> Iterator[Decoded]:
-    """Passes batches on, and afterwards counts them and what was bad in them."""
+    """Passes batches on, and afterwards counts them and their bad samples."""
     share, num_samples = rules.config.max_bad_share, len(rules.reader)
     for batch in batches:
         count = len(batch.keys) + len(batch.bad)

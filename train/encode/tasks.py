@@ -1,4 +1,4 @@
-"""What each of the processes of an encoding task computes on."""
+"""Devices of the processes of an encoding task."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What tells the base of a run from any other, wherever it lies: digests of what it computes with.
+"""Identity of a run's base, wherever it lies: digests of its weights and configs.
 
     UNet, VAE, text encoder, tokenizer   sampling/checkpoints/fingerprint.py, stamps of the files
     betas, scaling_factor, pixels        by their values

@@ -16,7 +16,7 @@ from blackpoint.train.records.resume_keys import When, images_per_step, rule_of
 from blackpoint.train.records.run_directory import ABSENT, CONFIG, RunRecord, differing_keys
 
 SECTIONS = {When.SAME_DATA: "data", When.SAME_BASE: "base"}
-"""Of identity.json: what tells data and base from others."""
+"""Of identity.json: digests of data and base."""
 UNKNOWN_CONTENT = {
     "data": "its data hold: continue it once with the data where they were, and it knows them",
     "base": "its base holds: continue it once with the base where it was, and it knows it",
@@ -81,7 +81,7 @@ def _another_config(
 
 
 def _check_length(record: RunRecord, config: TrainConfig) -> None:
-    """Raises UserError for a trainer.max_steps that what is done does not go with."""
+    """Raises UserError for a trainer.max_steps that conflicts with the steps done."""
     before, wanted, done = (
         record.values["trainer.max_steps"],
         config.trainer.max_steps,
@@ -113,7 +113,7 @@ def _check_length(record: RunRecord, config: TrainConfig) -> None:
 
 
 def as_started(record: RunRecord, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Returns the config that a run goes on with, and notes on what differs from a new run's.
+    """Returns the config that a run goes on with, and notes on differences from a new run's.
 
     That is `config` itself but for a run that is older than loss.floor_where and whose weights that
     key would change: its floor holds at every timestep, as it did when the run was started.

@@ -1,4 +1,4 @@
-"""What the first process of a run does for all of them: it writes, and tells the user on stderr."""
+"""Duties of a run's first process: it writes, and tells the user on stderr."""
 
 import sys
 

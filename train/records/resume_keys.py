@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class When(Enum):
-    """On what condition a key may change."""
+    """Condition on which a key may change."""
 
     ALWAYS = "always"
     SAME_DATA = "where the data hold the same"

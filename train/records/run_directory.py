@@ -1,4 +1,4 @@
-"""The run directory: what earlier starts recorded there, and what a start adds.
+"""The run directory: records of earlier starts, and those that a start adds.
 
 config.yaml (resolved), environment.json, identity.json, checkpoints/, metrics.csv, previews/,
 wandb/ and, once the run is finished, export/. The record is read once per start; whether a command
@@ -36,7 +36,7 @@ CHECKPOINT = re.compile(r"step_(\d+)\.ckpt")
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What earlier starts have left in a run directory; of a new run nothing."""
+    """Records of earlier starts in a run directory; empty for a new run."""
 
     run_dir: Path
     is_new: bool = True
@@ -50,7 +50,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord":
-        """Reads what is there; files that a power failure has emptied count as missing."""
+        """Reads the records; files that a power failure has emptied count as missing."""
         newest, is_exported = newest_step(run_dir), (run_dir / "export").exists()
         if not (run_dir / CONFIG).exists():
             return cls(run_dir, newest_step=newest, is_exported=is_exported)
@@ -60,7 +60,7 @@ class RunRecord:
 
     @functools.cached_property
     def written(self) -> dict[str, Any]:
-        """What config.yaml says, by dotted keys."""
+        """Values of config.yaml by dotted keys."""
         return flat(self.tree)
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Whether what a run is made of, by its content, is what it began with: its data and its base.
+"""Whether a run's data and base have the content that it began with.
 
 Both are recorded in run_dir/identity.json at the first start: data by data/identity.py, the base by
 train/records/base_identity.py. A run from before there was such a record is given it at its next
@@ -43,7 +43,7 @@ def checked_identity(
 
 
 def check_renamed(record: RunRecord, config: TrainConfig) -> None:
-    """Raises UserError where what a run names otherwise now is not what it began with."""
+    """Raises UserError where data or base under another name have other content."""
     config = sized(config, record)
     if record.renames(config, When.SAME_DATA):
         images = CaptionedImages(config.data, config.seed, config.batch_size)

@@ -32,7 +32,7 @@ class ResumedWandbLogger(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Logs numbers, and the pictures that belong to preview/*, which came before those."""
+        """Logs numbers, and the images that belong to preview/*, which came before those."""
         new = {name: value for name, value in metrics.items() if (step, name) not in self.logged}
         if "previews" in new and any(
             logged == step and name.startswith("preview/") for logged, name in self.logged

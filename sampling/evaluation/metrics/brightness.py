@@ -41,7 +41,7 @@ OPEN = "open"
 
 @dataclass
 class BrightnessConfig(MetricConfig):
-    """How black is black, how white is white, how varied what is left open."""
+    """How black is black, how white is white, how varied open prompts."""
 
     where: Literal["border", "image"] = "image"
     """Whose luminance is compared with the references' where a prompt leaves it open; the border
@@ -111,7 +111,7 @@ class LuminanceRange:
 
 
 def luminance_range(prompt: "Prompt") -> LuminanceRange | None:
-    """Returns what the prompt's file says, or else its text; None where it is left open."""
+    """Returns the target of the prompt's file, else of its text; None where both leave it open."""
     if FIELD in prompt.metadata:
         given = prompt.metadata[FIELD]
         if given is None:

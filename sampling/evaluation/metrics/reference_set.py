@@ -46,7 +46,7 @@ class Reference:
     values of the same files."""
 
     def notes(self, height: int, width: int, num_images: int) -> list[str]:
-        """Says what of the references may surprise beside `num_images` generated images."""
+        """Returns notes on the references beside `num_images` generated images."""
         notes, count = [], len(self.luminance)
         if self.measured_otherwise:
             notes.append(
@@ -75,7 +75,7 @@ def measure_reference(
     size: tuple[int, int],
     batch_size: int,
 ) -> Reference:
-    """Measures the real pictures in `source`, or reads what `folder` keeps of an earlier time.
+    """Measures the real pictures in `source`, or reads the measurements that `folder` keeps.
 
     network: digest of the settings of the features that are asked for; measure: gives them, where
     it could be loaded. size: height and width in px. Raises UserError for fewer than two pictures,
@@ -122,7 +122,7 @@ def _digest(
     network: str | None,
     decoder: int | None = DECODER_VERSION,
 ) -> str:
-    """decoder: None for what was measured before its version was a part of the digest."""
+    """decoder: None for measurements from before the digest held its version."""
     pictures = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     versions = [] if decoder is None else [decoder]
     return column_digest([pictures, *size, network, *versions])
@@ -153,7 +153,7 @@ def _packed(reference: Reference) -> bytes:
 
 
 def _read(path: Path) -> Reference | None:
-    """Reads what was kept; None where there is nothing that can be read."""
+    """Reads kept measurements; None where none can be read."""
     try:
         with np.load(path, allow_pickle=False) as kept:
             features = torch.from_numpy(kept["features"]) if "features" in kept else None

@@ -143,7 +143,7 @@ def num_splits(num_images: int, num_classes: int, wanted: int) -> int:
 def ball_counts(
     generated: Tensor, real: Tensor, neighbourhood: int, parts: Parts
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what precision and recall of parts of a set follow from.
+    """Returns the counts behind precision and recall of parts of a set.
 
     Which generated images (N,) the references' balls hold, bool: leaving others out changes
     nothing, so precision is their mean. And how many images of each part have a reference in their

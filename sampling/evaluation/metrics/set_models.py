@@ -1,6 +1,6 @@
 """The networks behind the metrics of sets: Inception from its file, or any module; and references.
 
-Features and classes are of the 8-bit picture that a file would hold, so that PNG files give the
+Features and classes are of the 8-bit image that a file would hold, so that PNG files give the
 numbers again.
 """
 
@@ -61,7 +61,7 @@ def load_set_model(
 
 
 def to_pixels(images: Tensor) -> Pixels:
-    """Rounds images in [0, 1] to what a PNG file holds."""
+    """Rounds images in [0, 1] to the 8 bits of a PNG file."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
 
 

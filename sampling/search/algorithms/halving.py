@@ -100,7 +100,7 @@ def least_nfe(problem: Problem, config: HalvingConfig) -> int:
 def walk(problem: Problem, levels: Sequence[int], count: int, keep: float) -> Search:
     """Runs `count` noises from level to level and keeps a share at each; 1 keeps all of them.
 
-    A continuation is a candidate of its own, whose parent is what it continues.
+    A continuation is a candidate of its own, whose parent it continues.
     """
     last, number = problem.grid.num_steps, 0
     seeds = [problem.draw_seed("candidate", index) for index in range(count)]

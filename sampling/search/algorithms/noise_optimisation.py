@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 ELEMENTS_OF_THE_PAPER = 65_536
 LARGEST_NORM_CHANGE = 2.0
-"""Ratio of norms, either way, at which an ascent without a sphere has left what a model knows."""
+"""Ratio of norms, either way, at which an ascent without a sphere has left the model's domain."""
 
 
 @dataclass

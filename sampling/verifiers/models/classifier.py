@@ -56,7 +56,7 @@ class Classifier:
         return self._given if self._given is not None else label_in(prompt, self._labels)
 
     def scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """Returns what `output` names of each image's class."""
+        """Returns the output named by `output` for each image's class."""
         classes = [self.label_of(prompt) for prompt in prompts]
         logits = self._model(images)
         num_classes = logits.shape[1]

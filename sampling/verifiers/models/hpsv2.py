@@ -62,7 +62,7 @@ class HpsV2:
 
 
 def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> ImageVerifier:
-    """Loads the state dict of an open_clip model once; raises UserError for what is missing."""
+    """Loads the state dict of an open_clip model once; raises UserError for a missing part."""
     from blackpoint.sampling.verifiers.models.pretrained import frozen, load_weights
     from blackpoint.sampling.verifiers.verifier import ImageVerifier
 

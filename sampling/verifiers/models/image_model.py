@@ -1,4 +1,4 @@
-"""What sees the images for classifier, self-supervised and oracle verifiers: features or logits.
+"""Image models of classifier, self-supervised and oracle verifiers: features or logits.
 
 A transformers model folder brings its own processor; a module by import path takes images in [0, 1]
 as they are and prepares them itself.

@@ -39,7 +39,7 @@ class ImageNetFeatures(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns what the last block sees, averaged over the picture."""
+        """Returns the last block's features, averaged over the image."""
         if images.shape[-2:] != (SIDE_PX, SIDE_PX):
             images = F.interpolate(
                 images, (SIDE_PX, SIDE_PX), mode="bilinear", antialias=True, align_corners=False

@@ -23,13 +23,13 @@ MOVED = {
 
 
 def current_path(path: str) -> str:
-    """Returns the import path under which there is today what `path` named when it was written."""
+    """Returns today's import path of the object that `path` named when it was written."""
     module_name, colon, name = path.partition(":")
     return MOVED.get(module_name, module_name) + colon + name
 
 
 def import_object(path: str, field: str) -> Any:
-    """Returns what "package.module:name" names; raises UserError where there is no such thing."""
+    """Returns the object of "package.module:name"; raises UserError where there is none."""
     if current_path(path) != path and first(f"verifiers named as {path}"):
         log.warning("note: %s=%s is %s now; write that", field, path, current_path(path))
     module_name, _, name = current_path(path).partition(":")

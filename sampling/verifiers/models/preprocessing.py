@@ -1,4 +1,4 @@
-"""From images in [0, 1] to what a vision model takes, as the model's own processor would, in torch.
+"""From images in [0, 1] to a vision model's input, as its own processor would, in torch.
 
     pixel_values = (crop(resize(image)) - mean) / std
 
@@ -103,7 +103,7 @@ class LibraryPreprocessing:
 
 
 def processed(processor: Any, images: Images) -> Float[Tensor, "n 3 h2 w2"]:
-    """Returns what the library's processor makes of the images, rounded to 8 bits."""
+    """Returns the output of the library's processor for the images, rounded to 8 bits."""
     pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     return processor(images=list(pixels), return_tensors="pt").pixel_values
 
