@@ -52,8 +52,7 @@ def calibrate(
             for index in prompts[: config.calibration_prompts]
         )
         searches = (
-            open_search(each, lambda problem: walk(problem, levels, count, 1.0))
-            for each in problems
+            open_search(p, lambda problem: walk(problem, levels, count, 1.0)) for p in problems
         )
         drive(runner, journal, searches, needs_winner=False)
     finally:

@@ -155,10 +155,7 @@ def search_prompts(
             drive(
                 runner,
                 journal,
-                (
-                    open_search(problem, lambda one: start_search(config, one))
-                    for problem in problems
-                ),
+                (open_search(p, lambda one: start_search(config, one)) for p in problems),
                 about=lambda index: {"prompt": texts[index], **about},
                 on_image=winners.keep,
                 on_turn=progress.tell,
@@ -233,10 +230,7 @@ def baselines(
         searches = drive(
             runner,
             journal,
-            (
-                open_search(problem, lambda one: random_search(one, config.random))
-                for problem in problems
-            ),
+            (open_search(p, lambda one: random_search(one, config.random)) for p in problems),
             on_image=lambda one, result: winners.keep(one, result, BASELINE),
             needs_winner=False,
         )

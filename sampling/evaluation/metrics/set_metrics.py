@@ -54,46 +54,40 @@ def feature_metrics(
     fewer than two rows of either.
     """
     _check_rows(features, reference)
-    generated, real = features.double(), reference.double()
+    ours, real = features.double(), reference.double()
     parts = jackknife_parts(groups)
-    metrics = fid(generated, real, groups, seed) + [kid(generated, real, parts, config, seed)]
-    if min(len(generated), len(real)) > config.neighbourhood:
-        metrics += precision_recall(generated, real, parts, config.neighbourhood)
+    metrics = fid(ours, real, groups, seed) + [kid(ours, real, parts, config, seed)]
+    if min(len(ours), len(real)) > config.neighbourhood:
+        metrics += precision_recall(ours, real, parts, config.neighbourhood)
     return metrics
 
 
-def fid(generated: Tensor, real: Tensor, groups: Groups, seed: int) -> list[Metric]:
+def fid(ours: Tensor, real: Tensor, groups: Groups, seed: int) -> list[Metric]:
     """Returns FID at this n and, where it can be extrapolated, at infinite n."""
-    at_n, at_infinity = frechet_estimates(
-        generated, gaussian_of(real), independent_groups(groups), seed
-    )
+    at_n, at_infinity = frechet_estimates(ours, gaussian_of(real), independent_groups(groups), seed)
     estimates = {FID: at_n} | ({} if at_infinity is None else {FID_INFINITE: at_infinity})
     return [Metric(name, "", estimate, "images", "lower") for name, estimate in estimates.items()]
 
 
-def kid(generated: Tensor, real: Tensor, parts: Parts, config: "SetsConfig", seed: int) -> Metric:
+def kid(ours: Tensor, real: Tensor, parts: Parts, config: "SetsConfig", seed: int) -> Metric:
     """Returns KID, the mean over subsets, with the interval of the whole set's distance."""
-    value = subset_distance(generated, real, config.kid_subsets, config.kid_subset_size, seed)
-    left_out = distances_without(generated, real, parts) if parts else []
-    return Metric(KID, "", jackknife(value, left_out, len(generated)), "images", "lower")
+    value = subset_distance(ours, real, config.kid_subsets, config.kid_subset_size, seed)
+    left_out = distances_without(ours, real, parts) if parts else []
+    return Metric(KID, "", jackknife(value, left_out, len(ours)), "images", "lower")
 
 
-def precision_recall(
-    generated: Tensor, real: Tensor, parts: Parts, neighbourhood: int
-) -> list[Metric]:
+def precision_recall(ours: Tensor, real: Tensor, parts: Parts, neighbourhood: int) -> list[Metric]:
     """Returns the shares of images in the references' balls, and of references in the images'.
 
     Without a part, recall keeps the other images' balls as they are in the whole set.
     """
-    inside, covers = ball_counts(
-        generated, real, neighbourhood, parts or [np.arange(len(generated))]
-    )
+    inside, covers = ball_counts(ours, real, neighbourhood, parts or [np.arange(len(ours))])
     total = covers.sum(axis=0)
     recalls = [float((total > cover).mean()) for cover in covers] if parts else []
     precisions = _without(parts, lambda kept: float(inside[kept].mean()))
     return [
-        _share(PRECISION, float(inside.mean()), precisions, len(generated)),
-        _share(RECALL, float((total > 0).mean()), recalls, len(generated)),
+        _share(PRECISION, float(inside.mean()), precisions, len(ours)),
+        _share(RECALL, float((total > 0).mean()), recalls, len(ours)),
     ]
 
 
@@ -141,7 +135,7 @@ def num_splits(num_images: int, num_classes: int, wanted: int) -> int:
 
 
 def ball_counts(
-    generated: Tensor, real: Tensor, neighbourhood: int, parts: Parts
+    ours: Tensor, real: Tensor, neighbourhood: int, parts: Parts
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the counts behind precision and recall of parts of a set.
 
@@ -152,14 +146,14 @@ def ball_counts(
     k = neighbourhood + 1  # the nearest is the row itself
     own_radius, real_radius = (
         torch.cat([torch.cdist(some, rows).kthvalue(k).values for some in rows.split(BATCH)])
-        for rows in (generated, real)
+        for rows in (ours, real)
     )
-    inside = torch.empty(len(generated), dtype=torch.bool)
+    inside = torch.empty(len(ours), dtype=torch.bool)
     covers = torch.zeros(len(parts), len(real), dtype=torch.int32)
-    owner = part_numbers(parts, len(generated))
-    for start in range(0, len(generated), BATCH):
+    owner = part_numbers(parts, len(ours))
+    for start in range(0, len(ours), BATCH):
         rows = slice(start, start + BATCH)
-        across = torch.cdist(generated[rows], real)
+        across = torch.cdist(ours[rows], real)
         inside[rows] = (across <= real_radius).any(dim=1)
         covers.index_add_(0, owner[rows], (across <= own_radius[rows, None]).int())
     return inside.numpy(), covers.numpy()
