@@ -39,7 +39,7 @@ ZERO = {name for name in PROCESSES if name.startswith("zero")}
 UNSOUND = {"zero_leading", "zero_epsilon"}
 TRAILING = set(PROCESSES) - {"published", "v", "zero_linspace", "zero_leading"}
 SHOWN = {
-    card.unsound: UNSOUND,
+    card.incompatibility_note: UNSOUND,
     card.keep_zero_snr: ZERO - UNSOUND,
     card.drop_zero_snr: ZERO,
     card.ddim_leaves_the_list: TRAILING | {"zero_linspace"},
