@@ -17,13 +17,14 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.export.export import moved_into_place
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.scripts.measurements import full_architecture, make_random_base
-from blackpoint.scripts.measurements.full_architecture_table import describe_machine, markdown
+from blackpoint.scripts.measurements.full_architecture_table import markdown
 from blackpoint.scripts.measurements.make_random_base import (
     ARCHITECTURES,
     RandomBaseConfig,
     build_on_meta,
 )
 from blackpoint.scripts.measurements.measured_process import run_measured
+from blackpoint.scripts.stand_alone import describe_machine
 from blackpoint.train import run
 from blackpoint.train.callbacks.checkpoints import forget_pages
 from blackpoint.train.ema import Ema

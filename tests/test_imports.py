@@ -54,7 +54,7 @@ sampling.verifiers.models: data.files sampling.checkpoints sampling.verifiers.*
 scripts.*: data.files sampling.prompts
 scripts.bench: data.* data.files data.images data.index data.shards sampling.* sampling.report
     sampling.runtime sampling.search.* sampling.search.algorithms sampling.statistics
-    sampling.verifiers.* scripts.* scripts.measurements train.* train.config train.records
+    sampling.verifiers.* scripts.* train.* train.config train.records
 scripts.cluster: data.files scripts.* train.config train.records
 scripts.measurements: data.* data.files data.index data.shards sampling.* sampling.checkpoints
     sampling.export sampling.pixels sampling.prompts sampling.report sampling.runtime
@@ -64,8 +64,7 @@ scripts.miniature: data.files data.pack sampling.* sampling.checkpoints sampling
     sampling.report sampling.search.* sampling.statistics scripts.* scripts.sweep scripts.verbs
     train.* train.config
 scripts.studies: data.* data.files data.pack sampling.evaluation.* sampling.report
-    sampling.runtime sampling.statistics scripts.* scripts.measurements scripts.miniature
-    scripts.sweep train.records
+    sampling.runtime sampling.statistics scripts.* scripts.miniature scripts.sweep train.records
 scripts.sweep: data.files sampling.checkpoints sampling.evaluation.* sampling.report
     sampling.search.* scripts.* train.config train.records
 scripts.verbs: data.* data.check data.files data.pack sampling.* sampling.evaluation.*

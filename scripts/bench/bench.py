@@ -30,7 +30,7 @@ from blackpoint.scripts.bench import inputs, memory, reader, sampling, search, s
 from blackpoint.scripts.bench.timing import Row
 from blackpoint.scripts.cli import VERBS
 from blackpoint.scripts.config import load
-from blackpoint.scripts.measurements.full_architecture_table import describe_machine
+from blackpoint.scripts.stand_alone import describe_machine
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.records.environment import describe_environment
 

@@ -22,10 +22,11 @@ from typing import Any, Literal
 from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.scripts.config import load
-from blackpoint.scripts.measurements.full_architecture_table import describe_machine, markdown
+from blackpoint.scripts.measurements.full_architecture_table import markdown
 from blackpoint.scripts.measurements.full_architecture_verbs import Verb, verbs
 from blackpoint.scripts.measurements.measured_process import Measured, run_measured
 from blackpoint.scripts.measurements.photographs import CAPTIONS, photograph
+from blackpoint.scripts.stand_alone import describe_machine
 
 GB = 1e9
 STOPPED_BUT_RESUMABLE = 75

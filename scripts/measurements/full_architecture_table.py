@@ -1,18 +1,12 @@
 """The page about the full-size runs: figures beside the arithmetic, machine and versions."""
 
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
-from pathlib import Path
 from typing import Any
 
 from blackpoint.sampling.report.page import Page, Section
 from blackpoint.sampling.statistics.table import Table
 
-PACKAGES = ("torch", "lightning", "diffusers", "transformers", "safetensors", "webdataset")
 IMPORTS = "imports alone"
 TITLES = {
     "sd15": "Stable Diffusion 1.5",
@@ -31,26 +25,8 @@ batch 1, fused AdamW, gradient checkpointing, average on), sampling at 64x64 lat
   A second copy of the weights would add .2 to training and .6 to .8 to the other verbs."""
 
 
-def describe_machine() -> dict[str, Any]:
-    """Returns the date, the machine and the versions, without importing the packages."""
-    versions = {"python": platform.python_version()}
-    versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
-    processor, memory = platform.machine(), 0
-    cpuinfo, meminfo = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-    if cpuinfo.is_file() and meminfo.is_file():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-        memory = int(meminfo.read_text(encoding="ascii").split()[1]) * 1024
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{processor}, {os.cpu_count()} cores, {memory / 1e9:.0f} GB",
-        "versions": versions,
-    }
-
-
 def markdown(results: dict[str, Any]) -> str:
-    """Writes the page: one table an architecture."""
+    """Writes the page: one table per architecture."""
     sections = [_section(name, found) for name, found in results.items()]
     return Page("Full architectures", [INTRODUCTION, *sections]).markdown()
 

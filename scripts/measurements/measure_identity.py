@@ -38,8 +38,7 @@ from blackpoint.data.shards.shard_file import ShardFile, shard_name
 from blackpoint.sampling.report.page import Page
 from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load
-from blackpoint.scripts.measurements.full_architecture_table import describe_machine
-from blackpoint.scripts.stand_alone import run_script, write_page
+from blackpoint.scripts.stand_alone import describe_machine, run_script, write_page
 
 LONG_AGO = (1e9, 1e9)
 GB = 1e9

@@ -22,8 +22,7 @@ from blackpoint.sampling.statistics.estimates import Estimate
 from blackpoint.sampling.statistics.frechet import Gaussian, frechet_estimates
 from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load
-from blackpoint.scripts.measurements.full_architecture_table import describe_machine
-from blackpoint.scripts.stand_alone import run_script
+from blackpoint.scripts.stand_alone import describe_machine, run_script
 
 SHIFT, SCALE = 0.3, 1.3
 """Distance of the Gaussians' means, and ratio of their deviations."""

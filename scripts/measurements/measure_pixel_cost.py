@@ -22,8 +22,7 @@ from blackpoint.sampling.report.page import Page
 from blackpoint.sampling.statistics.estimates import Estimate
 from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load
-from blackpoint.scripts.measurements.full_architecture_table import describe_machine
-from blackpoint.scripts.stand_alone import run_script, write_page
+from blackpoint.scripts.stand_alone import describe_machine, run_script, write_page
 
 GB = 1e9
 

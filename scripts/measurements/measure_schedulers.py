@@ -29,8 +29,7 @@ from blackpoint.sampling.report.page import Page
 from blackpoint.sampling.statistics import estimates as statistics
 from blackpoint.sampling.statistics.table import Table, read_csv, write_csv
 from blackpoint.scripts.config import load
-from blackpoint.scripts.measurements.full_architecture_table import describe_machine
-from blackpoint.scripts.stand_alone import run_script, write_page
+from blackpoint.scripts.stand_alone import describe_machine, run_script, write_page
 
 PROMPTS = "configs/prompts/digits.jsonl"
 GUIDANCE = {"black": (3.0, 0.7), "white": (3.0, 0.7), "open": (1.0, 0.0)}

@@ -26,9 +26,8 @@ from blackpoint.sampling.runtime.pictures import caption_grid, to_picture
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load
-from blackpoint.scripts.measurements.full_architecture_table import describe_machine
 from blackpoint.scripts.measurements.photographs import CAPTIONS, photograph
-from blackpoint.scripts.stand_alone import run_script, write_page
+from blackpoint.scripts.stand_alone import describe_machine, run_script, write_page
 
 SHOWN_TIMESTEPS = (49, 149, 299, 499, 799)
 

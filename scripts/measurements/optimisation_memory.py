@@ -25,8 +25,7 @@ from blackpoint.sampling.search.problem import Seeded, Trial
 from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
 from blackpoint.scripts.config import load
-from blackpoint.scripts.measurements.full_architecture_table import describe_machine
-from blackpoint.scripts.stand_alone import run_script
+from blackpoint.scripts.stand_alone import describe_machine, run_script
 
 PROMPT = "a white three on a black background"
 SCORES = {

@@ -21,7 +21,7 @@ from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.report.page import Page
 from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load
-from blackpoint.scripts.measurements.full_architecture_table import describe_machine
+from blackpoint.scripts.stand_alone import describe_machine
 from blackpoint.train.records.metrics_file import read_metrics
 from blackpoint.train.records.run_directory import newest_step
 

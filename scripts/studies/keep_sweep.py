@@ -34,8 +34,7 @@ from blackpoint.sampling.report.results_plots import luminance_distributions, sc
 from blackpoint.sampling.report.results_tables import metric_names, settings_of, shown_estimate
 from blackpoint.sampling.statistics.table import write_csv
 from blackpoint.scripts.config import load
-from blackpoint.scripts.measurements.full_architecture_table import describe_machine
-from blackpoint.scripts.stand_alone import run_script
+from blackpoint.scripts.stand_alone import describe_machine, run_script
 from blackpoint.train.records.environment import describe_environment
 
 DIGITS, TITLE_LETTERS = 6, 26

@@ -22,8 +22,7 @@ from blackpoint.data.files.errors import RunFailed
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.report.results import CELL, Cell, read_results
 from blackpoint.scripts.config import load
-from blackpoint.scripts.measurements.full_architecture_table import describe_machine
-from blackpoint.scripts.stand_alone import run_script
+from blackpoint.scripts.stand_alone import describe_machine, run_script
 from blackpoint.scripts.sweep.cells import cells_of
 from blackpoint.scripts.sweep.config import SweepConfig
 from blackpoint.scripts.sweep.runner import read_cell
