@@ -19,9 +19,10 @@ import torch
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
+from blackpoint.data.files.paths import CODE_ROOT
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.run import search_to_folder
-from blackpoint.scripts.cluster.frozen import CODE, ROOT
+from blackpoint.scripts.cluster.frozen import CODE
 from blackpoint.scripts.cluster.requeue import STOPPED, read_starts
 from blackpoint.scripts.config import load
 from blackpoint.train.encode.config import EncodeConfig
@@ -72,7 +73,7 @@ def make_checkout(folder: Path, pipeline: Path, shards: Path) -> Path:
     """Copies the code to where it may be edited, and writes a config there."""
     for package in CODE:
         ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+        shutil.copytree(CODE_ROOT / package, folder / package, ignore=ignored)
     (folder / "base").symlink_to(pipeline)
     (folder / ".venv").symlink_to(sys.prefix)
     values = {"trainer.max_steps": NUM_STEPS, "trainer.checkpoint_every_steps": 10}

@@ -12,11 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import CODE_ROOT
 from blackpoint.data.files.signals import RESUMABLE_STATUS
 from blackpoint.scripts.cluster import slurm_allocation, slurm_job
 from blackpoint.scripts.cluster.frozen import (
     CODE,
-    ROOT,
     freeze,
     is_frozen,
     only_job,
@@ -164,9 +164,9 @@ def files_of(package: Path) -> set[Path]:
 
 def test_the_frozen_copy_runs_itself_wherever_it_is_called(tmp_path: Path) -> None:
     frozen = freeze(tmp_path / "run", "seed: 3\n")
-    assert is_frozen(frozen) and not is_frozen(ROOT)
+    assert is_frozen(frozen) and not is_frozen(CODE_ROOT)
     for package in (name for name in CODE if name != "slurm"):  # where jobs write their logs
-        assert files_of(frozen / package) == files_of(ROOT / package)
+        assert files_of(frozen / package) == files_of(CODE_ROOT / package)
     assert (frozen / "config.yaml").read_text() == "seed: 3\n"
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "cli.py").write_text("raise SystemExit('of the working directory')")
@@ -346,7 +346,7 @@ def test_continuous_integration_fails_where_a_program_of_slurm_cannot_be_install
 ) -> None:
     for name in ("munged", "slurmctld", "slurmd", "sbatch"):
         write_command(commands, name, "exit 1")
-    script = (ROOT / ".ci" / "install_slurm").read_text()
+    script = (CODE_ROOT / ".ci" / "install_slurm").read_text()
     path = commands.parent / "install_slurm"
     path.write_text(script.replace("/usr/sbin", str(commands)))
     assert subprocess.run(["/bin/bash", str(path)]).returncode == 0
@@ -359,10 +359,10 @@ def test_continuous_integration_fails_where_a_program_of_slurm_cannot_be_install
 
 @pytest.mark.parametrize("name", ["train", "encode", "export"])
 def test_what_people_submit_is_valid_and_logs_where_a_folder_is(name: str) -> None:
-    path = ROOT / "slurm" / f"{name}.sbatch"
+    path = CODE_ROOT / "slurm" / f"{name}.sbatch"
     subprocess.run(["/bin/bash", "-n", str(path)], check=True)
     text = path.read_text()
     for option in ("requeue", "open-mode=append", "output=slurm/logs/%x-%j.out", "time="):
         assert f"#SBATCH --{option}" in text
     assert ("#SBATCH --signal=USR1@" in text) == (name != "export")
-    assert (ROOT / "slurm" / "logs").is_dir()
+    assert (CODE_ROOT / "slurm" / "logs").is_dir()

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-CODE = Path(__file__).resolve().parents[2]
+CODE_ROOT = Path(__file__).resolve().parents[2]
 """The folder of the packages: a checkout, a run's frozen copy or an installed blackpoint."""
 SHIPPED = ("assets", "configs")
 """Folders beside the packages that commands and configs name; they install with them."""
@@ -72,7 +72,7 @@ def shipped(path: str) -> str:
 
     Any other path is returned as it is: what the working folder holds comes first.
     """
-    there = CODE / path
+    there = CODE_ROOT / path
     is_ours = path.startswith(tuple(f"{name}/" for name in SHIPPED))
     return str(there) if is_ours and not _exists(Path(path)) and _exists(there) else path
 

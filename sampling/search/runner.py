@@ -105,7 +105,7 @@ class TrialRunner:
         self._encoded.pop(prompt_index, None)
 
     def conditions(self, indices: Sequence[int]) -> Conditioning:
-        """Returns the conditions of prompts, a row an index; encodes those that are new."""
+        """Returns the conditions of prompts, one row per index; encodes those that are new."""
         new = [index for index in dict.fromkeys(indices) if index not in self._encoded]
         if new:
             texts = [self.prompts[index] for index in new]

@@ -34,7 +34,7 @@ from blackpoint.train.target_process import fine_tuned_process
 
 
 class StepLog(GeneralTracker):
-    """Appends a line a step, as our own metrics.csv does."""
+    """Appends one line per step, as our own metrics.csv does."""
 
     name = "step_log"
     requires_logging_directory = False

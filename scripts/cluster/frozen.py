@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.paths import CODE as ROOT
+from blackpoint.data.files.paths import CODE_ROOT
 from blackpoint.data.files.whole_file import whole_folder, write_whole
 from blackpoint.train.records.environment import GIT_RECORD, git_state
 from blackpoint.train.records.run_lock import JOB_LOCK, LOCK, RunLock
@@ -37,9 +37,9 @@ def freeze(run_dir: Path, config_yaml: str) -> Path:
             write_whole(part / CONFIG, config_yaml)
             write_whole(part / GIT_RECORD, json.dumps(git_state(), indent=2) + "\n")
             for package in CODE:
-                for source in sorted((ROOT / package).rglob("*")):
+                for source in sorted((CODE_ROOT / package).rglob("*")):
                     if source.suffix in SUFFIXES and "__pycache__" not in source.parts:
-                        target = part / source.relative_to(ROOT)
+                        target = part / source.relative_to(CODE_ROOT)
                         target.parent.mkdir(parents=True, exist_ok=True)
                         shutil.copyfile(source, target)
     except OSError as error:

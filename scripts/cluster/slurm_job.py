@@ -15,10 +15,10 @@ from types import FrameType
 from typing import Any
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.paths import CODE_ROOT
 from blackpoint.data.files.signals import RESUMABLE_STATUS
 from blackpoint.scripts.cluster.frozen import (
     CONFIG,
-    ROOT,
     freeze,
     is_frozen,
     only_job,
@@ -66,9 +66,9 @@ def main(argv: Sequence[str]) -> int:
 
 def train_job(allocation: Allocation, arguments: list[str]) -> int:
     """Starts, or continues, the run of a job from its frozen copy."""
-    if is_frozen(ROOT):
-        with only_job(ROOT.parent):
-            return run_frozen(allocation, ROOT)
+    if is_frozen(CODE_ROOT):
+        with only_job(CODE_ROOT.parent):
+            return run_frozen(allocation, CODE_ROOT)
     config = config_of_job(allocation, arguments)
     run_dir = Path(config.run_dir)
     check_continues(run_dir, config)
@@ -126,7 +126,7 @@ def run_frozen(allocation: Allocation, frozen: Path) -> int:
 def plain_job(allocation: Allocation, verb: list[str], arguments: list[str]) -> int:
     """Runs a command that leaves nothing half-written; stopped, it is started again."""
     arguments = [expand(argument, allocation) for argument in arguments]
-    status = srun(allocation, ROOT, [*verb, *arguments], {})
+    status = srun(allocation, CODE_ROOT, [*verb, *arguments], {})
     if status not in STOPPED or allocation.restart >= MAX_RESTARTS:
         return status
     say(requeue(allocation))

@@ -11,9 +11,8 @@ FORMER_STUDIES = {
     "black_point": "evaluate measures it, of any checkpoint with any prompts; run `blackpoint "
     "evaluate configs/black_point.yaml checkpoint=FOLDER output=FOLDER`, or compare several "
     "checkpoints by `blackpoint sweep configs/black_point_study.yaml`",
-    "stability": "it is a sweep of searches now; run `blackpoint sweep configs/stability.yaml`, "
-    "and `blackpoint report run_dir=FOLDER` for what is there of it: every folder of its searches "
-    "is one that search and report take",
+    "stability": "it is a sweep of searches now; run `blackpoint sweep configs/stability.yaml`; "
+    "each search folder of an earlier study is still read by `blackpoint report run_dir=FOLDER`",
 }
 """Former values of `study` -> what to run instead."""
 

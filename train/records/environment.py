@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blackpoint.data.files.paths import CODE
+from blackpoint.data.files.paths import CODE_ROOT
 
 PACKAGES = ("blackpoint", "torch", "lightning", "diffusers", "transformers", "webdataset", "wandb")
 GIT_RECORD = "git.json"
@@ -37,7 +37,7 @@ def describe_environment() -> dict[str, Any]:
 
 def git_state() -> dict[str, str | None]:
     """Returns the commit and the changed files of the code that runs; None outside a repository."""
-    frozen = CODE / GIT_RECORD
+    frozen = CODE_ROOT / GIT_RECORD
     if frozen.exists():
         return json.loads(frozen.read_text(encoding="utf-8"))
     return {
