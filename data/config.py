@@ -2,28 +2,31 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from omegaconf import MISSING
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import PathText
-from blackpoint.data.images.decode import MAX_IMAGE_PIXELS
+from blackpoint.data.files.rules import check_ranges
 from blackpoint.data.mixture import MixtureEntry
 from blackpoint.data.order.buckets import BucketsConfig, bucket_table
-from blackpoint.data.shards.listing import check_cache_fields
+from blackpoint.data.shards.options import ShardOptions
 
 
 @dataclass
-class DataConfig:
+class DataConfig(ShardOptions):
     """Shards and the transforms of their images."""
+
+    SECTION: ClassVar[str] = "data."
 
     shards: PathText | None = field(default=MISSING, metadata={"unless": "mixture"})
     """Training shards, of images or of latents from `blackpoint data encode`: a folder, a pattern
     such as shards/shard-{000000..000009}.tar, or the same as a URL (https://, s3://, gs://). null
     where data.mixture is given."""
     mixture: dict[str, MixtureEntry] = field(default_factory=dict)
-    """Instead of data.shards: several data sets by name, mixed by weight."""
+    """Instead of data.shards: several data sets by name, mixed by weight. Those that differ in
+    data.image_key or data.caption_key are indexed beforehand, by `blackpoint data check`."""
     validation_shards: PathText | None = None
     """Validation shards, named in the same way; null: no validation."""
     validation_images: int = 256
@@ -46,46 +49,16 @@ class DataConfig:
     """Share of training captions replaced by "", which guidance needs, 0 to 1."""
     num_workers: int = 4
     """Processes that decode images; 0 decodes in the training process."""
-    max_bad_share: float = 0.01
-    """Share of samples that may prove unusable before the run stops, 0 to 1."""
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Images with more pixels are refused as decompression bombs."""
-    image_key: str | None = None
-    """Extension of the members that are images, as in data.image_key=input.jpg, where index/ is not
-    made yet; null: the one that is an image's, and whatever an index that is there was made with.
-    Data sets of a mixture that differ are indexed beforehand, by `blackpoint data check`."""
-    caption_key: str | None = None
-    """Likewise of the captions: caption for .caption members, json.NAME for the field NAME of .json
-    members, a text or a list of texts; null: .txt, "caption" in .json, .caption."""
-    cache_dir: PathText | None = None
-    """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
-    $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint. Best on a local disk."""
-    cache_gigabytes: float = 50.0
-    """Shards from URLs are kept up to this size, in 10^9 bytes; of a larger data set each sample
-    is read by a range request. 0: nothing is kept."""
-    allow_shell_urls: bool = False
-    """Lets pipe:COMMAND stand for a shard: the shell runs it, and its output is the shard."""
 
     def __post_init__(self) -> None:
-        for name in ("validation_images", "max_image_pixels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name}={getattr(self, name)}: must be at least 1")
-        if self.resolution < 0:
-            raise UserError(
-                f"data.resolution={self.resolution}: must be at least 1, or 0 for the "
-                "checkpoint's own"
-            )
-        for name in ("caption_dropout", "max_bad_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"data.{name}={getattr(self, name)}: must be from 0 to 1")
+        super().__post_init__()
+        check_ranges(self, self.SECTION, validation_images=">= 1", resolution=">= 0")
+        check_ranges(self, self.SECTION, caption_dropout=">= 0 and <= 1", num_workers=">= 0")
         if self.max_upscale is not None and not self.max_upscale > 0:
             raise UserError(f"data.max_upscale={self.max_upscale}: must be above 0, or null")
         self._check_mixture()
         if self.buckets.enabled and self.resolution:
             bucket_table(self.buckets, self.resolution, self.max_upscale)
-        if self.num_workers < 0:
-            raise UserError(f"data.num_workers={self.num_workers}: must be 0 or more")
-        check_cache_fields(self, "data.")
 
     @property
     def weights(self) -> dict[str, float]:

@@ -44,7 +44,8 @@ def _walk(config_class: type, prefix: str) -> tuple[Field, ...]:
     hints = get_type_hints(config_class, include_extras=True)
     meanings = _meanings(config_class)
     fields: list[Field] = []
-    for field in dataclasses.fields(config_class):
+    # Keyword-only fields are those of a base that several verbs share: they come last.
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.kw_only is True):
         path, hint = f"{prefix}{field.name}", hints[field.name]
         default = field.default
         if field.default_factory is not dataclasses.MISSING:

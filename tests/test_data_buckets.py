@@ -339,7 +339,7 @@ def test_a_damaged_sample_is_replaced_by_one_of_its_bucket(tmp_path: Path) -> No
 
 
 def test_mistakes_say_what_to_do(rectangles: Path) -> None:
-    with pytest.raises(UserError, match="data.buckets.step_px=0: must be at least 1"):
+    with pytest.raises(UserError, match="data.buckets.step_px=0 is out of range; it must be >= 1"):
         BucketsConfig(step_px=0)
     with pytest.raises(UserError, match="data.buckets.max_aspect=0.5"):
         BucketsConfig(max_aspect=0.5)

@@ -294,10 +294,10 @@ def test_user_mistakes_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     )
     there = f"shards={tmp_path}"
     assert "output=" in message(there, f"output={tmp_path / 'a.tar'}")
-    assert "resolution=0: must be" in message(there, "resolution=0")
-    assert "num_processes=-1: must be" in message(there, "num_processes=-1")
-    assert "max_bad_share=2.0: must be" in message(there, "max_bad_share=2")
-    assert "max_image_pixels=0: must be" in message(there, "max_image_pixels=0")
+    assert "resolution=0 is out of range" in message(there, "resolution=0")
+    assert "num_processes=-1 is out of range" in message(there, "num_processes=-1")
+    assert "max_bad_share=2.0 is out of range" in message(there, "max_bad_share=2")
+    assert "max_image_pixels=0 is out of range" in message(there, "max_image_pixels=0")
     (tmp_path / "empty" / "a.tar").write_bytes(END)
     with pytest.raises(UserError, match="1 shards hold no samples"):
         build_index(tmp_path / "empty")

@@ -262,10 +262,10 @@ def write_latents(folder: Path, num_samples: int) -> None:
         latents = to_bytes(torch.full((2, 3, 3), float(number)), torch.zeros(4, 5))
         spans = shard.write(f"{number:03d}", {"safetensors": latents, "txt": b"words"})
         records.add(f"{number:03d}", spans["safetensors"], spans["txt"], 24, 24, 0.5)
-    shard.close()
+    content = shard.close()
     with IndexWriter(folder) as index:
-        index.append(0, records)
-        index.close([folder / "shard-000000.tar"], [])
+        index.append("shard-000000.tar", records, content)
+        index.close()
     encoding = Encoding(
         source="x",
         checkpoint="x",

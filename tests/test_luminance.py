@@ -89,8 +89,9 @@ def test_shards_of_an_earlier_version_are_mixed_with_a_note(
     del values["luminance_weights"]  # as before they were named
     path.write_bytes(json.dumps(values).encode() + b"\n" + rest)
     with caplog.at_level(logging.WARNING), IndexWriter(tmp_path / "shards") as writer:
-        for number in range(2):
-            writer.append(number, read_part(part_path(tmp_path / "parts", number))[1])
-        writer.close(shards, [])
+        for number, shard in enumerate(shards):
+            part, records = read_part(part_path(tmp_path / "parts", number))
+            writer.append(shard.name, records, part.content)
+        writer.close()
     assert Index(tmp_path / "shards").luminance_weights == f"{REC_601} and {REC_709}"
     assert "luminances of rec_601 and rec_709" in caplog.text

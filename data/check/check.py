@@ -20,18 +20,18 @@ from blackpoint.data.bad_samples import BadSample, too_many, write_list
 from blackpoint.data.check.report import CheckReport, IndexState, summarize
 from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
 from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.data.files.rules import check_ranges
 from blackpoint.data.files.whole_file import scratch_folder, whole_file, whole_folder, write_whole
-from blackpoint.data.images.decode import MAX_IMAGE_PIXELS
 from blackpoint.data.index.contents import ShardDigests, add_stamps, read_stamps, write_digests
 from blackpoint.data.index.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from blackpoint.data.index.scan import FACT, scan_shards
 from blackpoint.data.index.shard_set import ShardSet, open_shards
 from blackpoint.data.index.verify import changed_on_server, check_index_keys
-from blackpoint.data.shards.listing import ENCODING_FILE, check_cache_fields, is_encoded
+from blackpoint.data.shards.listing import ENCODING_FILE, is_encoded
+from blackpoint.data.shards.options import ShardOptions
 from blackpoint.data.shards.remote_address import shown
 from blackpoint.data.shards.sample_keys import SampleKeys
-from blackpoint.data.shards.shard_digest import ShardContent, samples_digest
-from blackpoint.data.work.progress import progress
+from blackpoint.data.shards.shard_digest import samples_digest
 from blackpoint.data.work.workers import usable_cores
 
 REPORT_FILE = "report.json"
@@ -39,7 +39,7 @@ BAD_FILE = "bad_samples.jsonl"
 
 
 @dataclass
-class CheckConfig:
+class CheckConfig(ShardOptions):
     """The shards to read, and where the report goes."""
 
     shards: PathText = MISSING
@@ -51,38 +51,13 @@ class CheckConfig:
     """Counts images whose shorter side is below this many pixels, which training would enlarge."""
     num_processes: int = 0
     """Processes that read shards, one shard at a time; 0: one per usable CPU core."""
-    max_bad_share: float = 0.01
-    """An index is written for shards without one if at most this share is bad, 0 to 1."""
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Images with more pixels are refused as decompression bombs."""
-    image_key: str | None = None
-    """Extension of the members that are images, as in image_key=input.jpg, where index/ is not made
-    yet; null: the one that is an image's, and whatever an index that is there was made with."""
-    caption_key: str | None = None
-    """Likewise of the captions: caption for .caption members, json.NAME for the field NAME of .json
-    members, a text or a list of texts; null: .txt, "caption" in .json, .caption."""
-    cache_dir: PathText | None = None
-    """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
-    $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint."""
-    cache_gigabytes: float = 50.0
-    """Shards from URLs are kept up to this size, in 10^9 bytes; they are read in order, so little
-    more than the largest will do."""
     full: bool = False
     """Reads shards from URLs where they are, also those that are in the cache. All that is read is
     compared with the index byte for byte in any case."""
-    allow_shell_urls: bool = False
-    """Lets pipe:COMMAND stand for a shard: the shell runs it, and its output is the shard."""
 
     def __post_init__(self) -> None:
-        if self.resolution is not None and self.resolution < 1:
-            raise UserError(f"resolution={self.resolution}: must be at least 1")
-        if self.num_processes < 0:
-            raise UserError(f"num_processes={self.num_processes}: must be 0 or more")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1")
-        if self.max_image_pixels < 1:
-            raise UserError(f"max_image_pixels={self.max_image_pixels}: must be at least 1")
-        check_cache_fields(self)
+        super().__post_init__()
+        check_ranges(self, "", resolution=">= 1", num_processes=">= 0")
 
 
 def check(config: CheckConfig) -> CheckReport:
@@ -120,24 +95,21 @@ def check(config: CheckConfig) -> CheckReport:
 
 def _read_shards(config: CheckConfig, chosen: ShardSet, scratch: Path) -> list[BadSample]:
     """Reads the shards into an index and a file of FACT in `scratch`; returns the bad samples."""
-    shards, keys = chosen.paths, _keys(chosen)
+    keys = _keys(chosen)
     remote = chosen.remote and replace(chosen.remote, anew=config.full)
     num_processes = config.num_processes or usable_cores()
     limits = (config.max_image_pixels, num_processes, is_encoded(chosen.folder))
-    bad, contents = list[BadSample](), list[ShardContent]()
     with ExitStack() as stack:
         with disk_writes():
             writer = stack.enter_context(IndexWriter(scratch, keys=keys))
-        advance = stack.enter_context(progress("checking", len(shards)))
-        for number, scan in enumerate(scan_shards(shards, *limits, advance, remote, keys)):
+        for name, scan in scan_shards("checking", chosen.paths, *limits, remote, keys):
             with disk_writes(), (scratch / "facts").open("ab") as facts_file:
                 facts_file.write(scan.facts.tobytes())
-                writer.append(number, scan.records)
-            bad += scan.bad
-            contents.append(scan.content)
+                writer.append(name, scan.records, scan.content)
+            writer.bad += scan.bad
         with disk_writes():
-            writer.close(shards, bad, contents)
-    return bad
+            writer.close()
+    return writer.bad
 
 
 def _keys(shards: ShardSet) -> SampleKeys:

@@ -17,9 +17,7 @@ import errno
 import functools
 import json
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,8 +43,7 @@ from blackpoint.data.shards.listing import folder_shards, is_encoded
 from blackpoint.data.shards.remote_shards import RemoteShards
 from blackpoint.data.shards.sample_keys import AUTOMATIC, SampleKeys
 from blackpoint.data.shards.shard_digest import ShardContent, file_stamp, new_digest, text_content
-from blackpoint.data.work.progress import progress
-from blackpoint.data.work.workers import usable_cores
+from blackpoint.data.work.progress import in_threads
 
 ROWS_AT_ONCE = 1 << 16
 NUM_NAMED = 5
@@ -196,28 +193,25 @@ class Index:
             return changed
         fresh = dict[str, str]()
         is_long = sum(self.shard_bytes[path.name] for path in touched) > SHOWN_BYTES
-        shown = progress("comparing", len(touched)) if is_long else nullcontext(lambda: None)
         self._open()  # once, for all threads
-        with ThreadPoolExecutor(usable_cores()) as pool, shown as advance:
-            for path, found in zip(touched, pool.map(self._text_content, touched), strict=True):
-                advance()
-                digests = self.digests[path.name]
-                if found.text != digests.text:
-                    changed[path.name] = "has changed since"
-                elif found.stamp:
-                    fresh[path.name] = stamped(found.stamp, digests.whole)
+        for path, now in in_threads("comparing", self._text_content, touched, is_long):
+            digests = self.digests[path.name]
+            if now.text != digests.text:
+                changed[path.name] = "has changed since"
+            elif now.stamp:
+                fresh[path.name] = stamped(now.stamp, digests.whole)
         if fresh:
             add_stamps(self.places, fresh)
         return changed
 
     def check_shards(self, shards: Sequence[Path]) -> None:
         """Raises UserError if a shard is not the one that was indexed: `changed_shards`."""
-        changed = self.changed_shards(shards)
-        if changed:
-            raise self.unlike_the_shards(changed, shards[0].parent)
+        self.refuse_changed(self.changed_shards(shards), shards)
 
-    def unlike_the_shards(self, changed: dict[str, str], folder: Path | None = None) -> UserError:
-        """Returns the error for shards of `folder` that are others than those indexed."""
+    def refuse_changed(self, changed: Mapping[str, str], shards: Sequence[Path]) -> None:
+        """Raises UserError, which names them, where some of the shards have `changed`."""
+        if not changed:
+            return
         first, *others = sorted(changed)
         named = ", ".join(others[: NUM_NAMED - 1])
         more = len(others) - len(others[: NUM_NAMED - 1])
@@ -225,10 +219,8 @@ class Index:
         remedy = "remove that folder; the next run builds it anew"
         if is_encoded(self.shard_folder):
             remedy = "encode the images again with `blackpoint data encode`"
-        where = (folder or self.shard_folder) / first
-        return UserError(
-            f"{where} {changed[first]} the index {self.shard_folder / INDEX_FOLDER}{also}; {remedy}"
-        )
+        where = f"{shards[0].parent / first} {changed[first]} the index"
+        raise UserError(f"{where} {self.shard_folder / INDEX_FOLDER}{also}; {remedy}")
 
     def _text_content(self, shard: Path) -> ShardContent:
         return text_content(shard, self.rows(shard.name))
@@ -255,25 +247,18 @@ def build_index(
     NotWritable.
     """
     shards = folder_shards(folder) if shards is None else shards
-    bad: list[BadSample] = []
-    contents: list[ShardContent] = []
+    limits = max_image_pixels, num_processes
     try:
-        with (
-            IndexWriter(folder, keys=keys) as writer,
-            progress("indexing", len(shards)) as advance,
-        ):
-            for number, scan in enumerate(
-                scan_shards(shards, max_image_pixels, num_processes, False, advance, remote, keys)
-            ):
-                writer.append(number, scan.records)
-                contents.append(scan.content)
-                bad += scan.bad
-            num_samples = writer.num_samples + len(bad)
+        with IndexWriter(folder, keys=keys) as writer:
+            for name, scan in scan_shards("indexing", shards, *limits, False, remote, keys):
+                writer.append(name, scan.records, scan.content)
+                writer.bad += scan.bad
+            bad, num_samples = writer.bad, writer.num_samples + len(writer.bad)
             if not num_samples:
                 raise UserError(f"{folder}: {len(shards)} shards hold no samples")
             if too_many(len(bad), num_samples, max_bad_share) or not writer.num_samples:
                 raise refusal(str(folder), bad, num_samples, max_bad_share, "max_bad_share")
-            writer.close(shards, bad, contents)
+            writer.close()
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise NotWritable(

@@ -27,6 +27,7 @@ from blackpoint.data.shards.remote_shards import RemoteShards
 from blackpoint.data.shards.sample_keys import AUTOMATIC, SampleKeys
 from blackpoint.data.shards.shard_digest import ReadAlong, ShardContent
 from blackpoint.data.shards.tar_samples import TarSample, tar_samples
+from blackpoint.data.work.progress import progress
 from blackpoint.data.work.workers import Advance, run_in_processes
 
 MAX_MEMBER_BYTES = (1 << 31) - 1
@@ -97,17 +98,17 @@ def scan_shard(
 
 
 def scan_shards(
+    title: str,
     shards: Sequence[Path],
     max_image_pixels: int,
     num_processes: int,
-    latents: bool,
-    advance: Advance,
+    latents: bool = False,
     remote: RemoteShards | None = None,
     keys: SampleKeys = AUTOMATIC,
-) -> Iterator[ShardScan]:
-    """Yields the scan of each shard, in order, read by several processes, one shard at a time.
+) -> Iterator[tuple[str, ShardScan]]:
+    """Yields name and scan of each shard, in order, read by several processes, behind a bar.
 
-    A remote shard need not stay on the disk any longer than that.
+    A remote shard need not stay on the disk after its scan.
     """
     jobs = (
         (number, shard, remote and remote.only(shard.name), max_image_pixels, latents, keys)
@@ -115,11 +116,14 @@ def scan_shards(
     )
     waiting: dict[int, ShardScan] = {}
     following = 0
-    with closing(run_in_processes(_scan_job, jobs, num_processes, advance)) as results:
+    with (
+        progress(title, len(shards)) as advance,
+        closing(run_in_processes(_scan_job, jobs, num_processes, advance)) as results,
+    ):
         for number, scan in results:
             waiting[number] = scan
             while following in waiting:
-                yield waiting.pop(following)
+                yield shards[following].name, waiting.pop(following)
                 following += 1
 
 

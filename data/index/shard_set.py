@@ -23,14 +23,13 @@ from blackpoint.data.files.lock import locked
 from blackpoint.data.index.index import INDEX_FOLDER, Index, NotWritable, build_index, has_index
 from blackpoint.data.index.remote_index import fetch_index
 from blackpoint.data.shards.listing import (
-    CacheFields,
-    cache_folder,
     expand_braces,
     find_shards,
     folder_shards,
     is_encoded,
     is_remote,
 )
+from blackpoint.data.shards.options import ShardOptions, cache_folder
 from blackpoint.data.shards.remote import COMMAND, facts, list_names, shown
 from blackpoint.data.shards.remote_shards import RemoteShards
 from blackpoint.data.shards.sample_keys import AUTOMATIC, SampleKeys
@@ -59,15 +58,15 @@ class ShardSet:
     section: str = ""
 
 
-def open_shards(pattern: str, field: str, config: CacheFields, in_order: bool = False) -> ShardSet:
+def open_shards(pattern: str, field: str, config: ShardOptions, in_order: bool = False) -> ShardSet:
     """Finds the shards that `pattern`, the value of the config's `field`, names.
 
     `in_order` says that samples are read in the order of the shards, so that a small cache serves.
     Raises UserError, which names the field, and Unreachable where a server does not answer.
     """
     names = [pattern] if Path(pattern).is_dir() else expand_braces(pattern, field)
-    cache_dir, keys = cache_folder(config.cache_dir), SampleKeys.of(config)
-    section = "data." if field.startswith("data.") else ""
+    cache_dir, section = cache_folder(config.cache_dir), config.SECTION
+    keys = SampleKeys(config.image_key, config.caption_key)
     if not any(is_remote(name) or _SHELL.match(name) for name in names):
         return replace(_local(find_shards(pattern, field), cache_dir), keys=keys, section=section)
     where = f"{field}={shown(pattern)}"
@@ -118,7 +117,7 @@ def index_shards(
         return shards.kept, build_index(shards.kept, *limits, paths, shards.remote, shards.keys)
 
 
-def indexing_command(shards: ShardSet, pattern: str, config: CacheFields) -> str:
+def indexing_command(shards: ShardSet, pattern: str, config: ShardOptions) -> str:
     """Returns the command that indexes the shards of `pattern`, all that an index covers."""
     arguments = [f"shards={pattern if shards.remote else shards.folder}"]
     if config.cache_dir is not None:

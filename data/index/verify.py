@@ -33,8 +33,7 @@ from blackpoint.data.shards.shard_digest import (
     samples_digest,
     shard_content,
 )
-from blackpoint.data.work.progress import progress
-from blackpoint.data.work.workers import usable_cores
+from blackpoint.data.work.progress import in_threads
 
 NUM_REQUESTS = 16
 """Requests to a server at a time."""
@@ -82,38 +81,29 @@ def adopt(index: Index, shards: Sequence[Path]) -> list[str]:
     if not unknown:
         return []
     index.check_shards(unknown)
-    digests, stamps, unlike = dict(index.digests), dict[str, str](), dict[str, str]()
+    digests, stamps, changed = dict(index.digests), dict[str, str](), dict[str, str]()
     total = sum(index.shard_bytes[path.name] for path in unknown) / GIGABYTE
-    with (
-        ThreadPoolExecutor(usable_cores()) as pool,
-        progress("digesting", len(unknown)) as advance,
-    ):
-        found = pool.map(lambda path: _adopted(index, path), unknown)
-        for path, content in zip(unknown, found, strict=True):
-            advance()
-            if content is None:
-                unlike[path.name] = "has changed since"
-                continue
-            samples = samples_digest(index.rows(path.name), index.keys.field)
-            digests[path.name] = ShardDigests(content.whole, content.text, samples)
-            if content.stamp:
-                stamps[path.name] = stamped(content.stamp, content.whole)
-    if unlike:
-        raise index.unlike_the_shards(unlike, shards[0].parent)
+    for path, content in in_threads("digesting", lambda path: _adopted(index, path), unknown):
+        if content is None:
+            changed[path.name] = "has changed since"
+            continue
+        samples = samples_digest(index.rows(path.name), index.keys.field)
+        digests[path.name] = ShardDigests(content.whole, content.text, samples)
+        if content.stamp:
+            stamps[path.name] = stamped(content.stamp, content.whole)
+    index.refuse_changed(changed, unknown)
     return [_note(index, digests, stamps, f"{len(unknown)} shards, {total:.3g} GB,")]
 
 
 def compare_bytes(index: Index, shards: Sequence[Path]) -> None:
     """Compares all bytes of local shards with the digests of their index; raises UserError."""
     known = [path for path in shards if path.name in index.digests]
-    unlike: dict[str, str] = {}
-    with ThreadPoolExecutor(usable_cores()) as pool, progress("comparing", len(known)) as advance:
-        for path, whole in zip(known, pool.map(file_digest, known), strict=True):
-            advance()
-            if whole != index.digests[path.name].whole:
-                unlike[path.name] = "has changed since"
-    if unlike:
-        raise index.unlike_the_shards(unlike, shards[0].parent)
+    changed = {
+        path.name: "has changed since"
+        for path, whole in in_threads("comparing", file_digest, known)
+        if whole != index.digests[path.name].whole
+    }
+    index.refuse_changed(changed, known)
 
 
 def _adopted(index: Index, shard: Path) -> ShardContent | None:

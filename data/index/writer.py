@@ -1,10 +1,8 @@
-"""Writing an index: sample by sample into a folder that takes its name when it is whole."""
+"""Writing an index: shard by shard into a folder that takes its name when it is whole."""
 
 import contextlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -25,7 +23,7 @@ from blackpoint.data.index.contents import (
 )
 from blackpoint.data.record import RECORD, ShardRecords
 from blackpoint.data.shards.sample_keys import AUTOMATIC, SampleKeys
-from blackpoint.data.shards.shard_digest import ShardContent, samples_digest, shard_content
+from blackpoint.data.shards.shard_digest import ShardContent, samples_digest
 
 FORMAT_VERSION = 1
 
@@ -33,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class IndexWriter:
-    """Writes an index folder sample by sample; the index appears, whole, when it is closed.
+    """Writes an index folder shard by shard; the index appears, whole, when it is closed.
 
     As a context manager. It grows in a folder inside `working`, by default the shards' own; what an
     exception leaves behind is removed. `keys` are those by which its samples were found.
@@ -43,59 +41,51 @@ class IndexWriter:
         self, shard_folder: Path, working: Path | None = None, keys: SampleKeys = AUTOMATIC
     ) -> None:
         self.folder = shard_folder / INDEX_FOLDER
-        self.partial: Path
-        self._working = working or shard_folder
-        self._keys_chosen = keys
         self.num_samples = 0
-        self._num_in_shard: Counter[int] = Counter()
-        self._samples: dict[int, str] = {}
+        self.bad: list[BadSample] = []
+        """Samples left out, for the caller to add."""
+        self._working, self._keys_chosen = working or shard_folder, keys
+        self._shards: list[dict[str, Any]] = []
+        self._digests: dict[str, ShardDigests] = {}
+        self._stamps: dict[str, str] = {}
         self._luminance_weights: set[str] = set()
-        self._key_offset = 0
+        self._partial: Path
         self._records: BinaryIO
         self._keys: BinaryIO
 
     def __enter__(self) -> "IndexWriter":
         with contextlib.ExitStack() as stack:
-            self.partial = stack.enter_context(scratch_folder(self._working)) / INDEX_FOLDER
-            self.partial.mkdir()
-            self._records = (self.partial / "records.npy").open("wb")
-            self._keys = (self.partial / "keys.bin").open("wb")
+            self._partial = stack.enter_context(scratch_folder(self._working)) / INDEX_FOLDER
+            self._partial.mkdir()
+            self._records = (self._partial / "records.npy").open("wb")
+            self._keys = (self._partial / "keys.bin").open("wb")
             self._write_header()
             self._scratch = stack.pop_all()
         return self
 
-    def append(self, shard: int, records: ShardRecords) -> None:
-        """Appends the samples of a shard that were collected elsewhere."""
-        rows, keys = records.records, records.keys
+    def append(self, name: str, records: ShardRecords, content: ShardContent) -> None:
+        """Appends the samples of the next shard, whose bytes were digested on the way."""
+        rows = records.records
         if len(rows):
             self._luminance_weights.add(records.luminance_weights)
-        self._samples[shard] = samples_digest(rows, self._keys_chosen.field)
-        rows["shard"] = shard
-        rows["key_offset"] += np.uint64(self._key_offset)
+        if content.whole:  # else it could not be read to its end
+            samples = samples_digest(rows, self._keys_chosen.field)
+            self._digests[name] = ShardDigests(content.whole, content.text, samples)
+            if content.stamp:
+                self._stamps[name] = stamped(content.stamp, content.whole)
+        rows["shard"] = len(self._shards)
+        rows["key_offset"] += np.uint64(self._keys.tell())
         self._records.write(rows.tobytes())
-        self._keys.write(keys)
-        self._key_offset += len(keys)
+        self._keys.write(records.keys)
         self.num_samples += len(rows)
-        self._num_in_shard[shard] += len(rows)
+        self._shards.append({"name": name, "bytes": content.num_bytes, "num_samples": len(rows)})
 
-    def close(
-        self,
-        shards: Sequence[Path],
-        bad: Sequence[BadSample],
-        contents: Sequence[ShardContent] | None = None,
-    ) -> None:
-        """Writes the files of the whole and renames the index into place.
-
-        `contents` were taken while the shards were read or written; by default they are read again.
-        """
+    def close(self) -> None:
+        """Writes the files of the whole and renames the index into place."""
         self._records.seek(0)
         self._write_header()
         self._records.close()
         self._keys.close()
-        if contents is None:
-            rows = np.load(self.partial / "records.npy", mmap_mode="r")
-            numbers = range(len(shards))
-            contents = [shard_content(shards[n], rows[rows["shard"] == n]) for n in numbers]
         weights = " and ".join(sorted(self._luminance_weights))
         if len(self._luminance_weights) > 1:
             log.warning(
@@ -108,22 +98,16 @@ class IndexWriter:
             "version": FORMAT_VERSION,
             "luminance": weights or REC_601,
             "num_samples": self.num_samples,
-            "num_bad_samples": len(bad),
+            "num_bad_samples": len(self.bad),
             **self._keys_chosen.chosen(),
-            "shards": [
-                {
-                    "name": path.name,
-                    "bytes": contents[number].num_bytes,
-                    "num_samples": self._num_in_shard[number],
-                }
-                for number, path in enumerate(shards)
-            ],
+            "shards": self._shards,
         }
-        (self.partial / "shards.json").write_text(json.dumps(description, indent=1) + "\n")
-        write_list(self.partial / "bad_samples.jsonl", bad)
-        self._write_contents([path.name for path in shards], contents)
+        (self._partial / "shards.json").write_text(json.dumps(description, indent=1) + "\n")
+        write_list(self._partial / "bad_samples.jsonl", self.bad)
+        (self._partial / DIGESTS_FILE).write_text(digests_json(self._partial, self._digests))
+        (self._partial / STAMPS_FILE).write_text(stamps_json(self._stamps))
         try:
-            self.partial.rename(self.folder)
+            self._partial.rename(self.folder)
         except OSError:
             if not (self.folder / "shards.json").exists():
                 raise  # Otherwise another process wrote the same index first.
@@ -138,16 +122,6 @@ class IndexWriter:
             with contextlib.suppress(OSError):  # on a full disk, closing fails again
                 file.close()
         self._scratch.close()
-
-    def _write_contents(self, names: Sequence[str], contents: Sequence[ShardContent]) -> None:
-        digests, stamps = dict[str, ShardDigests](), dict[str, str]()
-        for number, (name, content) in enumerate(zip(names, contents, strict=True)):
-            if content.whole:  # else it could not be read to its end
-                digests[name] = ShardDigests(content.whole, content.text, self._samples[number])
-                if content.stamp:
-                    stamps[name] = stamped(content.stamp, content.whole)
-        (self.partial / DIGESTS_FILE).write_text(digests_json(self.partial, digests))
-        (self.partial / STAMPS_FILE).write_text(stamps_json(stamps))
 
     def _write_header(self) -> None:
         # numpy pads the header so that a longer first axis still fits into its bytes.

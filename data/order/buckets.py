@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.rules import check_ranges
 
 Size = tuple[int, int]  # width, height, in pixels
 
@@ -38,12 +39,8 @@ class BucketsConfig:
     """Longest side over shortest of any bucket, such as 2.0; null: what the sides allow, 4."""
 
     def __post_init__(self) -> None:
-        for name in ("step_px", "min_side_px", "max_side_px"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"data.buckets.{name}={value}: must be at least 1")
-        if self.max_aspect is not None and not self.max_aspect >= 1:
-            raise UserError(f"data.buckets.max_aspect={self.max_aspect}: must be at least 1")
+        limits = {"step_px": ">= 1", "min_side_px": ">= 1", "max_side_px": ">= 1"}
+        check_ranges(self, "data.buckets.", **limits, max_aspect=">= 1")
 
 
 @dataclass(frozen=True)

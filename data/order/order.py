@@ -17,7 +17,6 @@ position 0 costs.
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from typing import Any
 
 from blackpoint.data.order.permutation import permute
 from blackpoint.data.order.sorted_samples import SortedSamples
@@ -77,7 +76,7 @@ class BucketOrder:
         total = sum(counts)
         low = number * size // total
         high = (number + len(counts)) * size // total + 2
-        return low + bisect_right(_Starts(self, low, high), number) - 1
+        return low + bisect_right(range(low, high + 1), number, key=self.start_of) - 1
 
     def start_of(self, epoch: int) -> int:
         """Returns S(epoch), the number of batches before an epoch of the whole."""
@@ -95,16 +94,3 @@ class BucketOrder:
                 return bucket, first + rest
             rest -= num_batches
         raise AssertionError("an epoch holds the batches of its buckets")
-
-
-class _Starts:
-    """S(low), S(low + 1), ..., S(high), for bisect."""
-
-    def __init__(self, order: BucketOrder, low: int, high: int) -> None:
-        self.order, self.low, self.high = order, low, high
-
-    def __len__(self) -> int:
-        return self.high - self.low + 1
-
-    def __getitem__(self, number: int) -> Any:
-        return self.order.start_of(self.low + number)

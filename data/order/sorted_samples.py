@@ -19,7 +19,7 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import whole_file
 from blackpoint.data.index.index import INDEX_FOLDER, Index
 from blackpoint.data.order.buckets import Buckets
-from blackpoint.data.shards.listing import cache_folder
+from blackpoint.data.shards.options import cache_folder
 
 FORMAT_VERSION = 1
 CHUNK_SAMPLES = 1 << 16

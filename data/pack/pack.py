@@ -23,6 +23,7 @@ from omegaconf import MISSING
 from blackpoint.data.bad_samples import BadSample, refusal, too_many
 from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
 from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.data.files.rules import check_ranges
 from blackpoint.data.images.decode import MAX_IMAGE_PIXELS
 from blackpoint.data.index.index import IndexWriter
 from blackpoint.data.pack.captions import (
@@ -35,7 +36,6 @@ from blackpoint.data.pack.captions import (
 from blackpoint.data.pack.image_folder import FolderCount, count_files
 from blackpoint.data.pack.pack_shard import ShardRules, is_hopeless, pack_shard
 from blackpoint.data.pack.shard_list import ShardList, shard_lists
-from blackpoint.data.shards.shard_digest import ShardContent
 from blackpoint.data.shards.shard_file import shard_name
 from blackpoint.data.work.part import Part, finished_part, part_path, read_part, shard_content_of
 from blackpoint.data.work.partial import Partial, refuse_used_output
@@ -83,16 +83,10 @@ class PackConfig:
     The output does not depend on it."""
 
     def __post_init__(self) -> None:
-        if self.samples_per_shard < 1:
-            raise UserError(f"samples_per_shard={self.samples_per_shard}: must be at least 1")
         if not self.shard_megabytes > 0:
             raise UserError(f"shard_megabytes={self.shard_megabytes}: must be above 0")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1")
-        if self.max_image_pixels < 1:
-            raise UserError(f"max_image_pixels={self.max_image_pixels}: must be at least 1")
-        if self.num_processes < 0:
-            raise UserError(f"num_processes={self.num_processes}: must be 0 (all) or more")
+        check_ranges(self, "", samples_per_shard=">= 1", max_bad_share=">= 0 and <= 1")
+        check_ranges(self, "", max_image_pixels=">= 1", num_processes=">= 0")
 
 
 @dataclass
@@ -249,16 +243,16 @@ class _Shards:
 def _write_index(rules: ShardRules, num_shards: int, result: PackResult) -> None:
     """Numbers the shards that hold samples without gaps and writes their index."""
     with disk_writes(), IndexWriter(rules.shards, rules.working) as index:
-        paths, contents = list[Path](), list[ShardContent]()
+        index.bad, paths = result.bad, list[Path]()
         for number in range(num_shards):
             part, records = read_part(part_path(rules.parts, number))
             path = rules.shards / shard_name(number)
             if not part.num_samples:
                 path.unlink(missing_ok=True)
                 continue
-            index.append(len(paths), records)
-            contents.append(shard_content_of(part, path, records))
+            content = shard_content_of(part, path, records)
             paths.append(rules.shards / shard_name(len(paths)))
+            index.append(paths[-1].name, records, content)
             if path != paths[-1]:
                 # Stopped from here on, the shards after the gap are written anew.
                 part_path(rules.parts, number).unlink()
@@ -266,5 +260,5 @@ def _write_index(rules: ShardRules, num_shards: int, result: PackResult) -> None
             result.num_bytes += part.num_bytes
         for path in set(rules.shards.glob("*.tar")) - set(paths):
             path.unlink()  # of a source that held more when the run began
-        index.close(paths, result.bad, contents)
+        index.close()
         result.num_samples, result.num_shards = index.num_samples, len(paths)

@@ -1,44 +1,16 @@
 """Which local shards a config means: a folder, one .tar, a brace or a wildcard pattern."""
 
 import glob
-import math
-import os
 from pathlib import Path
-from typing import Protocol
 
 from braceexpand import braceexpand
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import is_remote as is_remote
 from blackpoint.data.images.decode import IMAGE_SUFFIXES
-from blackpoint.data.shards.sample_keys import KeyFields, check_keys
 
 ENCODING_FILE = "encoding.json"
 EMPTY_FILE = "empty.safetensors"
-
-
-class CacheFields(KeyFields, Protocol):
-    """The keys of a config that say how shards are read."""
-
-    cache_dir: str | None
-    cache_gigabytes: float
-    allow_shell_urls: bool
-
-
-def check_cache_fields(config: CacheFields, section: str = "") -> None:
-    """Raises UserError for values that can't be meant; `section` is "data." in a training."""
-    check_keys(config, section)
-    if not 0 <= config.cache_gigabytes < math.inf:
-        raise UserError(
-            f"{section}cache_gigabytes={config.cache_gigabytes}: must be a number, 0 or more; 0 "
-            "keeps no shard and reads each sample by a range request"
-        )
-
-
-def cache_folder(cache_dir: str | None) -> Path:
-    """Returns where things are kept that can't lie beside their shards; null: the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache_dir or f"{home}/blackpoint").expanduser()
 
 
 def folder_shards(folder: Path) -> list[Path]:

@@ -9,22 +9,14 @@ whose extension is, or else ends in, that of an image; the caption is in .txt, e
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from blackpoint.data.caption_text import CAPTION_FIELD
-from blackpoint.data.files.errors import UserError
 from blackpoint.data.images.decode import IMAGE_SUFFIXES, BadImage
 from blackpoint.data.record import JSON, TEXT
 
 LATENTS_EXTENSION = "safetensors"
 _JSON_KEY = re.compile(r"((?:[^.]+\.)*?json)(?:\.(.+))?", re.IGNORECASE | re.DOTALL)
-
-
-class KeyFields(Protocol):
-    """The keys of a config that choose members."""
-
-    image_key: str | None
-    caption_key: str | None
 
 
 class SampleKeys(NamedTuple):
@@ -34,10 +26,6 @@ class SampleKeys(NamedTuple):
     """Extension of the image, such as input.jpg."""
     caption: str | None = None
     """Extension of the caption, such as caption; json.NAME is the field NAME of a .json."""
-
-    @classmethod
-    def of(cls, config: KeyFields) -> "SampleKeys":
-        return cls(config.image_key, config.caption_key)
 
     @property
     def field(self) -> str:
@@ -89,19 +77,6 @@ class SampleKeys(NamedTuple):
 
 
 AUTOMATIC = SampleKeys()
-
-
-def check_keys(config: KeyFields, section: str = "") -> None:
-    """Raises UserError for values that can't be meant; `section` is "data." in a training."""
-    for name, example in (("image_key", "input.jpg"), ("caption_key", "json.NAME")):
-        value = getattr(config, name)
-        if value is None:
-            continue
-        if not value.strip(".") or "/" in value or value.startswith(".") or value.endswith("."):
-            raise UserError(
-                f"{section}{name}={value}: must be an extension as in {name}={example}, without "
-                "the dot before it"
-            )
 
 
 def _ending(extension: str) -> str:

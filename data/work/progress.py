@@ -1,7 +1,9 @@
-"""The progress bar of commands that read a whole data set."""
+"""The progress bar of commands that read a whole data set, and reading by threads behind it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -14,6 +16,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from blackpoint.data.work.workers import usable_cores
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 class RateColumn(ProgressColumn):
@@ -41,3 +48,17 @@ def progress(title: str, total: int | None) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=total)
         yield lambda count=1: bar.advance(task, count)
+
+
+def in_threads(
+    title: str,
+    function: Callable[[ItemT], ResultT],
+    items: Collection[ItemT],
+    is_shown: bool = True,
+) -> Iterator[tuple[ItemT, ResultT]]:
+    """Yields each item with function(item), in order, computed by one thread per core."""
+    bar = progress(title, len(items)) if is_shown else nullcontext(lambda: None)
+    with ThreadPoolExecutor(usable_cores()) as pool, bar as advance:
+        for item, result in zip(items, pool.map(function, items), strict=True):
+            advance()
+            yield item, result

@@ -98,9 +98,10 @@ def make_many(folder: Path, num_shards: int) -> Path:
     for path in paths:
         os.utime(path, LONG_AGO)
     with IndexWriter(folder) as index:
-        for number in range(num_shards):
-            index.append(number, records)
-        index.close(paths, [], [content._replace(stamp=file_stamp(p.stat())) for p in paths])
+        for path in paths:
+            stamp = file_stamp(path.stat())
+            index.append(path.name, records, content._replace(stamp=stamp))
+        index.close()
     return folder
 
 

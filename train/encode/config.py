@@ -7,13 +7,13 @@ from omegaconf import MISSING
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
-from blackpoint.data.images.decode import MAX_IMAGE_PIXELS
-from blackpoint.data.shards.listing import check_cache_fields
+from blackpoint.data.files.rules import check_ranges
+from blackpoint.data.shards.options import ShardOptions
 from blackpoint.sampling.choices import Dtype, Tf32
 
 
 @dataclass
-class EncodeConfig:
+class EncodeConfig(ShardOptions):
     """Shards of images, the checkpoint that encodes them, and the shards of latents."""
 
     source: PathText = MISSING
@@ -51,35 +51,11 @@ class EncodeConfig:
     """Processes that decode images for each encoding process; 0 decodes in that process."""
     samples_per_shard: int = 5000
     """Samples of the source that become one shard."""
-    max_bad_share: float = 0.01
-    """Share of samples that may be left out before the run stops, 0 to 1."""
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Images with more pixels are refused as decompression bombs."""
-    image_key: str | None = None
-    """Extension of the members that are images, as in image_key=input.jpg, where index/ is not made
-    yet; null: the one that is an image's, and whatever an index that is there was made with."""
-    caption_key: str | None = None
-    """Likewise of the captions: caption for .caption members, json.NAME for the field NAME of .json
-    members, a text or a list of texts; null: .txt, "caption" in .json, .caption."""
-    cache_dir: PathText | None = None
-    """Folder where shards from URLs are kept, and indices that can't lie beside their shards; null:
-    $XDG_CACHE_HOME/blackpoint or ~/.cache/blackpoint."""
-    cache_gigabytes: float = 50.0
-    """Shards from URLs are kept up to this size, in 10^9 bytes; they are read in order, so little
-    more than the largest will do."""
-    allow_shell_urls: bool = False
-    """Lets pipe:COMMAND stand for a shard: the shell runs it, and its output is the shard."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "samples_per_shard", "max_image_pixels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("resolution", "num_workers", "num_processes"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: must be 0 or more")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"max_bad_share={self.max_bad_share}: must be from 0 to 1")
-        check_cache_fields(self)
+        super().__post_init__()
+        check_ranges(self, "", batch_size=">= 1", samples_per_shard=">= 1", resolution=">= 0")
+        check_ranges(self, "", num_workers=">= 0", num_processes=">= 0")
         if self.crop != "center":
             raise UserError(
                 f"crop={self.crop}: latents are made once, so each image has one view; "

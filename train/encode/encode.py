@@ -304,15 +304,13 @@ def _finish(rules: EncodeRules) -> None:
             f"source={config.source}", bad, num_samples, config.max_bad_share, "max_bad_share"
         )
     with disk_writes():
-        paths = [partial.shards / shard_name(number) for number in range(rules.num_shards)]
-        contents = [
-            shard_content_of(part, path, records)
-            for path, (part, records) in zip(paths, parts, strict=True)
-        ]
         with IndexWriter(partial.shards, partial.working) as index:
-            for number, (_, records) in enumerate(parts):
-                index.append(number, records)
-            index.close(paths, bad, contents)
+            index.bad = bad
+            for part, records in parts:
+                name = shard_name(part.number)
+                content = shard_content_of(part, partial.shards / name, records)
+                index.append(name, records, content)
+            index.close()
         shape = tuple(read_empty(partial.shards).shape)
         encoding = dataclasses.replace(rules.encoding, prompt_embeds_shape=shape)
         with scratch_folder(partial.working) as working:
