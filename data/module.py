@@ -82,8 +82,7 @@ class CaptionedImages(LightningDataModule):
             shards = self._shards(pattern, field)
             if not has_index(shards.folder):
                 rank_zero_info(f"{field}={pattern} has no index: building it, once.")
-                limit, pixels = self.config.max_bad_share, self.config.max_image_pixels
-                folder, bad = index_shards(shards, limit, pixels)
+                folder, bad = index_shards(shards, self.config)
                 rank_zero_info(f"Left out {len(bad)} samples: {folder}/index/bad_samples.jsonl")
                 shards = open_shards(pattern, field, self.config)
             for note in [*shards.notes, *verify(shards)]:

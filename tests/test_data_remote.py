@@ -16,7 +16,7 @@ import blackpoint.data.shards.remote
 from blackpoint.data.files.errors import RunFailed, Unreachable, UserError
 from blackpoint.data.files.lock import locked
 from blackpoint.data.shards.remote import Changed, TooLarge, fetch, read_range
-from blackpoint.data.shards.shard_cache import ShardCache
+from blackpoint.data.shards.shard_cache import RemoteShard, ShardCache
 from tests.shard_server import (
     ShardServer,
     answers,
@@ -47,7 +47,7 @@ def served(server: ShardServer, number: int = 0) -> bytes:
 
 
 def cached(cache: ShardCache, server: ShardServer, number: int) -> bytes:
-    descriptor = cache.open(f"{server.url}/{number}.tar", f"{number}.tar", SIZE)
+    descriptor = cache.open(RemoteShard(f"{number}.tar", f"{server.url}/{number}.tar", SIZE))
     with os.fdopen(descriptor, "rb") as file:
         return file.read()
 
@@ -159,14 +159,14 @@ def test_an_object_store_gives_the_same_bytes(
     with fsspec.open(url, "wb") as file:
         file.write(content)
     cache = ShardCache(tmp_path / "cache", 10**9, "data.cache_gigabytes")
-    with os.fdopen(cache.open(url, "0.tar", SIZE), "rb") as file:
+    with os.fdopen(cache.open(RemoteShard("0.tar", url, SIZE)), "rb") as file:
         assert file.read() == content
     assert read_range(url, 10, 1000) == content[10:1010]
 
 
 def test_the_shards_stay_within_the_bound(server: ShardServer, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", 3 * SIZE, "data.cache_gigabytes")
-    held = cache.open(f"{server.url}/0.tar", "0.tar", SIZE)
+    held = cache.open(RemoteShard("0.tar", f"{server.url}/0.tar", SIZE))
     for number in (1, 2, 0, 3):
         assert cached(cache, server, number) == served(server, number)
         assert total_bytes(cache.folder) <= 3 * SIZE
@@ -185,13 +185,13 @@ def test_the_shards_stay_within_the_bound(server: ShardServer, tmp_path: Path) -
 
 def test_a_shard_that_is_held_stays(server: ShardServer, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", 2 * SIZE, "data.cache_gigabytes")
-    with cache.held(f"{server.url}/0.tar", "0.tar", None) as path:
+    with cache.held(RemoteShard("0.tar", f"{server.url}/0.tar")) as path:
         for number in (1, 2, 3):
             cached(cache, server, number)
         assert path.read_bytes() == served(server, 0)
     # Without a size of its own, the server's word decides whether what is here is still right.
     (server.folder / "0.tar").write_bytes(b"new")
-    with cache.held(f"{server.url}/0.tar", "0.tar", None) as path:
+    with cache.held(RemoteShard("0.tar", f"{server.url}/0.tar")) as path:
         assert path.read_bytes() == b"new"
 
 
@@ -200,7 +200,7 @@ def read_some(url: str, folder: Path, seed: int, results) -> None:
     cache = ShardCache(folder / "cache", 3 * SIZE, "data.cache_gigabytes")
     wrong = 0
     for number in np.random.default_rng(seed).integers(0, 6, 12):
-        descriptor = cache.open(f"{url}/{number}.tar", f"{number}.tar", SIZE)
+        descriptor = cache.open(RemoteShard(f"{number}.tar", f"{url}/{number}.tar", SIZE))
         with os.fdopen(descriptor, "rb") as file:
             wrong += file.read() != (folder / "served" / f"{number}.tar").read_bytes()
     results.put((wrong, total_bytes(cache.folder)))
@@ -250,8 +250,9 @@ def test_a_kill_during_a_download_does_no_damage(server: ShardServer, tmp_path: 
     server.faults = [stalls_after(2_000_000, released)]
     code = (
         "import sys; from pathlib import Path\n"
-        "from blackpoint.data.shards.shard_cache import ShardCache\n"
-        "ShardCache(Path(sys.argv[1]), 10**9, 'x').open(sys.argv[2], '0.tar', 3000000)"
+        "from blackpoint.data.shards.shard_cache import RemoteShard, ShardCache\n"
+        "shard = RemoteShard('0.tar', sys.argv[2], 3000000)\n"
+        "ShardCache(Path(sys.argv[1]), 10**9, 'x').open(shard)"
     )
     cache = ShardCache(tmp_path / "cache", 10**9, "data.cache_gigabytes")
     process = subprocess.Popen(

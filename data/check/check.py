@@ -189,7 +189,8 @@ def _index_state(found: Index, shards: ShardSet, latents: bool) -> IndexState:
             notes += _differences(index, found, name, len(before) == len(now))
     if shards.remote is not None:
         changed, _ = changed_on_server(index, shards.remote)
-        notes += [f"{shown(source)}: {error}" for source, error in changed.items()]
+        remote = shards.remote.shards
+        notes += [f"{shown(remote[name].source)}: {error}" for name, error in changed.items()]
     if shards.is_whole:
         absent = sorted(set(index.shard_names) - {path.name for path in shards.paths})
         notes += [f"{name} is in it but not in the folder" for name in absent]

@@ -43,9 +43,14 @@ def is_remote(text: str) -> bool:
     return _REMOTE.match(text) is not None
 
 
+def is_command(text: str) -> bool:
+    """Tells what a shell would run, however it is written."""
+    return _COMMAND.match(text) is not None
+
+
 def is_verbatim(text: str) -> bool:
     """Tells texts that stand in place of a path, which nobody expands."""
-    return is_remote(text) or _COMMAND.match(text) is not None
+    return is_remote(text) or is_command(text)
 
 
 def expanded(path: str) -> str:

@@ -235,7 +235,6 @@ def build_index(
     folder: Path,
     max_bad_share: float = 0.01,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
-    num_processes: int = 1,
     shards: Sequence[Path] | None = None,
     remote: RemoteShards | None = None,
     keys: SampleKeys = AUTOMATIC,
@@ -247,10 +246,11 @@ def build_index(
     NotWritable.
     """
     shards = folder_shards(folder) if shards is None else shards
-    limits = max_image_pixels, num_processes
     try:
         with IndexWriter(folder, keys=keys) as writer:
-            for name, scan in scan_shards("indexing", shards, *limits, False, remote, keys):
+            for name, scan in scan_shards(
+                "indexing", shards, max_image_pixels, remote=remote, keys=keys
+            ):
                 writer.append(name, scan.records, scan.content)
                 writer.bad += scan.bad
             bad, num_samples = writer.bad, writer.num_samples + len(writer.bad)

@@ -101,7 +101,7 @@ def scan_shards(
     title: str,
     shards: Sequence[Path],
     max_image_pixels: int,
-    num_processes: int,
+    num_processes: int = 1,
     latents: bool = False,
     remote: RemoteShards | None = None,
     keys: SampleKeys = AUTOMATIC,

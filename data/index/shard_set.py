@@ -14,12 +14,14 @@ import fnmatch
 import hashlib
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from blackpoint.data.bad_samples import BadSample
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.lock import locked
+from blackpoint.data.files.paths import is_command, is_remote, is_verbatim
 from blackpoint.data.index.index import INDEX_FOLDER, Index, NotWritable, build_index, has_index
 from blackpoint.data.index.remote_index import fetch_index
 from blackpoint.data.shards.listing import (
@@ -27,15 +29,12 @@ from blackpoint.data.shards.listing import (
     find_shards,
     folder_shards,
     is_encoded,
-    is_remote,
 )
 from blackpoint.data.shards.options import ShardOptions, cache_folder
 from blackpoint.data.shards.remote import COMMAND, facts, list_names, shown
 from blackpoint.data.shards.remote_shards import RemoteShards
 from blackpoint.data.shards.sample_keys import AUTOMATIC, SampleKeys
-from blackpoint.data.shards.shard_cache import GIGABYTE, ShardCache
-
-_SHELL = re.compile(r"(pipe|exec|cmd|popen|sh|bash|shell):|[|!]", re.IGNORECASE)
+from blackpoint.data.shards.shard_cache import GIGABYTE, RemoteShard, ShardCache
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,10 @@ def open_shards(pattern: str, field: str, config: ShardOptions, in_order: bool =
     names = [pattern] if Path(pattern).is_dir() else expand_braces(pattern, field)
     cache_dir, section = cache_folder(config.cache_dir), config.SECTION
     keys = SampleKeys(config.image_key, config.caption_key)
-    if not any(is_remote(name) or _SHELL.match(name) for name in names):
+    if not any(map(is_verbatim, names)):
         return replace(_local(find_shards(pattern, field), cache_dir), keys=keys, section=section)
     where = f"{field}={shown(pattern)}"
-    commands = [name for name in names if _SHELL.match(name)]
+    commands = [name for name in names if is_command(name)]
     if commands:
         _check_commands(commands, names, where, section, config.allow_shell_urls)
         width = max(6, len(str(len(commands))))
@@ -80,27 +79,23 @@ def open_shards(pattern: str, field: str, config: ShardOptions, in_order: bool =
         folder, sources, is_whole = _beside_urls(names, where, cache_dir)
     max_bytes = int(config.cache_gigabytes * GIGABYTE)
     cache = ShardCache(cache_dir / "shards", max_bytes, f"{section}cache_gigabytes")
-    shard_bytes = _indexed_sizes(folder, sources, where)
+    shards = _remote_shards(folder, sources, where)
     by_range, notes = False, list[str]()
-    if shard_bytes:
-        by_range, notes = _manner(sources, cache, shard_bytes, where, in_order)
+    if has_index(folder):
+        by_range, notes = _manner(list(shards.values()), cache, where, in_order)
     elif not max_bytes:
         raise UserError(
             f"{where}: has no index, and what reads the shards to make one needs room "
             f"for the largest of them: set {cache.setting} above 0"
         )
-    digests = Index(folder).digests if shard_bytes else {}
-    known = {name: digests[name].whole for name in sources if name in digests}
-    remote = RemoteShards(sources, cache, shard_bytes, folder / INDEX_FOLDER, by_range, known)
+    remote = RemoteShards(shards, cache, folder / INDEX_FOLDER, by_range)
     paths = [folder / name for name in sources]
     return ShardSet(folder, paths, folder, remote, is_whole, notes, keys, section)
 
 
-def index_shards(
-    shards: ShardSet, max_bad_share: float, max_image_pixels: int, num_processes: int = 1
-) -> tuple[Path, list[BadSample]]:
+def index_shards(shards: ShardSet, options: ShardOptions) -> tuple[Path, list[BadSample]]:
     """Indexes the shards, which have none; returns where the index is, and the bad samples."""
-    limits = (max_bad_share, max_image_pixels, num_processes)
+    limits = options.max_bad_share, options.max_image_pixels
     paths, reason = shards.paths, ""
     if shards.remote is None:
         try:
@@ -204,42 +199,44 @@ def _split(url: str) -> tuple[str, str, str]:
     return folder, name, mark + query
 
 
-def _indexed_sizes(folder: Path, sources: dict[str, str], where: str) -> dict[str, int]:
-    """Returns the sizes that the index of `folder` has of some shards; empty without an index."""
+def _remote_shards(folder: Path, sources: dict[str, str], where: str) -> dict[str, RemoteShard]:
+    """Returns the shards by name, with what an index of `folder` knows of them."""
     if not has_index(folder):
-        return {}
-    sizes = Index(folder).shard_bytes
-    absent = [name for name in sources if name not in sizes]
+        return {name: RemoteShard(name, source) for name, source in sources.items()}
+    index = Index(folder)
+    absent = [name for name in sources if name not in index.shard_bytes]
     if absent:
         raise UserError(
             f"{where}: {len(absent)} shards are not in the index beside them, first {absent[0]}; "
             "name others, or write that index anew"
         )
-    return {name: sizes[name] for name in sources}
+    wholes = {name: digests.whole for name, digests in index.digests.items()}
+    return {
+        name: RemoteShard(name, source, index.shard_bytes[name], wholes.get(name, ""))
+        for name, source in sources.items()
+    }
 
 
 def _manner(
-    sources: dict[str, str],
-    cache: ShardCache,
-    shard_bytes: dict[str, int],
-    where: str,
-    in_order: bool,
+    shards: Sequence[RemoteShard], cache: ShardCache, where: str, in_order: bool
 ) -> tuple[bool, list[str]]:
     """Returns whether members are read by range, and notes for the user."""
-    total, largest = sum(shard_bytes.values()), max(shard_bytes.values())
-    name = max(shard_bytes, key=shard_bytes.__getitem__)
+    sizes = [shard.num_bytes or 0 for shard in shards]
+    total, largest = sum(sizes), max(sizes)
+    source = shards[sizes.index(largest)].source
     if 0 < cache.max_bytes < largest:
-        raise cache.too_small(shown(sources[name]), largest)
+        raise cache.too_small(shown(source), largest)
     if total <= cache.max_bytes:
         return False, [
-            f"{where}: {len(shard_bytes)} shards, {total / GIGABYTE:.3g} GB, are fetched into "
+            f"{where}: {len(shards)} shards, {total / GIGABYTE:.3g} GB, are fetched into "
             f"{cache.folder} as they are read, each once"
         ]
-    size = f"{where}: {total / GIGABYTE:.3g} GB, above {cache.setting}={_gigabytes(cache)}"
+    limit = f"{cache.setting}={cache.max_bytes / GIGABYTE:g}"
+    size = f"{where}: {total / GIGABYTE:.3g} GB, above {limit}"
     enough = f"{cache.setting}={total / GIGABYTE + 0.01:.2f} and more"
     if in_order and cache.max_bytes:
         return False, [f"{size}: read in order, so each shard is fetched once and then makes room"]
-    if not sources[name].startswith(COMMAND) and facts(sources[name]).ranges:
+    if not source.startswith(COMMAND) and facts(source).ranges:
         return True, [
             f"{size}: each sample is read by a range request, and nothing is kept; with {enough}, "
             "each shard is fetched once"
@@ -247,14 +244,10 @@ def _manner(
     if not cache.max_bytes:
         raise UserError(
             f"{size}: without a cache samples are read by range requests, which "
-            f"{shown(sources[name])} does not serve; set {enough}"
+            f"{shown(source)} does not serve; set {enough}"
         )
     share = 1 - cache.max_bytes / total
     return False, [
         f"{size}, and ranges are not served: {share:.0%} of the samples cost a whole shard each, "
-        f"{total / len(shard_bytes) / 1e6:.3g} MB; set {enough}, or copy the shards here"
+        f"{total / len(shards) / 1e6:.3g} MB; set {enough}, or copy the shards here"
     ]
-
-
-def _gigabytes(cache: ShardCache) -> str:
-    return f"{cache.max_bytes / GIGABYTE:g}"

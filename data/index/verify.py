@@ -25,7 +25,7 @@ from blackpoint.data.index.shard_set import ShardSet
 from blackpoint.data.shards.listing import is_encoded
 from blackpoint.data.shards.remote import COMMAND, Changed, Refused, facts, fetch, shown
 from blackpoint.data.shards.remote_shards import RemoteShards, server_stamp
-from blackpoint.data.shards.shard_cache import GIGABYTE
+from blackpoint.data.shards.shard_cache import GIGABYTE, RemoteShard
 from blackpoint.data.shards.shard_digest import (
     ShardContent,
     file_digest,
@@ -50,8 +50,8 @@ def verify(shards: ShardSet) -> list[str]:
         return notes
     changed, notes = changed_on_server(index, shards.remote)
     if changed:
-        first, *others = changed
-        raise shards.remote.unlike_the_index(first, changed[first], others)
+        first, *others = (shards.remote.shards[name] for name in changed)
+        raise shards.remote.unlike_the_index(first, changed[first.name], others)
     return notes
 
 
@@ -123,66 +123,64 @@ def _note(index: Index, digests: dict[str, ShardDigests], stamps: dict[str, str]
 
 
 def changed_on_server(index: Index, remote: RemoteShards) -> tuple[dict[str, Exception], list[str]]:
-    """Returns the fault of each source that has changed, and notes for the user.
+    """Returns the fault of each shard, by name, that has changed, and notes for the user.
 
     What can't be asked, a command or a server that does not answer, has not changed.
     """
     stamps = read_stamps(index.places)
-    names = [name for name in remote.sources if not remote.sources[name].startswith(COMMAND)]
+    shards = [s for s in remote.shards.values() if not s.source.startswith(COMMAND)]
     changed, fresh = dict[str, Exception](), dict[str, str]()
-    notes, moved = list[str](), list[str]()
-    first = next((name for name in names if name not in remote.digests), None)
+    notes, moved = list[str](), list[RemoteShard]()
+    first = next((shard.name for shard in shards if not shard.whole), None)
     if first and first not in stamps:
         notes.append(
             f"{index.places[0]} has no digests of its shards: those on the server are known by "
             "size and version until their index is written anew"
         )
     try:
-        found = [_stamp(remote, name) for name in names[:1]]
+        answers = list(map(_stamp, shards[:1]))  # alone: a server that is down is waited for once
         with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-            found += pool.map(lambda name: _stamp(remote, name), names[1:])
+            answers += pool.map(_stamp, shards[1:])
     except (Unreachable, Refused) as error:
         return {}, [*notes, f"{error}; the shards are not compared with their index"]
-    for name, stamp in zip(names, found, strict=True):
-        source, whole = remote.sources[name], remote.digests.get(name, "")
+    for shard, stamp in zip(shards, answers, strict=True):
         if isinstance(stamp, Exception):
-            changed[source] = stamp
-        elif stamp and name not in stamps:
-            fresh[name] = stamped(stamp, whole)
-        elif stamp and stamped(stamp, whole) not in stamps[name]:
-            moved.append(name)
-            problem = _difference(source, remote.shard_bytes[name], whole)
+            changed[shard.name] = stamp
+        elif stamp and stamped(stamp, shard.whole) not in stamps.get(shard.name, ()):
+            problem = None
+            if shard.name in stamps:
+                moved.append(shard)
+                problem = _difference(shard)
             if problem:
-                changed[source] = problem
+                changed[shard.name] = problem
             else:
-                fresh[name] = stamped(stamp, whole)
+                fresh[shard.name] = stamped(stamp, shard.whole)
     if moved:
         notes.append(
             f"{len(moved)} shards have another version on the server than before, first "
-            f"{shown(remote.sources[moved[0]])}: read there and compared"
+            f"{shown(moved[0].source)}: read there and compared"
         )
     if fresh:
         add_stamps(index.places, fresh)
     return changed, notes
 
 
-def _stamp(remote: RemoteShards, name: str) -> str | Exception:
-    source, num_bytes = remote.sources[name], remote.shard_bytes[name]
+def _stamp(shard: RemoteShard) -> str | Exception:
     try:
-        found = facts(source, TRIES)
+        now = facts(shard.source, TRIES)
     except FileNotFoundError as error:
         return error
-    if found.num_bytes not in (None, num_bytes):
-        return Changed(f"{num_bytes} bytes when it was indexed, {found.num_bytes} now")
-    return server_stamp(found.num_bytes, found.version)
+    if now.num_bytes not in (None, shard.num_bytes):
+        return Changed(f"{shard.num_bytes} bytes when it was indexed, {now.num_bytes} now")
+    return server_stamp(now.num_bytes, now.version)
 
 
-def _difference(source: str, num_bytes: int, whole: str) -> Exception | None:
+def _difference(shard: RemoteShard) -> Exception | None:
     """Reads a shard where it is and returns its difference from the indexed one."""
-    if not whole:
+    if not shard.whole:
         return Changed("another version than before, and the index has no digest to compare it by")
     try:
-        fetch(source, None, num_bytes, whole=whole)
+        fetch(shard.source, None, shard.num_bytes, whole=shard.whole)
     except (Changed, FileNotFoundError) as error:
         return error
     return None

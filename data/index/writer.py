@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -112,12 +111,7 @@ class IndexWriter:
             if not (self.folder / "shards.json").exists():
                 raise  # Otherwise another process wrote the same index first.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for file in (self._records, self._keys):
             with contextlib.suppress(OSError):  # on a full disk, closing fails again
                 file.close()

@@ -30,7 +30,7 @@ def captions_beside(
     A caption without an image is named as well. Of a .json the captions are its "caption" or, where
     it has none, its `field`; with `lines` each line of a text file is one.
     """
-    read = functools.partial(_json, field) if suffix == "json" else _text
+    read = functools.partial(_json, field) if suffix == "json" else text_captions
     for directory, names in walk(folder):
         for name in names:
             if suffix_of(name) not in IMAGE_SUFFIXES:
@@ -57,10 +57,6 @@ def captions_beside(
             if not has_image_beside(names, name):
                 relative = os.path.join(directory, name)
                 yield BadSample(printable(relative), "no image beside the caption")
-
-
-def _text(content: bytes, lines: bool) -> Captions:
-    return text_captions(content, lines)
 
 
 def _json(field: str, content: bytes, lines: bool) -> Captions:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from blackpoint.data.bad_samples import BadSample
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.tables import BadTable, csv_rows
-from blackpoint.data.pack.embedded_images import embedded_column
+from blackpoint.data.pack.embedded_images import embedded_column, opened
 from blackpoint.data.pack.image_folder import has_image_beside, suffix_of
 from blackpoint.data.pack.kohya_metadata import is_metadata, is_metadata_name
 
@@ -52,8 +52,9 @@ def table_columns(table: Path) -> list[str]:
         case ".jsonl":
             return _json_columns(table)
         case ".csv":
-            return _csv_columns(table)
-    return _parquet_columns(table)
+            return next(_csv_lists(table), (1, []))[1]
+    with opened(table) as file:
+        return file.schema_arrow.names
 
 
 def find_tables(
@@ -151,10 +152,6 @@ def _csv_rows(table: Path) -> Rows:
             yield f"{table.name}:{line}", dict(zip(header, values, strict=True))
 
 
-def _csv_columns(table: Path) -> list[str]:
-    return next(_csv_lists(table), (1, []))[1]
-
-
 def _csv_lists(table: Path) -> Iterator[tuple[int, list[str]]]:
     with _open(table) as file:
         try:
@@ -182,12 +179,3 @@ def _parquet_rows(table: Path, columns: Sequence[str]) -> Rows:
                 yield f"{table.name}:{number}", row
     except (ArrowException, OSError) as error:
         raise UserError(f"{table}: damaged Parquet after row {number}: {error}") from None
-
-
-def _parquet_columns(table: Path) -> list[str]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        return list(parquet.read_schema(table).names)
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{table}: cannot be read as Parquet: {error}") from None

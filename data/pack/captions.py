@@ -30,7 +30,7 @@ from blackpoint.data.pack.caption_parts import Parts, common_pattern, grouped, n
 from blackpoint.data.pack.caption_sidecars import captions_beside
 from blackpoint.data.pack.caption_tables import TABLE_FORMS, find_tables, table_kind, table_rows
 from blackpoint.data.pack.caption_tables import CaptionFields as CaptionFields
-from blackpoint.data.pack.embedded_images import image_sizes, num_rows
+from blackpoint.data.pack.embedded_images import image_sizes, opened
 from blackpoint.data.pack.fingerprints import Fingerprints
 from blackpoint.data.pack.image_folder import CaptionedFile as CaptionedFile
 from blackpoint.data.pack.image_folder import (
@@ -75,8 +75,11 @@ class CaptionSource:
 
     def num_embedded(self) -> int:
         """Returns how many images the tables hold."""
-        paths = self.tables.paths if self.tables and self.is_embedded else ()
-        return sum(map(num_rows, paths))
+        num_images = 0
+        for path in self.tables.paths if self.tables and self.is_embedded else ():
+            with opened(path) as file:
+                num_images += file.metadata.num_rows
+        return num_images
 
 
 def find_captions(

@@ -5,10 +5,11 @@ groups; nothing but those few images and one page is held in memory. How large a
 file's writer to choose: pyarrow puts up to 1,024 rows into one.
 """
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from blackpoint.data.files.errors import UserError
@@ -20,13 +21,10 @@ BUFFER_BYTES = 1 << 20
 
 def embedded_column(table: Path, column: str) -> str | None:
     """Returns the path of the images' bytes in a Parquet file; None if `column` holds none."""
-    import pyarrow
-    from pyarrow import parquet, types
+    from pyarrow import types
 
-    try:
-        schema = parquet.read_schema(table)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{table}: cannot be read as Parquet: {error}") from None
+    with opened(table) as file:
+        schema = file.schema_arrow
     if column not in schema.names:
         return None
     kind, path = schema.field(column).type, column
@@ -38,7 +36,7 @@ def embedded_column(table: Path, column: str) -> str | None:
 def image_sizes(table: Path, column: str) -> Iterator[int]:
     """Yields, row by row, the mean size in bytes of the images of the row group."""
     path = embedded_column(table, column)
-    with _opened(table) as file:
+    with opened(table) as file:
         for number in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(number)
             sizes = [
@@ -50,74 +48,57 @@ def image_sizes(table: Path, column: str) -> Iterator[int]:
                 yield sum(sizes) // group.num_rows
 
 
-def num_rows(table: Path) -> int:
-    """Returns the number of rows of a Parquet file."""
-    with _opened(table) as file:
-        return file.metadata.num_rows
-
-
 class EmbeddedImages:
     """Reads images by file and row; rows that rise cost one pass. A context manager."""
 
     def __init__(self, column: str) -> None:
         self.column = column
+        self._file = ExitStack()
         self._path: Path | None = None
-        self._file: Any = None
-        self._batches: Iterator[Any] = iter(())
-        self._batch: Any = None
-        self._first = 0
-        """The row that the batch begins with."""
+        self._rows: Iterator[tuple[int, Any]] = iter(())
+        self._next_row = 0
 
     def __enter__(self) -> "EmbeddedImages":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._path, self._file, self._batch, self._batches = None, None, None, iter(())
+    def __exit__(self, *error: object) -> None:
+        self._path, self._rows = None, iter(())
+        self._file.close()
 
     def read(self, path: Path, row: int) -> bytes:
         """Returns the bytes of the image in a row, from 0; raises BadImage."""
         from pyarrow import ArrowException
 
         try:
-            if path != self._path or row < self._first:
+            if path != self._path or row < self._next_row:
                 self._open(path, row)
-            while self._batch is None or row >= self._first + len(self._batch):
-                self._first += 0 if self._batch is None else len(self._batch)
-                self._batch = next(self._batches)
-            values = self._batch.column(0)
-            found = values[row - self._first].as_py()
+            value = next(value for number, value in self._rows if number == row).as_py()
         except (ArrowException, OSError, StopIteration, UserError) as error:
-            self.__exit__(None, None, None)
-            raise BadImage(f"damaged Parquet: {error or 'it ends before'}") from None
-        content = found.get("bytes") if isinstance(found, dict) else found
+            self.__exit__()
+            raise BadImage(f"damaged Parquet: {str(error) or 'it ends before'}") from None
+        self._next_row = row + 1
+        content = value.get("bytes") if isinstance(value, dict) else value
         if content is None:
             raise BadImage(f"no image: {self.column} has no bytes")
         return content
 
     def _open(self, path: Path, row: int) -> None:
-        self.__exit__(None, None, None)
+        """Goes to the beginning of the row group that holds a row."""
+        self.__exit__()
         column = embedded_column(path, self.column)
         if column is None:
             raise BadImage(f"no image: {self.column} is no column of images")
-        self._file, self._path = _opened(path), path
-        metadata = self._file.metadata
-        starts = [0]
-        for number in range(metadata.num_row_groups):
-            starts.append(starts[-1] + metadata.row_group(number).num_rows)
-        group = bisect_right(starts, row) - 1
-        self._first = starts[min(group, len(starts) - 1)]
-        groups = list(range(group, metadata.num_row_groups))
-        self._batches = self._file.iter_batches(ROWS_AT_ONCE, groups, [column])
+        file = self._file.enter_context(opened(path))
+        sizes = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
+        starts = list(itertools.accumulate(sizes, initial=0))
+        group = min(bisect_right(starts, row) - 1, len(sizes))
+        batches = file.iter_batches(ROWS_AT_ONCE, list(range(group, len(sizes))), [column])
+        values = (value for batch in batches for value in batch.column(0))
+        self._path, self._rows = path, zip(itertools.count(starts[group]), values, strict=False)
 
 
-def _opened(table: Path) -> Any:
+def opened(table: Path) -> Any:
+    """Opens a Parquet file, whose pages are read one by one; raises UserError."""
     import pyarrow
     from pyarrow import parquet
 

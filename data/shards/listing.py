@@ -6,7 +6,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.paths import is_remote as is_remote
+from blackpoint.data.files.paths import is_remote
 from blackpoint.data.images.decode import IMAGE_SUFFIXES
 
 ENCODING_FILE = "encoding.json"

@@ -73,12 +73,7 @@ def total_bytes(answer: Any) -> int | None:
 
 def is_http(file_system: Any) -> bool:
     """Tells http and https from stores."""
-    return "http" in _protocols(file_system)
-
-
-def _protocols(file_system: Any) -> tuple[str, ...]:
-    protocol = file_system.protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+    return "http" in file_system.protocol  # one text, or several
 
 
 def open_file_system(source: str, stall_s: float) -> tuple[Any, str]:

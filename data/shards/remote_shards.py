@@ -10,13 +10,13 @@ shards; a reader in order, such as `data encode`, is well served by whole shards
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.record import Span
 from blackpoint.data.shards.remote import Changed, read_range, shown
-from blackpoint.data.shards.shard_cache import ShardCache
+from blackpoint.data.shards.shard_cache import RemoteShard, ShardCache
 
 NUM_NAMED = 4
 MAX_GAP_BYTES = 1 << 16
@@ -25,17 +25,13 @@ MAX_GAP_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class RemoteShards:
-    """Shards by name; where each is, where they are kept, and how members are read."""
+    """Shards, where they are kept, and how members are read."""
 
-    sources: dict[str, str]
-    """URL, or pipe:COMMAND, of each."""
+    shards: dict[str, RemoteShard]
+    """By name."""
     cache: ShardCache
-    shard_bytes: dict[str, int]
-    """Size of each when it was indexed; empty while there is no index."""
     index_folder: Path
     by_range: bool = False
-    digests: dict[str, str] = field(default_factory=dict)
-    """Of all bytes of each; without those of an index from before there were digests."""
     anew: bool = False
     """Whether shards are fetched even if they are in the cache."""
 
@@ -44,17 +40,16 @@ class RemoteShards:
 
         Raises UserError if the shard is absent or not the one that was indexed, and RunFailed.
         """
-        source, num_bytes = self.sources[name], self.shard_bytes[name]
-        whole = self.digests.get(name, "")
+        shard = self.shards[name]
         try:
             if self.by_range:
-                descriptor = self.cache.find(source, name, num_bytes, whole)
+                descriptor = self.cache.find(shard)
                 if descriptor is None:
-                    return _read_ranges(source, spans)
+                    return _read_ranges(shard.source, spans)
             else:
-                descriptor = self.cache.open(source, name, num_bytes, whole)
+                descriptor = self.cache.open(shard)
         except (FileNotFoundError, Changed) as error:
-            raise self.unlike_the_index(source, error) from None
+            raise self.unlike_the_index(shard, error) from None
         try:
             return [os.pread(descriptor, span.size, span.offset) for span in spans]
         finally:
@@ -63,39 +58,35 @@ class RemoteShards:
     @contextmanager
     def held(self, name: str) -> Iterator[Path]:
         """Is the context in which a shard is a local file, fetched first if need be."""
-        source, num_bytes = self.sources[name], self.shard_bytes.get(name)
         with ExitStack() as stack:
             try:
-                whole = self.digests.get(name, "")
-                held = self.cache.held(source, name, num_bytes, whole, self.anew)
-                path = stack.enter_context(held)
+                path = stack.enter_context(self.cache.held(self.shards[name], self.anew))
             except (FileNotFoundError, Changed) as error:
-                raise self.unlike_the_index(source, error) from None
+                raise self.unlike_the_index(self.shards[name], error) from None
             yield path
 
     def only(self, name: str) -> "RemoteShards":
         """Returns one shard of these, which is small to send to a process."""
-        sizes = {name: self.shard_bytes[name]} if name in self.shard_bytes else {}
-        digests = {name: self.digests[name]} if name in self.digests else {}
-        source = {name: self.sources[name]}
-        return replace(self, sources=source, shard_bytes=sizes, digests=digests)
+        return replace(self, shards={name: self.shards[name]})
 
     def stamp(self, name: str) -> str:
         """Returns size and server's version of a shard that is held; "" where it gives none."""
-        copy = self.cache.copy(self.sources[name])
+        copy = self.cache.copy(self.shards[name].source)
         return server_stamp(copy.num_bytes, copy.version) if copy else ""
 
     def unlike_the_index(
-        self, source: str, error: Exception, others: Sequence[str] = ()
+        self, shard: RemoteShard, error: Exception, others: Sequence[RemoteShard] = ()
     ) -> UserError:
         """Returns the error for a shard, and others, that are not there or have changed."""
-        if isinstance(error, FileNotFoundError) and not self.shard_bytes:
-            return UserError(f"{shown(source)} does not exist; name the shards that are there")
-        what = "does not exist" if isinstance(error, FileNotFoundError) else f"has changed: {error}"
+        source, is_absent = shown(shard.source), isinstance(error, FileNotFoundError)
+        if is_absent and shard.num_bytes is None:
+            return UserError(f"{source} does not exist; name the shards that are there")
+        what = "does not exist" if is_absent else f"has changed: {error}"
         if others:
-            what += f" ({len(others)} more differ: {', '.join(map(shown, others[:NUM_NAMED]))})"
+            names = ", ".join(shown(other.source) for other in others[:NUM_NAMED])
+            what += f" ({len(others)} more differ: {names})"
         return UserError(
-            f"{shown(source)} {what}; put the shard back, or have the shards indexed anew: remove "
+            f"{source} {what}; put the shard back, or have the shards indexed anew: remove "
             f"the index beside them, if there is one, and {self.index_folder}"
         )
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
 from blackpoint.data.files.lock import locked
@@ -28,6 +29,18 @@ from blackpoint.data.shards.remote import Fetched, TooLarge, facts, fetch, shown
 from blackpoint.data.shards.shard_digest import file_digest
 
 GIGABYTE = 10**9
+
+
+class RemoteShard(NamedTuple):
+    """A shard that is elsewhere, and what it was when it was indexed."""
+
+    name: str
+    source: str
+    """URL, or pipe:COMMAND."""
+    num_bytes: int | None = None
+    """None without an index: the shard is what the server has now."""
+    whole: str = ""
+    """Digest of all bytes; "" where the index was written before there were digests."""
 
 
 @dataclass(frozen=True)
@@ -38,49 +51,46 @@ class ShardCache:
     max_bytes: int
     setting: str
 
-    def find(self, source: str, name: str, num_bytes: int, whole: str = "") -> int | None:
+    def find(self, shard: RemoteShard) -> int | None:
         """Returns a descriptor of a shard that is here already, or None."""
-        path = self._path(source, name, whole)
+        path = self._path(shard, shard.whole)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if os.fstat(descriptor).st_size != num_bytes:
+        if os.fstat(descriptor).st_size != shard.num_bytes:
             os.close(descriptor)
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # The shard read last is removed last.
         return descriptor
 
-    def open(self, source: str, name: str, num_bytes: int, whole: str = "") -> int:
+    def open(self, shard: RemoteShard) -> int:
         """Returns a descriptor of a shard, fetched first where it is not here.
 
-        Raises FileNotFoundError, Changed if it has not `num_bytes` and the digest `whole`,
-        UserError and RunFailed.
+        Raises FileNotFoundError, Changed if it is not the one that was indexed, UserError and
+        RunFailed.
         """
-        descriptor = self.find(source, name, num_bytes, whole)
+        descriptor = self.find(shard)
         while descriptor is None:
-            with self.held(source, name, num_bytes, whole):
-                descriptor = self.find(source, name, num_bytes, whole)
+            with self.held(shard):
+                descriptor = self.find(shard)
         return descriptor
 
     @contextmanager
-    def held(
-        self, source: str, name: str, num_bytes: int | None, whole: str = "", anew: bool = False
-    ) -> Iterator[Path]:
+    def held(self, shard: RemoteShard, anew: bool = False) -> Iterator[Path]:
         """Yields the file of a shard, which stays until the context ends.
 
-        Without `num_bytes` it is what the server has now. `anew`: what is here is not trusted.
+        `anew`: what is here is not trusted.
         """
-        folder = self._folder(source)
+        folder = self._folder(shard.source)
         with contextlib.ExitStack() as stack:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(folder / "lock"))
             except OSError as error:
                 raise self.unwritable(error.strerror) from None
-            path = None if anew else self._here(source, name, num_bytes, whole)
-            yield path or self._fetch(source, name, num_bytes, whole)
+            yield (None if anew else self._here(shard)) or self._fetch(shard)
 
     def copy(self, source: str) -> Fetched | None:
         """Returns the last copy from a URL; None: none, or not known."""
@@ -112,44 +122,44 @@ class ShardCache:
     def _folder(self, source: str) -> Path:
         return self.folder / hashlib.blake2b(source.encode(), digest_size=12).hexdigest()
 
-    def _path(self, source: str, name: str, whole: str) -> Path:
-        return self._folder(source) / whole / name
+    def _path(self, shard: RemoteShard, whole: str) -> Path:
+        return self._folder(shard.source) / whole / shard.name
 
-    def _here(self, source: str, name: str, num_bytes: int | None, whole: str) -> Path | None:
+    def _here(self, shard: RemoteShard) -> Path | None:
         """Returns the file of a shard that is here already, or None; for who has its lock."""
-        if num_bytes is None:  # Then the server's version decides; of a command there is none.
-            copy = self.copy(source)
+        if shard.num_bytes is None:  # the server's version decides; of a command there is none
+            copy = self.copy(shard.source)
             if copy is None or not copy.version:
                 return None
-            found = facts(source)
-            if found.version != copy.version or found.num_bytes not in (None, copy.num_bytes):
+            now = facts(shard.source)
+            if now.version != copy.version or now.num_bytes not in (None, copy.num_bytes):
                 return None
-            num_bytes, whole = copy.num_bytes, copy.whole
-        path, old = self._path(source, name, whole), self._path(source, name, "")
-        if whole and not path.exists() and _size(old) == num_bytes:
+            shard = shard._replace(num_bytes=copy.num_bytes, whole=copy.whole)
+        path, old = self._path(shard, shard.whole), self._path(shard, "")
+        if shard.whole and not path.exists() and _size(old) == shard.num_bytes:
             # Fetched when there was only its size to know it by.
-            if file_digest(old) == whole:
+            if file_digest(old) == shard.whole:
                 path.parent.mkdir(exist_ok=True)
                 old.replace(path)
             else:
                 old.unlink()
-        return path if _size(path) == num_bytes else None
+        return path if _size(path) == shard.num_bytes else None
 
-    def _fetch(self, source: str, name: str, num_bytes: int | None, whole: str) -> Path:
-        partial = self._path(source, f"{name}.partial", "")
+    def _fetch(self, shard: RemoteShard) -> Path:
+        partial = self._folder(shard.source) / f"{shard.name}.partial"
         try:
-            found = fetch(source, partial, num_bytes, self.max_bytes, whole)
+            fetched = fetch(shard.source, partial, shard.num_bytes, self.max_bytes, shard.whole)
             # An index without digests finds its shards by name alone.
-            known = num_bytes is None or whole
-            path = self._path(source, name, found.whole if known else "")
+            is_known = shard.num_bytes is None or shard.whole
+            path = self._path(shard, fetched.whole if is_known else "")
             with disk_writes(), locked(self.folder / "lock"):
-                self._make_room(found.num_bytes, path)
+                self._make_room(fetched.num_bytes, path)
                 path.parent.mkdir(exist_ok=True)
                 partial.replace(path)
-                (self._folder(source) / "copy.json").write_text(json.dumps(found))
+                (partial.parent / "copy.json").write_text(json.dumps(fetched))
             return path
         except TooLarge as error:
-            raise self.too_small(shown(source), error.args[0]) from None
+            raise self.too_small(shown(shard.source), error.args[0]) from None
         except WriteFailed as error:
             used = self.num_bytes() / GIGABYTE
             raise RunFailed(
@@ -184,12 +194,12 @@ class ShardCache:
 
     def _shards(self) -> list[tuple[int, int, Path]]:
         """Lists (time of the last reading, bytes, path)."""
-        found = []
+        shards = []
         for path in (*self.folder.glob("*/*.tar"), *self.folder.glob("*/*/*.tar")):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                found.append((status.st_mtime_ns, status.st_size, path))
-        return found
+                shards.append((status.st_mtime_ns, status.st_size, path))
+        return shards
 
 
 def _size(path: Path) -> int | None:

@@ -25,7 +25,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
@@ -81,12 +80,7 @@ class Partial:
             raise UserError(f"output={self.output}: can't be written: {reason}") from None
         raise UserError(f"output={self.output}: {self.folder} is removed again and again")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if not self.folder.exists():
             return self._presence.release()
         with self.alone():

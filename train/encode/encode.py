@@ -147,7 +147,7 @@ def open_source(config: EncodeConfig, task: Task) -> Reader:
                 f"source={config.source}: has no index, and each of {task.count} tasks would make "
                 f"one; make it first: {indexing_command(shards, config.source, config)}"
             )
-        index_shards(shards, config.max_bad_share, config.max_image_pixels)
+        index_shards(shards, config)
         shards = open_shards(config.source, "source", config, in_order=True)
     for note in verify(shards):
         tell(note)
