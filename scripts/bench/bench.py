@@ -116,24 +116,28 @@ def bench(settings: BenchConfig) -> dict[str, Any]:
     unknown = [name for name in wanted if name not in PARTS]
     if unknown:
         raise UserError(f"parts={unknown}: is none of {', '.join(PARTS)}")
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = inputs.training_config(settings.config, folder / "unused", 1)
-        given = Given(settings, config, folder)
+        context = Context(settings, config, folder)
         for part, measure in PARTS.items():
             if part in wanted:
                 say(part)
-                raw, rows = measure(given)
-                found[part] = {**describe(settings), "rows": list(map(_as_json, rows)), "raw": raw}
+                raw, rows = measure(context)
+                measured[part] = {
+                    **describe(settings),
+                    "rows": list(map(_as_json, rows)),
+                    "raw": raw,
+                }
             elif part in kept:
-                found[part] = kept[part]
-    return {"parts": found}
+                measured[part] = kept[part]
+    return {"parts": measured}
 
 
 @dataclass(frozen=True)
-class Given:
-    """What every part may use."""
+class Context:
+    """Settings, config and folder that the parts share."""
 
     settings: BenchConfig
     config: TrainConfig
@@ -148,35 +152,35 @@ class Given:
 Measured = tuple[Any, list[Row]]  # raw numbers, and the rows made of them
 
 
-def _training(given: Given, group: str, cached: bool, keeps_captions: bool) -> Measured:
-    settings = given.settings
+def _training(context: Context, group: str, cached: bool, keeps_captions: bool) -> Measured:
+    settings = context.settings
     seconds = training.time_training(
         settings.config,
-        given.prepared,
-        given.folder,
+        context.prepared,
+        context.folder,
         cached,
         settings.warmup_steps,
         settings.block_steps,
         settings.rounds,
         keeps_captions,
     )
-    images = settings.block_steps * given.config.batch_size
+    images = settings.block_steps * context.config.batch_size
     return seconds, training.training_rows(group, seconds, images, is_bound=keeps_captions)
 
 
-def _sampling(given: Given) -> Measured:
-    settings = given.settings
+def _sampling(context: Context) -> Measured:
+    settings = context.settings
     seconds = sampling.time_sampling(
-        given.config, settings.sample_images, settings.num_steps, settings.sample_rounds
+        context.config, settings.sample_images, settings.num_steps, settings.sample_rounds
     )
     return seconds, sampling.sampling_rows(seconds, settings.sample_images)
 
 
-def _search(given: Given) -> Measured:
-    settings = given.settings
+def _search(context: Context) -> Measured:
+    settings = context.settings
     seconds = search.time_search(
-        given.config,
-        given.folder,
+        context.config,
+        context.folder,
         settings.search_candidates,
         settings.num_steps,
         settings.search_rounds,
@@ -184,25 +188,25 @@ def _search(given: Given) -> Measured:
     return seconds, search.search_rows(seconds, settings.search_candidates)
 
 
-def _reader(given: Given) -> Measured:
-    seconds = reader.time_reader(given.config, READER_BATCHES, given.settings.reader_rounds)
-    return seconds, reader.reader_rows(seconds, READER_BATCHES * given.config.batch_size)
+def _reader(context: Context) -> Measured:
+    seconds = reader.time_reader(context.config, READER_BATCHES, context.settings.reader_rounds)
+    return seconds, reader.reader_rows(seconds, READER_BATCHES * context.config.batch_size)
 
 
-def _runs(given: Given) -> Measured:
-    settings = given.settings
-    found = reader.time_runs(
-        settings.config, given.prepared, given.folder, settings.run_steps, settings.run_rounds
+def _runs(context: Context) -> Measured:
+    settings = context.settings
+    runs = reader.time_runs(
+        settings.config, context.prepared, context.folder, settings.run_steps, settings.run_rounds
     )
-    return found, reader.run_rows(found)
+    return runs, reader.run_rows(runs)
 
 
-def _memory(given: Given) -> Measured:
-    settings = given.settings
+def _memory(context: Context) -> Measured:
+    settings = context.settings
     peaks = memory.measure_memory(
         settings.config,
-        given.prepared,
-        given.folder,
+        context.prepared,
+        context.folder,
         settings.memory_steps,
         settings.sample_images,
         settings.memory_rounds,
@@ -210,19 +214,19 @@ def _memory(given: Given) -> Measured:
     return peaks, memory.memory_rows(peaks)
 
 
-def _startup(given: Given) -> Measured:
-    verbs = ["data pack"] if given.settings.quick else list(VERBS)
-    seconds = startup.time_startup(verbs, given.settings.startup_rounds)
+def _startup(context: Context) -> Measured:
+    verbs = ["data pack"] if context.settings.quick else list(VERBS)
+    seconds = startup.time_startup(verbs, context.settings.startup_rounds)
     return seconds, startup.startup_rows(seconds)
 
 
 IN_THE_LOOP = "training, encoders in the loop"
-PARTS: dict[str, Callable[[Given], Measured]] = {
-    "training": lambda given: _training(given, IN_THE_LOOP, False, True),
-    "captions": lambda given: _training(
-        given, f"{IN_THE_LOOP}, no caption met before", False, False
+PARTS: dict[str, Callable[[Context], Measured]] = {
+    "training": lambda context: _training(context, IN_THE_LOOP, False, True),
+    "captions": lambda context: _training(
+        context, f"{IN_THE_LOOP}, no caption met before", False, False
     ),
-    "cached": lambda given: _training(given, "training, cached latents", True, True),
+    "cached": lambda context: _training(context, "training, cached latents", True, True),
     "sampling": _sampling,
     "search": _search,
     "reader": _reader,

@@ -27,7 +27,7 @@ def measure_memory(
     yaml: str, inputs: Inputs, folder: Path, num_steps: int, num_images: int, repeats: int
 ) -> dict[str, list[int]]:
     """Returns the peak resident set of each part, bytes, one a repeat."""
-    found: dict[str, list[int]] = {part: [] for part in PARTS}
+    peaks: dict[str, list[int]] = {part: [] for part in PARTS}
     for repeat in range(repeats):
         for part in PARTS:
             task = {
@@ -42,8 +42,8 @@ def measure_memory(
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
                 raise RunFailed(f"the memory of {part} could not be measured:\n{result.stderr}")
-            found[part].append(int(result.stdout.splitlines()[-1]))
-    return found
+            peaks[part].append(int(result.stdout.splitlines()[-1]))
+    return peaks
 
 
 def memory_rows(peaks: dict[str, list[int]]) -> list[Row]:

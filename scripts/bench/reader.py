@@ -79,11 +79,11 @@ def time_runs(yaml: str, inputs: Inputs, folder: Path, steps: int, rounds: int) 
         TWO: {"trainer.devices": 2},
         LOADERS: {"data.num_workers": 2},
     }
-    found = []
+    speeds_by_round = []
     for number in range(rounds):
         names = list(changes)
         first = number % len(names)
-        one = {}
+        speeds = {}
         for name in names[first:] + names[:first]:
             run_dir = folder / f"{number}_{names.index(name)}"
             task = {"yaml": yaml, "run_dir": str(run_dir), "steps": steps, **changes[name]}
@@ -91,17 +91,19 @@ def time_runs(yaml: str, inputs: Inputs, folder: Path, steps: int, rounds: int) 
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
                 raise RunFailed(f"a run of train on {name} failed:\n{result.stderr}")
-            one[name] = json.loads((run_dir / "bench.json").read_text())
-        found.append(one)
-    return found
+            speeds[name] = json.loads((run_dir / "bench.json").read_text())
+        speeds_by_round.append(speeds)
+    return speeds_by_round
 
 
-def run_rows(found: list[dict]) -> list[Row]:
+def run_rows(runs_by_round: list[dict]) -> list[Row]:
     """Returns images/s of each run, the share of waiting, and the two ratios."""
-    speeds = {name: [one[name]["images_per_s"] for one in found] for name in found[0]}
+    speeds = {
+        name: [runs[name]["images_per_s"] for runs in runs_by_round] for name in runs_by_round[0]
+    }
     rows = [row(RUNS, name, "images/s", speeds[name]) for name in speeds]
     for name in (IMAGES, CACHE, LOADERS):
-        waiting = [one[name]["waiting_share"] for one in found]
+        waiting = [runs[name]["waiting_share"] for runs in runs_by_round]
         rows.append(row(RUNS, f"{name}: share of time waiting for data", "", waiting))
     rows.append(ratio_row(RUNS, "cache / images", speeds[CACHE], speeds[IMAGES]))
     rows.append(ratio_row(RUNS, "two processes / one", speeds[TWO], speeds[IMAGES]))
@@ -118,15 +120,15 @@ def _bare_batches(shards: list[Path], size: int, batch_size: int) -> Iterator[to
 def _bare_samples(shards: list[Path], size: int) -> Iterator[tuple[np.ndarray, str]]:
     for shard in itertools.cycle(shards):
         with tarfile.open(shard) as tar:
-            found: dict[str, bytes] = {}
+            members: dict[str, bytes] = {}
             for member in tar:
                 file = tar.extractfile(member)
                 assert file is not None
-                found[member.name.rpartition(".")[2]] = file.read()
-                if len(found) == 2:
-                    caption = found.pop("txt").decode().strip()
-                    ((_, content),) = found.items()
-                    found = {}
+                members[member.name.rpartition(".")[2]] = file.read()
+                if len(members) == 2:
+                    caption = members.pop("txt").decode().strip()
+                    ((_, content),) = members.items()
+                    members = {}
                     yield _bare_pixels(content, size), caption
 
 

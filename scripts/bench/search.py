@@ -59,18 +59,18 @@ def contestants(
         runner = TrialRunner(model, prompts, sampling, [verifier], {verifier.name: 1.0}, batch_size)
         winners, journal = Winners(folder, prompts, {}, runner.shape), Journal(folder)
         problems = [Problem(index, SEED, runner.grid, runner.cost, budget) for index in prompts]
-        found = drive(
+        searches = drive(
             runner,
             journal,
             (
-                open_search(p, lambda own: random_search(own, RandomSearchConfig()))
+                open_search(p, lambda problem: random_search(problem, RandomSearchConfig()))
                 for p in problems
             ),
             on_image=winners.keep,
-            on_done=lambda one: winners.forget(one) if winners.finish(one, True) else None,
+            on_done=lambda done: winners.forget(done) if winners.finish(done, True) else None,
         )
         journal.close()
-        return {one.problem.prompt_index: one.best.trial.seed for one in found if one.best}
+        return {done.problem.prompt_index: done.best.trial.seed for done in searches if done.best}
 
     shape = model.latent_shape()
     rows = torch.randn(2 * batch_size, *shape).to(memory_format=torch.channels_last)

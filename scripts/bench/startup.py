@@ -31,16 +31,16 @@ ALSO_NEEDED = {
 def commands(verbs: list[str]) -> dict[str, list[str]]:
     """Returns what is started, by name."""
     command = verb_command()
-    found = {
+    started = {
         PYTHON: [sys.executable, "-c", "pass"],
         TORCH: [sys.executable, "-c", "import torch"],
         HELP: [*command, "--help"],
     }
     for verb in verbs:
-        found[f"blackpoint {verb} --help"] = [*command, *verb.split(), "--help"]
+        started[f"blackpoint {verb} --help"] = [*command, *verb.split(), "--help"]
         arguments = [*verb.split(), *required_keys(verb), "--print-config"]
-        found[f"blackpoint {verb} --print-config"] = [*command, *arguments]
-    return found
+        started[f"blackpoint {verb} --print-config"] = [*command, *arguments]
+    return started
 
 
 def required_keys(verb: str) -> list[str]:

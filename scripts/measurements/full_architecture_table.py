@@ -27,7 +27,7 @@ batch 1, fused AdamW, gradient checkpointing, average on), sampling at 64x64 lat
 
 def markdown(results: dict[str, Any]) -> str:
     """Writes the page: one table per architecture."""
-    sections = [_section(name, found) for name, found in results.items()]
+    sections = [_section(name, result) for name, result in results.items()]
     return Page("Full architectures", [INTRODUCTION, *sections]).markdown()
 
 
@@ -35,13 +35,13 @@ def _written(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list) else value
 
 
-def _section(name: str, found: dict[str, Any]) -> Section:
-    imports_gb = found["verbs"][IMPORTS]["peak_rss_gb"]
-    counts = ", ".join(f"{part} {count:,}" for part, count in found["parameters"].items())
-    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    settings = shlex.join(f"{key}={_written(v)}" for key, v in found["settings"].items())
+def _section(name: str, result: dict[str, Any]) -> Section:
+    imports_gb = result["verbs"][IMPORTS]["peak_rss_gb"]
+    counts = ", ".join(f"{part} {count:,}" for part, count in result["parameters"].items())
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    settings = shlex.join(f"{key}={_written(v)}" for key, v in result["settings"].items())
     lines = []
-    for verb, row in found["verbs"].items():
+    for verb, row in result["verbs"].items():
         expected = row["arithmetic_gb"] or None
         over = (row["peak_rss_gb"] - imports_gb) / expected if expected else None
         peaks = (row["peak_rss_gb"], row["peak_anonymous_gb"])
@@ -51,7 +51,7 @@ def _section(name: str, found: dict[str, Any]) -> Section:
     return Section(
         TITLES[architecture] + (f", {variant}" if variant else ""),
         [
-            f"Parameters: {counts}. {found['date']}, {found['machine']}; {versions}.\n"
+            f"Parameters: {counts}. {result['date']}, {result['machine']}; {versions}.\n"
             f"`python -m blackpoint.scripts.measurements.full_architecture {settings}`",
             Table.of({"verb": "", "seconds": ".0f", **sizes, "of": ""}, lines),
         ],

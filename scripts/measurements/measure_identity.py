@@ -75,14 +75,14 @@ def measure(config: IdentityCostConfig) -> dict[str, Any]:
     """Returns seconds and sizes by what was done."""
     folder = Path(tempfile.mkdtemp(prefix="identity-", dir=config.folder))
     try:
-        found = {**describe_machine(), "settings": vars(config), "load": os.getloadavg()[1]}
+        results = {**describe_machine(), "settings": vars(config), "load": os.getloadavg()[1]}
         many = make_many(folder / "many", config.num_shards)
-        found["start"] = measure_start(many, config.repeats)
+        results["start"] = measure_start(many, config.repeats)
         shards = make_full(folder / "full", config)
-        found["gigabyte"] = measure_gigabyte(shards, config.repeats)
+        results["gigabyte"] = measure_gigabyte(shards, config.repeats)
     finally:
         shutil.rmtree(folder)
-    return found
+    return results
 
 
 def make_many(folder: Path, num_shards: int) -> Path:
@@ -158,25 +158,25 @@ def measure_gigabyte(shards: ShardSet, repeats: int) -> dict[str, Any]:
         "headers and captions": lambda: verify(shards),
         "all bytes": lambda: compare_bytes(index, shards.paths),
     }
-    found: dict[str, Any] = {"index": {"memory": indexing_s}}
+    seconds: dict[str, Any] = {"index": {"memory": indexing_s}}
     for name, level in levels.items():
-        found[name] = {
+        seconds[name] = {
             "memory": timed(level, repeats, forget_stamps) / total,
             "disk": timed(level, repeats, forget_all) / total,
         }
         verify(shards)
     sizes = rows["image_size"].astype(np.int64)
     return {
-        "seconds": found,
+        "seconds": seconds,
         "gigabytes": total,
         "num_samples": len(rows),
         "text_share": 1 - float(sizes.sum()) / (total * GB),
     }
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """Returns the page."""
-    start, full, settings = found["start"], found["gigabyte"], found["settings"]
+    start, full, settings = results["start"], results["gigabyte"], results["settings"]
     kb = full["gigabytes"] * 1e6 / full["num_samples"]
     titles = {"index": "write the index (decodes; one process)"}
     levels = [
@@ -193,8 +193,8 @@ def markdown(found: dict[str, Any]) -> str:
         "What identity costs",
         [
             f"`python -m blackpoint.scripts.measurements.measure_identity` on "
-            f"{found['date']} ({found['machine']}), "
-            f"beside other work: a load of {found['load']:.0f}.",
+            f"{results['date']} ({results['machine']}), "
+            f"beside other work: a load of {results['load']:.0f}.",
             f"The start of a run on {settings['num_shards']:,} unchanged shards, on a local disk; "
             f"medians of {settings['repeats']}:",
             Table.of({"": "", "s": ".3f"}, start.items()),
@@ -240,8 +240,8 @@ def timed(
 
 def write(config: IdentityCostConfig) -> None:
     """Measures, writes both files and prints the page."""
-    found = measure(config)
-    write_page(config.output, markdown(found), found)
+    results = measure(config)
+    write_page(config.output, markdown(results), results)
 
 
 def main(argv: list[str]) -> int:

@@ -80,10 +80,10 @@ class Coverage:
     """Share of intervals that hold the truth."""
 
 
-def coverage(found: Sequence[Estimate], truth: float) -> Coverage:
+def coverage(estimates: Sequence[Estimate], truth: float) -> Coverage:
     """Compares estimates with what they estimate."""
-    values = np.array([each.value for each in found])
-    covered = np.mean([each.low <= truth <= each.high for each in found])
+    values = np.array([estimate.value for estimate in estimates])
+    covered = np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
     return Coverage(float(values.mean() - truth), float(values.std(ddof=1)), float(covered))
 
 
@@ -101,9 +101,9 @@ def gaussian_sets(
     for _ in range(count):
         rows = SCALE * rng.normal(size=(num_images, num_features)) * variances**0.5
         images = torch.from_numpy((rows + mean) @ rotation.T)
-        one, other = frechet_estimates(images, reference, np.arange(num_images))
-        at_n.append(one)
-        at_infinity.append(other)
+        measured, extrapolated = frechet_estimates(images, reference, np.arange(num_images))
+        at_n.append(measured)
+        at_infinity.append(extrapolated)
     return at_n, at_infinity, SHIFT**2 + (SCALE - 1) ** 2 * float(variances.sum())
 
 
@@ -114,8 +114,8 @@ def means_table(config: IntervalsConfig) -> Table:
         for size in config.sizes:
             rng = np.random.default_rng(size)
             samples = [draw(rng, size) for _ in range(config.num_samples)]
-            ours = coverage([statistics.mean(each) for each in samples], mean)
-            spread = coverage([statistics.std(each) for each in samples], deviation)
+            ours = coverage([statistics.mean(sample) for sample in samples], mean)
+            spread = coverage([statistics.std(sample) for sample in samples], deviation)
             lines.append((name, size, ours.covered, spread.covered))
     share = {"mean": ".3f", "standard deviation": ".3f"}
     return Table.of({"distribution": "", "n": "", **share}, lines)
@@ -126,16 +126,18 @@ def fid_table(config: IntervalsConfig) -> Table:
     lines = []
     for is_even in (True, False):
         for num_features, num_images in config.sets:
-            at_n, found, truth = gaussian_sets(num_features, num_images, config.num_sets, is_even)
-            own = coverage(at_n, truth)
-            of_mean = coverage(at_n, truth + own.bias).covered
-            known = [each for each in found if each is not None]
+            at_n, extrapolated, truth = gaussian_sets(
+                num_features, num_images, config.num_sets, is_even
+            )
+            biased = coverage(at_n, truth)
+            of_mean = coverage(at_n, truth + biased.bias).covered
+            known = [estimate for estimate in extrapolated if estimate is not None]
             far = coverage(known, truth) if known else None
             at_infinity = (
                 (far.bias, far.deviation, far.covered) if far else ("left out", None, None)
             )
             name = "equal" if is_even else "1/j"
-            cells = (truth, own.bias, of_mean, own.covered, *at_infinity)
+            cells = (truth, biased.bias, of_mean, biased.covered, *at_infinity)
             lines.append((name, num_features, num_images, *cells))
     columns = {"variances": "", "d": "", "n": "", "true FID": ".3f", "bias at n": "+.3f"}
     columns |= {"holds mean at n": ".3f", "holds true FID": ".3f", "bias at infinite n": "+.3f"}

@@ -56,15 +56,15 @@ def measure(config: PixelCostConfig) -> dict[str, Any]:
     path = Path(config.output).with_suffix(".json")
     settings = {k: v for k, v in asdict(config).items() if k not in ("resolutions", "patches")}
     settings.pop("output")
-    found: dict[str, Any] = {"settings": settings, **describe_machine(), "cells": {}}
+    results: dict[str, Any] = {"settings": settings, **describe_machine(), "cells": {}}
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["settings"] == settings:
-            found = before
+            results = before
     for resolution in config.resolutions:
         for patch in config.patches:
             name = f"{resolution} px, patch {patch}"
-            if name not in found["cells"]:
+            if name not in results["cells"]:
                 task = settings | {"resolution": resolution, "patch": patch}
                 command = [
                     sys.executable,
@@ -75,10 +75,10 @@ def measure(config: PixelCostConfig) -> dict[str, Any]:
                 result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode:
                     raise RunFailed(f"{name}: {result.stderr[-2000:]}")
-                found["cells"][name] = json.loads(result.stdout.splitlines()[-1])
-                print(f"{name}: {found['cells'][name]}", flush=True)
-                write_whole(path, json.dumps(found, indent=1) + "\n")
-    return found
+                results["cells"][name] = json.loads(result.stdout.splitlines()[-1])
+                print(f"{name}: {results['cells'][name]}", flush=True)
+                write_whole(path, json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def run_cell(task: dict[str, Any]) -> dict[str, Any]:
@@ -116,14 +116,14 @@ def run_cell(task: dict[str, Any]) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started_s)
     return {
         "parameters, M": sum(parameter.numel() for parameter in unet.parameters()),
-        "seconds": [round(each, 4) for each in seconds[1:]],
+        "seconds": [round(step_s, 4) for step_s in seconds[1:]],
         "peak_bytes": process_peak_bytes() - before,
     }
 
 
-def markdown(config: PixelCostConfig, found: dict[str, Any]) -> str:
+def markdown(config: PixelCostConfig, results: dict[str, Any]) -> str:
     """Returns the page."""
-    settings, cells = found["settings"], found["cells"]
+    settings, cells = results["settings"], results["cells"]
     steps, growth = [], []
     for resolution in config.resolutions:
         whole = cells[f"{resolution} px, patch {config.patches[0]}"]
@@ -135,8 +135,11 @@ def markdown(config: PixelCostConfig, found: dict[str, Any]) -> str:
             steps.append((*size, seconds, peak / GB, *saved))
     for small, large in zip(config.resolutions, config.resolutions[1:], strict=False):
         for patch in config.patches:
-            one, two = (cells[f"{side} px, patch {patch}"] for side in (small, large))
-            ratios = (spread(two).value / spread(one).value, two["peak_bytes"] / one["peak_bytes"])
+            small_cell, large_cell = (cells[f"{side} px, patch {patch}"] for side in (small, large))
+            ratios = (
+                spread(large_cell).value / spread(small_cell).value,
+                large_cell["peak_bytes"] / small_cell["peak_bytes"],
+            )
             growth.append((f"{small}, {large} px", patch, *ratios))
     columns = {"image": "", "patch": "", "parameters, M": ".2f", "s per step": ".3g", "GB": ".2f"}
     columns |= {"time, patch 1 over this": ".1f", "memory": ".1f"}
@@ -144,7 +147,7 @@ def markdown(config: PixelCostConfig, found: dict[str, Any]) -> str:
         "What early down-sampling saves",
         [
             f"`python -m blackpoint.scripts.measurements.measure_pixel_cost` on "
-            f"{found['date']} ({found['machine']}): one "
+            f"{results['date']} ({results['machine']}): one "
             f"training step of the same UNet, {settings['channels']} wide, {settings['blocks']} "
             "residual blocks, attention at the lowest level, batch "
             f"{settings['batch_size']}, float32, {settings['num_threads']} thread(s) of torch; on "

@@ -100,10 +100,10 @@ def measure(config: SchedulerStudyConfig) -> list[Row]:
     model = DiffusionModel.load(config.checkpoint)
     pipeline = StableDiffusionPipeline.from_pretrained(config.checkpoint, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    own = pipeline.scheduler.config
+    base_scheduler = pipeline.scheduler.config
     kept: dict[tuple[str, int], Tensor] = {}
     for name, cell, num_steps in missing:
-        captions = [each.text for each in read_prompt_set(PROMPTS) if each.category == cell]
+        captions = [entry.text for entry in read_prompt_set(PROMPTS) if entry.category == cell]
         count = config.num_images * (2 if cell == "open" else 1)
         prompts = [captions[index % len(captions)] for index in range(count)]
         seeds = [config.seed + index for index in range(count)]
@@ -111,7 +111,7 @@ def measure(config: SchedulerStudyConfig) -> list[Row]:
         if (cell, num_steps) not in kept:
             kept[cell, num_steps] = model.sample(prompts, seeds, num_steps, scale, rescale)
         ours = kept[cell, num_steps]
-        pipeline.scheduler = getattr(diffusers, name).from_config(own)
+        pipeline.scheduler = getattr(diffusers, name).from_config(base_scheduler)
         images = pipeline(
             prompts,
             num_inference_steps=num_steps,
@@ -147,9 +147,11 @@ def page(config: SchedulerStudyConfig, rows: list[Row]) -> str:
     flags = dict.fromkeys(KEEP, "kept") | dict.fromkeys(DROP_ZERO_SNR, "dropped")
     schedulers = []
     for name in (OURS, *flags):
-        own = [row for row in rows if row.scheduler == name and row.num_steps == config.num_steps]
-        borders = {cell: [row.border for row in own if row.cell == cell] for cell in GUIDANCE}
-        apart = None if name == OURS else statistics.mean([row.difference for row in own])
+        name_rows = [
+            row for row in rows if row.scheduler == name and row.num_steps == config.num_steps
+        ]
+        borders = {cell: [row.border for row in name_rows if row.cell == cell] for cell in GUIDANCE}
+        apart = None if name == OURS else statistics.mean([row.difference for row in name_rows])
         means = [statistics.mean(borders[cell]) for cell in ("black", "white")]
         schedulers.append((name, flags.get(name), *means, statistics.std(borders["open"]), apart))
     black, white = (
@@ -163,8 +165,10 @@ def page(config: SchedulerStudyConfig, rows: list[Row]) -> str:
     )
     uneven = []
     for num_steps in (config.num_steps, *config.uneven_steps):
-        own = [row for row in rows if row.part == (DDIM, UNEVEN_CELL, num_steps)]
-        measured = zip(*((row.border, row.difference, row.largest) for row in own), strict=True)
+        at_steps = [row for row in rows if row.part == (DDIM, UNEVEN_CELL, num_steps)]
+        measured = zip(
+            *((row.border, row.difference, row.largest) for row in at_steps), strict=True
+        )
         uneven.append((num_steps, *map(statistics.mean, measured)))
     borders_of = ["black: border", "white: border", "open: std of border", "difference"]
     columns = {"scheduler": "", "flag": "", **dict.fromkeys(borders_of, FORMAT)}

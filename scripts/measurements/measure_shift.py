@@ -66,15 +66,15 @@ class Ratio:
 
 def photographs(size_px: int) -> Tensor:
     """Returns real photographs, center-cropped, (N, 3, size, size) in [-1, 1], float64."""
-    found = []
+    pictures = []
     for name in CAPTIONS:
         picture = photograph(name).convert("RGB")
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         box = (left, top, left + side, top + side)
         pixels = np.asarray(picture.resize((size_px, size_px), Image.Resampling.LANCZOS, box=box))
-        found.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
-    return torch.stack(found).double() / 127.5 - 1
+        pictures.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+    return torch.stack(pictures).double() / 127.5 - 1
 
 
 def signal_to_noise(clean: Tensor, noisy: Tensor) -> tuple[float, float]:
@@ -105,11 +105,11 @@ def measure(config: ShiftStudyConfig) -> list[Ratio]:
     rows = []
     for t in [*range(0, last, config.every_steps), last]:
         eps = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
-        found = []
+        ratios = []
         for schedule in (shifted, base):
             x_t = schedule.alpha[t] * x0 + schedule.sigma[t] * eps
-            found.append(signal_to_noise(clean, F.avg_pool2d(x_t, factor)))
-        (ratio, error), (unshifted, _) = found
+            ratios.append(signal_to_noise(clean, F.avg_pool2d(x_t, factor)))
+        (ratio, error), (unshifted, _) = ratios
         rows.append(Ratio(t, base.snr[t].item(), ratio, error, unshifted))
     return rows
 

@@ -66,8 +66,8 @@ class Requeue:
 def study(config: RequeueStudyConfig) -> int:
     """Adds the missing rows and writes both files after each; returns the exit status."""
     path = Path(config.output).with_suffix(".json")
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"requeues": []}
-    rows = [Requeue(**row) for row in found["requeues"]]
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"requeues": []}
+    rows = [Requeue(**row) for row in recorded["requeues"]]
     begun_s = time.monotonic()
     job = None
     try:

@@ -83,10 +83,10 @@ def fixes(results: Results) -> str:
     rows: list[dict[str, Any]] = []
     for fix, with_it, before, without in FIXES:
         pairs = {"added": (with_it, before), "in all": (FULL, without)}
-        for kind, (one, other) in pairs.items():
-            if one in settings and other in settings:
+        for kind, (fixed, unfixed) in pairs.items():
+            if fixed in settings and unfixed in settings:
                 changes = {
-                    name: marked_change(seed_difference(settings[one], settings[other], name))
+                    name: marked_change(seed_difference(settings[fixed], settings[unfixed], name))
                     for name in METRICS
                 }
                 rows.append({"fix": fix, "": kind, **changes})

@@ -53,7 +53,7 @@ def before_after(results: Results) -> Image.Image:
 
 def shown_pictures(results: Results, arm: str) -> list[tuple[str, Path]]:
     """Returns each prompt of PICTURED with the file of an arm's first picture of it."""
-    found = []
+    shown = []
     for scale, prompts in PICTURED.items():
         [cell] = [
             cell
@@ -65,8 +65,8 @@ def shown_pictures(results: Results, arm: str) -> list[tuple[str, Path]]:
             for (number, prompt, image), picture in cell.pictures.items()
             if image == 0
         }
-        found += [by_prompt[prompt] for prompt in prompts]
-    return found
+        shown += [by_prompt[prompt] for prompt in prompts]
+    return shown
 
 
 if __name__ == "__main__":

@@ -135,10 +135,10 @@ def figure(results: Results, names: Sequence[str]) -> bytes:
     settings = settings_of(results)
     sheet, axes = panels(len(names), 1, width=2.6, height=0.6 + 0.28 * len(settings))
     for axis, name in zip(axes, names, strict=True):
-        for place, setting in enumerate(settings):
+        for row, setting in enumerate(settings):
             values = [c.values[name].estimate.value for c in setting.cells if name in c.values]
-            color = COLORS[min(place, 1)]
-            axis.plot(values, [place] * len(values), "o", color=color, alpha=0.35, markersize=4)
+            color = COLORS[min(row, 1)]
+            axis.plot(values, [row] * len(values), "o", color=color, alpha=0.35, markersize=4)
         names_left = [setting.name if axis is axes[0] else "" for setting in settings]
         estimates = [shown_estimate(setting.cells, name) for setting in settings]
         draw_named(axis, names_left, estimates, "|")

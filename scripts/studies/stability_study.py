@@ -84,10 +84,10 @@ def _lines(cell: Cell, rivals: list[Cell]) -> Iterator[dict[str, Any]]:
         for rival in rivals
         for quality in QUALITIES
     }
-    outcomes = {key: count_outcomes(own, other) for key, (_, own, other) in pairs.items()}
-    adjusted = holm({" ".join(key): each.p_value for key, each in outcomes.items()})
-    for (arm, quality), (rival, own, other) in pairs.items():
-        each = outcomes[arm, quality]
+    outcomes = {key: count_outcomes(ours, theirs) for key, (_, ours, theirs) in pairs.items()}
+    adjusted = holm({" ".join(key): outcome.p_value for key, outcome in outcomes.items()})
+    for (arm, quality), (rival, ours, theirs) in pairs.items():
+        outcome = outcomes[arm, quality]
         yield {
             "method": cell.arm,
             "checkpoint": cell.varied["search.checkpoint"],
@@ -95,20 +95,20 @@ def _lines(cell: Cell, rivals: list[Cell]) -> Iterator[dict[str, Any]]:
             "rival": arm,
             "its NFE": rival.nfe,
             "quality": quality,
-            "difference": marked_change(mean_difference(own, other)),
-            "wins / ties / losses": f"{each.wins} / {each.ties} / {each.losses}",
+            "difference": marked_change(mean_difference(ours, theirs)),
+            "wins / ties / losses": f"{outcome.wins} / {outcome.ties} / {outcome.losses}",
             "p (Holm)": adjusted[f"{arm} {quality}"],
-            "would have shown": smallest_detectable_effect(own - other),
+            "would have shown": smallest_detectable_effect(ours - theirs),
         }
 
 
 def _paired(cell: Cell, rival: Cell, quality: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns a quality, searched with or not, of the prompts that both have."""
-    own, other = (
-        each.paired.get(quality) or each.paired[f"{quality} (searched)"] for each in (cell, rival)
+    ours, theirs = (
+        side.paired.get(quality) or side.paired[f"{quality} (searched)"] for side in (cell, rival)
     )
-    shared = sorted(own.keys() & other.keys())
-    return np.array([own[key] for key in shared]), np.array([other[key] for key in shared])
+    shared = sorted(ours.keys() & theirs.keys())
+    return np.array([ours[key] for key in shared]), np.array([theirs[key] for key in shared])
 
 
 def main(argv: list[str]) -> int:

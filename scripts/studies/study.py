@@ -61,8 +61,8 @@ def main(argv: list[str]) -> int:
     """Is the command; returns the exit status, 2 for wrong input."""
 
     def study() -> None:
-        given = load(StudyConfig, argv)
-        run_study(given.config, given.output, given.num_processes, given.metrics)
+        asked = load(StudyConfig, argv)
+        run_study(asked.config, asked.output, asked.num_processes, asked.metrics)
 
     return run_script("study", study)
 

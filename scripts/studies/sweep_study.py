@@ -76,7 +76,7 @@ def study(config: SweepStudyConfig) -> dict[str, Any]:
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    found = {
+    result = {
         "config": config.config,
         "cells": len(cells),
         "killed": len(killed),
@@ -89,8 +89,8 @@ def study(config: SweepStudyConfig) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_machine(),
     }
-    write_whole(Path(config.output), json.dumps(found, indent=1) + "\n")
-    return found
+    write_whole(Path(config.output), json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def run_array(
@@ -109,7 +109,7 @@ def run_array(
     while elements := running_elements(job):
         if time.monotonic() > deadline_s:
             raise RunFailed(f"array {job} has not ended after {config.timeout_s:.0f} s")
-        active = [each for each in elements if each not in killed and "[" not in each]
+        active = [element for element in elements if element not in killed and "[" not in element]
         if rng is not None and len(killed) < num_kills and active and rng.random() < 0.3:
             chosen = rng.choice(active)
             run("scancel", "--signal=KILL", "--full", chosen, check=False)
