@@ -37,14 +37,14 @@ def identity(reader: "Reader") -> dict[str, Any]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns the differences of each field whose data changed; [] if none."""
-    found = []
+    changes = []
     for field in sorted(before.keys() | now.keys()):
         if field not in before or field not in now:
-            found.append(f"{field}: " + ("was not set" if field in now else "was set"))
+            changes.append(f"{field}: " + ("was not set" if field in now else "was set"))
             continue
         then, here = before[field], now[field]
         if len(then["shards"]) != len(here["shards"]):
-            found.append(f"{field}: {len(here['shards'])} shards, {len(then['shards'])} then")
+            changes.append(f"{field}: {len(here['shards'])} shards, {len(then['shards'])} then")
             continue
         pairs = zip(then["shards"], here["shards"], strict=True)
         others = [(old, new) for old, new in pairs if not _same_shard(old, new)]
@@ -58,10 +58,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
                     "an index that was made anew and numbers samples otherwise (put the earlier "
                     "index/ back beside the same shards) of"
                 )
-            found.append(f"{field}: {content} {what}, of {len(here['shards'])} shards")
+            changes.append(f"{field}: {content} {what}, of {len(here['shards'])} shards")
         elif then["empty_caption"] != here["empty_caption"]:
-            found.append(f"{field}: another embedding of the empty caption")
-    return found
+            changes.append(f"{field}: another embedding of the empty caption")
+    return changes
 
 
 def is_certain(of: Mapping[str, Any]) -> bool:

@@ -49,9 +49,9 @@ class Schedule:
 
     def at(self, position: int) -> tuple[int, int]:
         """Returns the data set of a position, and the position's number among its own."""
-        cycle, place = divmod(position, len(self._cycle))
-        number = int(self._cycle[place])
-        return number, cycle * self.parts[number] + int(self._before[place])
+        cycle, offset = divmod(position, len(self._cycle))
+        number = int(self._cycle[offset])
+        return number, cycle * self.parts[number] + int(self._before[offset])
 
 
 def whole_weights(weights: Sequence[float]) -> list[int]:
@@ -86,11 +86,11 @@ def _cycle(parts: Sequence[int]) -> np.ndarray:
     share = np.array(parts, np.int64)
     owed = np.zeros(len(parts), np.int64)  # a_i p - M n_i
     cycle = np.empty(total, np.uint16)
-    for place in range(total):
+    for position in range(total):
         owed += share
         urgency = (total * (bound - 1) - bound * owed) / share
         urgency[bound * owed < total] = np.inf
         chosen = int(np.argmin(urgency)) if len(parts) > 1 else 0
         owed[chosen] -= total
-        cycle[place] = chosen
+        cycle[position] = chosen
     return cycle

@@ -263,7 +263,7 @@ class CaptionedImages(LightningDataModule):
             buckets, batch_size = square(config.resolution, config.max_upscale), 1
         else:
             return None
-        samples = sorted_samples(reader.index, reader.chosen(), buckets, config.cache_dir)
+        samples = sorted_samples(reader.index, reader.chosen, buckets, config.cache_dir)
         if not any(samples.counts):
             raise UserError(
                 f"{where}: all of {len(reader)} images would have to be enlarged by more than "

@@ -68,11 +68,11 @@ class Reader:
         assert self.resolution > 0, "0 is for train/records/sizes.py to replace"
         if self.remote is None:
             self.index.check_shards(self.shards)
-        chosen = sorted(
+        self.chosen = sorted(
             (self.index.shard_samples[path.name] for path in self.shards), key=attrgetter("start")
         )
-        self._starts = [samples.start for samples in chosen]
-        self._totals = list(itertools.accumulate(len(samples) for samples in chosen))
+        """The samples of the chosen shards, as the index counts them, in its order."""
+        self._totals = list(itertools.accumulate(map(len, self.chosen)))
         if not self._totals[-1]:
             raise UserError(f"{self.index.shard_folder}: the chosen shards hold no usable sample")
 
@@ -85,16 +85,7 @@ class Reader:
     def sample_index(self, number: int) -> int:
         """Returns the index of the `number`-th sample of the chosen shards."""
         shard = bisect.bisect_right(self._totals, number)
-        before = self._totals[shard - 1] if shard else 0
-        return self.offset + self._starts[shard] + number - before
-
-    def chosen(self) -> list[range]:
-        """Returns the samples of the chosen shards, as the index counts them, in its order."""
-        before = [0, *self._totals]
-        return [
-            range(start, start + total - before[number])
-            for number, (start, total) in enumerate(zip(self._starts, self._totals, strict=True))
-        ]
+        return self.offset + self.chosen[shard].stop + number - self._totals[shard]
 
     def place(self, position: int) -> Place:
         """Returns which sample training reads at `position`, 0 the first of the first pass."""
@@ -145,7 +136,8 @@ class Reader:
         It is cut to `size`, by default to its own.
         """
         pixels, captions = self.read_all(epoch, index, training, size)
-        return pixels, self.caption(epoch, index, training, captions)
+        number = self.caption_index(epoch, index, training, len(captions))
+        return pixels, "" if number is None else captions[number]
 
     def read_all(
         self, epoch: int, index: int, training: bool, size: Size | None = None
@@ -171,11 +163,6 @@ class Reader:
         if draw(self.seed, epoch, index).caption_dropout < self.caption_dropout:
             return None
         return caption_number(self.seed, epoch, index, count)
-
-    def caption(self, epoch: int, index: int, training: bool, captions: Captions) -> str:
-        """Returns a sample's caption in an epoch, "" where it is dropped."""
-        number = self.caption_index(epoch, index, training, len(captions))
-        return "" if number is None else captions[number]
 
     def members(self, index: int) -> tuple[bytes, Captions]:
         """Returns the bytes of the image (or latents), and the captions; raises BadImage."""

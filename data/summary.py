@@ -88,7 +88,7 @@ def _num_smaller(reader: Reader) -> tuple[int, int]:
     """Returns how many images have a side below the square's, of how many that were looked at."""
     pieces = [
         range(first, min(first + ROWS_AT_ONCE, samples.stop))
-        for samples in reader.chosen()
+        for samples in reader.chosen
         for first in range(samples.start, samples.stop, ROWS_AT_ONCE)
     ]
     every = max(1, len(reader) // MAX_ROWS)

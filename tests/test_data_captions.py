@@ -121,7 +121,7 @@ def test_shards_with_several_captions_are_indexed_alike_by_anyone(tmp_path: Path
     report = check(CheckConfig(str(tmp_path / "out"), num_processes=1))
     assert report.index.state == "valid" and not report.bad
     assert report.captions is not None and report.captions.num_several == 1
-    assert report.captions.characters.maximum == len("three of them")
+    assert report.captions.characters["maximum"] == len("three of them")
     (tmp_path / "out" / INDEX_FOLDER).rename(tmp_path / "index")
     assert build_index(tmp_path / "out") == []
     assert (tmp_path / "out" / INDEX_FOLDER / "records.npy").read_bytes() == before

@@ -68,19 +68,16 @@ def check(config: CheckConfig) -> CheckReport:
     Raises UserError where there are no shards to read or the output can't be written.
     """
     chosen = open_shards(config.shards, "shards", config, in_order=True)
-    shards, folder = chosen.paths, chosen.folder
-    output = _prepared(config.output)
+    folder, output = chosen.folder, _prepared(config.output)
     latents = is_encoded(folder)
     try:
         with _scratch(folder) as scratch:
             bad = _read_shards(config, chosen, scratch)
-            found, facts = Index(scratch), np.fromfile(scratch / "facts", FACT)
-            state = _index_state(found, chosen, latents)
+            scanned, facts = Index(scratch), np.fromfile(scratch / "facts", FACT)
+            state = _index_state(scanned, chosen, latents)
             # The size and luminance of what was encoded stand only in the index that it came with.
-            measured = Index(folder) if latents and state.state == "valid" else found
-            report = summarize(
-                config.shards, shards, found, measured, facts, bad, config.resolution
-            )
+            measured = Index(folder) if latents and state.state == "valid" else scanned
+            report = summarize(config.shards, scanned, measured, facts, bad, config.resolution)
             report.index = state
             if latents:
                 report.encoding = _encoding(folder)
@@ -157,36 +154,32 @@ def _scratch(folder: Path) -> Iterator[Path]:
         yield scratch
 
 
-def _index_state(found: Index, shards: ShardSet, latents: bool) -> IndexState:
+def _index_state(scanned: Index, shards: ShardSet, latents: bool) -> IndexState:
     """Compares the index of the shards, if there is one, with their contents."""
-    folder = shards.folder
-    place = folder / INDEX_FOLDER
-    if not has_index(folder):
-        notes = ["Encode the images again with `blackpoint data encode`"] if latents else []
-        return IndexState("absent", str(place), notes)
-    remedy = f"Remove {place} and check again: it is then written anew"
+    folder = str(shards.folder / INDEX_FOLDER)
+    remedy = f"Remove {folder} and check again: it is then written anew"
     if latents:
         remedy = "Encode the images again with `blackpoint data encode`"
+    if not has_index(shards.folder):
+        return IndexState("absent", folder, [remedy] if latents else [])
     try:
-        index = Index(folder, shards.kept)
-        records = index.records
-        if len(records) != index.num_samples:
-            raise ValueError(f"{len(records)} records for {index.num_samples} samples")
+        index = Index(shards.folder, shards.kept)
+        if len(index.records) != index.num_samples:
+            raise ValueError(f"{len(index.records)} records for {index.num_samples} samples")
     except (UserError, OSError, ValueError) as error:
-        return IndexState("stale", str(place), [f"can't be read: {error}", remedy])
+        return IndexState("stale", folder, [f"can't be read: {error}", remedy])
     notes, num_damaged, num_new = [], 0, 0
     for path in shards.paths:
-        name, size = path.name, found.shard_bytes[path.name]
+        name, size = path.name, scanned.shard_bytes[path.name]
         if name not in index.shard_bytes:
             notes.append(f"{name} is not in it")
         elif index.shard_bytes[name] != size:
             notes.append(f"{name} had {index.shard_bytes[name]} bytes when indexed, has {size}")
         else:
-            before = _offsets(index, name)
-            now = _offsets(found, name)
+            before, now = (part.rows(name)["image_offset"] for part in (index, scanned))
             num_damaged += len(np.setdiff1d(before, now))
             num_new += len(np.setdiff1d(now, before))
-            notes += _differences(index, found, name, len(before) == len(now))
+            notes += _differences(index, scanned, name, len(before) == len(now))
     if shards.remote is not None:
         changed, _ = changed_on_server(index, shards.remote)
         remote = shards.remote.shards
@@ -198,15 +191,15 @@ def _index_state(found: Index, shards: ShardSet, latents: bool) -> IndexState:
         notes.append(f"{num_new} usable samples are not in it")
     if num_damaged:
         damage = f"{num_damaged} of its samples can't be used; training replaces them"
-        return IndexState("stale" if notes else "valid", str(place), [*notes, damage, remedy])
+        return IndexState("stale" if notes else "valid", folder, [*notes, damage, remedy])
     if notes:
-        return IndexState("stale", str(place), [*notes, remedy])
-    return IndexState("valid", str(place), _completed(index, found))
+        return IndexState("stale", folder, [*notes, remedy])
+    return IndexState("valid", folder, _completed(index, scanned))
 
 
-def _differences(index: Index, found: Index, name: str, same_number: bool) -> list[str]:
+def _differences(index: Index, scanned: Index, name: str, same_number: bool) -> list[str]:
     """Says how a shard of the right size differs from the one that was indexed."""
-    now = found.digests.get(name)
+    now = scanned.digests.get(name)
     if now is None:
         return []  # unreadable, and named among what is bad
     then = index.digests.get(name)
@@ -220,16 +213,15 @@ def _differences(index: Index, found: Index, name: str, same_number: bool) -> li
     return []
 
 
-def _completed(index: Index, found: Index) -> list[str]:
+def _completed(index: Index, scanned: Index) -> list[str]:
     """Adds digests that an index lacks, and how its shards look now; returns notes of those."""
-    absent = {name: row for name, row in found.digests.items() if name not in index.digests}
+    absent = {name: row for name, row in scanned.digests.items() if name not in index.digests}
     known = read_stamps(index.places)
-    seen = {name: stamps.pop() for name, stamps in read_stamps(found.places).items()}
+    seen = {name: stamps.pop() for name, stamps in read_stamps(scanned.places).items()}
     fresh = {name: stamp for name, stamp in seen.items() if stamp not in known.get(name, ())}
-    place = index.places[0]
     notes = []
     if absent:
-        written = write_digests(index.places, place, index.digests | absent)
+        written = write_digests(index.places, index.places[0], index.digests | absent)
         notes = [f"had no digests of {len(absent)} shards; they are in {written}"]
         if written is None:
             notes = [f"has no digests of {len(absent)} shards, and they can't be written to it"]
@@ -238,19 +230,7 @@ def _completed(index: Index, found: Index) -> list[str]:
     return notes
 
 
-def _offsets(index: Index, shard: str) -> np.ndarray:
-    samples = index.shard_samples[shard]
-    if not len(samples):
-        return np.empty(0, np.uint64)
-    return index.records["image_offset"][samples.start : samples.stop]
-
-
-def _publish(
-    scratch: Path,
-    shards: ShardSet,
-    report: CheckReport,
-    max_bad_share: float,
-) -> None:
+def _publish(scratch: Path, shards: ShardSet, report: CheckReport, max_bad_share: float) -> None:
     """Moves the index that was made on the way to where training looks for it, if it may."""
     state = report.index
     num_seen = report.num_samples + len(report.bad)
@@ -277,16 +257,16 @@ def _publish(
 
 def _keep(scratch: Path, shards: ShardSet, state: IndexState, reason: str | None) -> None:
     """Copies the index of shards whose folder can't be written to where training looks next."""
-    place = shards.kept / INDEX_FOLDER
+    target = shards.kept / INDEX_FOLDER
     try:
         shards.kept.mkdir(parents=True, exist_ok=True)
-        with whole_folder(place) as folder:
+        with whole_folder(target) as folder:
             shutil.copytree(scratch / INDEX_FOLDER, folder, dirs_exist_ok=True)
     except OSError:
         if not has_index(shards.kept):
             state.notes.append(f"not written: {shards.folder} can't be written to ({reason})")
             return
-    state.state, state.folder = "written", str(place)
+    state.state, state.folder = "written", str(target)
 
 
 def _encoding(folder: Path) -> dict[str, object]:

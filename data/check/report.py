@@ -8,9 +8,7 @@ often as it returns: n equal files are n - 1 copies.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,19 +22,9 @@ MAX_WORDS = 75
 """CLIP's text encoders read 77 tokens, two of them marks; a word is one token or more."""
 NEAR_LUMINANCE = 0.02
 NUM_EXAMPLES = 5
-
-
-@dataclass
-class Spread:
-    """How some values are spread, by percentiles."""
-
-    minimum: float
-    p5: float
-    p25: float
-    median: float
-    p75: float
-    p95: float
-    maximum: float
+PERCENTILES = {"minimum": 0, "p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "maximum": 100}
+Spread = dict[str, float]
+"""How some values are spread: the PERCENTILES, by name."""
 
 
 @dataclass
@@ -117,20 +105,19 @@ class CheckReport:
 
 def summarize(
     pattern: str,
-    shards: Sequence[Path],
-    found: Index,
+    index: Index,
     sizes: Index,
     facts: np.ndarray,
     bad: list[BadSample],
     resolution: int | None,
 ) -> CheckReport:
-    """Returns the report on the samples `found`, with a row of `facts` (FACT) each.
+    """Returns the report on the samples of an index, with a row of `facts` (FACT) each.
 
     Widths, heights and luminances are those of `sizes`; without a width there are none.
     """
-    num_bytes = sum(found.shard_bytes.values())
-    report = CheckReport(pattern, len(shards), num_bytes, len(found), bad, resolution=resolution)
-    if not len(found):
+    num_shards, num_bytes = len(index.shard_names), sum(index.shard_bytes.values())
+    report = CheckReport(pattern, num_shards, num_bytes, len(index), bad, resolution=resolution)
+    if not len(index):
         return report
     records = sizes.records if len(sizes) else np.zeros(0, RECORD)
     width, height = (np.array(records[name], np.float64) for name in ("width", "height"))
@@ -156,41 +143,42 @@ def summarize(
         int((facts["captions"] > 1).sum()),
     )
     report.copies = {
-        "images": _copies(found, facts["image_hash"]),
-        "near_images": _near_copies(found, facts),
-        "captions": _copies(found, facts["caption_hash"]),
-        "keys": _copies(found, facts["key_hash"]),
+        "images": _copies(index, facts["image_hash"]),
+        "near_images": _near_copies(index, facts),
+        "captions": _copies(index, facts["caption_hash"]),
+        "keys": _copies(index, facts["key_hash"]),
     }
     return report
 
 
 def spread(values: np.ndarray) -> Spread:
-    """Returns the percentiles 0, 5, 25, 50, 75, 95 and 100 of one or more values."""
-    return Spread(*np.percentile(values, [0, 5, 25, 50, 75, 95, 100]).tolist())
+    """Returns the percentiles of one or more values."""
+    percentiles = np.percentile(values, list(PERCENTILES.values())).tolist()
+    return dict(zip(PERCENTILES, percentiles, strict=True))
 
 
-def _copies(found: Index, hashes: np.ndarray) -> Copies:
+def _copies(index: Index, hashes: np.ndarray) -> Copies:
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
-    return _examples(found, order, ordered[1:] == ordered[:-1])
+    return _examples(index, order, ordered[1:] == ordered[:-1])
 
 
-def _near_copies(found: Index, facts: np.ndarray) -> Copies:
+def _near_copies(index: Index, facts: np.ndarray) -> Copies:
     """Counts pictures that look alike but are not the same file; flat ones are left out."""
-    luminance = np.array(found.records["luminance"])
+    luminance = np.array(index.records["luminance"])
     order = np.lexsort((luminance, facts["gradient_hash"]))
     gradient, image = facts["gradient_hash"][order], facts["image_hash"][order]
     same = (gradient[1:] == gradient[:-1]) & (gradient[1:] != 0) & (image[1:] != image[:-1])
-    return _examples(found, order, same & (np.diff(luminance[order]) < NEAR_LUMINANCE))
+    return _examples(index, order, same & (np.diff(luminance[order]) < NEAR_LUMINANCE))
 
 
-def _examples(found: Index, order: np.ndarray, same: np.ndarray) -> Copies:
+def _examples(index: Index, order: np.ndarray, same: np.ndarray) -> Copies:
     """Counts the pairs of neighbours in `order` that are the `same`, and names the first."""
     pairs = zip(order[:-1][same][:NUM_EXAMPLES], order[1:][same][:NUM_EXAMPLES], strict=True)
-    examples = [(_name(found, int(first)), _name(found, int(second))) for first, second in pairs]
+    examples = [(_name(index, int(first)), _name(index, int(second))) for first, second in pairs]
     return Copies(int(same.sum()), examples)
 
 
-def _name(found: Index, number: int) -> str:
-    shard = found.shard_names[int(found.record(number)["shard"])]
-    return f"{shard}:{found.key(number)}"
+def _name(index: Index, number: int) -> str:
+    shard = index.shard_names[int(index.record(number)["shard"])]
+    return f"{shard}:{index.key(number)}"

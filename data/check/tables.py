@@ -84,9 +84,8 @@ def _spreads(title: str, spreads: dict[str, Spread], digits: int) -> Table:
     for column in ("min", "5 %", "25 %", "median", "75 %", "95 %", "max"):
         table.add_column(column, justify="right")
     for name, values in spreads.items():
-        numbers = vars(values).values()
-        whole = all(float(value).is_integer() for value in numbers)
-        table.add_row(name, *(f"{value:.{0 if whole else digits}f}" for value in numbers))
+        whole = all(value.is_integer() for value in values.values())
+        table.add_row(name, *(f"{value:.{0 if whole else digits}f}" for value in values.values()))
     return table
 
 

@@ -25,9 +25,9 @@ def number(value: float | str | None) -> float:
 def finite(value: object) -> Any:
     """Returns a tree of containers with null for each number that is not finite."""
     if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

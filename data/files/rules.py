@@ -16,8 +16,7 @@ COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator
 def require(holds: object, name: str, value: object, rule: str, where: str = "") -> None:
     """Raises UserError "NAME=VALUE WHERE must be RULE" unless it holds."""
     if not holds:
-        place = f" {where}" if where else ""
-        raise UserError(f"{name}={value!r:.60}{place} must be {rule}")
+        raise UserError(f"{name}={value!r:.60}{where and f' {where}'} must be {rule}")
 
 
 def is_number(value: Any, kind: Any = (int, float)) -> bool:

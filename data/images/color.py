@@ -77,13 +77,13 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
         ImageCms.Flags.BLACKPOINTCOMPENSATION,
     )
     probe = _probe(mode)
-    found = np.asarray(transform.apply(probe)).astype(int)
-    white, black = found[0, -1], found[0, 0]
+    converted = np.asarray(transform.apply(probe)).astype(int)
+    white, black = converted[0, -1], converted[0, 0]
     if mode == "CMYK":
         white, black = black, white
     if white.min() - black.max() < MIN_CONTRAST_LEVELS:
         raise ValueError(f"shows black as {black.tolist()} and white as {white.tolist()}")
-    if mode != "CMYK" and abs(found - np.asarray(probe.convert("RGB"))).max() <= SRGB_LEVELS:
+    if mode != "CMYK" and abs(converted - np.asarray(probe.convert("RGB"))).max() <= SRGB_LEVELS:
         return mode, None
     return mode, transform
 

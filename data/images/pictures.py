@@ -11,10 +11,12 @@ from blackpoint.data.images.source_file import MAX_IMAGE_BYTES, read_source_file
 
 def picture_files(folder: Path) -> list[Path]:
     """Lists the pictures below a folder, sorted, without hidden ones; raises OSError."""
-    found = [
-        folder / directory / name for directory, names in visible_files(folder) for name in names
-    ]
-    return sorted(path for path in found if path.suffix[1:].lower() in IMAGE_SUFFIXES)
+    return sorted(
+        folder / directory / name
+        for directory, names in visible_files(folder)
+        for name in names
+        if Path(name).suffix[1:].lower() in IMAGE_SUFFIXES
+    )
 
 
 def open_picture(path: Path) -> Image.Image:

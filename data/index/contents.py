@@ -35,9 +35,9 @@ def read_digests(folders: Iterable[Path], index: Path) -> dict[str, ShardDigests
     of = _index_digest(index)
     for folder in folders:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads((folder / DIGESTS_FILE).read_bytes())
-            if found["version"] == FORMAT_VERSION and found["index"] == of:
-                return {name: ShardDigests(*row) for name, row in found["shards"].items()}
+            content = json.loads((folder / DIGESTS_FILE).read_bytes())
+            if content["version"] == FORMAT_VERSION and content["index"] == of:
+                return {name: ShardDigests(*row) for name, row in content["shards"].items()}
     return {}
 
 
@@ -67,7 +67,7 @@ def read_stamps(folders: Iterable[Path]) -> dict[str, set[str]]:
 def add_stamps(folders: Iterable[Path], stamps: Mapping[str, str]) -> Path | None:
     """Adds stamps to those that the first folder that can be written holds."""
     for folder in folders:
-        known = {name: next(iter(found)) for name, found in read_stamps([folder]).items()}
+        known = {name: entries.pop() for name, entries in read_stamps([folder]).items()}
         if _write([folder], STAMPS_FILE, stamps_json(known | dict(stamps))):
             return folder
     return None

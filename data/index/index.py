@@ -128,10 +128,10 @@ class Index:
             np.lib.format.read_magic(records)
             np.lib.format.read_array_header_1_0(records)
             self._records_start = records.tell()
-            found = os.fstat(records.fileno()).st_size - self._records_start
-            if found != self.num_samples * RECORD.itemsize:
+            num_bytes = os.fstat(records.fileno()).st_size - self._records_start
+            if num_bytes != self.num_samples * RECORD.itemsize:
                 raise UserError(
-                    f"{folder / 'records.npy'}: holds {found} bytes of records, not those of "
+                    f"{folder / 'records.npy'}: holds {num_bytes} bytes of records, not those of "
                     f"{self.num_samples} samples; remove {folder}; the next run builds it anew"
                 )
             self._files = (records, keys)

@@ -90,10 +90,10 @@ def scan_shard(
             along.image(image.offset, image.size)
         if file is not None:
             content = along.content()
-    for places in incomplete.values():
-        if len(places) == len(ABSENT):
-            for place in places.values():
-                bad[place] = bad[place]._replace(reason=APART)
+    for numbers in incomplete.values():
+        if len(numbers) == len(ABSENT):
+            for number in numbers.values():
+                bad[number] = bad[number]._replace(reason=APART)
     return ShardScan(records, np.array(rows, FACT), bad, content)
 
 

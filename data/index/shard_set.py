@@ -186,8 +186,8 @@ def _beside_urls(
     sources = {name: f"{folder}/{name}{query}" for name in wanted}
     if has_index(kept) or is_encoded(kept):
         return kept, sources, has_index(kept) and set(wanted) == set(Index(kept).shard_names)
-    own = _kept(cache_dir, folder.rpartition("/")[2], "\n".join([folder, *wanted]))
-    return own, sources, True
+    kept = _kept(cache_dir, folder.rpartition("/")[2], "\n".join([folder, *wanted]))
+    return kept, sources, True
 
 
 def _split(url: str) -> tuple[str, str, str]:

@@ -113,13 +113,13 @@ def _adopted(index: Index, shard: Path) -> ShardContent | None:
 
 
 def _note(index: Index, digests: dict[str, ShardDigests], stamps: dict[str, str], what: str) -> str:
-    place = write_digests(index.places, index.places[0], digests)
+    folder = write_digests(index.places, index.places[0], digests)
     text = f"{index.places[0]} had no digests of its shards: {what} were read to make them"
-    if place is None:
+    if folder is None:
         return f"{text}; no folder takes them, so the next start reads the shards again"
     del index.digests  # read again
-    add_stamps([place], stamps)
-    return text if place == index.places[0] else f"{text}; they are kept in {place}"
+    add_stamps([folder], stamps)
+    return text if folder == index.places[0] else f"{text}; they are kept in {folder}"
 
 
 def changed_on_server(index: Index, remote: RemoteShards) -> tuple[dict[str, Exception], list[str]]:

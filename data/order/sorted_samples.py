@@ -54,7 +54,7 @@ class SortedSamples:
     def left_out(self, most: int) -> list[int]:
         """Returns the first `most` samples that are left out."""
         number = len(self.buckets.sizes)
-        return [self.index(number, place) for place in range(min(most, self.num_left_out))]
+        return [self.index(number, position) for position in range(min(most, self.num_left_out))]
 
     def __del__(self) -> None:
         if self.__dict__.get("_file") is not None:

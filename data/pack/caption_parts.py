@@ -46,15 +46,15 @@ def grouped(tables: Iterable[Path], folder: Path) -> list[Parts]:
             stem = path.stem  # two versions of a CSV have such names, too
         where = None if total else path.parent
         groups.setdefault((stem, total, suffix, where), []).append(path)
-    found = []
+    tables_of_one = []
     for (_, total, _, _), group in groups.items():
         for paths in _sets(group) if total else [group]:
             pattern = _pattern(paths, folder)
             if total:
                 _check_whole(paths, total, pattern, folder)
             names = tuple(relative_to(path, folder) for path in paths)
-            found.append(Parts(tuple(paths), pattern, names))
-    return found
+            tables_of_one.append(Parts(tuple(paths), pattern, names))
+    return tables_of_one
 
 
 def common_pattern(tables: Sequence[Parts], folder: Path) -> str | None:
@@ -69,7 +69,7 @@ def _sets(paths: Sequence[Path]) -> list[list[Path]]:
     by_folder: dict[Path, list[Path]] = {}
     for path in paths:
         by_folder.setdefault(path.parent, []).append(path)
-    num_alone = sum(len(set(map(_number, own))) for own in by_folder.values())
+    num_alone = sum(len(set(map(_number, group))) for group in by_folder.values())
     is_one = num_alone == len(set(map(_number, paths)))
     return [list(paths)] if is_one else list(by_folder.values())
 

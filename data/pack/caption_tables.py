@@ -69,26 +69,26 @@ def find_tables(
     Raises UserError for one called metadata that lacks the columns, and for one with images in it
     where there are no other captions.
     """
-    found, lacking = list[Path](), list[Path]()
+    tables, lacking = list[Path](), list[Path]()
     for directory, names in listing:
         for name in names:
             path, suffix = folder / directory / name, suffix_of(name)
             if is_metadata_name(name):
                 is_meant = form == "kohya" or (form == "auto" and is_metadata(path))
                 if is_meant and not has_image_beside(names, name) and path.is_file():
-                    found.append(path)
+                    tables.append(path)
             elif suffix in TABLE_FORMS and form in ("auto", suffix) and path.is_file():
                 columns = set(table_columns(path))
                 if {fields.file_column, fields.caption_column} <= columns:
-                    found.append(path)
+                    tables.append(path)
                 elif path.stem == "metadata":
                     table_kind(path, fields)  # refuses what lacks columns
-                    found.append(path)
+                    tables.append(path)
                 elif _holds_images(path, fields):
-                    (found if fields.caption_column in columns else lacking).append(path)
-    if lacking and not found and not has_sidecars:
+                    (tables if fields.caption_column in columns else lacking).append(path)
+    if lacking and not tables and not has_sidecars:
         table_kind(lacking[0], fields)
-    return found
+    return tables
 
 
 def table_kind(table: Path, fields: CaptionFields) -> str:
@@ -120,15 +120,15 @@ def _holds_images(table: Path, fields: CaptionFields) -> bool:
 def _json_rows(table: Path) -> Rows:
     with _open(table) as file:
         for number, line in enumerate(file, 1):
-            place = f"{table.name}:{number}"
+            where = f"{table.name}:{number}"
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield place, BadSample(place, f"not JSON: {error}")
+                yield where, BadSample(where, f"not JSON: {error}")
                 continue
-            yield place, row if isinstance(row, dict) else BadSample(place, "no JSON object")
+            yield where, row if isinstance(row, dict) else BadSample(where, "no JSON object")
 
 
 def _json_columns(table: Path) -> list[str]:

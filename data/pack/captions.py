@@ -149,12 +149,12 @@ def _from_table(
     source: CaptionSource, table: Path, table_folder: str, seen: Fingerprints
 ) -> Iterator[CaptionedFile | BadSample]:
     """Yields the images of a table; those of one outside the folder are relative to the folder."""
-    for place, name, caption in _rows(source, table):
+    for where, name, caption in _rows(source, table):
         if isinstance(caption, BadSample):
             yield caption
             continue
         if not isinstance(name, str) or not name.strip():
-            yield BadSample(place, f"no image: {source.fields.file_column} is empty")
+            yield BadSample(where, f"no image: {source.fields.file_column} is empty")
             continue
         name = name.strip()
         try:
@@ -167,7 +167,7 @@ def _from_table(
             continue
         name = os.path.normpath(name)
         if not seen.add(name):
-            yield BadSample(printable(name), f"named again in {place}")
+            yield BadSample(printable(name), f"named again in {where}")
             continue
         yield _named_file(source, name, caption)
 
@@ -178,11 +178,11 @@ def _rows(source: CaptionSource, table: Path) -> Iterator[tuple[str, Any, Any]]:
     if source.form == "kohya":
         yield from metadata_rows(table, fields.lines)
         return
-    for place, row in table_rows(table, (fields.file_column, fields.caption_column)):
+    for where, row in table_rows(table, (fields.file_column, fields.caption_column)):
         if isinstance(row, BadSample):
-            yield place, None, row
+            yield where, None, row
         else:
-            yield place, row.get(fields.file_column), row.get(fields.caption_column)
+            yield where, row.get(fields.file_column), row.get(fields.caption_column)
 
 
 def _named_file(source: CaptionSource, name: str, caption: Any) -> CaptionedFile | BadSample:
@@ -250,44 +250,45 @@ def _preferred(
     The forms of other programs lie there for those programs: .caption files, kohya's metadata,
     Parquet with images inside. They are named in a note.
     """
-    own_tables = [parts for parts in tables if table_kind(parts.paths[0], fields) in TABLE_FORMS]
-    own_kinds = [kind for kind in kinds if kind == "sidecar"]
-    if len(own_tables) + len(own_kinds) != 1:
+    main_tables = [parts for parts in tables if table_kind(parts.paths[0], fields) in TABLE_FORMS]
+    main_kinds = [kind for kind in kinds if kind == "sidecar"]
+    if len(main_tables) + len(main_kinds) != 1:
         return tables, kinds
-    chosen, _ = _choices(folder, own_tables, own_kinds, count)
-    others = [parts for parts in tables if parts not in own_tables]
-    found, remedies = _choices(folder, others, [k for k in kinds if k not in own_kinds], count)
+    chosen, _ = _choices(folder, main_tables, main_kinds, count)
+    others = [parts for parts in tables if parts not in main_tables]
+    sources, remedies = _choices(folder, others, [k for k in kinds if k not in main_kinds], count)
     print(
-        f"note: source={folder}: captions come from {chosen[0]}; {' and '.join(found)} left aside; "
+        f"note: source={folder}: captions come from {chosen[0]}; {' and '.join(sources)} left "
+        f"aside; "
         f"take those with {' or '.join(remedies)}",
         file=sys.stderr,
         flush=True,
     )
-    return own_tables, own_kinds
+    return main_tables, main_kinds
 
 
 def _choices(
     folder: Path, tables: Sequence[Parts], kinds: Sequence[str], count: FolderCount
 ) -> tuple[list[str], list[str]]:
     """Returns the sources in words, and the setting that chooses each."""
-    found = [parts.shown(folder) for parts in tables[:MAX_SHOWN]]
+    sources = [parts.shown(folder) for parts in tables[:MAX_SHOWN]]
     remedies = [f"captions_file={parts.pattern!r}" for parts in tables[:MAX_SHOWN]]
     if len(tables) > MAX_SHOWN:
-        found.append(f"{len(tables) - MAX_SHOWN} tables more")
+        sources.append(f"{len(tables) - MAX_SHOWN} tables more")
     for kind in kinds:
         suffix = _SIDECARS[kind]
-        found.append(f"{count.num_sidecars[suffix]} sidecar .{suffix} files")
+        sources.append(f"{count.num_sidecars[suffix]} sidecar .{suffix} files")
         remedies.append(f"captions={kind}")
-    return found, remedies
+    return sources, remedies
 
 
 def _ambiguous(
     folder: Path, tables: Sequence[Parts], kinds: Sequence[str], count: FolderCount
 ) -> UserError:
-    found, remedies = _choices(folder, tables, kinds, count)
+    sources, remedies = _choices(folder, tables, kinds, count)
     pattern = common_pattern(tables, folder)
     together = f", or take them as one with captions_file={pattern!r}" if pattern else ""
     return UserError(
-        f"source={folder}: captions come from {' and from '.join(found)}; choose one with "
+        f"source={folder}: captions come from {' and from '.join(sources)}; choose one with "
         f"{' or '.join(remedies)}{together}, or remove the others"
     )

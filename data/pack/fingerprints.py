@@ -39,8 +39,8 @@ class Fingerprints:
     def _holds(self, fingerprint: int) -> bool:
         if fingerprint in self._recent:
             return True
-        place = int(np.searchsorted(self._sorted, np.uint64(fingerprint)))
-        return place < len(self._sorted) and int(self._sorted[place]) == fingerprint
+        position = int(np.searchsorted(self._sorted, np.uint64(fingerprint)))
+        return position < len(self._sorted) and int(self._sorted[position]) == fingerprint
 
 
 def _fingerprint(name: str) -> int:

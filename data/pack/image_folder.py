@@ -100,13 +100,13 @@ def _key(path: PurePosixPath, num_twins: int) -> str:
 def same_stem(names: Sequence[str], name: str) -> list[str]:
     """Returns those of the sorted `names` that differ from `name` only in their suffix."""
     stem = os.path.splitext(name)[0]
-    found = []
-    for place in range(bisect_left(names, f"{stem}."), len(names)):
-        if not names[place].startswith(f"{stem}."):
+    siblings = []
+    for number in range(bisect_left(names, f"{stem}."), len(names)):
+        if not names[number].startswith(f"{stem}."):
             break
-        if os.path.splitext(names[place])[0] == stem:
-            found.append(names[place])
-    return found
+        if os.path.splitext(names[number])[0] == stem:
+            siblings.append(names[number])
+    return siblings
 
 
 def has_image_beside(names: Sequence[str], name: str) -> bool:

@@ -40,17 +40,17 @@ def metadata_rows(table: Path, lines: bool) -> Iterator[tuple[str, str, Any]]:
     Raises UserError for a file that is none of that form.
     """
     for image, values in _entries(table).items():
-        place = f"{table.name}: {image}"
+        where = f"{table.name}: {image}"
         if not isinstance(values, dict):
-            yield place, image, BadSample(place, "no caption: no JSON object")
+            yield where, image, BadSample(where, "no caption: no JSON object")
             continue
         tags = values.get("tags")
         if tags is not None and not isinstance(tags, str):
-            yield place, image, BadSample(place, "no caption: tags is no text")
+            yield where, image, BadSample(where, "no caption: tags is no text")
             continue
         tags = SEPARATOR.join(filter(None, map(str.strip, (tags or "").split("\n"))))
         caption = values.get("caption")
-        yield place, image, _tagged(caption, tags, lines) if tags else caption
+        yield where, image, _tagged(caption, tags, lines) if tags else caption
 
 
 def _tagged(caption: Any, tags: str, lines: bool) -> Any:
@@ -71,14 +71,14 @@ def image_name(folder: Path, image: str) -> str:
     names = [image] if suffix_of(image) in IMAGE_SUFFIXES else []
     names = names or [f"{image}.{suffix}" for suffix in EITHER_CASE]
     # isfile is False for what is too long or no name; an absolute name is looked up as it is.
-    found = [name for name in names if os.path.isfile(folder / name)]
-    if not found and not os.path.isabs(image):  # as seen from where the tool was run, perhaps here
-        found = [os.path.abspath(name) for name in names if os.path.isfile(name)]
-    if not found:
+    files = [name for name in names if os.path.isfile(folder / name)]
+    if not files and not os.path.isabs(image):  # as seen from where the tool was run, perhaps here
+        files = [os.path.abspath(name) for name in names if os.path.isfile(name)]
+    if not files:
         raise BadImage("no image: no such file")
-    if len(found) > 1:
-        raise BadImage(f"no image: {' and '.join(found)} are of that name; write the suffix")
-    name = found[0]
+    if len(files) > 1:
+        raise BadImage(f"no image: {' and '.join(files)} are of that name; write the suffix")
+    name = files[0]
     if os.path.isabs(name):
         name = os.path.relpath(os.path.realpath(name), os.path.realpath(folder))
     return name
@@ -86,12 +86,12 @@ def image_name(folder: Path, image: str) -> str:
 
 def _entries(table: Path) -> dict[str, Any]:
     try:
-        found = json.loads(table.read_bytes())
+        entries = json.loads(table.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{table}: can't be read as JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(entries, dict):
         raise UserError(
             f"{table}: is no JSON object of images. kohya's metadata is "
             '{"image": {"caption": "a text"}}; name another file with captions_file'
         )
-    return found
+    return entries

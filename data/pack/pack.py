@@ -119,7 +119,7 @@ def pack(config: PackConfig) -> PackResult:
         what = "is a file" if source.exists() else "does not exist"
         raise UserError(f"source={source}: {what}; name a folder of images")
     refuse_used_output(output)
-    count, captions = _found(config)
+    count, captions = _source_contents(config)
     num_images = captions.num_embedded() if captions.is_embedded else count.num_images
     ignored = {name: num for name, num in count.other_suffixes.items() if name != captions.form}
     result = PackResult(str(captions), ignored_suffixes=ignored)
@@ -146,7 +146,7 @@ def pack(config: PackConfig) -> PackResult:
     return result
 
 
-def _found(config: PackConfig) -> tuple[FolderCount, CaptionSource]:
+def _source_contents(config: PackConfig) -> tuple[FolderCount, CaptionSource]:
     """Returns the contents of the source; raises UserError where there are no images."""
     source = Path(config.source)
     count = count_files(source)
@@ -157,9 +157,9 @@ def _found(config: PackConfig) -> tuple[FolderCount, CaptionSource]:
         captions = find_captions(source, config.captions, fields, count, config.captions_file)
         if captions.num_embedded() if captions.is_embedded else count.num_images:
             return count, captions
-    found = ", ".join(f"{num} .{suffix}" for suffix, num in count.other_suffixes.items())
+    kinds = ", ".join(f"{num} .{suffix}" for suffix, num in count.other_suffixes.items())
     raise UserError(
-        f"source={source}: holds no images (found {found or 'nothing'}); "
+        f"source={source}: holds no images (found {kinds or 'nothing'}); "
         "images are jpg, jpeg, png, webp, bmp, gif, tif, tiff or avif files, or inside Parquet"
     )
 

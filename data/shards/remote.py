@@ -94,18 +94,18 @@ def fetch(
             version = _run(source, sink)
         else:
             version = _download(source, sink, num_bytes, max_bytes)
-        found = Fetched(sink.num_bytes, sink.digest.hexdigest(), version)
-        if num_bytes is not None and found.num_bytes != num_bytes:
-            raise Changed(f"{num_bytes} bytes when it was indexed, {found.num_bytes} now")
-        if max_bytes is not None and found.num_bytes > max_bytes:
-            raise TooLarge(found.num_bytes)
-        if whole and found.whole != whole:
+        fetched = Fetched(sink.num_bytes, sink.digest.hexdigest(), version)
+        if num_bytes is not None and fetched.num_bytes != num_bytes:
+            raise Changed(f"{num_bytes} bytes when it was indexed, {fetched.num_bytes} now")
+        if max_bytes is not None and fetched.num_bytes > max_bytes:
+            raise TooLarge(fetched.num_bytes)
+        if whole and fetched.whole != whole:
             raise Changed("other bytes than when it was indexed")
         if file:
             with disk_writes():
                 file.flush()
                 os.fsync(file.fileno())
-    return found
+    return fetched
 
 
 class _Sink:
@@ -143,10 +143,10 @@ def read_range(source: str, offset: int, size: int) -> bytes:
     file_system, path = open_file_system(source, STALL_S)
 
     def read() -> bytes:
-        found = file_system.cat_file(path, start=offset, end=offset + size)
-        if len(found) != size:
-            raise ConnectionError(f"{len(found)} bytes came, not the {size} asked for")
-        return found
+        content = file_system.cat_file(path, start=offset, end=offset + size)
+        if len(content) != size:
+            raise ConnectionError(f"{len(content)} bytes came, not the {size} asked for")
+        return content
 
     return _until_it_works(source, read)
 
@@ -235,8 +235,8 @@ def _stream(file_system: Any, path: str, start: int, resumes: str) -> Iterator[_
     wanted = f"bytes={start}-" if start else ""
     with closing(request(file_system, path, wanted, resumes)) as stream:
         answer = stream.r
-        found = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
-        begin = int(found[1]) if answer.status == 206 and found else 0
+        content_range = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+        begin = int(content_range[1]) if answer.status == 206 and content_range else 0
         strong = answer.headers.get("ETag", "")
         if strong.startswith("W/"):
             strong = ""

@@ -149,12 +149,12 @@ def _find_header(file: BinaryIO, start: int, stop: int) -> int | None:
         chunk = file.read(min(CHUNK_BYTES, stop - start))
         if not chunk:
             return None
-        found = chunk.find(b"ustar")
-        while found >= 0:
-            first = found - 257  # where the magic stands in a header
+        magic = chunk.find(b"ustar")
+        while magic >= 0:
+            first = magic - 257  # where the magic stands in a header
             if first % BLOCK == 0 and first >= 0 and _is_header(chunk[first : first + BLOCK]):
                 return start + first
-            found = chunk.find(b"ustar", found + 1)
+            magic = chunk.find(b"ustar", magic + 1)
         start += len(chunk)
     return None
 
