@@ -3,96 +3,86 @@
 The laws are on what is imported, not on seconds; `make bench` measures those.
 """
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from blackpoint.scripts.bench.startup import required_keys
 from blackpoint.scripts.cli import VERBS
 from tests.tiny_pipeline import make_tiny_pipeline
-from tests.tiny_run import make_tiny_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 # What takes a second or more to import, or belongs to one verb alone.
 TORCH = {"torch", "torchvision", "torchmetrics", "diffusers", "transformers", "accelerate"}
 TRAINING = {"lightning", "pytorch_lightning", "wandb", "webdataset", "bitsandbytes"}
 PLOTS = {"matplotlib"}
+LIBRARIES = TORCH | TRAINING | PLOTS | {"numpy", "PIL", "omegaconf", "rich"}
 CODE = """
-import sys
+import json, sys
 from blackpoint.scripts.cli import main
-status = main(sys.argv[1:])
-print("imported:", *sorted({name.partition(".")[0] for name in sys.modules}))
-sys.exit(status)
+for arguments in json.loads(sys.argv[1]):
+    status = main(arguments)
+    packages = sorted({name.partition(".")[0] for name in sys.modules})
+    print("imported:", json.dumps([status, packages]))
 """
 
 
-def imported_by(*arguments: str) -> set[str]:
-    """Runs a command line in a fresh interpreter and returns the packages that it imported."""
+def assert_imports_none(commands: Sequence[tuple[Sequence[object], set[str]]]) -> None:
+    """Runs command lines in one fresh interpreter, each with packages that it must not import.
+
+    What an earlier one may import, a later one must be free to: only the first import is seen.
+    """
+    lines = json.dumps([[str(argument) for argument in arguments] for arguments, _ in commands])
     result = subprocess.run(
-        [sys.executable, "-c", CODE, *arguments], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", CODE, lines], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    return set(result.stdout.splitlines()[-1].split()[1:])
+    outcomes = [line for line in result.stdout.splitlines() if line.startswith("imported: ")]
+    for (arguments, forbidden), outcome in zip(commands, outcomes, strict=True):
+        status, packages = json.loads(outcome.removeprefix("imported: "))
+        assert status == 0, (arguments, result.stderr)
+        assert set(packages) & forbidden == set(), arguments
 
 
-def test_help_of_the_command_imports_no_library_at_all() -> None:
-    imported = imported_by("--help")
-    assert imported & (TORCH | TRAINING | PLOTS | {"numpy", "PIL", "omegaconf", "rich"}) == set()
+def test_no_command_imports_what_it_does_not_use(tmp_path: Path) -> None:
+    """Help imports no library, packing no torch, a config no model, encoding no trainer.
 
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_of_a_verb_imports_nothing_heavy(verb: str) -> None:
-    assert imported_by(*verb.split(), "--help") & (TORCH | TRAINING | PLOTS | {"pyarrow"}) == set()
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_print_config_imports_no_model_and_no_trainer(verb: str) -> None:
-    """Checks of a schedule may take torch; nothing takes diffusers, Lightning or wandb."""
-    imported = imported_by(*verb.split(), *required_keys(verb), "--print-config")
-    assert imported & ((TORCH - {"torch"}) | TRAINING | PLOTS) == set()
-
-
-@pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
+    Checks of a schedule, in a config, may take torch. A data set for encoding is no
+    LightningDataModule.
+    """
+    base = make_tiny_pipeline(tmp_path / "base")
+    source, shards = tmp_path / "images", tmp_path / "shards"
+    source.mkdir()
     for number in range(3):
         pixels = np.full((16, 16, 3), 80 * number, np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text("a gray square")
-    return folder
-
-
-def test_packing_and_checking_shards_never_import_torch(image_folder: Path, tmp_path: Path) -> None:
-    shards = tmp_path / "shards"
-    packed = imported_by("data", "pack", f"source={image_folder}", f"output={shards}")
-    checked = imported_by("data", "check", f"shards={shards}")
-    assert (packed | checked) & (TORCH | TRAINING | PLOTS) == set()
-
-
-def test_encoding_imports_no_trainer(tmp_path: Path) -> None:
-    """Importing blackpoint.data.module would: it is a LightningDataModule."""
-    base, shards = make_tiny_pipeline(tmp_path / "base"), make_tiny_shards(tmp_path / "images", 3)
-    settings = {"source": shards, "checkpoint": base, "output": tmp_path / "latents"}
-    settings |= {"resolution": 16, "num_workers": 0}
-    imported = imported_by("data", "encode", *(f"{k}={v}" for k, v in settings.items()))
-    assert imported & (TRAINING | PLOTS) == set()
-
-
-def test_sampling_imports_no_trainer(tmp_path: Path) -> None:
-    base = make_tiny_pipeline(tmp_path / "base")
-    settings = {"checkpoint": base, "output": tmp_path / "out", "prompts": "a gray eight"}
-    settings |= {"num_steps": 1, "device": "cpu"}
-    imported = imported_by("sample", *(f"{key}={value}" for key, value in settings.items()))
-    assert imported & (TRAINING | PLOTS) == set()
+        Image.fromarray(pixels).save(source / f"{number}.png")
+        (source / f"{number}.txt").write_text("a gray square")
+    heavy = TORCH | TRAINING | PLOTS
+    encode = [f"source={shards}", f"checkpoint={base}", f"output={tmp_path / 'latents'}"]
+    sample = [f"checkpoint={base}", f"output={tmp_path / 'out'}", "prompts=a gray eight"]
+    assert_imports_none(
+        [
+            (["--help"], LIBRARIES),
+            *(([*verb.split(), "--help"], heavy | {"pyarrow"}) for verb in VERBS),
+            (["data", "pack", f"source={source}", f"output={shards}"], heavy),
+            (["data", "check", f"shards={shards}"], heavy),
+            *(
+                ([*verb.split(), *required_keys(verb), "--print-config"], heavy - {"torch"})
+                for verb in VERBS
+            ),
+            (["data", "encode", *encode, "resolution=16", "num_workers=0"], TRAINING | PLOTS),
+            (["sample", *sample, "num_steps=1", "device=cpu"], TRAINING | PLOTS),
+        ]
+    )
 
 
 def test_report_imports_no_model_and_no_trainer(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "metrics.csv").write_text("step,name,value\n1,train/loss,0.5\n2,train/loss,0.4\n")
-    assert imported_by("report", f"run_dir={run_dir}") & (TORCH | TRAINING) == set()
+    assert_imports_none([(["report", f"run_dir={run_dir}"], TORCH | TRAINING)])
