@@ -48,6 +48,9 @@ def test_a_table_means_the_same_however_it_is_spelled(
         assert samples == {meant: (images[image], ("meant",))}, (source, name)
 
 
+COLUMNS = ("file_name", "text")
+
+
 def test_keys_of_embedded_images_are_the_same_however_their_table_is_spelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,9 +187,10 @@ def test_no_caption_of_kohya_loses_its_tags(
     table = tmp_path / "meta_cap.json"
     table.write_text(json.dumps({"b": {"caption": caption, "tags": " t\nu "}}))
     for lines, expected in ((False, whole), (True, by_line)):
-        assert [row[2] for row in metadata_rows(table, lines)] == [expected]
+        [(_, row)] = metadata_rows(table, COLUMNS, lines)
+        assert row == {"file_name": "b", "text": expected}
     table.write_text(json.dumps({"b": {"caption": "a", "tags": ["t"]}}))
-    [(_, _, value)] = metadata_rows(table, False)
+    [(_, value)] = metadata_rows(table, COLUMNS, False)
     assert isinstance(value, BadSample) and "tags is no text" in value.reason
 
 
@@ -233,7 +237,7 @@ def test_the_search_for_tables_holds_no_path_of_an_image(tmp_path: Path) -> None
     fields = CaptionFields()
     tracemalloc.start()
     try:
-        assert find_tables(tmp_path, walk(tmp_path), "auto", fields, False) == []
+        assert find_tables(tmp_path, walk(tmp_path), "auto", fields, False, True) == []
         assert tracemalloc.get_traced_memory()[1] < 500_000  # 8000 Paths are more than 1 MB
     finally:
         tracemalloc.stop()

@@ -1,12 +1,16 @@
-"""Picture files of a user, outside shards: those of a folder, and one of them read."""
+"""Files of a user, outside shards: the pictures of a folder, and reading what a file may be."""
 
+import os
+import stat
 from pathlib import Path
 
 from PIL import Image
 
 from blackpoint.data.files.walk import visible_files
-from blackpoint.data.images.decode import IMAGE_SUFFIXES, decode
-from blackpoint.data.images.source_file import MAX_IMAGE_BYTES, read_source_file
+from blackpoint.data.images.decode import IMAGE_SUFFIXES, BadImage, decode
+
+MAX_IMAGE_BYTES = 1 << 31
+MAX_CAPTION_BYTES = 1 << 24
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -22,3 +26,19 @@ def picture_files(folder: Path) -> list[Path]:
 def open_picture(path: Path) -> Image.Image:
     """Returns a picture file as training decodes it, RGB and upright; raises BadImage."""
     return decode(read_source_file(path, MAX_IMAGE_BYTES), max_image_pixels=None)
+
+
+def read_source_file(path: Path, max_bytes: int) -> bytes:
+    """Returns the bytes of a regular file; raises BadImage with the reason if there are none.
+
+    A pipe, which may never give a byte, or a device, which may never end, is not opened.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage("not a regular file")
+        if status.st_size > max_bytes:
+            raise BadImage(f"{status.st_size} bytes, above {max_bytes}")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadImage(f"can't be read: {error.strerror}") from None

@@ -42,7 +42,7 @@ from blackpoint.data.record import RECORD
 from blackpoint.data.shards.listing import folder_shards, is_encoded
 from blackpoint.data.shards.remote_shards import RemoteShards
 from blackpoint.data.shards.sample_keys import AUTOMATIC, SampleKeys
-from blackpoint.data.shards.shard_digest import ShardContent, file_stamp, new_digest, text_content
+from blackpoint.data.shards.shard_digest import file_stamp, new_digest, text_content
 from blackpoint.data.work.progress import in_threads
 
 ROWS_AT_ONCE = 1 << 16
@@ -194,7 +194,9 @@ class Index:
         fresh = dict[str, str]()
         is_long = sum(self.shard_bytes[path.name] for path in touched) > SHOWN_BYTES
         self._open()  # once, for all threads
-        for path, now in in_threads("comparing", self._text_content, touched, is_long):
+        for path, now in in_threads(
+            "comparing", lambda path: text_content(path, self.rows(path.name)), touched, is_long
+        ):
             digests = self.digests[path.name]
             if now.text != digests.text:
                 changed[path.name] = "has changed since"
@@ -221,9 +223,6 @@ class Index:
             remedy = "encode the images again with `blackpoint data encode`"
         where = f"{shards[0].parent / first} {changed[first]} the index"
         raise UserError(f"{where} {self.shard_folder / INDEX_FOLDER}{also}; {remedy}")
-
-    def _text_content(self, shard: Path) -> ShardContent:
-        return text_content(shard, self.rows(shard.name))
 
 
 def has_index(shard_folder: Path) -> bool:

@@ -27,7 +27,6 @@ from blackpoint.data.shards.remote_shards import RemoteShards
 from blackpoint.data.shards.sample_keys import AUTOMATIC, SampleKeys
 from blackpoint.data.shards.shard_digest import ReadAlong, ShardContent
 from blackpoint.data.shards.tar_samples import TarSample, tar_samples
-from blackpoint.data.work.progress import progress
 from blackpoint.data.work.workers import Advance, run_in_processes
 
 MAX_MEMBER_BYTES = (1 << 31) - 1
@@ -110,6 +109,8 @@ def scan_shards(
 
     A remote shard need not stay on the disk after its scan.
     """
+    from blackpoint.data.work.progress import progress  # not for the processes that scan
+
     jobs = (
         (number, shard, remote and remote.only(shard.name), max_image_pixels, latents, keys)
         for number, shard in enumerate(shards)

@@ -72,8 +72,8 @@ def sorted_samples(
     name = f"sorted-{_digest(index, chosen, buckets)}.bin"
     folders = [index.shard_folder / INDEX_FOLDER, cache_folder(cache_dir)]
     for folder in folders:
-        if _is_whole(folder / name, buckets):
-            return SortedSamples(folder / name, buckets)
+        if samples := _opened(folder / name, buckets):
+            return samples
     problem = ""
     for folder in folders:
         try:
@@ -135,15 +135,15 @@ def _digest(index: Index, chosen: Sequence[range], buckets: Buckets) -> str:
     return blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
 
 
-def _is_whole(path: Path, buckets: Buckets) -> bool:
+def _opened(path: Path, buckets: Buckets) -> SortedSamples | None:
+    """Opens a file that is there and whole; else None."""
     try:
-        size = path.stat().st_size
-        header = np.fromfile(path, COUNT, 2 * _num_rows(buckets))
-    except OSError:
-        return False
-    if len(header) < 2 * _num_rows(buckets):
-        return False
-    return size == _header_bytes(buckets) + INDEX.itemsize * int(header[::2].sum())
+        samples, size = SortedSamples(path, buckets), path.stat().st_size
+    except (OSError, ValueError):
+        return None
+    num_samples = sum(samples.counts) + samples.num_left_out
+    is_whole = size == _header_bytes(buckets) + INDEX.itemsize * num_samples
+    return samples if is_whole else None
 
 
 def _num_rows(buckets: Buckets) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from blackpoint.data.bad_samples import BadSample
 from blackpoint.data.caption_text import CAPTION_FIELD, Captions, json_captions, text_captions
 from blackpoint.data.images.decode import IMAGE_SUFFIXES, BadImage
-from blackpoint.data.images.source_file import MAX_CAPTION_BYTES, read_source_file
+from blackpoint.data.images.pictures import MAX_CAPTION_BYTES, read_source_file
 from blackpoint.data.pack.image_folder import (
     CaptionedFile,
     has_image_beside,

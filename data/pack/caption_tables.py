@@ -15,30 +15,38 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.tables import BadTable, csv_rows
 from blackpoint.data.pack.embedded_images import embedded_column, opened
 from blackpoint.data.pack.image_folder import has_image_beside, suffix_of
-from blackpoint.data.pack.kohya_metadata import is_metadata, is_metadata_name
+from blackpoint.data.pack.kohya_metadata import is_metadata, is_metadata_name, metadata_rows
 
 TABLE_FORMS = ("jsonl", "csv", "parquet")
 Rows = Iterator[tuple[str, dict[str, Any] | BadSample]]
 """Each row with its place, such as metadata.csv:3."""
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class CaptionFields:
     """Where captions stand in what holds them."""
 
     file_column: str = "file_name"
+    """Column of a captions table that names the image, relative to the table's folder, or to
+    source where the table lies outside it."""
     caption_column: str = "text"
+    """Column of a captions table that holds the caption, or a list of captions; of a .json beside
+    an image the field, where it has no "caption"."""
     image_column: str = "image"
-    """Of Parquet files with the images inside."""
-    lines: bool = False
-    """Whether every line of a text is a caption."""
-    has_image_files: bool = True
-    """Whether there are files that rows could name; else images inside Parquet are meant."""
+    """Column of Parquet files that holds the images themselves."""
+    caption_lines: bool = False
+    """Takes every line of a text for a caption of its own, as kohya's enable_wildcard and
+    SimpleTuner do; training draws one per epoch. Lists in JSON and Parquet are that in any case."""
 
 
-def table_rows(table: Path, columns: Sequence[str]) -> Rows:
-    """Yields the rows of a table, with these columns at least; raises UserError for damage."""
+def table_rows(table: Path, columns: Sequence[str], lines: bool = False) -> Rows:
+    """Yields the rows of a table, with these columns at least; raises UserError for damage.
+
+    `lines`: every line of a caption in kohya's metadata is one.
+    """
     match table.suffix.lower():
+        case ".json":
+            return metadata_rows(table, columns, lines)
         case ".jsonl":
             return _json_rows(table)
         case ".csv":
@@ -63,6 +71,7 @@ def find_tables(
     form: str,
     fields: CaptionFields,
     has_sidecars: bool,
+    has_image_files: bool,
 ) -> list[Path]:
     """Returns those files of a listing of `folder` that are tables of captions, and of `form`.
 
@@ -82,24 +91,27 @@ def find_tables(
                 if {fields.file_column, fields.caption_column} <= columns:
                     tables.append(path)
                 elif path.stem == "metadata":
-                    table_kind(path, fields)  # refuses what lacks columns
+                    table_kind(path, fields, has_image_files)  # refuses what lacks columns
                     tables.append(path)
                 elif _holds_images(path, fields):
                     (tables if fields.caption_column in columns else lacking).append(path)
     if lacking and not tables and not has_sidecars:
-        table_kind(lacking[0], fields)
+        table_kind(lacking[0], fields, has_image_files)
     return tables
 
 
-def table_kind(table: Path, fields: CaptionFields) -> str:
-    """Returns "kohya", the suffix, or "parquet with images"; raises UserError without columns."""
+def table_kind(table: Path, fields: CaptionFields, has_image_files: bool) -> str:
+    """Returns "kohya", the suffix, or "parquet with images"; raises UserError without columns.
+
+    Without image files that rows could name, images inside Parquet are meant.
+    """
     suffix = suffix_of(table.name)
     if suffix == "json":
         return "kohya"
     if suffix not in TABLE_FORMS:
         raise UserError(f"{table}: is no .jsonl, .csv, .parquet or .json file of captions")
     columns, has_images = table_columns(table), _holds_images(table, fields)
-    names_files = fields.has_image_files or not has_images
+    names_files = has_image_files or not has_images
     if names_files and {fields.file_column, fields.caption_column} <= set(columns):
         return suffix
     if has_images and fields.caption_column in columns:

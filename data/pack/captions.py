@@ -18,7 +18,7 @@ read as a whole.
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ from blackpoint.data.pack.image_folder import (
     walk,
 )
 from blackpoint.data.pack.image_folder import sample_key as sample_key
-from blackpoint.data.pack.kohya_metadata import image_name, is_metadata_name, metadata_rows
+from blackpoint.data.pack.kohya_metadata import image_name, is_metadata_name
 
 CaptionForm = Literal["auto", "sidecar", "caption", "json", "jsonl", "csv", "parquet", "kohya"]
 _SIDECARS: dict[str, str] = {"sidecar": "txt", "caption": "caption", "json": "json"}
@@ -59,12 +59,12 @@ class CaptionSource:
     folder: Path
     form: CaptionForm
     tables: Parts | None = None
-    fields: CaptionFields = CaptionFields()
+    fields: CaptionFields = field(default_factory=CaptionFields)
     is_embedded: bool = False
     """Whether the tables hold the images."""
 
     def __str__(self) -> str:
-        each_line = ", one per line" if self.fields.lines else ""
+        each_line = ", one per line" if self.fields.caption_lines else ""
         if self.tables is None:
             return f"sidecar .{_SIDECARS[self.form]} files{each_line}"
         shown = self.tables.shown(self.folder)
@@ -95,15 +95,15 @@ def find_captions(
     there.
     """
     count = count or count_files(folder)
-    fields = replace(fields or CaptionFields(), has_image_files=count.num_images > 0)
+    fields, has_files = fields or CaptionFields(), count.num_images > 0
     if captions_file is not None:
-        return _from_parts(folder, named(captions_file, folder), fields, form)
+        return _from_parts(folder, named(captions_file, folder), fields, form, has_files)
     kinds = [kind for kind in ("sidecar", "caption") if form in ("auto", kind)]
     kinds = [kind for kind in kinds if count.num_sidecars.get(_SIDECARS[kind])]
     top = next(walk(folder))
-    tables = grouped(find_tables(folder, [top], form, fields, bool(kinds)), folder)
+    tables = grouped(find_tables(folder, [top], form, fields, bool(kinds), has_files), folder)
     if not tables and not kinds:
-        tables = grouped(find_tables(folder, walk(folder), form, fields, False), folder)
+        tables = grouped(find_tables(folder, walk(folder), form, fields, False, has_files), folder)
     if not tables and not kinds and form in ("auto", "json") and count.num_sidecars.get("json"):
         kinds = ["json"]
     if form == "auto" and len(tables) + len(kinds) > 1:
@@ -111,7 +111,7 @@ def find_captions(
     if len(tables) + len(kinds) > 1:
         raise _ambiguous(folder, tables, kinds, count)
     if tables:
-        return _from_parts(folder, tables[0], fields, "auto")
+        return _from_parts(folder, tables[0], fields, "auto", has_files)
     if not kinds:
         others = [n for n in top[1] if is_metadata_name(n) and not has_image_beside(top[1], n)]
         hint = f"; {others[0]} is no JSON object of objects" if others else ""
@@ -129,7 +129,9 @@ def captioned_files(source: CaptionSource) -> Iterator[CaptionedFile | BadSample
     fields = source.fields
     if source.tables is None:
         suffix = _SIDECARS[source.form]
-        yield from captions_beside(source.folder, suffix, fields.caption_column, fields.lines)
+        yield from captions_beside(
+            source.folder, suffix, fields.caption_column, fields.caption_lines
+        )
         return
     seen = Fingerprints()
     for table, table_name in zip(source.tables.paths, source.tables.names, strict=True):
@@ -149,12 +151,15 @@ def _from_table(
     source: CaptionSource, table: Path, table_folder: str, seen: Fingerprints
 ) -> Iterator[CaptionedFile | BadSample]:
     """Yields the images of a table; those of one outside the folder are relative to the folder."""
-    for where, name, caption in _rows(source, table):
-        if isinstance(caption, BadSample):
-            yield caption
+    fields = source.fields
+    columns = fields.file_column, fields.caption_column
+    for where, row in table_rows(table, columns, fields.caption_lines):
+        if isinstance(row, BadSample):
+            yield row
             continue
+        name, caption = map(row.get, columns)
         if not isinstance(name, str) or not name.strip():
-            yield BadSample(where, f"no image: {source.fields.file_column} is empty")
+            yield BadSample(where, f"no image: {fields.file_column} is empty")
             continue
         name = name.strip()
         try:
@@ -172,19 +177,6 @@ def _from_table(
         yield _named_file(source, name, caption)
 
 
-def _rows(source: CaptionSource, table: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (place, name of the image, caption); a BadSample for anything that is no row."""
-    fields = source.fields
-    if source.form == "kohya":
-        yield from metadata_rows(table, fields.lines)
-        return
-    for where, row in table_rows(table, (fields.file_column, fields.caption_column)):
-        if isinstance(row, BadSample):
-            yield where, None, row
-        else:
-            yield where, row.get(fields.file_column), row.get(fields.caption_column)
-
-
 def _named_file(source: CaptionSource, name: str, caption: Any) -> CaptionedFile | BadSample:
     """Returns image `name` of a table, its name and captions checked."""
     shown, fields = printable(name), source.fields
@@ -196,7 +188,7 @@ def _named_file(source: CaptionSource, name: str, caption: Any) -> CaptionedFile
     if not os.path.isfile(path):  # False for a name that is too long, or no name
         return BadSample(shown, "no image: no such file")
     try:
-        captions = checked_captions(caption, fields.caption_column, fields.lines)
+        captions = checked_captions(caption, fields.caption_column, fields.caption_lines)
         return CaptionedFile(sample_key(source.folder, name), shown, path, captions)
     except (BadImage, UnicodeEncodeError) as reason:
         return BadSample(shown, str(reason))
@@ -214,7 +206,7 @@ def _from_embedded(
         assert not isinstance(values, BadSample), "Parquet has no lines that could be damaged"
         try:
             caption = values[fields.caption_column]
-            captions = checked_captions(caption, fields.caption_column, fields.lines)
+            captions = checked_captions(caption, fields.caption_column, fields.caption_lines)
         except BadImage as reason:
             yield BadSample(shown, str(reason))
             continue
@@ -223,10 +215,10 @@ def _from_embedded(
 
 
 def _from_parts(
-    folder: Path, parts: Parts, fields: CaptionFields, form: CaptionForm
+    folder: Path, parts: Parts, fields: CaptionFields, form: CaptionForm, has_files: bool
 ) -> CaptionSource:
     """Returns the source that some tables are, all of one kind; raises UserError."""
-    kinds = sorted({table_kind(path, fields) for path in parts.paths})
+    kinds = sorted({table_kind(path, fields, has_files) for path in parts.paths})
     suffixes = {kind.partition(" ")[0] for kind in kinds}
     if len(kinds) > 1 or (form != "auto" and suffixes != {form}):
         asked = "" if form == "auto" else f" and captions={form}"
@@ -250,7 +242,8 @@ def _preferred(
     The forms of other programs lie there for those programs: .caption files, kohya's metadata,
     Parquet with images inside. They are named in a note.
     """
-    main_tables = [parts for parts in tables if table_kind(parts.paths[0], fields) in TABLE_FORMS]
+    has_files = count.num_images > 0
+    main_tables = [t for t in tables if table_kind(t.paths[0], fields, has_files) in TABLE_FORMS]
     main_kinds = [kind for kind in kinds if kind == "sidecar"]
     if len(main_tables) + len(main_kinds) != 1:
         return tables, kinds

@@ -7,7 +7,7 @@ name without suffix. The file is read as a whole, as its own tools do.
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +34,26 @@ def is_metadata(path: Path) -> bool:
     return bool(entries) and all(isinstance(values, dict) for values in entries.values())
 
 
-def metadata_rows(table: Path, lines: bool) -> Iterator[tuple[str, str, Any]]:
-    """Yields (place, image, caption or BadSample); `lines`: every line of a caption gets the tags.
+def metadata_rows(
+    table: Path, columns: Sequence[str], lines: bool
+) -> Iterator[tuple[str, dict[str, Any] | BadSample]]:
+    """Yields the place of each image, and its name and caption as two `columns`.
 
-    Raises UserError for a file that is none of that form.
+    `lines`: every line of a caption gets the tags. Raises UserError for a file of another form.
     """
     for image, values in _entries(table).items():
         where = f"{table.name}: {image}"
         if not isinstance(values, dict):
-            yield where, image, BadSample(where, "no caption: no JSON object")
+            yield where, BadSample(where, "no caption: no JSON object")
             continue
         tags = values.get("tags")
         if tags is not None and not isinstance(tags, str):
-            yield where, image, BadSample(where, "no caption: tags is no text")
+            yield where, BadSample(where, "no caption: tags is no text")
             continue
         tags = SEPARATOR.join(filter(None, map(str.strip, (tags or "").split("\n"))))
         caption = values.get("caption")
-        yield where, image, _tagged(caption, tags, lines) if tags else caption
+        captions = _tagged(caption, tags, lines) if tags else caption
+        yield where, dict(zip(columns, (image, captions), strict=True))
 
 
 def _tagged(caption: Any, tags: str, lines: bool) -> Any:

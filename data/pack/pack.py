@@ -44,7 +44,7 @@ from blackpoint.data.work.workers import run_in_processes, usable_cores
 
 
 @dataclass
-class PackConfig:
+class PackConfig(CaptionFields):
     """An image folder with captions, and the shards that it becomes."""
 
     source: PathText = MISSING
@@ -59,17 +59,6 @@ class PackConfig:
     captions_file: PathText | None = None
     """Table of captions, relative to source, or a pattern such as 'train-*.parquet' for several
     that are one; null: the one there is."""
-    file_column: str = "file_name"
-    """Column of a captions table that names the image, relative to the table's folder, or to
-    source where the table lies outside it."""
-    caption_column: str = "text"
-    """Column of a captions table that holds the caption, or a list of captions; of a .json beside
-    an image the field, where it has no "caption"."""
-    image_column: str = "image"
-    """Column of Parquet files that holds the images themselves."""
-    caption_lines: bool = False
-    """Takes every line of a text for a caption of its own, as kohya's enable_wildcard and
-    SimpleTuner do; training draws one per epoch. Lists in JSON and Parquet are that in any case."""
     samples_per_shard: int = 10_000
     """Most samples in one shard."""
     shard_megabytes: float = 1000.0
@@ -151,10 +140,7 @@ def _source_contents(config: PackConfig) -> tuple[FolderCount, CaptionSource]:
     source = Path(config.source)
     count = count_files(source)
     if count.num_images or "parquet" in count.other_suffixes or config.captions_file:
-        fields = CaptionFields(
-            config.file_column, config.caption_column, config.image_column, config.caption_lines
-        )
-        captions = find_captions(source, config.captions, fields, count, config.captions_file)
+        captions = find_captions(source, config.captions, config, count, config.captions_file)
         if captions.num_embedded() if captions.is_embedded else count.num_images:
             return count, captions
     kinds = ", ".join(f"{num} .{suffix}" for suffix, num in count.other_suffixes.items())

@@ -9,7 +9,7 @@ from blackpoint.data.caption_text import caption_members
 from blackpoint.data.files.errors import disk_writes
 from blackpoint.data.images.decode import BadImage, decode, image_suffix
 from blackpoint.data.images.luminance import luminance
-from blackpoint.data.images.source_file import MAX_IMAGE_BYTES, read_source_file
+from blackpoint.data.images.pictures import MAX_IMAGE_BYTES, read_source_file
 from blackpoint.data.pack.embedded_images import EmbeddedImages
 from blackpoint.data.pack.shard_list import ListedFile, ShardList, read_list
 from blackpoint.data.record import JSON, TEXT, ShardRecords

@@ -99,10 +99,6 @@ class ShardCache:
         except (OSError, ValueError, TypeError):
             return None
 
-    def num_bytes(self) -> int:
-        """Returns the size of all shards that are here."""
-        return sum(size for _, size, _ in self._shards())
-
     def too_small(self, what: str, num_bytes: int) -> UserError:
         """Returns the error for a shard that is larger than the bound."""
         return UserError(
@@ -161,7 +157,7 @@ class ShardCache:
         except TooLarge as error:
             raise self.too_small(shown(shard.source), error.args[0]) from None
         except WriteFailed as error:
-            used = self.num_bytes() / GIGABYTE
+            used = sum(size for _, size, _ in self._shards()) / GIGABYTE
             raise RunFailed(
                 f"{partial.parent}: can't be written: {error}; the cache of shards holds "
                 f"{used:.3g} GB; free some space, lower {self.setting}, or name a folder on a "
