@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from blackpoint.sampling.noise import derive_seed
 from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.callbacks.snr_bins import snr_bins
 from blackpoint.train.draws import PHI, Draws, draw, draw_validation, stratified_timesteps
 from blackpoint.train.loss_config import LossConfig
-from blackpoint.train.snr_bins import snr_bins
 
 SHAPE = (4, 8, 8)
 NAMES = ("posterior_noise", "t", "eps")

@@ -13,12 +13,12 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.prediction import add_noise, training_target, v_to_x0
 from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.callbacks.snr_bins import snr_bins
 from blackpoint.train.draws import draw
 from blackpoint.train.loss import squared_error
 from blackpoint.train.loss_config import LossConfig
 from blackpoint.train.module import FineTuner
 from blackpoint.train.records.metrics_file import read_metrics
-from blackpoint.train.snr_bins import snr_bins
 from tests.tiny_run import make_tiny_shards, tiny_config, tiny_tuner
 
 SHAPE = (4, 8, 8)

@@ -11,7 +11,7 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.export.export import export
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.model_config import DropoutConfig
-from blackpoint.train.dropout import SampleDropout, add_dropout, keep_mask
+from blackpoint.train.dropout import SampleDropout, SampleSeeds, add_dropout, keep_mask
 from blackpoint.train.module import FineTuner
 from blackpoint.train.records.metrics_file import read_metrics
 from blackpoint.train.run import fit
@@ -110,8 +110,9 @@ def test_masks_are_functions_of_the_sample_and_drop_the_share_that_is_asked_for(
 def test_dropout_is_at_the_chosen_levels_alone_and_only_in_training() -> None:
     unet = pixel_model("none").unet
     names = set(unet.state_dict())
-    seeds = add_dropout(unet, DropoutConfig(0.2, 4), 8)
-    assert seeds is not None and set(unet.state_dict()) == names
+    seeds = SampleSeeds()
+    add_dropout(unet, DropoutConfig(0.2, 4), 8, seeds)
+    assert set(unet.state_dict()) == names
     found = [n for n, m in unet.named_modules() if isinstance(m, SampleDropout)]
     levels = {name.rsplit(".resnets")[0].rsplit(".attentions")[0] for name in found}
     assert levels == {"down_blocks.1", "mid_block", "up_blocks.0"}

@@ -49,6 +49,7 @@ FIXED = (
     "data.max_image_pixels",
     "schedule.*",
     "loss.*",
+    "lora.*",
     "optimizer.*",
     "ema.*",
     "trainer.precision",

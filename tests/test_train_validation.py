@@ -13,11 +13,11 @@ from torch.testing import assert_close
 import blackpoint.train.run
 from blackpoint.sampling.prediction import to_eps, to_x0
 from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.callbacks.snr_bins import snr_bins
 from blackpoint.train.callbacks.validation import ValidationLoss
 from blackpoint.train.draws import draw_validation
 from blackpoint.train.module import FineTuner
 from blackpoint.train.records.metrics_file import read_metrics
-from blackpoint.train.snr_bins import snr_bins
 from tests.tiny_run import make_tiny_shards, tiny_config, tiny_tuner
 
 UNSOUND: dict[str, Any] = {"loss.prediction_type": "epsilon", "allow_unsound": True}

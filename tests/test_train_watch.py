@@ -21,10 +21,10 @@ from blackpoint.sampling.prompts.brightness_target import (
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.train.callbacks.metrics import CsvMetrics
 from blackpoint.train.callbacks.previews import measure
+from blackpoint.train.callbacks.snr_bins import snr_bins, totals_by_bin
 from blackpoint.train.callbacks.watch import FETCH, LoaderClock
 from blackpoint.train.module import FineTuner
 from blackpoint.train.records.metrics_file import drop_rows_after, read_metrics
-from blackpoint.train.snr_bins import snr_bins, totals_by_bin
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import make_tiny_shards, tiny_config
 

@@ -51,9 +51,9 @@ class SampleSeeds:
 
 
 class SampleDropout(nn.Module):
-    """Stands in for one nn.Dropout, the UNet's `layer`-th; does nothing in evaluation mode."""
+    """Stands in for one nn.Dropout, of number or name `layer`; does nothing in evaluation mode."""
 
-    def __init__(self, p: float, layer: int, seeds: SampleSeeds) -> None:
+    def __init__(self, p: float, layer: int | str, seeds: SampleSeeds) -> None:
         super().__init__()
         # Hashed here: torch.compile cannot trace the hash, and would cut its graph at every layer.
         self.p, self.salt, self.seeds = p, derive_seed("layer", layer), seeds
@@ -81,10 +81,12 @@ def dropout_levels(unet: UNet2DConditionModel, config: DropoutConfig, side: int)
     return [level for level, width in enumerate(sides) if width <= largest]
 
 
-def add_dropout(unet: UNet2DConditionModel, config: DropoutConfig, side: int) -> SampleSeeds | None:
-    """Puts dropout into the levels that the config means, and the middle; None if it wants none."""
+def add_dropout(
+    unet: UNet2DConditionModel, config: DropoutConfig, side: int, seeds: SampleSeeds
+) -> None:
+    """Puts dropout into the levels that the config means, and the middle, if it wants any."""
     if not config.probability:
-        return None
+        return
     chosen, last = dropout_levels(unet, config, side), len(unet.down_blocks) - 1
     levels = [*enumerate(unet.down_blocks), (last, unet.mid_block)]
     levels += [(last - step, block) for step, block in enumerate(unet.up_blocks)]
@@ -95,9 +97,7 @@ def add_dropout(unet: UNet2DConditionModel, config: DropoutConfig, side: int) ->
         for name, child in parent.named_children()
         if isinstance(child, nn.Dropout)
     ]
-    seeds = SampleSeeds()
     for layer, (level, parent, name) in enumerate(layers):
         if level in chosen:
             new = SampleDropout(config.probability, layer, seeds).train(parent.training)
             parent.register_module(name, new)
-    return seeds

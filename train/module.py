@@ -1,8 +1,8 @@
 """The LightningModule: the training step of Lin et al. 2023, and the optimizer.
 
-It owns the UNet and, where it is asked for, the learned uncertainty. The frozen VAE and text
-encoder stay in the DiffusionModel, which is no nn.Module, so they are neither saved, averaged,
-wrapped nor counted.
+It owns what is trained: the UNet, or its adapters (train/lora.py), and, where it is asked for, the
+learned uncertainty. All that is frozen stays in the DiffusionModel, which is no nn.Module, so it is
+neither saved, averaged, wrapped nor counted.
 """
 
 from collections import OrderedDict
@@ -19,10 +19,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from blackpoint.sampling.conditioning import Conditioning
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.prediction import add_noise, training_target
+from blackpoint.train.cluster.device import COMPUTE_DTYPE
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.config.learning_rate import learning_rate_factor
+from blackpoint.train.config.learning_rate import learning_rate_factor, with_learning_rate
 from blackpoint.train.draws import Draws, draw
-from blackpoint.train.dropout import add_dropout
+from blackpoint.train.dropout import SampleSeeds, add_dropout
+from blackpoint.train.lora import checkpoint_record, trained_part
 from blackpoint.train.loss import scale_errors, scale_weights, squared_error
 from blackpoint.train.optimizer import build_optimizer
 from blackpoint.train.uncertainty import LearnedUncertainty
@@ -42,14 +44,17 @@ class FineTuner(LightningModule):
 
     def __init__(self, model: DiffusionModel, config: TrainConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = with_learning_rate(config)
         self.model = model
-        self.unet = model.unet
-        self.unet.requires_grad_(True).train()
+        seeds, drops = SampleSeeds(), config.dropout.probability or config.lora.dropout
+        self.dropout_seeds = seeds if drops else None
         side = config.data.resolution // model.downsampling_factor
-        self.dropout_seeds = add_dropout(self.unet, config.dropout, side)
+        add_dropout(model.unet, config.dropout, side, seeds)
+        dtype = COMPUTE_DTYPE[config.trainer.precision]
+        self.unet = trained_part(model.unet, config.lora, config.seed, dtype, seeds)
+        model.unet.train()
         if config.trainer.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            model.unet.enable_gradient_checkpointing()
         self.weights = loss_weights(config.loss, model.process.schedule)
         self.uncertainty = (
             LearnedUncertainty(model.process.schedule.num_steps)
@@ -60,10 +65,11 @@ class FineTuner(LightningModule):
         weights = scale_weights(config.loss.pool_factors, config.loss.scale_weights)
         self.scale_weights: list[float] = weights.tolist()
         self.gradient_norm: Tensor | None = None
+        self.base_digest = ""  # of the UNet that the run started from, where it is known
         self._captions: OrderedDict[str, Tensor] = OrderedDict()
 
     def setup(self, stage: str) -> None:
-        self.model.to(self.device)
+        self.model.to(self.trainer.strategy.root_device)
 
     def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
         draws = self.draws(batch)
@@ -202,12 +208,12 @@ class FineTuner(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the UNet's norm, and keeps that norm, computed once, for the metrics."""
+        """Clips by the norm of all that is trained, and keeps that norm for the metrics."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         if scaler is not None and fused:  # Lightning leaves unscaling to it: too late to clip
             scaler.unscale_(optimizer)
-        parameters = optimizer.param_groups[0]["params"]  # the UNet's, without walking its modules
+        parameters = optimizer.param_groups[0]["params"]  # without walking modules
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.gradient_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if gradient_clip_val:
@@ -227,9 +233,10 @@ class FineTuner(LightningModule):
             counts |= {name: count + more for name, count in counts.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Records, in plain containers, the base and the process of the weights."""
+        """Records, in plain containers, base and process of the weights, and what they are."""
         base = Path(self.model.source)
         checkpoint["blackpoint"] = {
             "base": str(base.resolve()) if base.exists() else self.model.source,
             "process": self.model.process.to_diffusers(),
+            **checkpoint_record(self.config.lora, self.base_digest),
         }

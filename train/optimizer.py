@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
 from blackpoint.train.config.config import OptimizerConfig
+from blackpoint.train.config.learning_rate import settled_rate
 
 EIGHT_BIT_MIN_VALUES = 4096  # bitsandbytes keeps 32 bits for smaller tensors
 
@@ -22,7 +23,7 @@ EIGHT_BIT_MIN_VALUES = 4096  # bitsandbytes keeps 32 bits for smaller tensors
 def build_optimizer(parameters: Iterable[Parameter], settings: OptimizerConfig) -> Optimizer:
     """Builds AdamW; in 32 bits it is fused, which needs no temporaries the size of the model."""
     options: dict[str, Any] = {
-        "lr": settings.learning_rate,
+        "lr": settled_rate(settings),
         "betas": (settings.beta1, settings.beta2),
         "eps": settings.epsilon,
         "weight_decay": settings.weight_decay,

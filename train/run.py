@@ -35,7 +35,12 @@ from blackpoint.train.callbacks.trainer import build_callbacks, build_trainer
 from blackpoint.train.cluster.cluster import as_launched, cluster_environment, num_started
 from blackpoint.train.cluster.device import prepare_device
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.config.learning_rate import warmup_note
+from blackpoint.train.config.learning_rate import (
+    settled_rate,
+    warmup_note,
+    with_learning_rate,
+)
+from blackpoint.train.lora import check_base
 from blackpoint.train.module import FineTuner
 from blackpoint.train.records.continuing import as_started, check_continues
 from blackpoint.train.records.first_process import is_first_process, note, say
@@ -46,7 +51,7 @@ from blackpoint.train.records.run_directory import (
     write_identity,
     write_records,
 )
-from blackpoint.train.records.run_identity import check_renamed, checked_identity
+from blackpoint.train.records.run_identity import check_renamed, checked_identity, unet_digest_in
 from blackpoint.train.records.run_lock import RunLock
 from blackpoint.train.records.sizes import sized
 from blackpoint.train.records.tracking import finish, sent_rows, wandb_logger
@@ -65,7 +70,7 @@ def fit(config: TrainConfig) -> int:
     Raises UserError for wrong input, before anything is written; RunFailed where the loss is not
     finite or the disk takes no more; Resumable where a signal stopped the run after saving it.
     """
-    config = as_launched(config)
+    config = with_learning_rate(as_launched(config))
     run_dir, max_steps = Path(config.run_dir), config.trainer.max_steps
     with at_the_start(run_dir):
         record = check_continues(run_dir, config)
@@ -141,13 +146,16 @@ def train(
     taken, if it is not held yet, when the input has proved right and the run is about to write.
     """
     record = RunRecord.read(run_dir)
-    config, device = prepare_device(config, record)
+    config, device = prepare_device(with_learning_rate(config), record)
     config = sized(config, record)
     environment = cluster_environment(config)
     model = starting_model(config, device)
     images = CaptionedImages(config.data, config.seed, config.batch_size, decoder=record.decoder)
     images.require_index(num_started(config))
-    identity = check_input(config, record, model, images) if is_first_process() else {}
+    checkpoint = checkpoint_steps(run_dir / "checkpoints").get(resume_step)
+    identity = {}
+    if is_first_process():
+        identity = check_input(config, record, model, images, checkpoint)
     load_encoders(model, images, config.preview)
     with at_the_start(run_dir):
         if is_first_process():
@@ -159,19 +167,29 @@ def train(
     note(warmup_note(config.optimizer, config.trainer.max_steps))
     stop, callbacks = build_callbacks(config, run_dir, resume_step)
     trainer = build_trainer(config, run_dir, loggers, [*callbacks, *watchers], environment)
-    checkpoint = checkpoint_steps(run_dir / "checkpoints").get(resume_step)
     if resume_step:
         say(f"resuming {run_dir} at step {resume_step}")
-    run_trainer(trainer, stop, FineTuner(model, config), images, checkpoint)
+    module = FineTuner(model, config)
+    module.base_digest = unet_digest_in(identity)
+    run_trainer(trainer, stop, module, images, checkpoint)
 
 
 def check_input(
-    config: TrainConfig, record: RunRecord, model: DiffusionModel, images: CaptionedImages
+    config: TrainConfig,
+    record: RunRecord,
+    model: DiffusionModel,
+    images: CaptionedImages,
+    checkpoint: Path | None,
 ) -> dict[str, Any]:
-    """Opens the data; returns the sections of identity.json, or raises UserError."""
+    """Opens the data; returns the sections of identity.json, or raises UserError.
+
+    `checkpoint` is the one that the run goes on from.
+    """
     images.prepare_data()
     images.setup("fit")
     identity = checked_identity(record, config, model, images)
+    if checkpoint is not None:
+        check_base(checkpoint, model.source, unet_digest_in(identity))
     check_sizes(model, images, config.loss.pool_factors)
     for line in images.summary():
         say(line)
@@ -245,7 +263,7 @@ def batches_note(config: TrainConfig) -> str:
     return (
         f"global batch: {batch['images_per_step']} images per step = {batch['num_processes']} "
         f"processes x {batch['images_per_process']} images x {batch['accumulate_grad_batches']} "
-        f"accumulated; learning rate {config.optimizer.learning_rate:g}"
+        f"accumulated; learning rate {settled_rate(config.optimizer):g}"
     )
 
 

@@ -15,6 +15,7 @@ from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.train.cluster.device import COMPUTE_DTYPE
 from blackpoint.train.config.config import PreviewConfig, TrainConfig
 from blackpoint.train.dropout import dropout_levels
+from blackpoint.train.lora import check_layers
 from blackpoint.train.loss import check_scales
 from blackpoint.train.pixel_model import build_pixel_model
 from blackpoint.train.records.checkpoint_size import check_side
@@ -44,6 +45,7 @@ def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     check_side(model, "data.resolution", config.data.resolution)
     side = config.data.resolution // model.downsampling_factor
     dropout_levels(model.unet, config.dropout, side)  # raises
+    check_layers(model.unet, config.lora)
     trainer = config.trainer
     note(
         prepare_unet(

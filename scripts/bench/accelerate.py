@@ -30,6 +30,7 @@ from blackpoint.sampling.model import DiffusionModel
 from blackpoint.scripts.bench.bare import Steps
 from blackpoint.scripts.bench.inputs import cached_files, captioned_images
 from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.config.learning_rate import settled_rate
 from blackpoint.train.target_process import fine_tuned_process
 
 
@@ -109,7 +110,7 @@ def _loop(config: TrainConfig, folder: Path, cached: bool, ema: bool, log: Path)
     average = EMAModel(unet.parameters(), decay=config.ema.decay) if ema else None
     optimizer = torch.optim.AdamW(
         unet.parameters(),
-        lr=settings.learning_rate,
+        lr=settled_rate(settings),
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
         eps=settings.epsilon,

@@ -18,6 +18,7 @@ from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.prediction import add_noise, training_target
 from blackpoint.scripts.bench.inputs import held_images, held_moments
 from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.config.learning_rate import settled_rate
 from blackpoint.train.target_process import fine_tuned_process
 
 HELD_BATCHES = 8
@@ -33,7 +34,7 @@ def bare_loop(config: TrainConfig, folder: Path, cached: bool) -> Steps:
     process = fine_tuned_process(config, model.process)
     schedule, kind = process.schedule, process.prediction_type
     unet = model.unet.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(unet.parameters(), config.optimizer.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), settled_rate(config.optimizer), fused=True)
     batches: Iterator[dict[str, Any]] = itertools.cycle(
         held_moments(folder, config.batch_size, HELD_BATCHES)
         if cached

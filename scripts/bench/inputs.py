@@ -21,6 +21,7 @@ from blackpoint.data.transform import transform
 from blackpoint.scripts import cli
 from blackpoint.scripts.config import load
 from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.config.learning_rate import with_learning_rate
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def training_config(yaml: str, run_dir: Path, max_steps: int, **changes: object)
         "wandb.enabled": "false",
         **changes,
     }
-    return load(TrainConfig, [yaml, *(f"{key}={value}" for key, value in settings.items())])
+    config = load(TrainConfig, [yaml, *(f"{key}={value}" for key, value in settings.items())])
+    return with_learning_rate(config)
 
 
 def captioned_images(folder: Path) -> list[tuple[Path, str]]:

@@ -55,7 +55,7 @@ class Previews(EverySteps):
         prompts, columns = self.config.prompts, range(self.config.num_images)
         swap = self.ema.swapped_in(module) if self.ema else contextlib.nullcontext()
         with torch.no_grad(), swap, trainer.precision_plugin.forward_context():
-            module.unet.eval()
+            module.model.unet.eval()
             images = module.model.sample(
                 [prompt for prompt in prompts for _ in columns],
                 seeds=[seed for _ in prompts for seed in columns],
@@ -66,7 +66,7 @@ class Previews(EverySteps):
                 width=module.config.data.resolution,
                 allow_unsound=module.config.allow_unsound,
             )
-            module.unet.train()
+            module.model.unet.train()
         return images
 
 

@@ -16,8 +16,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from blackpoint.sampling.runtime.memory import memory_metrics
+from blackpoint.train.callbacks.snr_bins import snr_bins, totals_by_bin
 from blackpoint.train.module import FineTuner
-from blackpoint.train.snr_bins import snr_bins, totals_by_bin
 
 
 @dataclass(frozen=True)

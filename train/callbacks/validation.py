@@ -25,12 +25,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from blackpoint.train.callbacks.metrics import log_metrics
+from blackpoint.train.callbacks.snr_bins import snr_bins
 from blackpoint.train.callbacks.step_metrics import sum_over_processes
 from blackpoint.train.callbacks.watch import EverySteps, Watch
 from blackpoint.train.draws import draw_validation
 from blackpoint.train.ema import Ema
 from blackpoint.train.module import FineTuner
-from blackpoint.train.snr_bins import snr_bins
 from blackpoint.train.weighting import error_per_v_error
 
 
@@ -89,7 +89,7 @@ class ValidationLoss(EverySteps):
         per_v = error_per_v_error(process.prediction_type, process.schedule)
         totals = torch.zeros(4, len(ranges), dtype=torch.float64)
         swap = self.ema.swapped_in(module) if self.ema else contextlib.nullcontext()
-        module.unet.eval()  # nothing is dropped out of a measurement
+        module.model.unet.eval()  # nothing is dropped out of a measurement
         with swap, trainer.precision_plugin.forward_context():
             for batch in self._loader:
                 trainer.datamodule.account(batch["replaced"], training=False)  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ class ValidationLoss(EverySteps):
                 of_v = torch.where(has_v, losses / scale, 0.0)
                 rows = torch.stack([of_v, has_v.double(), losses, torch.ones_like(losses)])
                 totals.index_add_(1, torch.tensor(which), rows)
-        module.unet.train()
+        module.model.unet.train()
         return totals
 
 

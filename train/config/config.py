@@ -14,6 +14,7 @@ from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.data.files.rules import check_ranges
 from blackpoint.sampling.choices import Attention, AutoDtype, Tf32, check_seed
 from blackpoint.sampling.runtime.tracking import WandbConfig
+from blackpoint.train.config.lora_config import LoraConfig
 from blackpoint.train.config.model_config import DropoutConfig, ModelConfig
 from blackpoint.train.config.schedule_config import ScheduleConfig
 from blackpoint.train.loss_config import LossConfig
@@ -27,8 +28,8 @@ class OptimizerConfig:
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"
     """adamw is fused; adamw_8bit keeps its state in 8 bits (needs the extra eight-bit)."""
-    learning_rate: float = 1e-5
-    """Learning rate after the warm-up."""
+    learning_rate: float | None = None
+    """Learning rate after the warm-up; not set: 1e-5, and 1e-4 for adapters (lora.rank)."""
     warmup_steps: int = 500
     """Optimizer steps over which the learning rate rises linearly from near 0."""
     decay: Literal["none", "linear", "cosine"] = "none"
@@ -178,6 +179,8 @@ class TrainConfig:
     """A pixel-space model to make, where there is no checkpoint."""
     dropout: DropoutConfig = field(default_factory=DropoutConfig)
     """Dropout in the UNet."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters to train in the place of the UNet's weights."""
     data: DataConfig = field(default_factory=DataConfig)
     """Shards and how images are read."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -232,6 +235,11 @@ class TrainConfig:
                     "latter"
                 )
             return
+        if self.lora.rank is not None:
+            raise UserError(
+                f"lora.rank={self.lora.rank}, but checkpoint is not set: adapters are of a model "
+                "that is trained already; name it, or leave lora.rank out"
+            )
         if not self.model.channels:
             raise UserError(
                 "checkpoint is not set: name what to start from (a diffusers folder, hub id, run "

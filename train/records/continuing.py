@@ -11,7 +11,11 @@ from typing import Any
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.config.learning_rate import learning_rate_factor
+from blackpoint.train.config.learning_rate import (
+    learning_rate_factor,
+    settled_rate,
+    with_learning_rate,
+)
 from blackpoint.train.records.resume_keys import When, images_per_step, rule_of
 from blackpoint.train.records.run_directory import ABSENT, CONFIG, RunRecord, differing_keys
 
@@ -42,6 +46,7 @@ def check_continues(run_dir: Path, config: TrainConfig) -> RunRecord:
                 "is overwritten: choose another run_dir"
             )
         return record
+    config = with_learning_rate(config)
     old, new = record.compared(config)
     refused = [key for key in differing_keys(old, new) if _is_refused(key, old, new, record)]
     if refused:
@@ -100,14 +105,14 @@ def _check_length(record: RunRecord, config: TrainConfig) -> None:
             f"{where} was exported after {done} steps and holds no checkpoints to go on from; "
             f"start another run from its export, checkpoint={record.run_dir / 'export'}"
         )
-    settings = config.optimizer
+    settings, rate = config.optimizer, settled_rate(config.optimizer)
     then, now = (learning_rate_factor(done - 1, settings, steps) for steps in (before, wanted))
     if then != now:
         raise UserError(
             f"{where} was begun with trainer.max_steps={before}, and with "
             f"optimizer.decay={settings.decay} its learning rate falls to 0 there: step {done}, "
-            f"which is done, had {settings.learning_rate * then:.3g} and would have had "
-            f"{settings.learning_rate * now:.3g}; continue it with trainer.max_steps={before}, "
+            f"which is done, had {rate * then:.3g} and would have had "
+            f"{rate * now:.3g}; continue it with trainer.max_steps={before}, "
             "or choose another run_dir"
         )
 

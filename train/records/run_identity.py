@@ -17,6 +17,7 @@ from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.records.base_identity import (
     TEXT_ENCODER,
+    UNET,
     VAE,
     base_differences,
     base_identity,
@@ -40,6 +41,12 @@ def checked_identity(
     note(check_same_base(record, base, config))
     check_encodings(model, images.encodings(), base)
     return {"data": data, "base": base}
+
+
+def unet_digest_in(identity: Mapping[str, Any]) -> str:
+    """Returns the digest of the base's UNet, of sections of identity.json; "" without one."""
+    digest: str = identity.get("base", {}).get(UNET, {}).get("digest", "")
+    return digest
 
 
 def check_renamed(record: RunRecord, config: TrainConfig) -> None:
