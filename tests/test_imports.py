@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "sampling", "train", "scripts")
 MOST_MODULES, MOST_LINES = 15, 350
-MOST_PRODUCT_LINES, MOST_CODE_LINES = 33_770, 40_070
+MOST_PRODUCT_LINES, MOST_CODE_LINES = 33_920, 40_220
 PROOF = ("scripts.miniature", "scripts.studies", "scripts.bench", "scripts.measurements")
 """Rooms that prove what the product says; the product never imports them."""
 ROOMS = """\
@@ -72,8 +72,8 @@ scripts.verbs: data.* data.check data.files data.pack sampling.* sampling.evalua
     scripts.* scripts.sweep train.* train.config train.encode train.records
 train.*: data.* data.files sampling.* sampling.export sampling.pixels sampling.runtime
     train.callbacks train.cluster train.config train.records
-train.callbacks: data.files sampling.* sampling.pixels sampling.prompts sampling.runtime train.*
-    train.config train.records
+train.callbacks: data.files sampling.* sampling.export sampling.pixels sampling.prompts
+    sampling.runtime train.* train.config train.records
 train.cluster: data.files sampling.runtime train.* train.config train.records
 train.config: data.* data.files sampling.* sampling.runtime train.*
 train.encode: data.* data.files data.images data.index data.shards data.work sampling.*

@@ -83,6 +83,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         "preview.num_images": 1,
         "watch.weights_every_steps": 2,
     },
+    "export.*": {"export.every_steps": 2, "export.keep": 1},
     "wandb.*": {"wandb.enabled": True, "wandb.project": "other"},
 }
 SLOW = ("data.num_workers", "wandb.*")  # they start processes

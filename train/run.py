@@ -22,6 +22,7 @@ from blackpoint.data.files.errors import (
 )
 from blackpoint.data.module import CaptionedImages
 from blackpoint.data.summary import bucket_rows, write_buckets
+from blackpoint.sampling.choices import Weights
 from blackpoint.sampling.export.export import export
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.callbacks.checkpoints import (
@@ -29,6 +30,7 @@ from blackpoint.train.callbacks.checkpoints import (
     latest_valid_checkpoint,
     remove_partial_files,
 )
+from blackpoint.train.callbacks.exports import export_step, remove_partial_exports
 from blackpoint.train.callbacks.interruption import StopOnSignal, lost_process
 from blackpoint.train.callbacks.metrics import CsvMetrics
 from blackpoint.train.callbacks.trainer import build_callbacks, build_trainer
@@ -86,6 +88,7 @@ def fit(config: TrainConfig) -> int:
         if run_dir.exists() and is_first_process():
             with at_the_start(run_dir):
                 lock.acquire()
+                remove_partial_exports(run_dir)
             record = RunRecord.read(run_dir)
             if record.is_finished(max_steps):  # by the process that held the lock
                 return say_finished(record)
@@ -284,11 +287,16 @@ def keep_earlier_export(record: RunRecord) -> None:
 
 
 def export_run(config: TrainConfig, run_dir: Path) -> None:
-    """Writes the run's last checkpoint to run_dir/export, where an export can hold it."""
+    """Writes the run's last checkpoint to run_dir/export, where an export can hold it.
+
+    First that of its step: what makes a run finished is run_dir/export.
+    """
     last = checkpoint_steps(run_dir / "checkpoints")[config.trainer.max_steps]
+    weights: Weights = "ema" if config.ema.enabled else "raw"
     say(f"exporting to {run_dir / 'export'} and checking it against diffusers")
     try:
-        export(last, run_dir / "export", weights="ema" if config.ema.enabled else "raw")
+        export_step(config, run_dir, config.trainer.max_steps)
+        export(last, run_dir / "export", weights=weights)
         say(f"done: {run_dir / 'export'}")
     except NotExportable as error:
         say(f"done, without an export: {error}")

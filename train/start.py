@@ -41,6 +41,11 @@ def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
         model = build_pixel_model(config.model, config.data.resolution, process)
         model.source = str(Path(config.run_dir) / BASE)
     if reason := model.process.not_exported():
+        if config.export.every_steps:
+            raise UserError(
+                f"export.every_steps={config.export.every_steps}: must be 0, for {reason}; sample "
+                "the checkpoints with allow_unsound=true"
+            )
         note(f"{reason}; sample the checkpoints of {config.run_dir} with allow_unsound=true")
     check_side(model, "data.resolution", config.data.resolution)
     side = config.data.resolution // model.downsampling_factor

@@ -125,6 +125,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class SaveCheckpoints(Checkpoint):
     """Saves every so many optimizer steps and at the last one; keeps the newest few and the best.
 
+    `every_steps` are several such intervals; those of 0 are none.
+
     The best is the one of the lowest validation loss, in the network's own output, of those saved
     at a step that was validated.
     """
@@ -132,7 +134,7 @@ class SaveCheckpoints(Checkpoint):
     def __init__(
         self,
         folder: Path,
-        every_steps: int,
+        every_steps: tuple[int, ...],
         keep: int,
         watch: Watch,
         validation: ValidationLoss | None = None,
@@ -149,7 +151,8 @@ class SaveCheckpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        due = step % self.every_steps == 0 or step == trainer.max_steps or trainer.should_stop
+        due = any(step % interval == 0 for interval in self.every_steps if interval)
+        due = due or step == trainer.max_steps or trainer.should_stop
         if not due or step == self.saved_step or not self.watch.at_step_end:
             return
         with self.watch.paused():

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from blackpoint.train.callbacks.checkpoints import AtomicCheckpointIO, SaveCheckpoints
+from blackpoint.train.callbacks.exports import StepExports
 from blackpoint.train.callbacks.interruption import StopOnSignal
 from blackpoint.train.callbacks.previews import Previews
 from blackpoint.train.callbacks.progress import Progress
@@ -51,13 +52,16 @@ def build_callbacks(
         callbacks.append(Previews(run_dir / "previews", config.preview, watch, ema))
     save = SaveCheckpoints(
         run_dir / "checkpoints",
-        config.trainer.checkpoint_every_steps,
+        (config.trainer.checkpoint_every_steps, config.export.every_steps),
         config.trainer.keep_checkpoints,
         watch,
         validation if config.trainer.keep_best else None,
         resume_step,
     )
-    return stop, [*callbacks, stop, save]
+    callbacks += [stop, save]
+    if config.export.every_steps:
+        callbacks.append(StepExports(config, run_dir, watch))
+    return stop, callbacks
 
 
 def build_trainer(

@@ -14,6 +14,7 @@ from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.data.files.rules import check_ranges
 from blackpoint.sampling.choices import Attention, AutoDtype, Tf32, check_seed
 from blackpoint.sampling.runtime.tracking import WandbConfig
+from blackpoint.train.config.export_config import StepExportConfig
 from blackpoint.train.config.lora_config import LoraConfig
 from blackpoint.train.config.model_config import DropoutConfig, ModelConfig
 from blackpoint.train.config.schedule_config import ScheduleConfig
@@ -195,6 +196,8 @@ class TrainConfig:
     """Length, devices, intervals."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     """Preview grids."""
+    export: StepExportConfig = field(default_factory=StepExportConfig)
+    """Exports while the run goes on."""
     watch: WatchConfig = field(default_factory=WatchConfig)
     """Measurements of the weights."""
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -87,6 +87,7 @@ RULES = (
         When.ALWAYS,
         "when to look at the weights and to save them, which changes none",
     ),
+    Rule(("export.*",), When.ALWAYS, "which weights are written for others, which changes none"),
     Rule(("preview.*", "watch.*"), When.ALWAYS, "what is shown and measured of the weights"),
     Rule(("wandb.*",), When.ALWAYS, "where it is shown"),
 )

@@ -1,0 +1,89 @@
+"""Exports while a run goes on, to choose among by eye: run_dir/exports/step_00000500.
+
+Each is made from the checkpoint of its step, in its turn, so that a run that is killed between the
+two makes it at its next start, and a resumed run leaves the exports of an unbroken one. They are
+not compared with stock diffusers, which would take memory beside the training: that is for the last
+one, run_dir/export.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from blackpoint.sampling.choices import Weights
+from blackpoint.sampling.export.export import export
+from blackpoint.train.callbacks.checkpoints import checkpoint_steps
+from blackpoint.train.callbacks.watch import Watch
+from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.records.first_process import say
+
+FOLDER = "exports"
+NAME = re.compile(r"step_(\d+)(\..+)?")
+
+
+class StepExports(Checkpoint):
+    """Exports every so many optimizer steps; in the first process, for which the others wait.
+
+    A Checkpoint, which Lightning calls after all other callbacks, and in their order; it must come
+    after the one that saves.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: Path, watch: Watch) -> None:
+        self.config, self.run_dir, self.watch = config, run_dir, watch
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            with self.watch.paused():
+                export_step(self.config, self.run_dir, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # A run that has been asked to stop has no time; its next start makes up for it.
+        if trainer.is_global_zero and self.watch.at_step_end and not trainer.should_stop:
+            with self.watch.paused():
+                export_step(self.config, self.run_dir, trainer.global_step)
+
+
+def export_step(config: TrainConfig, run_dir: Path, step: int) -> None:
+    """Exports the checkpoint of a step at which one is due, unless it is there; removes old ones.
+
+    Raises what `export` raises.
+    """
+    options, folder = config.export, run_dir / FOLDER
+    if not options.every_steps or not step or step % options.every_steps:
+        return
+    output = folder / f"step_{step:08d}"
+    if not output.exists():
+        checkpoint = checkpoint_steps(run_dir / "checkpoints")[step]
+        weights: Weights = "ema" if config.ema.enabled else "raw"
+        export(checkpoint, output, weights=weights, verify=False)
+        say(f"exported step {step} to {output}")
+    steps = sorted({int(name[1]) for path in folder.iterdir() if (name := _match(path))})
+    for path in list(folder.iterdir()):
+        if (name := _match(path)) and int(name[1]) not in steps[-options.keep :]:
+            _remove(path)
+
+
+def remove_partial_exports(run_dir: Path) -> None:
+    """Removes what a kill has left half-written or half-removed; for who has the run directory."""
+    for path in (run_dir / FOLDER).glob(".*"):
+        _remove(path)
+
+
+def _match(path: Path) -> re.Match[str] | None:
+    return NAME.fullmatch(path.name)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, which loses its name first: what has a name is whole."""
+    if not path.name.startswith("."):
+        hidden = path.with_name(f".removed-{path.name}")
+        os.replace(path, hidden)
+        path = hidden
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
