@@ -13,7 +13,6 @@ from blackpoint.data.files.rules import require
 from blackpoint.sampling.choices import (
     Attention,
     AutoDtype,
-    Dtype,
     Prompts,
     Spacing,
     Tf32,
@@ -132,18 +131,21 @@ class SampleConfig(SamplingOptions):
 
 @dataclass
 class ExportConfig:
-    """From a trained checkpoint to a diffusers folder."""
+    """From a checkpoint to a diffusers folder or a single file; also from the one to the other."""
 
     checkpoint: PathText = MISSING
     """Checkpoint to export: a run directory, a Lightning .ckpt, a diffusers folder or a hub id."""
     output: OutputText = MISSING
-    """Folder to write; must be empty or not exist."""
+    """Folder to write, empty or absent; or a single file, NAME.safetensors, for ComfyUI, Forge,
+    A1111 and others, with NAME.txt (what to set in each) and, of a v-prediction model, NAME.yaml
+    beside it. Nothing is overwritten."""
     weights: Weights = "ema"
     """Which weights of a training checkpoint: their moving average or the last step's."""
     variant: str | None = None
     """Variant of the weight files in a folder or on the hub: fp16, bf16, non_ema; the plain files,
     or the only ones that are there, if not set."""
-    dtype: Dtype = "float32"
-    """Number format of the written weights."""
+    dtype: AutoDtype = "auto"
+    """Number format of the written weights. auto: float16 in a single file, float32 in a folder."""
     verify: bool = True
-    """Reload the folder with stock diffusers and compare latents with our own samplers."""
+    """Read what is written back with stock diffusers, a single file also with blackpoint, and
+    compare latents with our own samplers; of a single file every weight too."""

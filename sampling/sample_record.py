@@ -16,7 +16,7 @@ import torch
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_new
 from blackpoint.sampling.choices import recorded_formats
-from blackpoint.sampling.export.export import require_empty
+from blackpoint.sampling.export.placement import require_empty
 from blackpoint.sampling.options import SampleConfig
 from blackpoint.sampling.runtime.precision import settle
 

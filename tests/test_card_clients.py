@@ -1,14 +1,31 @@
-"""What the card says of ComfyUI, A1111 and Forge, as a function of process and architecture."""
+"""What the table of clients says of a single file, against the clients' own rules.
+
+The rules are written anew here from the clients' code (sampling/export/clients.py names it), and
+judge what the exporter writes: keys, shapes, markers and NAME.yaml.
+"""
 
 from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
-from blackpoint.sampling.export.clients import Architecture, client_facts, has_sd_betas
+from blackpoint.sampling.checkpoints.ldm_keys import to_ldm
+from blackpoint.sampling.export.client_report import file_report
+from blackpoint.sampling.export.clients import (
+    CLIENTS,
+    STATISTIC_KEY,
+    Architecture,
+    client_facts,
+    client_notes,
+    has_sd_betas,
+    signs_of,
+)
 from blackpoint.sampling.export.model_card import model_card
+from blackpoint.sampling.export.single_file import markers
 from blackpoint.sampling.pixels.folder import PixelForm
 from blackpoint.sampling.pixels.pixel_codec import PixelCodec
 from blackpoint.sampling.process import Process
@@ -21,70 +38,203 @@ PUBLISHED = Process(SD, "epsilon", "leading")
 V, ZERO = Process(SD), Process(ZERO_SNR)
 SAMPLE = replace(ZERO, prediction_type="sample")
 SHIFTED = (Process(SD.shifted(64, 128)), Process(ZERO_SNR.shifted(64, 128)))
-WORDS = {
-    "statistic": "by the standard deviation of one bias",
-    "node": "ModelSamplingDiscrete",
-    "zsnr": "zsnr `true`",
-    "scheduler": "sgm_uniform",
-    "yaml": "NAME.yaml",
-    "ztsnr": "the key `ztsnr`",
-    "no_sample": "cannot run it",
-    "from_single_file": "from_single_file",
-    "own_betas": "Do not use them with this model",
-    "unknown": "They do not know this UNet",
+UNET = "model.diffusion_model."
+BY_NAME = {client.name: client for client in CLIENTS}
+
+
+@cache
+def weights_of(name):
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**ARCHITECTURES[name].unet)
+    return to_ldm("unet", unet.config, unet.state_dict())
+
+
+def written_file(process, architecture):
+    """What clients look at in the file: keys and shapes of all weights, values of one, markers."""
+    name = "sd15" if architecture.kind == "SD 1" else "sd21_base"
+    tensors = dict(weights_of(name))
+    spread = architecture.statistic or 0.0
+    tensors[STATISTIC_KEY] = torch.tensor([spread, -spread]).repeat(160)
+    if architecture.kind == "SD 2":
+        key = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
+        tensors[key] = torch.empty(3072, 1024, device="meta")
+    return tensors | markers(SimpleNamespace(process=process))
+
+
+def ldm_yaml_of(process):
+    """The parameterization in NAME.yaml, None without the file."""
+    return "v" if process.prediction_type == "v_prediction" else None
+
+
+def by_comfyui(file, yaml):
+    """comfy/model_detection.py and supported_models.py: SD15, SD20, SDXL."""
+    context = file[f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"].shape[1]
+    assert file[f"{UNET}input_blocks.0.0.weight"].shape[0] == 320
+    if context == 1024:
+        is_v = torch.std(file[STATISTIC_KEY], unbiased=False) > 0.09
+        return ("v" if is_v else "eps"), False
+    if context == 2048 and "v_pred" in file:
+        return "v", "ztsnr" in file
+    return "eps", False
+
+
+def by_forge(file, yaml):
+    """backend/loader.py: a yaml that says v, else the guess; modules_forge: the key ztsnr."""
+    return ("v" if yaml == "v" else by_comfyui(file, None)[0]), "ztsnr" in file
+
+
+def by_a1111(file, yaml):
+    """modules/sd_models_config.py: the yaml, else a config by keys; no key is read in 1.10.1.
+
+    Without a yaml it runs the UNet of an SD 2, of which these files hold no weights.
+    """
+    weight = file.get("cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight")
+    assert (weight is not None and weight.shape[1] == 1024) == any("cond_stage" in k for k in file)
+    assert file[f"{UNET}input_blocks.0.0.weight"].shape[1] not in (8, 9)  # inpainting, pix2pix
+    return yaml or "eps", False
+
+
+def by_diffusers(file, yaml):
+    return "eps", False
+
+
+def by_invokeai(file, yaml):
+    """configs/main.py: by the width of the context, and global_step, which files of ours lack."""
+    assert "global_step" not in file
+    width = file[f"{UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"].shape[-1]
+    return {768: "eps", 1024: "v"}[width], False
+
+
+RULES = {
+    "ComfyUI": by_comfyui,
+    "Forge": by_forge,
+    "reForge": by_forge,
+    "A1111": by_a1111,
+    "diffusers": by_diffusers,
+    "InvokeAI": by_invokeai,
 }
 
 
-def said(process, architecture):
-    text = " ".join(client_facts(process, architecture))
-    return {name for name, words in WORDS.items() if words in text}
+@pytest.mark.parametrize("architecture", KNOWN, ids=str)
+@pytest.mark.parametrize("process", [PUBLISHED, V, ZERO], ids=["published", "v", "zero"])
+def test_the_table_says_what_each_client_takes_a_file_for(process, architecture):
+    file = written_file(process, architecture)
+    assert RULES.keys() == BY_NAME.keys()
+    for name, rule in RULES.items():
+        parameterization, zero_snr = rule(file, ldm_yaml_of(process))
+        text = " ".join(client_notes(BY_NAME[name], process, architecture))
+        taken_for = {"v": "v-prediction", "eps": "epsilon"}[parameterization]
+        assert text.startswith(f"Takes it for {taken_for}"), name
+        assert (" with zero terminal SNR (" in text) == zero_snr, name
+        true_type = {"v_prediction": "v", "epsilon": "eps"}[process.prediction_type]
+        truth = (true_type, process.schedule.is_zero_terminal_snr)
+        assert ("nothing to set" in text) == ((parameterization, zero_snr) == truth), name
 
 
-TOLD = {"node", "yaml", "from_single_file"}
-OF_ZERO = {*TOLD, "zsnr", "scheduler", "ztsnr"}
-SHOWN = [
-    (PUBLISHED, SD1, set()),
-    (PUBLISHED, LIKE_EPS, set()),
-    (PUBLISHED, LIKE_V, {"statistic", "node", "yaml"}),
-    (V, SD1, TOLD),
-    (V, LIKE_EPS, {*TOLD, "statistic"}),
-    (V, LIKE_V, {"yaml", "from_single_file"}),
-    (ZERO, SD1, OF_ZERO),
-    (ZERO, LIKE_EPS, {*OF_ZERO, "statistic"}),
-    (ZERO, LIKE_V, OF_ZERO),
-    (SAMPLE, SD1, {"node", "zsnr", "scheduler", "no_sample", "from_single_file"}),
-    *(
-        (process, known, {"own_betas", "from_single_file"})
-        for process in SHIFTED
-        for known in KNOWN
-    ),
-    *(
-        (process, Architecture(kind), {"unknown"})
-        for process in (PUBLISHED, ZERO, *SHIFTED)
-        for kind in ("pixel", "unknown")
-    ),
-]
+def test_only_sdxl_files_are_known_by_their_keys_in_comfyui():
+    """The rule of the keys works in this file: a context of SDXL's width is taken by them."""
+    file = written_file(ZERO, SD1)
+    assert by_comfyui(file, None) == ("eps", False) and {"v_pred", "ztsnr"} <= file.keys()
+    key = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    assert by_comfyui(file | {key: torch.empty(320, 2048)}, None) == ("v", True)
 
 
-@pytest.mark.parametrize(("process", "architecture", "names"), SHOWN)
-def test_each_statement_is_made_where_it_is_so(process, architecture, names):
-    assert said(process, architecture) == names
+def said(name, process, architecture):
+    return " ".join(client_notes(BY_NAME[name], process, architecture))
 
 
-def test_a_client_is_told_the_prediction_type():
-    for process, sampling in ((ZERO, "v_prediction"), (SAMPLE, "x0"), (PUBLISHED, "eps")):
-        assert f"sampling `{sampling}`" in " ".join(client_facts(process, LIKE_V))
-    assert "sampling `v_prediction`, zsnr `false`" in " ".join(client_facts(V, SD1))
-    assert 'parameterization: "v"' in " ".join(client_facts(V, SD1))
-    assert 'parameterization: "eps"' in " ".join(client_facts(PUBLISHED, LIKE_V))
-    assert "`v1-inference.yaml`" in " ".join(client_facts(ZERO, SD1))
-    assert "`v2-inference.yaml`" in " ".join(client_facts(ZERO, LIKE_EPS))
-    assert "(0.050 here; above 0.09 means v)" in " ".join(client_facts(ZERO, LIKE_EPS))
+def test_a_user_is_told_the_node_the_setting_and_the_scheduler():
+    node = "`ModelSamplingDiscrete` with sampling `{}`, zsnr `{}`"
+    assert node.format("v_prediction", "true") in said("ComfyUI", ZERO, SD1)
+    assert node.format("v_prediction", "true") in said("ComfyUI", ZERO, LIKE_V)
+    assert node.format("v_prediction", "false") in said("ComfyUI", V, LIKE_EPS)
+    assert node.format("eps", "false") in said("ComfyUI", PUBLISHED, LIKE_V)
+    assert "ModelSamplingDiscrete" not in said("ComfyUI", V, LIKE_V)
+    assert said("ComfyUI", ZERO, SD1).count("ModelSamplingDiscrete") == 1
+    assert "Zero Terminal SNR" in said("A1111", ZERO, SD1)
+    assert "Zero Terminal SNR" not in said("A1111", V, SD1) + said("Forge", ZERO, SD1)
+    assert "prediction type `v_prediction`" in said("InvokeAI", V, SD1)
+    assert "prediction type" not in said("InvokeAI", V, LIKE_EPS)
+    assert "has no setting" in said("Forge", PUBLISHED, LIKE_V)  # a yaml with eps has no effect
+    for client in CLIENTS:
+        assert ("sgm_uniform" in said(client.name, ZERO, SD1)) == (client.name == "ComfyUI")
+        assert "Karras" not in said(client.name, V, SD1)
+
+
+def test_what_diffusers_is_told_makes_the_scheduler_of_the_process():
+    """The report's own words, run: a DDIM scheduler with the model's noise and timesteps."""
+    from diffusers import DDIMScheduler, PNDMScheduler
+
+    text = said("diffusers", ZERO, SD1)
+    call = text[text.index("DDIMScheduler.from_config") :].split("`")[0]
+    pipe = SimpleNamespace(scheduler=PNDMScheduler.from_config(PUBLISHED.to_diffusers()))
+    scheduler = eval(call, {"DDIMScheduler": DDIMScheduler, "pipe": pipe})
+    expected = DDIMScheduler.from_config(ZERO.to_diffusers())
+    assert torch.equal(scheduler.alphas_cumprod, expected.alphas_cumprod)
+    names = (
+        "prediction_type",
+        "timestep_spacing",
+        "set_alpha_to_one",
+        "clip_sample",
+        "steps_offset",
+    )
+    for key in names:
+        assert scheduler.config[key] == expected.config[key]
+
+
+def comfyui_timesteps(scheduler, count):
+    """k-diffusion's and ComfyUI's schedulers on the zero-SNR noise levels, as timesteps.
+
+    alpha_bar 0 is 4.8973451890853435e-08 there (comfy/model_sampling.py).
+    """
+    alpha_bar = ZERO_SNR.alpha_bar.clone()
+    alpha_bar[-1] = 4.8973451890853435e-08
+    sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()
+    low, high = sigmas[0].item(), sigmas[-1].item()
+    match scheduler:
+        case "simple":
+            return [999 - int(i * 1000 / count) for i in range(count)]
+        case "sgm_uniform":
+            return torch.linspace(999, 0, count + 1)[:-1].tolist()
+        case "ddim_uniform":
+            return list(range(1, 1000, 1000 // count))[::-1]
+        case "karras":
+            ramp = torch.linspace(0, 1, count, dtype=torch.float64)
+            levels = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+        case "exponential":
+            levels = torch.exp(
+                torch.linspace(torch.tensor(high).log(), torch.tensor(low).log(), count)
+            )
+    return [(sigmas.log() - level.log()).abs().argmin().item() for level in levels]
+
+
+def test_the_schedulers_that_the_table_names_are_trailing_and_the_others_are_not():
+    """As measured in ComfyUI 0.3.64 at 20 steps."""
+    assert comfyui_timesteps("simple", 20) == ZERO_SNR.trailing_timesteps(20)
+    uniform = comfyui_timesteps("sgm_uniform", 20)
+    assert (
+        uniform[0] == 999
+        and max(abs(a - b) for a, b in zip(uniform, ZERO_SNR.trailing_timesteps(20), strict=True))
+        < 1
+    )
+    assert comfyui_timesteps("ddim_uniform", 20)[:2] == [951, 901]
+    assert sum(t >= 990 for t in comfyui_timesteps("karras", 20)) == 9
+    assert sum(t > 990 for t in comfyui_timesteps("exponential", 20)) == 5
+
+
+@pytest.mark.parametrize("architecture", KNOWN, ids=str)
+def test_no_client_samples_what_a_single_file_cannot_say(architecture):
+    for process in SHIFTED:
+        [fact] = client_facts(process, architecture)
+        assert "Do not use them with this model" in fact
+    [fact] = client_facts(SAMPLE, architecture)
+    assert "predicts the sample" in fact
 
 
 def test_no_card_advises_a_key_that_only_sdxl_has():
-    for process, architecture, _ in SHOWN:
-        assert "`v_pred`" not in " ".join(client_facts(process, architecture))
+    for process in (PUBLISHED, V, ZERO, *SHIFTED):
+        for architecture in KNOWN:
+            assert "`v_pred`" not in " ".join(client_facts(process, architecture))
 
 
 def test_only_stable_diffusions_betas_are_its_betas():
@@ -101,12 +251,25 @@ def test_the_architecture_is_read_from_the_unet(name, kind):
     if kind == "SD 2":
         norm = unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1
         norm.bias = torch.nn.Parameter(torch.tensor([0.1, -0.1]).repeat(160).half())
-        assert Architecture.of(unet).statistic == pytest.approx(0.1, abs=1e-4)
-        assert Architecture.of(unet).guess == "v_prediction"
+        found = Architecture.of(unet)
+        assert found.statistic == pytest.approx(0.1, abs=1e-4)
+        assert "statistic" in signs_of(V, found)
+        # the bias that clients look at is this one under the name that files have
+        written = to_ldm("unet", unet.config, unet.state_dict())[STATISTIC_KEY]
+        assert torch.equal(written, norm.bias)
     assert Architecture.of(unet).kind == kind
     assert Architecture.of(unet, in_pixels=True) == Architecture("pixel")
     unet.register_to_config(cross_attention_dim=32)
     assert Architecture.of(unet) == Architecture("unknown")
+
+
+def test_the_report_of_a_file_names_every_client_with_its_version():
+    report = file_report("x.safetensors", ZERO, LIKE_EPS)
+    assert report.startswith("x.safetensors: SD 2, v-prediction, zero terminal SNR")
+    for client in CLIENTS:
+        assert f"\n{client.name} {client.version}\n- Takes it for" in report
+    assert max(map(len, report.splitlines())) <= 100
+    assert "No client but blackpoint" in file_report("x", ZERO, Architecture("unknown"))
 
 
 def test_the_card_holds_the_statements_and_wraps_them():
@@ -115,7 +278,8 @@ def test_the_card_holds_the_statements_and_wraps_them():
     for fact in client_facts(ZERO, LIKE_EPS):
         assert " ".join(fact.split()) in flat
     assert max(map(len, card.split("## Schedulers")[1].splitlines())) <= 100
-    assert "## ComfyUI, A1111, Forge" not in model_card(PUBLISHED, "raw", "base", architecture=SD1)
+    for client in CLIENTS:
+        assert f"**{client.name}** {client.version}" in card and client.evidence in flat
 
 
 def test_the_card_of_a_pixel_model_sends_to_diffusers():

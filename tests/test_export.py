@@ -17,8 +17,9 @@ from torch.testing import assert_close
 from transformers import CLIPTokenizer
 
 from blackpoint.data.files.errors import RunFailed, UserError
-from blackpoint.sampling.export.export import export, moved_into_place
+from blackpoint.sampling.export.export import export
 from blackpoint.sampling.export.model_card import model_card
+from blackpoint.sampling.export.placement import moved_into_place
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.schedule import NoiseSchedule

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch.testing import assert_close
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.export.export import moved_into_place
+from blackpoint.sampling.export.placement import moved_into_place
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.scripts.measurements import full_architecture, make_random_base
 from blackpoint.scripts.measurements.full_architecture_table import markdown

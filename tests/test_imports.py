@@ -38,7 +38,7 @@ sampling.evaluation.*: data.files sampling.* sampling.checkpoints sampling.evalu
 sampling.evaluation.metrics: data.files data.images sampling.* sampling.checkpoints
     sampling.evaluation.* sampling.pixels sampling.prompts sampling.statistics
     sampling.verifiers.* sampling.verifiers.models
-sampling.export: data.files sampling.* sampling.pixels
+sampling.export: data.files sampling.* sampling.checkpoints sampling.pixels
 sampling.pixels: data.files data.images
 sampling.prompts: data.files
 sampling.report: data.files sampling.evaluation.* sampling.evaluation.metrics sampling.prompts

@@ -7,7 +7,7 @@ import torch
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.module import CaptionedImages
-from blackpoint.sampling.export.export import moved_into_place
+from blackpoint.sampling.export.placement import moved_into_place
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.runtime.speed import prepare_unet

@@ -76,6 +76,30 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_files(path: Path) -> Iterator[Path]:
+    """Yields a folder whose files move into that of `path` together, `path` itself last.
+
+    FileExistsError where one is there, and then none of them is moved.
+    """
+    with scratch_folder(path.parent) as scratch:
+        yield scratch
+        flush_to_disk(scratch.iterdir())
+        moved: list[Path] = []
+        try:
+            for file in sorted(scratch.iterdir(), key=lambda file: file.name == path.name):
+                place = path.parent / file.name
+                try:
+                    _move_to_new(file, place)
+                except FileExistsError as error:
+                    raise FileExistsError(str(place)) from error
+                moved.append(place)
+        except BaseException:
+            for place in moved:
+                place.unlink(missing_ok=True)
+            raise
+
+
 def flush_to_disk(paths: Iterable[Path]) -> None:
     """Waits until files are on the disk, so that a crash after a rename leaves no empty ones."""
     for path in sorted(paths):

@@ -13,7 +13,7 @@ run first and their model leaves before the folder is loaded: two never share th
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 from blackpoint.data.files.errors import RunFailed
+from blackpoint.sampling.export.clients import diffusers_settings
 from blackpoint.sampling.grid import SampleState, SamplingGrid
 from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.model import DiffusionModel
@@ -46,13 +47,19 @@ STAND_IN = 2**-24
 """alpha_bar that diffusers puts in place of 0 at the last step, where it divides by alpha."""
 
 
-def check_against_diffusers(model: DiffusionModel, folder: Path) -> dict[str, float]:
+def check_against_diffusers(
+    model: DiffusionModel, folder: Path, file: Path | None = None
+) -> dict[str, float]:
     """Returns the largest difference of the latents by scheduler; raises RunFailed on a mismatch.
 
-    Uses `model` up: it is turned to float32, and its weights are dropped.
+    The weights are those of `folder`, or of the single file `file` with the configs of `folder` and
+    the settings of the scheduler that a user is told to make. Uses `model` up: it is turned to
+    float32, and its weights are dropped.
     """
     process, device = model.process, model.device
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    if file is not None:
+        scheduler = DDIMScheduler.from_config(scheduler.config, **diffusers_settings(process))
     failures = config_failures(process, dict(scheduler.config))
     alpha_bar_error = _largest(scheduler.alphas_cumprod.double() - process.schedule.alpha_bar)
     if not alpha_bar_error <= 1e-6:
@@ -66,7 +73,8 @@ def check_against_diffusers(model: DiffusionModel, folder: Path) -> dict[str, fl
         prompt = check_prompt(model)
         for part in model.loaded_parts():
             part.to("meta")
-        pipeline = _stock_pipeline(folder, device, model.pixels is not None)
+        pipeline = _stock_pipeline(folder, device, model.pixels is not None, file)
+        pipeline.scheduler = scheduler
         pipeline_latents = partial(
             _stock_latents, pipeline, prompt, noise, num_check_steps(process)
         )
@@ -93,7 +101,17 @@ def _tolerance(counterpart: Counterpart, process: Process, latents: Tensor) -> f
     return tolerance * max(1.0, _largest(latents)) * slack
 
 
-def our_latents(model: DiffusionModel, scheduler: Any, noise: Tensor) -> dict[Counterpart, Tensor]:
+def sampled_once(model: DiffusionModel) -> Tensor:
+    """Returns latents by one sampler, to compare models of ours by; turns `model` to float32."""
+    scheduler = DDIMScheduler.from_config(model.process.to_diffusers())
+    with _full_float32(), torch.no_grad():
+        [latents] = our_latents(model, scheduler, _noise(model), ["euler"]).values()
+    return latents
+
+
+def our_latents(
+    model: DiffusionModel, scheduler: Any, noise: Tensor, samplers: Iterable[str] = tuple(SAMPLERS)
+) -> dict[Counterpart, Tensor]:
     """Samples `noise` with each sampler that has a counterpart, on the timesteps of that scheduler.
 
     Turns `model` to float32 in place.
@@ -104,8 +122,8 @@ def our_latents(model: DiffusionModel, scheduler: Any, noise: Tensor) -> dict[Co
         part.float()
     condition, empty = model.encode_prompts([check_prompt(model)]), model.encode_prompts([""])
     latents = {}
-    for sampler, declared in SAMPLERS.items():
-        counterpart = declared.counterpart
+    for sampler in samplers:
+        counterpart = SAMPLERS[sampler].counterpart
         is_linspace = process.timestep_spacing == "linspace"
         if counterpart is None or (is_linspace and not counterpart.walks_linspace):
             continue
@@ -163,16 +181,29 @@ def num_check_steps(process: Process) -> int:
     return 1
 
 
-def _stock_pipeline(folder: Path, device: torch.device, in_pixels: bool) -> Any:
+def _stock_pipeline(
+    folder: Path, device: torch.device, in_pixels: bool, file: Path | None = None
+) -> Any:
     """Loads the folder; a pixel-space model with the pipeline file that lies beside it."""
-    kind, settings = StableDiffusionPipeline, WITHOUT_CHECKER
-    if in_pixels:
-        kind, settings = DiffusionPipeline, {"trust_remote_code": True}
-    pipeline = kind.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, **settings
-    ).to(device, torch.float32)
+    if file is not None:
+        pipeline = stock_pipeline_of_file(file, folder, torch.float32)
+    else:
+        kind, settings = StableDiffusionPipeline, WITHOUT_CHECKER
+        if in_pixels:
+            kind, settings = DiffusionPipeline, {"trust_remote_code": True}
+        pipeline = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, **settings
+        )
+    pipeline = pipeline.to(device, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def stock_pipeline_of_file(file: Path, configs: Path, dtype: torch.dtype) -> Any:
+    """Loads a single file as diffusers does with the configs of a folder, without a network."""
+    return StableDiffusionPipeline.from_single_file(
+        str(file), config=str(configs), local_files_only=True, dtype=dtype, **WITHOUT_CHECKER
+    )
 
 
 def _stock_latents(

@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from blackpoint.sampling.checkpoints.saving import STABLE_DIFFUSION, write_json
-from blackpoint.sampling.export.export import moved_into_place, require_empty
+from blackpoint.sampling.export.placement import moved_into_place, require_empty
 from blackpoint.scripts.config import load
 from blackpoint.scripts.stand_alone import run_script
 
-Name = Literal["sd15", "sd21_base", "sd21", "small"]
+Name = Literal["sd15", "sd21_base", "sd21", "small", "small_21"]
 Part = Literal["unet", "vae", "text_encoder"]
 
 NUM_TOKENS, PROMPT_TOKENS = 49_408, 77
@@ -79,6 +79,14 @@ TEXT_21 = TEXT | {  # OpenCLIP ViT-H/14 without its last layer
     "hidden_act": "gelu",
     "projection_dim": 512,
 }
+VAE_SMALL = VAE | {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+TEXT_SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "projection_dim": 64,
+}
 SCHEDULER: dict[str, Any] = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,
@@ -116,15 +124,19 @@ ARCHITECTURES: dict[Name, Architecture] = {
     # The same blocks, a tenth as wide: for trying out what is meant for the others.
     "small": Architecture(
         UNET | {"block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 64},
-        VAE | {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1},
-        TEXT
+        VAE_SMALL,
+        TEXT | TEXT_SMALL,
+        SCHEDULER,
+    ),
+    "small_21": Architecture(
+        UNET_21
         | {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "projection_dim": 64,
+            "block_out_channels": (64, 64, 128, 128),
+            "attention_head_dim": (1, 1, 2, 2),
+            "cross_attention_dim": 64,
         },
+        VAE_SMALL,
+        TEXT_21 | TEXT_SMALL,
         SCHEDULER,
     ),
 }
@@ -135,7 +147,8 @@ class RandomBaseConfig:
     """A folder with a published architecture and random weights."""
 
     architecture: Name = "sd15"
-    """sd15; sd21_base (512 px, epsilon) or sd21 (768 px, v-prediction); small: a tenth as wide."""
+    """sd15; sd21_base (512 px, epsilon) or sd21 (768 px, v-prediction); small and small_21: the
+    blocks of 1.5 and 2.1, a tenth as wide."""
     output: str = MISSING
     """Folder to write; must be empty or not exist."""
     dtype: Literal["float16", "float32"] = "float16"

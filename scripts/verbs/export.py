@@ -1,4 +1,4 @@
-"""blackpoint export: writes a trained checkpoint as a diffusers folder and proves it."""
+"""blackpoint export: writes a checkpoint as a diffusers folder or a single file and proves it."""
 
 from blackpoint.data.files.signals import left_by_sigterm
 from blackpoint.sampling.options import ExportConfig
@@ -11,12 +11,15 @@ def config_class() -> type[ExportConfig]:
 
 def run(config: ExportConfig) -> int:
     """Exports and returns the exit status."""
+    from pathlib import Path
+
     from blackpoint.data.files.errors import NotExportable
-    from blackpoint.sampling.export.export import export
+    from blackpoint.sampling.export.export import export, written_dtype
+    from blackpoint.sampling.export.single_file import beside, is_single_file
 
     try:
         with left_by_sigterm():
-            folder = export(
+            output = export(
                 config.checkpoint,
                 config.output,
                 config.weights,
@@ -27,5 +30,9 @@ def run(config: ExportConfig) -> int:
     except NotExportable as error:
         raise NotExportable(f"{error}; verify=false writes the folder unchecked") from None
     verified = "verified against diffusers" if config.verify else "not verified"
-    print(f"exported to {folder} ({config.weights} weights, {config.dtype}, {verified})")
+    dtype = written_dtype(Path(config.output), config.dtype)
+    print(f"exported to {output} ({config.weights} weights, {dtype}, {verified})")
+    if is_single_file(output):
+        _, report = beside(output)
+        print(f"\n{report.read_text(encoding='utf-8')}", end="")
     return 0
