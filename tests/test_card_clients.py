@@ -6,6 +6,7 @@ judge what the exporter writes: keys, shapes, markers and NAME.yaml.
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +15,11 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
 from blackpoint.sampling.checkpoints.ldm_keys import to_ldm
-from blackpoint.sampling.export.client_report import file_report
+from blackpoint.sampling.export.client_report import clients_table, file_report
 from blackpoint.sampling.export.clients import (
     CLIENTS,
     STATISTIC_KEY,
+    V_STATISTIC,
     Architecture,
     client_facts,
     client_notes,
@@ -270,6 +272,12 @@ def test_the_report_of_a_file_names_every_client_with_its_version():
         assert f"\n{client.name} {client.version}\n- Takes it for" in report
     assert max(map(len, report.splitlines())) <= 100
     assert "No client but blackpoint" in file_report("x", ZERO, Architecture("unknown"))
+
+
+def test_the_page_of_clients_holds_the_table():
+    page = (Path(__file__).parents[1] / "docs" / "clients.md").read_text(encoding="utf-8")
+    assert clients_table() in page
+    assert f"is above {V_STATISTIC}" in page
 
 
 def test_the_card_holds_the_statements_and_wraps_them():

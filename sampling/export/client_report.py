@@ -4,7 +4,6 @@ import textwrap
 
 from blackpoint.sampling.export.clients import (
     CLIENTS,
-    NOT_SET,
     SIGN_NAMES,
     SIZES_UNKNOWN,
     TYPE_NAMES,
@@ -12,8 +11,10 @@ from blackpoint.sampling.export.clients import (
     Client,
     Kind,
     client_notes,
+    values_of,
 )
 from blackpoint.sampling.process import Process
+from blackpoint.sampling.schedule import NoiseSchedule
 
 WIDTH = 96
 
@@ -40,7 +41,8 @@ def file_report(name: str, process: Process, architecture: Architecture) -> str:
 
 
 def clients_table() -> str:
-    """Returns the rows of docs/clients.md: all that CLIENTS says, whatever the model."""
+    """Returns the rows of docs/clients.md: all that CLIENTS says, of a zero-SNR v model."""
+    values = values_of(Process(NoiseSchedule.scaled_linear().zero_terminal_snr()))
     head = ("client", "SD 1 v", "SD 2 v", "zero SNR", "set by hand", "at zero SNR", "evidence")
     rows = [head, ("---",) * len(head)]
     for client in CLIENTS:
@@ -51,7 +53,7 @@ def clients_table() -> str:
                 _signs(client, "SD 1"),
                 _signs(client, "SD 2"),
                 ", ".join(SIGN_NAMES[sign] for sign in client.signs_of_zero_snr) or "no",
-                " ".join(text for text in by_hand if text) or NOT_SET,
+                " ".join(text for text in by_hand if text).format(**values) or "nothing",
                 client.scheduler,
                 client.evidence,
             )

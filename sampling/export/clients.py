@@ -211,13 +211,19 @@ def client_notes(client: Client, process: Process, architecture: Architecture) -
         notes.append(client.set_zero_snr or NOT_SET)
     if has_zero:
         notes.append(client.scheduler)
-    values = {
+    values = values_of(process)
+    return [note.format(**values) for note in dict.fromkeys(notes) if note]
+
+
+def values_of(process: Process) -> dict[str, str]:
+    """Returns what stands in braces in the texts of a client."""
+    settings = diffusers_settings(process).items()
+    return {
         "sampling": {"epsilon": "eps"}.get(process.prediction_type, process.prediction_type),
         "prediction": process.prediction_type,
-        "zsnr": str(has_zero).lower(),
-        "scheduler": ", ".join(f"{k}={v!r}" for k, v in diffusers_settings(process).items()),
+        "zsnr": str(process.schedule.is_zero_terminal_snr).lower(),
+        "scheduler": ", ".join(f"{name}={value!r}" for name, value in settings),
     }
-    return [note.format(**values) for note in dict.fromkeys(notes) if note]
 
 
 def client_facts(process: Process, architecture: Architecture) -> list[str]:
