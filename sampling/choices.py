@@ -1,10 +1,11 @@
 """The words that configs choose between; no import of torch, so that a verb's help is instant."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.paths import Holds
+from blackpoint.data.files.paths import Holds, PathText
 
 MAX_SEED = 2**64 - 1
 """torch.Generator takes no larger one."""
@@ -23,6 +24,24 @@ Prompts = Annotated[Any, Holds.PROMPTS]
 """A text, a list of texts, or the file or folder that holds them."""
 SCORE_DECIMALS = 4
 """Scores that agree in so many decimals are tied."""
+
+
+@dataclass
+class SingleFileConfig:
+    """What a checkpoint that is a single .safetensors file may lack; folders have all of it."""
+
+    prediction_type: PredictionType | None = None
+    """What the UNet of a single file predicts, where neither the file nor NAME.yaml beside it
+    says so. `train` needs it never: its target is loss.prediction_type."""
+    vae: PathText | None = None
+    """Autoencoder for a single file, instead of its own: a diffusers folder, or a .safetensors
+    file."""
+    tokenizer: PathText | None = None
+    """Tokenizer for a single file whose text encoder has another vocabulary than CLIP's: a folder
+    with tokenizer.json, or with vocab.json and merges.txt."""
+
+
+PLAIN = SingleFileConfig()
 
 
 def recorded_formats(

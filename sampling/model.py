@@ -6,7 +6,6 @@ use: training from cached latents needs neither. A pixel-space model has no auto
 encoder only if it understands text.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,9 @@ from blackpoint.data.files.signals import stop_if_asked
 from blackpoint.sampling.checkpoints import loading
 from blackpoint.sampling.checkpoints.architecture import check_architecture, sample_size_of
 from blackpoint.sampling.checkpoints.encoders import Encoders, dtype_of
-from blackpoint.sampling.checkpoints.resolve import Weights, resolve
+from blackpoint.sampling.checkpoints.resolve import resolve
 from blackpoint.sampling.checkpoints.saving import save_model
+from blackpoint.sampling.choices import PLAIN, PredictionType, SingleFileConfig, Weights
 from blackpoint.sampling.conditioning import Conditioning, encode_classes, encode_text, joined
 from blackpoint.sampling.grid import Denoise, Prediction, SampleState
 from blackpoint.sampling.guidance import NO_GUIDANCE, Guidance, guided_output
@@ -33,8 +33,6 @@ from blackpoint.sampling.pixels.folder import PixelForm
 from blackpoint.sampling.pixels.pixel_codec import IMAGE_CHANNELS
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.samplers import check_sampler, run
-
-log = logging.getLogger(__name__)
 
 
 class DiffusionModel:
@@ -52,13 +50,13 @@ class DiffusionModel:
         tokenizer: CLIPTokenizer | None,
         process: Process,
         source: str = "",
-        folder: Path | None = None,
+        pipeline: loading.Pipeline | None = None,
         pixels: PixelForm | None = None,
     ) -> None:
         assert (vae is None) == (pixels is not None)
         self.unet, self.process, self.source = unet, process, source
         self.tokenizer: Any = tokenizer
-        self.folder = folder  # where the encoders were read
+        self.pipeline = pipeline  # where the encoders are read
         self.pixels = pixels
         self._device = unet.device
         parts = {"vae": vae, "text_encoder": text_encoder}
@@ -79,35 +77,34 @@ class DiffusionModel:
         weights: Weights = "ema",
         with_unet: bool = True,
         variant: str | None = None,
+        single_file: SingleFileConfig = PLAIN,
+        undecided: PredictionType | None = None,
     ) -> "DiffusionModel":
-        """Loads a diffusers folder, hub id, run directory or .ckpt; keys must match exactly.
+        """Loads a diffusers folder, hub id, run directory, .ckpt or single .safetensors file.
 
-        `weights` chooses the averaged or the raw UNet of a .ckpt or run directory, `variant` the
-        files of a folder or hub id (fp16, bf16, non_ema), as in diffusers. Without the UNet's
-        weights the model only encodes and decodes. Raises UserError for what is not there, neither
+        Keys must match exactly. `weights` chooses the averaged or the raw UNet of a .ckpt, run
+        directory or single file, `variant` the files of a folder or hub id (fp16, bf16, non_ema),
+        as in diffusers; `single_file` adds what a single file lacks, `undecided` is the prediction
+        type of one that does not tell, for those who need none. Without the UNet's weights the
+        model only encodes and decodes. Raises UserError for what is not there, neither
         a Stable Diffusion 1.x / 2.x nor a pixel-space model of ours, or only a pickle; what the
         configs tell, before weights are read.
         """
-        resolved = resolve(checkpoint, weights, variant)
-        folder = resolved.folder
-        index = loading.read_json(folder / "model_index.json")
+        resolved = resolve(checkpoint, weights, variant, single_file)
+        pipeline = resolved.pipeline
+        index = pipeline.read_json("model_index.json")
         pixels = PixelForm.of(index, checkpoint)
-        check_architecture(folder, index, pixels, checkpoint)
-        scheduler = resolved.scheduler_config or loading.read_scheduler(folder, index)
-        try:
-            process = Process.from_diffusers(scheduler)
-        except UserError as error:
-            raise UserError(f"checkpoint={checkpoint}: {error}") from None
-        if process.incompatibility():
-            log.warning("note: %s: %s", checkpoint, process.incompatibility())
-        vae = None if pixels else loading.Part(AutoencoderKL, folder, "vae", dtype, variant)
+        check_architecture(pipeline, index, pixels, checkpoint)
+        scheduler = resolved.scheduler_config or pipeline.scheduler(undecided)
+        process = Process.of_checkpoint(checkpoint, scheduler)
+        vae = None if pixels else loading.Part(AutoencoderKL, pipeline, "vae", dtype)
         text_encoder, tokenizer = None, None
         if pixels is None or pixels.has_text:
-            text_encoder = loading.Part(CLIPTextModel, folder, "text_encoder", dtype, variant)
-            tokenizer = loading.load_tokenizer(folder)
-        unet = loading.load_unet(resolved, dtype) if with_unet else loading.empty_unet(folder)
+            text_encoder = loading.Part(CLIPTextModel, pipeline, "text_encoder", dtype)
+            tokenizer = pipeline.tokenizer()
+        unet = loading.load_unet(resolved, dtype) if with_unet else loading.empty_unet(pipeline)
         source = str(checkpoint)
-        return cls(unet, vae, text_encoder, tokenizer, process, source, folder, pixels).to(device)
+        return cls(unet, vae, text_encoder, tokenizer, process, source, pipeline, pixels).to(device)
 
     @property
     def vae(self) -> AutoencoderKL:

@@ -14,6 +14,7 @@ from blackpoint.sampling.choices import (
     Attention,
     AutoDtype,
     Prompts,
+    SingleFileConfig,
     Spacing,
     Tf32,
     Weights,
@@ -30,7 +31,7 @@ class SamplingOptions:
     """Checkpoint, sampler, guidance, device: keys that sample, search and evaluate share."""
 
     checkpoint: PathText = MISSING
-    """Checkpoint to sample: a folder, hub id, run directory or .ckpt."""
+    """Checkpoint to sample: a folder, hub id, run directory, .ckpt or single .safetensors file."""
     prompts: Prompts = MISSING
     """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one per line), .jsonl, .csv,
     .tsv or .parquet."""
@@ -58,10 +59,13 @@ class SamplingOptions:
     width: int | None = None
     """Width in px, a multiple of 8; the model's own if not set."""
     weights: Weights = "ema"
-    """Which weights of a training checkpoint: their moving average or the last step's."""
+    """Which weights of a training checkpoint: their moving average or the last step's; of a single
+    file with both: model_ema or model."""
     variant: str | None = None
     """Variant of the weight files in a folder or on the hub: fp16, bf16, non_ema; the plain files,
     or the only ones that are there, if not set."""
+    single_file: SingleFileConfig = field(default_factory=SingleFileConfig)
+    """What a checkpoint that is a single file lacks."""
     dtype: AutoDtype = "auto"
     """Number format of the model's weights; float16 and bfloat16 take half the memory. auto:
     bfloat16 on a GPU that computes in it, else float32."""
@@ -134,16 +138,20 @@ class ExportConfig:
     """From a checkpoint to a diffusers folder or a single file; also from the one to the other."""
 
     checkpoint: PathText = MISSING
-    """Checkpoint to export: a run directory, a Lightning .ckpt, a diffusers folder or a hub id."""
+    """Checkpoint to export: a run directory, a Lightning .ckpt, a diffusers folder, a hub id or
+    a single .safetensors file."""
     output: OutputText = MISSING
     """Folder to write, empty or absent; or a single file, NAME.safetensors, for ComfyUI, Forge,
     A1111 and others, with NAME.txt (what to set in each) and, of a v-prediction model, NAME.yaml
     beside it. Nothing is overwritten."""
     weights: Weights = "ema"
-    """Which weights of a training checkpoint: their moving average or the last step's."""
+    """Which weights of a training checkpoint: their moving average or the last step's; of a single
+    file with both: model_ema or model."""
     variant: str | None = None
     """Variant of the weight files in a folder or on the hub: fp16, bf16, non_ema; the plain files,
     or the only ones that are there, if not set."""
+    single_file: SingleFileConfig = field(default_factory=SingleFileConfig)
+    """What a checkpoint that is a single file lacks."""
     dtype: AutoDtype = "auto"
     """Number format of the written weights. auto: float16 in a single file, float32 in a folder."""
     verify: bool = True

@@ -4,8 +4,10 @@ It travels inside the checkpoint, as a diffusers scheduler_config, and nothing t
 from elsewhere.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,6 +22,8 @@ from blackpoint.sampling.grid import Prediction, SamplingGrid
 from blackpoint.sampling.prediction import PredictionType, to_eps, to_x0
 from blackpoint.sampling.samplers import SAMPLERS
 from blackpoint.sampling.schedule import NoiseSchedule, Spacing
+
+log = logging.getLogger(__name__)
 
 EXPORT_TOLERANCE = 1e-5
 SCHEME_KEYS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
@@ -153,6 +157,17 @@ class Process:
             set_alpha_to_one=settings.get("set_alpha_to_one", True),
             omits_cleanest=settings["_class_name"] in ABOVE_THE_CLEANEST,
         )
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: str | Path, config: Mapping[str, Any]) -> "Process":
+        """Reads the scheduler config of a checkpoint, which errors name; notes an unsound one."""
+        try:
+            process = cls.from_diffusers(config)
+        except UserError as error:
+            raise UserError(f"checkpoint={checkpoint}: {error}") from None
+        if reason := process.incompatibility():
+            log.warning("note: %s: %s", checkpoint, reason)
+        return process
 
     def to_diffusers(self) -> dict[str, Any]:
         """Writes a complete scheduler config, with trained_betas where no scheme is equal.

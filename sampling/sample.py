@@ -94,9 +94,14 @@ def _load(config: SampleConfig, record: SampleRecord) -> tuple[DiffusionModel, s
     set_tf32(formats["tf32"])
     dtype = getattr(torch, formats["dtype"])
     model = DiffusionModel.load(
-        config.checkpoint, device, dtype, config.weights, variant=config.variant
+        config.checkpoint,
+        device,
+        dtype,
+        config.weights,
+        variant=config.variant,
+        single_file=config.single_file,
     )
-    digest = sampling_digest(model, config.variant)
+    digest = sampling_digest(model)
     record.check_checkpoint(digest)
     return model, digest
 

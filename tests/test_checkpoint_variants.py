@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.fingerprint import vae_digest
-from blackpoint.sampling.checkpoints.resolve import resolve, weight_files
+from blackpoint.sampling.checkpoints.pipeline_folder import PipelineFolder, weight_files
+from blackpoint.sampling.checkpoints.resolve import resolve
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.scripts.cli import main
 from tests.tiny_pipeline import make_tiny_pipeline
@@ -62,7 +63,7 @@ def test_the_only_variant_is_loaded_unasked(base: Path, tmp_path: Path, variant:
         loaded.unet.parameters(), DiffusionModel.load(base).unet.parameters(), strict=True
     ):
         assert_close(own, expected)
-    assert vae_digest(folder) == vae_digest(base)
+    assert vae_digest(PipelineFolder(folder)) == vae_digest(PipelineFolder(base))
 
 
 def test_plain_files_come_first_and_a_variant_by_its_key(base: Path, tmp_path: Path) -> None:
@@ -71,9 +72,10 @@ def test_plain_files_come_first_and_a_variant_by_its_key(base: Path, tmp_path: P
     assert [path.name for path in weight_files(folder, "vae")] == [
         "diffusion_pytorch_model.safetensors"
     ]
-    assert vae_digest(folder) == vae_digest(base) != vae_digest(folder, "bf16")
+    plain = vae_digest(PipelineFolder(base))
+    assert vae_digest(PipelineFolder(folder)) == plain != vae_digest(PipelineFolder(folder, "bf16"))
     # As in diffusers, a part without the variant has its plain files.
-    assert vae_digest(folder, "non_ema") == vae_digest(base)
+    assert vae_digest(PipelineFolder(folder, "non_ema")) == plain
 
 
 def test_fp16_comes_before_other_variants_and_a_choice_of_others_is_refused(
@@ -179,7 +181,7 @@ def cache(base: Path, folder: Path, **snapshots: Any) -> Path:
 def test_a_folder_of_the_hubs_cache_is_its_snapshot(base: Path, tmp_path: Path) -> None:
     folder = cache(base, tmp_path / "models--some--one", abc=1)
     expected = folder / "snapshots" / "abc"
-    assert resolve(folder).folder == resolve(expected).folder == expected
+    assert resolve(folder).pipeline.path == resolve(expected).pipeline.path == expected
     image = DiffusionModel.load(folder).sample("a one", [0], num_steps=1)
     assert torch.equal(image, DiffusionModel.load(base).sample("a one", [0], num_steps=1))
     cache(base, folder, def_=1)
@@ -187,7 +189,7 @@ def test_a_folder_of_the_hubs_cache_is_its_snapshot(base: Path, tmp_path: Path) 
         DiffusionModel.load(folder)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("def_")
-    assert resolve(folder).folder == folder / "snapshots" / "def_"
+    assert resolve(folder).pipeline.path == folder / "snapshots" / "def_"
     (folder / "refs" / "main").write_text("gone")
     with pytest.raises(UserError, match="2 snapshots"):
         resolve(folder)
@@ -200,6 +202,6 @@ def test_a_pipeline_with_a_folder_called_snapshots_is_itself(base: Path, tmp_pat
     folder = tmp_path / "sd"
     shutil.copytree(base, folder)
     (folder / "snapshots").mkdir()
-    assert resolve(folder).folder == folder
+    assert resolve(folder).pipeline.path == folder
     shutil.copytree(base, folder / "snapshots" / "step-100")
-    assert resolve(folder).folder == folder
+    assert resolve(folder).pipeline.path == folder

@@ -21,6 +21,7 @@ from blackpoint.data.module import CaptionedImages
 from blackpoint.data.pack.pack import PackConfig, pack
 from blackpoint.sampling.checkpoints.encoders import Encoders
 from blackpoint.sampling.checkpoints.fingerprint import text_encoder_digest, vae_digest
+from blackpoint.sampling.checkpoints.pipeline_folder import PipelineFolder
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.scripts.cli import main
 from blackpoint.train.encode.encode import EncodeConfig, encode
@@ -206,8 +207,9 @@ def test_digests_are_of_values_and_not_of_files(pipeline: Path, tmp_path: Path) 
     half = make_tiny_pipeline(tmp_path / "half", variant="fp16")
     DiffusionModel.load(half).save(tmp_path / "widened")
     for digest in (vae_digest, text_encoder_digest):
-        assert digest(tmp_path / "saved") == digest(pipeline)
-        assert digest(tmp_path / "widened") == digest(half) != digest(pipeline)
+        plain, widened = digest(PipelineFolder(pipeline)), digest(PipelineFolder(half))
+        assert digest(PipelineFolder(tmp_path / "saved")) == plain
+        assert digest(PipelineFolder(tmp_path / "widened")) == widened != plain
 
 
 @pytest.mark.parametrize(

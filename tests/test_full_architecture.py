@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from torch.testing import assert_close
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.checkpoints.loading import forget_pages
 from blackpoint.sampling.export.placement import moved_into_place
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.scripts.measurements import full_architecture, make_random_base
@@ -26,7 +27,6 @@ from blackpoint.scripts.measurements.make_random_base import (
 from blackpoint.scripts.measurements.measured_process import run_measured
 from blackpoint.scripts.stand_alone import describe_machine
 from blackpoint.train import run
-from blackpoint.train.callbacks.checkpoints import forget_pages
 from blackpoint.train.ema import Ema
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import make_tiny_shards, tiny_config

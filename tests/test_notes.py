@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from blackpoint.data.files.notes import first, tell_counts
-from blackpoint.sampling.checkpoints.loading import load_tokenizer
+from blackpoint.sampling.checkpoints.pipeline_folder import PipelineFolder
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.scripts.cli import main
 from tests.tiny_pipeline import NUM_TOKENS, make_tiny_pipeline
@@ -61,4 +61,4 @@ def test_a_shorter_length_of_the_tokenizer_is_kept(tmp_path: Path) -> None:
     folder = make_tiny_pipeline(tmp_path / "sd")
     path = folder / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 12}))
-    assert load_tokenizer(folder).model_max_length == 12
+    assert PipelineFolder(folder).tokenizer().model_max_length == 12

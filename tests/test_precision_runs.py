@@ -13,6 +13,7 @@ import blackpoint.train.run
 import blackpoint.train.start
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.fingerprint import text_encoder_digest
+from blackpoint.sampling.checkpoints.pipeline_folder import PipelineFolder
 from blackpoint.scripts.cli import main
 from blackpoint.train.cluster.device import check_count, settled, training_device
 from blackpoint.train.draws import draw
@@ -107,8 +108,8 @@ def test_a_base_made_for_the_run_keeps_its_text_encoder_in_float32(
         patch.setattr(FineTuner, "training_step", training_step)
         assert blackpoint.train.run.fit(config) == 0
     assert held == [torch.bfloat16] * 2
-    base = tmp_path / "run" / "base"
-    assert text_encoder_digest(base) == text_encoder_digest(pipeline)  # of values in float32
+    base, plain = PipelineFolder(tmp_path / "run" / "base"), PipelineFolder(pipeline)
+    assert text_encoder_digest(base) == text_encoder_digest(plain)  # of values in float32
 
 
 def test_a_run_records_what_auto_took_and_goes_on_in_nothing_else(

@@ -6,6 +6,7 @@ neither saved, averaged, wrapped nor counted.
 """
 
 from collections import OrderedDict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,6 @@ class FineTuner(LightningModule):
             "process": self.model.process.to_diffusers(),
             **checkpoint_record(self.config.lora, self.base_digest),
         }
+        added = asdict(self.config.single_file)
+        if any(added.values()):
+            checkpoint["blackpoint"]["single_file"] = added

@@ -37,7 +37,7 @@ def build_pixel_model(config: ModelConfig, resolution: int, process: Process) ->
     text: DiffusionModel | None = None
     width = NO_TEXT_WIDTH
     if config.text_encoder is not None:
-        text = DiffusionModel.load(config.text_encoder, with_unet=False)
+        text = DiffusionModel.load(config.text_encoder, with_unet=False, undecided="epsilon")
         if text.tokenizer is None:
             raise UserError(f"model.text_encoder={config.text_encoder} has no text encoder")
         width = int(text.text_encoder.config.hidden_size)

@@ -33,7 +33,11 @@ def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     cannot be trained as the config says.
     """
     if config.checkpoint is not None:
-        model = DiffusionModel.load(config.checkpoint)
+        model = DiffusionModel.load(
+            config.checkpoint,
+            single_file=config.single_file,
+            undecided=config.loss.prediction_type,
+        )
         hold_encoders(model, config)
         model.process = fine_tuned_process(config, model.process)
     else:

@@ -1,4 +1,4 @@
-"""Whether a pipeline folder's networks make a text-to-image model, by their config.json alone.
+"""Whether a pipeline's networks make a text-to-image model, by their config.json alone.
 
 The UNet takes and gives latents of the autoencoder, and one text of the CLIP text encoder's width.
 What needs more than that - a mask, an image, a class, a second text encoder - is refused here,
@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.rules import is_number, require
-from blackpoint.sampling.checkpoints.loading import read_json
+from blackpoint.sampling.checkpoints.loading import Pipeline
 from blackpoint.sampling.pixels.folder import PixelForm
 
 LEGACY_SIDE = 64
@@ -54,9 +54,9 @@ REMEDY = (
 
 
 def check_architecture(
-    folder: Path, index: Config, pixels: PixelForm | None, checkpoint: str | Path
+    pipeline: Pipeline, index: Config, pixels: PixelForm | None, checkpoint: str | Path
 ) -> None:
-    """Raises UserError unless the configs in `folder` belong to a model that can be used here.
+    """Raises UserError unless the configs belong to a model that can be used here.
 
     `index` is its model_index.json.
     """
@@ -66,7 +66,8 @@ def check_architecture(
             f"checkpoint={checkpoint} is a {index.get('_class_name')}; this version takes "
             "Stable Diffusion 1.x and 2.x (one UNet, one CLIP text encoder)"
         )
-    unet = _config(folder, "unet", UNet2DConditionModel)
+    folder = pipeline.path
+    unet = _config(pipeline, "unet", UNet2DConditionModel)
     _check_class(unet, "UNet2DConditionModel", f"checkpoint={checkpoint}: unet")
     for key in ("in_channels", "out_channels"):
         _check_whole(unet, key, folder / "unet")
@@ -75,7 +76,7 @@ def check_architecture(
     if kind is not None:
         raise UserError(f"checkpoint={checkpoint} is {kind}; {REMEDY}")
     if pixels is None:
-        vae = _config(folder, "vae", AutoencoderKL)
+        vae = _config(pipeline, "vae", AutoencoderKL)
         _check_class(vae, "AutoencoderKL", f"checkpoint={checkpoint}: vae")
         _check_whole(vae, "latent_channels", folder / "vae")
         _check_factors(vae, f"in {folder / 'vae' / 'config.json'}")
@@ -89,16 +90,14 @@ def check_architecture(
                 f"{channels} channels; {REMEDY}"
             )
     if pixels is None or pixels.has_text:
-        _check_text(folder, unet["cross_attention_dim"], checkpoint)
+        _check_text(pipeline, unet["cross_attention_dim"], checkpoint)
 
 
-def _config(folder: Path, name: str, kind: Any) -> dict[str, Any]:
+def _config(pipeline: Pipeline, name: str, kind: Any) -> dict[str, Any]:
     """Returns config.json of a part with the defaults of its class."""
-    path = folder / name / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is incomplete: {name}/config.json is missing")
     parameters = inspect.signature(kind.__init__).parameters
-    return {key: parameter.default for key, parameter in parameters.items()} | read_json(path)
+    defaults = {key: parameter.default for key, parameter in parameters.items()}
+    return defaults | pipeline.read_json(f"{name}/config.json")
 
 
 def _check_class(config: Config, expected: str, what: str) -> None:
@@ -161,12 +160,10 @@ def _check_factors(vae: Config, where: str) -> None:
     require(is_scale, "scaling_factor", factor, "a number above 0", where)
 
 
-def _check_text(folder: Path, width: Any, checkpoint: str | Path) -> None:
+def _check_text(pipeline: Pipeline, width: Any, checkpoint: str | Path) -> None:
     """Checks that the text encoder is CLIP's and as wide as the UNet's cross-attention."""
-    path = folder / "text_encoder" / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is incomplete: text_encoder/config.json is missing")
-    text = read_json(path)
+    path = pipeline.path / "text_encoder" / "config.json"
+    text = pipeline.read_json("text_encoder/config.json")
     kind = text.get("model_type", "clip_text_model")
     if kind not in ("clip_text_model", "clip"):
         raise UserError(
@@ -185,7 +182,7 @@ def _check_text(folder: Path, width: Any, checkpoint: str | Path) -> None:
         "cross_attention_dim",
         width,
         "the width of the text encoder, a positive number, or a list of it",
-        f"in {folder / 'unet' / 'config.json'}",
+        f"in {pipeline.path / 'unet' / 'config.json'}",
     )
     if set(widths) != {hidden}:
         raise UserError(

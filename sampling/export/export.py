@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from blackpoint.data.files.errors import NotExportable
-from blackpoint.sampling.choices import AutoDtype, Dtype, Weights
+from blackpoint.sampling.choices import PLAIN, AutoDtype, Dtype, SingleFileConfig, Weights
 from blackpoint.sampling.export.clients import Architecture
 from blackpoint.sampling.export.model_card import model_card
 from blackpoint.sampling.export.placement import moved_into_place, require_empty
@@ -26,6 +26,7 @@ def export(
     verify: bool = True,
     dtype: AutoDtype = "auto",
     variant: str | None = None,
+    single_file: SingleFileConfig = PLAIN,
 ) -> Path:
     """Writes `checkpoint` as a diffusers folder, or as a single file NAME.safetensors; returns it.
 
@@ -36,7 +37,9 @@ def export(
     output = Path(output)
     (require_free if is_single_file(output) else require_empty)(output)
     torch_dtype = getattr(torch, written_dtype(output, dtype))
-    model = DiffusionModel.load(checkpoint, dtype=torch_dtype, weights=weights, variant=variant)
+    model = DiffusionModel.load(
+        checkpoint, dtype=torch_dtype, weights=weights, variant=variant, single_file=single_file
+    )
     if is_single_file(output):
         write_single_file(model, output, str(checkpoint), verify)
     else:

@@ -88,7 +88,12 @@ def load_model(config: SearchConfig, device: torch.device) -> DiffusionModel:
     """Loads the model and prepares its UNet for speed."""
     dtype = getattr(torch, config.dtype)
     model = DiffusionModel.load(
-        config.checkpoint, device, dtype, config.weights, variant=config.variant
+        config.checkpoint,
+        device,
+        dtype,
+        config.weights,
+        variant=config.variant,
+        single_file=config.single_file,
     )
     model.process.check_sound()
     choice = prepare_unet(model.unet, config.attention, config.channels_last, config.compile)

@@ -211,7 +211,7 @@ def write_tokenizer(folder: Path) -> None:
     A prompt costs one token a letter instead of one a word; ids, length and file format are as
     published, and no vocabulary need be downloaded.
     """
-    letters = _byte_letters()
+    letters = byte_letters()
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
     tokens += [f"<|unused {number}|>" for number in range(NUM_TOKENS - len(tokens) - 2)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
@@ -236,7 +236,7 @@ def make(config: RandomBaseConfig) -> Path:
     return output
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The 256 printable stand-ins for bytes of GPT-2's byte-level BPE."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     num_others = 256 - len(printable)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from blackpoint.sampling.checkpoints.resolve import last_checkpoint
+from blackpoint.sampling.checkpoints.single_file import SINGLE_FILE
 
 PATTERNS = ("*.safetensors", "*.bin", "*.ckpt", "scheduler_config.json")
 NUM_PIECES, PIECE_BYTES = 16, 64 * 1024
@@ -56,7 +57,8 @@ def digest_of_weights(checkpoint: Path, weights: str) -> str | None:
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for file in files:
         size = file.stat().st_size
-        digest.update(f"{file.relative_to(checkpoint)} {size}\n".encode())
+        name = file.suffix if checkpoint.is_file() and file != checkpoint else None
+        digest.update(f"{name or file.relative_to(checkpoint)} {size}\n".encode())
         for piece in _pieces(file, size):
             digest.update(piece)
     return digest.hexdigest()
@@ -66,7 +68,9 @@ def _files_of(checkpoint: Path, weights: str) -> Iterable[Path]:
     """Lists what is loaded, as blackpoint.sampling.checkpoints.resolve.resolve does: of a run
     directory the export or the last checkpoint."""
     if checkpoint.is_file():
-        return [checkpoint]
+        beside = checkpoint.with_suffix(".yaml")  # which may tell what a single file predicts
+        is_single = checkpoint.suffix == SINGLE_FILE and beside.is_file()
+        return [checkpoint, beside] if is_single else [checkpoint]
     newest = last_checkpoint(checkpoint)
     for folder in (checkpoint, checkpoint / "export"):
         is_loaded = folder == checkpoint or weights == "ema"

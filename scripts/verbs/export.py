@@ -26,6 +26,7 @@ def run(config: ExportConfig) -> int:
                 config.verify,
                 config.dtype,
                 config.variant,
+                config.single_file,
             )
     except NotExportable as error:
         raise NotExportable(f"{error}; verify=false writes the folder unchecked") from None

@@ -6,9 +6,7 @@ may still lose what it has promised to keep, so a file is checked, record by rec
 goes on from it. The newest few are kept, and the best: best.json says which that is.
 """
 
-import ctypes
 import json
-import mmap
 import os
 import re
 import sys
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.data.files.whole_file import whole_file, write_whole
+from blackpoint.sampling.checkpoints.loading import forget_pages
 from blackpoint.train.callbacks.validation import ValidationLoss
 from blackpoint.train.callbacks.watch import Watch
 
@@ -207,18 +206,3 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def forget_pages(mapped: Tensor) -> None:
-    """Drops the pages of a tensor that maps a file, unwritten, from this process's memory (Linux).
-
-    They are read again where the tensor is used again.
-    """
-    if sys.platform != "linux":
-        return
-    storage = mapped.untyped_storage()
-    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > start:
-        advise = ctypes.CDLL(None).madvise
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

@@ -12,7 +12,7 @@ from blackpoint.data.config import DataConfig
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.data.files.rules import check_ranges
-from blackpoint.sampling.choices import Attention, AutoDtype, Tf32, check_seed
+from blackpoint.sampling.choices import Attention, AutoDtype, SingleFileConfig, Tf32, check_seed
 from blackpoint.sampling.runtime.tracking import WandbConfig
 from blackpoint.train.config.export_config import StepExportConfig
 from blackpoint.train.config.lora_config import LoraConfig
@@ -166,8 +166,8 @@ class TrainConfig:
     run_dir: OutputText = MISSING
     """Directory of the run; the same command there continues an interrupted run."""
     checkpoint: PathText | None = None
-    """Checkpoint to start from: a diffusers folder, hub id, run directory or .ckpt. Not set: random
-    weights of the pixel-space architecture of `model`."""
+    """Checkpoint to start from: a diffusers folder, hub id, run directory, .ckpt or single
+    .safetensors file. Not set: random weights of the pixel-space architecture of `model`."""
     seed: int = 0
     """Decides every draw of the run, together with the epoch and the sample's index."""
     batch_size: int = 16
@@ -176,6 +176,8 @@ class TrainConfig:
     allow_unsound: bool = False
     """Allow pairs that cannot work, for study: epsilon, leading timesteps, offset noise or a weight
     of 0 at the last timestep with zero SNR."""
+    single_file: SingleFileConfig = field(default_factory=SingleFileConfig)
+    """What a checkpoint that is a single file lacks."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """A pixel-space model to make, where there is no checkpoint."""
     dropout: DropoutConfig = field(default_factory=DropoutConfig)

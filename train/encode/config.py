@@ -1,6 +1,6 @@
 """The configuration of `blackpoint data encode`; free of torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from omegaconf import MISSING
@@ -9,7 +9,7 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.data.files.rules import check_ranges
 from blackpoint.data.shards.options import ShardOptions
-from blackpoint.sampling.choices import Dtype, Tf32
+from blackpoint.sampling.choices import Dtype, SingleFileConfig, Tf32
 
 
 @dataclass
@@ -20,11 +20,14 @@ class EncodeConfig(ShardOptions):
     """Shards of images: a folder, a pattern such as shards/shard-{000000..000009}.tar, or the same
     as a URL (https://, s3://, gs://)."""
     checkpoint: PathText = MISSING
-    """Checkpoint whose VAE and text encoder are used: a folder, hub id, run directory or .ckpt.
-    Training from the result must start from a checkpoint with the same two."""
+    """Checkpoint whose VAE and text encoder are used: a folder, hub id, run directory, .ckpt or
+    single .safetensors file. Training from the result must start from a checkpoint with the same
+    two."""
     output: OutputText = MISSING
     """Folder for the shards of latents and their index; must be absent or empty. A run that was
     stopped is continued, and a run that is under way is joined, by the same command."""
+    single_file: SingleFileConfig = field(default_factory=SingleFileConfig)
+    """What a checkpoint that is a single file lacks."""
     resolution: int = 0
     """Side of the square images, in pixels; training must use the same data.resolution. 0: the size
     that the checkpoint was made for."""

@@ -203,20 +203,22 @@ def check_output(output: Path, encoding: Encoding, earlier: Encoding) -> None:
 
 def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encoding:
     """Returns the encoding of the source by the checkpoint; loads no weights."""
-    model = DiffusionModel.load(config.checkpoint, with_unet=False)
+    model = DiffusionModel.load(
+        config.checkpoint, with_unet=False, single_file=config.single_file, undecided="epsilon"
+    )
     if model.pixels:
         raise UserError(
             f"checkpoint={config.checkpoint} is a pixel-space model, which has no autoencoder: "
             "train it on the shards of images themselves"
         )
     channels, height, width = check_side(model, "resolution", config.resolution)
-    assert model.folder is not None
+    assert model.pipeline is not None
     return Encoding(
         source=config.source,
         checkpoint=config.checkpoint,
         source_digest=reader.index.content_digest(reader.shards),
-        vae=vae_digest(model.folder),
-        text_encoder=text_encoder_digest(model.folder),
+        vae=vae_digest(model.pipeline),
+        text_encoder=text_encoder_digest(model.pipeline),
         resolution=config.resolution,
         crop=config.crop,
         dtype=config.dtype,

@@ -31,7 +31,7 @@ def sized(config: EncodeConfig) -> EncodeConfig:
     if side:
         tell(f"resolution={side}, that of the latents in output={config.output}")
     else:
-        side = checkpoint_size(config.checkpoint, "resolution")
+        side = checkpoint_size(config.checkpoint, "resolution", config.single_file)
         tell(f"resolution={side}, the size that checkpoint={config.checkpoint} was made for")
     return dataclasses.replace(config, resolution=side)
 

@@ -126,7 +126,14 @@ def _in_order(num_shards: int, share: Share) -> list[int]:
 def _encoder(config: EncodeConfig, device: str) -> SampleEncoder:
     set_tf32(config.tf32 is True)
     encoder_dtype = getattr(torch, config.encoder_dtype)
-    model = DiffusionModel.load(config.checkpoint, device, encoder_dtype, with_unet=False)
+    model = DiffusionModel.load(
+        config.checkpoint,
+        device,
+        encoder_dtype,
+        with_unet=False,
+        single_file=config.single_file,
+        undecided="epsilon",
+    )
     model.load_encoders()
     return SampleEncoder(model, getattr(torch, config.dtype))
 

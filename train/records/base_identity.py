@@ -23,8 +23,7 @@ from blackpoint.sampling.checkpoints.fingerprint import (
     unet_digest,
     vae_digest,
 )
-from blackpoint.sampling.checkpoints.loading import read_json, read_scheduler
-from blackpoint.sampling.checkpoints.resolve import Resolved, resolve, weight_files
+from blackpoint.sampling.checkpoints.resolve import Resolved, resolve
 from blackpoint.sampling.checkpoints.scheduler_config import read_scheduler_config
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.pixels.folder import PixelForm
@@ -58,19 +57,21 @@ def base_identity(
     name = config.checkpoint or config.model.text_encoder
     if name is None:
         return {}
-    folder = model.folder if model else None
-    resolved = resolve(name if folder is None or Path(name).exists() else folder)  # not the hub
+    if model is not None and model.pipeline is not None and not Path(name).exists():
+        resolved = Resolved(model.pipeline)  # not the hub again
+    else:
+        resolved = resolve(name, single_file=config.single_file)
     identity, before = dict[str, Any](), before or {}
-    start_s, num_bytes = time.perf_counter(), 0
+    start_s, read = time.perf_counter(), set[Path]()
     for name_of_part, part in _parts(resolved, with_unet=config.checkpoint is not None).items():
         stamps = {f"{p.parent.name}/{p.name}": settled(file_stamp(p.stat())) for p in part.files}
         recorded = before.get(name_of_part, {})
         if recorded.get("stamps") == stamps and all(stamps.values()):
             identity[name_of_part] = recorded
             continue
-        num_bytes += sum(path.stat().st_size for path in part.files)
+        read |= set(part.files)
         identity[name_of_part] = {"digest": part.digest(), "stamps": stamps}
-    if num_bytes:
+    if num_bytes := sum(path.stat().st_size for path in read):
         say(
             f"read the base to know it by its content, {num_bytes / 1e9:.3g} GB in "
             f"{time.perf_counter() - start_s:.1f} s; not again while its files keep size and time"
@@ -99,35 +100,34 @@ def base_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def _parts(resolved: Resolved, with_unet: bool) -> dict[str, Part]:
-    folder, parts = resolved.folder, dict[str, Part]()
-    pixels = PixelForm.of(read_json(folder / "model_index.json"), folder)
+    pipeline, parts = resolved.pipeline, dict[str, Part]()
+    pixels = PixelForm.of(pipeline.read_json("model_index.json"), pipeline.path)
     if with_unet:
         weights = (
-            [Path(resolved.checkpoint)] if resolved.checkpoint else weight_files(folder, "unet")
+            [Path(resolved.checkpoint)] if resolved.checkpoint else pipeline.weight_files("unet")
         )
-        files = [*weights, folder / "unet" / "config.json"]
+        files = [*weights, *pipeline.config_files("unet")]
         parts[UNET] = Part(files, lambda: unet_digest(resolved))
     if with_unet and pixels is None:
-        files = [*weight_files(folder, "vae"), folder / "vae" / "config.json"]
-        parts[VAE] = Part(files, lambda: vae_digest(folder))
+        files = [*pipeline.weight_files("vae"), *pipeline.config_files("vae")]
+        parts[VAE] = Part(files, lambda: vae_digest(pipeline))
     if pixels is None or pixels.has_text:
-        words = [folder / "text_encoder" / "config.json"]
-        words += sorted(path for path in (folder / "tokenizer").iterdir() if path.is_file())
-        settings = functools.cache(lambda: tokenizer_settings(folder))
-        files = [*weight_files(folder, "text_encoder"), *words]
-        parts[TEXT_ENCODER] = Part(files, lambda: text_encoder_digest(folder, tokenizer=settings()))
+        words = [*pipeline.config_files("text_encoder"), *pipeline.config_files("tokenizer")]
+        settings = functools.cache(lambda: tokenizer_settings(pipeline))
+        files = [*pipeline.weight_files("text_encoder"), *words]
+        parts[TEXT_ENCODER] = Part(files, lambda: text_encoder_digest(pipeline, settings()))
         parts[TOKENIZER] = Part(words, lambda: tokenizer_digest(settings()))
     return parts
 
 
 def _values(resolved: Resolved, name: str) -> dict[str, Any]:
-    index = read_json(resolved.folder / "model_index.json")
-    scheduler = resolved.scheduler_config or read_scheduler(resolved.folder, index)
+    pipeline = resolved.pipeline
+    scheduler = resolved.scheduler_config or pipeline.scheduler("epsilon")
     betas = NoiseSchedule.from_diffusers(read_scheduler_config(scheduler)).betas.tolist()
     values: dict[str, Any] = {BETAS: [float(f"{beta:.8g}") for beta in betas]}
-    pixels = PixelForm.of(index, name)
+    pixels = PixelForm.of(pipeline.read_json("model_index.json"), name)
     if pixels is None:
-        values[SCALE] = read_json(resolved.folder / "vae" / "config.json").get("scaling_factor")
+        values[SCALE] = pipeline.read_json("vae/config.json").get("scaling_factor")
     else:
         values[PIXELS] = [pixels.codec.kind, pixels.codec.patch, *pixels.classes]
     return values

@@ -5,22 +5,23 @@ from diffusers import AutoencoderKL
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.architecture import sample_size_of
-from blackpoint.sampling.checkpoints.loading import Part, read_json
+from blackpoint.sampling.checkpoints.loading import Part
 from blackpoint.sampling.checkpoints.resolve import resolve
+from blackpoint.sampling.choices import PLAIN, SingleFileConfig
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.pixels.folder import PixelForm
 
 
-def checkpoint_size(checkpoint: str, field: str) -> int:
+def checkpoint_size(checkpoint: str, field: str, single_file: SingleFileConfig = PLAIN) -> int:
     """Returns the side that a checkpoint was made for, in pixels: sample_size times its factor.
 
     Raises UserError, naming the `field` to set, where it does not say one side.
     """
-    folder = resolve(checkpoint).folder
-    if not (folder / "unet" / "config.json").is_file():
+    pipeline = resolve(checkpoint, single_file=single_file).pipeline
+    if pipeline.path.is_dir() and not (pipeline.path / "unet" / "config.json").is_file():
         DiffusionModel.load(checkpoint, with_unet=False)  # which says what it is instead
-    side = sample_size_of(read_json(folder / "unet" / "config.json"))
-    pixels = PixelForm.of(read_json(folder / "model_index.json"), checkpoint)
+    side = sample_size_of(pipeline.read_json("unet/config.json"))
+    pixels = PixelForm.of(pipeline.read_json("model_index.json"), checkpoint)
     if not isinstance(side, int) or side < 1:
         raise UserError(
             f"{field}=0: checkpoint={checkpoint} does not say what size it was made for "
@@ -28,7 +29,7 @@ def checkpoint_size(checkpoint: str, field: str) -> int:
         )
     if pixels is not None:
         return side * pixels.codec.patch
-    vae = Part(AutoencoderKL, folder, "vae", torch.float32)
+    vae = Part(AutoencoderKL, pipeline, "vae", torch.float32)
     return side * 2 ** (len(vae.setting("block_out_channels")) - 1)
 
 

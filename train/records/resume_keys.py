@@ -31,7 +31,7 @@ class Rule(NamedTuple):
 RULES = (
     Rule(("run_dir",), When.ALWAYS, "a run directory may be moved"),
     Rule(
-        ("checkpoint", "model.text_encoder"),
+        ("checkpoint", "model.text_encoder", "single_file.*"),
         When.SAME_BASE,
         "the base is known by its content (identity.json), wherever it lies",
     ),

@@ -35,5 +35,5 @@ def _size_of_new_run(config: TrainConfig) -> tuple[int, str]:
             "data.resolution=0: a model that is made for the run has no size of its own; set "
             "data.resolution, in pixels"
         )
-    side = checkpoint_size(config.checkpoint, "data.resolution")
+    side = checkpoint_size(config.checkpoint, "data.resolution", config.single_file)
     return side, f"that checkpoint={config.checkpoint} was made for"

@@ -1,0 +1,141 @@
+"""A pipeline folder as what models are read from: a folder a part, with config.json and weights.
+
+As in diffusers, a part may have files of several variants: fp16, bf16, non_ema.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.checkpoints.loading import (
+    WRONG_CONFIG,
+    check_keys,
+    load_tokenizer,
+    read_json,
+)
+from blackpoint.sampling.choices import PredictionType
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A diffusers folder, and the variant of its weight files that is read."""
+
+    path: Path
+    variant: str | None = None
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Reads one of the folder's JSON files."""
+        if not (self.path / name).is_file():
+            raise UserError(f"{self.path} is incomplete: {name} is missing")
+        return read_json(self.path / name)
+
+    def weight_files(self, part: str) -> list[Path]:
+        """Lists the files of one variant."""
+        return weight_files(self.path, part, self.variant)
+
+    def config_files(self, part: str) -> list[Path]:
+        """Lists config.json, or the files of the tokenizer."""
+        if part == "tokenizer":
+            return sorted(path for path in (self.path / part).iterdir() if path.is_file())
+        return [self.path / part / "config.json"]
+
+    def tensors(self, part: str) -> Iterator[Tensor]:
+        """Yields the weights as they are in the files."""
+        for path in self.weight_files(part):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no dict: it can't be walked)
+                    yield file.get_tensor(name)
+
+    def load(self, kind: Any, part: str, dtype: torch.dtype) -> Any:
+        """Loads a part and refuses missing or unexpected keys."""
+        path = self.path / part
+        try:
+            model, info = kind.from_pretrained(
+                path,
+                use_safetensors=True,
+                local_files_only=True,
+                variant=variant_of(self.path, part, self.variant),
+                output_loading_info=True,
+                dtype=dtype,
+            )
+        except (OSError, SafetensorError, *WRONG_CONFIG) as error:
+            raise UserError(f"{path} cannot be loaded: {error}") from error
+        unexpected = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
+        mismatched = [str(key) for key in info.get("mismatched_keys") or []]
+        reason = "the file does not belong to its config.json"
+        check_keys(str(path), info["missing_keys"], unexpected, mismatched, reason)
+        return model
+
+    def scheduler(self, undecided: PredictionType | None = None) -> dict[str, Any]:
+        """Returns scheduler_config.json as of the class of model_index.json, which diffusers
+        makes."""
+        config = self.read_json("scheduler/scheduler_config.json")
+        match self.read_json("model_index.json").get("scheduler"):
+            case [_, str(name)]:
+                return {**config, "_class_name": name}
+        return config
+
+    def tokenizer(self) -> CLIPTokenizer:
+        """Loads the folder's tokenizer, for as many tokens as its text encoder has positions."""
+        return load_tokenizer(self.path / "tokenizer", self.read_json("text_encoder/config.json"))
+
+
+def variant_of(folder: Path, model: str, variant: str | None = None) -> str | None:
+    """Returns the variant of the files that `weight_files` chooses; None for plain ones."""
+    return _variant_in(weight_files(folder, model, variant)[0].name)
+
+
+def weight_files(folder: Path, model: str, variant: str | None = None) -> list[Path]:
+    """Returns the safetensors of one variant in folder/model; refuses pickle-only folders.
+
+    Those of `variant`, or the plain ones where it is None or has none here; without plain ones the
+    only variant that is there, or fp16. UserError where that leaves a choice.
+    """
+    files = {file.name: file for file in sorted((folder / model).glob("*.safetensors"))}
+    if files:
+        if names := names_of_variant(files, variant):
+            return [files[name] for name in names]
+        [one, *others] = variants(files)
+        raise UserError(
+            f"{folder / model} holds weights of the variants {', '.join([one, *others])} and none "
+            f"without a variant; `blackpoint export checkpoint={folder} variant={one} "
+            f"output=FOLDER` writes one of them, here {one}, as a plain folder"
+        )
+    pickles = sorted(file.name for file in (folder / model).glob("*.bin"))
+    if pickles:
+        raise UserError(
+            f"{folder / model} holds only {pickles[0]}, a pickle, which can run any code when it "
+            "is loaded; convert it to safetensors (a hub model often has them in a newer revision)"
+        )
+    raise UserError(f"{folder / model} holds no weights (*.safetensors); the folder is incomplete")
+
+
+def _variant_in(name: str) -> str | None:
+    """Returns bf16 for model.bf16.safetensors and for its shards, None for model.safetensors."""
+    stem = re.sub(r"-\d+-of-\d+", "", name.rpartition("/")[2].removesuffix(".safetensors"))
+    return stem.partition(".")[2] or None
+
+
+def variants(names: Iterable[str]) -> list[str]:
+    """Lists the variants of files."""
+    return sorted({variant for name in names if (variant := _variant_in(name))})
+
+
+def names_of_variant(names: Iterable[str], variant: str | None) -> list[str]:
+    """Chooses the files of one variant, as `weight_files` says; none where that leaves a choice."""
+    by_variant: dict[str | None, list[str]] = {}
+    for name in names:
+        by_variant.setdefault(_variant_in(name), []).append(name)
+    for wanted in (variant, None, "fp16"):
+        if wanted in by_variant:
+            return by_variant[wanted]
+    [*groups] = by_variant.values()
+    return groups[0] if len(groups) == 1 else []

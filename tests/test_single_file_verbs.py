@@ -1,0 +1,123 @@
+"""Every verb that takes a checkpoint takes a single file, and what was begun with a folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from blackpoint.sampling.checkpoints.fingerprint import sampling_digest
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.scripts.cli import main
+from blackpoint.scripts.sweep.content_digest import digest_of_weights
+from blackpoint.train import run
+from tests.tiny_run import make_tiny_shards, tiny_config
+from tests.tiny_single_file import make_folder, tensors_of, write_file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("sd") / "sd1", "sd1")
+
+
+@pytest.fixture(scope="module")
+def file(folder: Path) -> Path:
+    return write_file(folder.parent / "sd1.safetensors", tensors_of(folder))
+
+
+@pytest.fixture(scope="module")
+def without_vae(folder: Path) -> Path:
+    tensors = tensors_of(folder)
+    rest = {name: one for name, one in tensors.items() if not name.startswith("first_stage_model")}
+    return write_file(folder.parent / "without.safetensors", rest)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_shards(tmp_path_factory.mktemp("images"))
+
+
+def test_images_begun_with_a_folder_go_on_with_the_file(
+    folder: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["sample", "prompts=a cat", f"output={tmp_path / 'out'}", "num_steps=1", "num_images=2"]
+    assert main([*keys, f"checkpoint={folder}"]) == 0
+    (tmp_path / "out" / "images" / "000000_0000000000.png").unlink(missing_ok=True)
+    missing = sorted((tmp_path / "out" / "images").iterdir())[-1]
+    content = missing.read_bytes()
+    missing.unlink()
+    assert main([*keys, f"checkpoint={file}"]) == 0
+    assert missing.read_bytes() == content
+
+
+def test_search_and_evaluate_take_a_file(file: Path, tmp_path: Path) -> None:
+    keys = [f"checkpoint={file}", "prompts=a cat", "num_steps=1"]
+    found = ["budget_nfe=4", "verifiers.dark.kind=luminance", "verifiers.dark.target=0"]
+    assert main(["search", *keys, *found, f"output={tmp_path / 'found'}"]) == 0
+    assert (tmp_path / "found" / "winners.jsonl").stat().st_size
+    assert main(["evaluate", *keys, f"output={tmp_path / 'evaluated'}"]) == 0
+
+
+def test_a_run_from_a_file_goes_on_from_the_folder(
+    folder: Path, file: Path, shards: Path, tmp_path: Path
+) -> None:
+    keys = {"trainer.max_steps": 2, "trainer.checkpoint_every_steps": 2}
+    config = tiny_config(tmp_path / "run", file, shards, **keys)
+    assert run.fit(config) == 0
+    config = tiny_config(tmp_path / "run", folder, shards, **(keys | {"trainer.max_steps": 4}))
+    assert run.fit(config) == 0
+    whole = tiny_config(tmp_path / "whole", folder, shards, **(keys | {"trainer.max_steps": 4}))
+    assert run.fit(whole) == 0
+    runs = [DiffusionModel.load(tmp_path / name) for name in ("run", "whole")]
+    for one, other in zip(*(model.unet.parameters() for model in runs), strict=True):
+        assert_close(one, other, rtol=0, atol=0)
+    last = tmp_path / "run" / "checkpoints" / "step_00000002.ckpt"
+    if last.exists():
+        assert DiffusionModel.load(last).image_size == 16
+
+
+def test_a_ckpt_knows_what_its_file_lacked(
+    folder: Path, without_vae: Path, shards: Path, tmp_path: Path
+) -> None:
+    keys = {"trainer.max_steps": 1, "single_file.vae": str(folder)}
+    assert run.fit(tiny_config(tmp_path / "run", without_vae, shards, **keys)) == 0
+    [checkpoint] = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
+    model = DiffusionModel.load(checkpoint)
+    model.load_encoders()
+    assert sampling_digest(model) == sampling_digest(DiffusionModel.load(tmp_path / "run"))
+    record = torch.load(checkpoint, weights_only=True)["blackpoint"]
+    assert record["single_file"] == {"prediction_type": None, "vae": str(folder), "tokenizer": None}
+
+
+def test_latents_of_a_file_train_a_folder_and_keep_no_trace_of_the_process(
+    folder: Path, file: Path, shards: Path, tmp_path: Path
+) -> None:
+    latents = tmp_path / "latents"
+    keys = [f"source={shards}", f"output={latents}", "num_workers=0", "num_processes=1"]
+    assert main(["data", "encode", f"checkpoint={file}", *keys]) == 0
+    config = tiny_config(tmp_path / "run", folder, latents, **{"trainer.max_steps": 1})
+    assert run.fit(config) == 0
+
+
+def test_export_converts_a_file(folder: Path, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["export", f"checkpoint={file}", f"output={out}", "verify=false"]) == 0
+    digests = [sampling_digest(DiffusionModel.load(one)) for one in (out, folder)]
+    assert digests[0] == digests[1]
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_a_sweep_sees_another_yaml_beside_a_file(file: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(file, tmp_path / "one.safetensors"))
+    digests = [digest_of_weights(path, "ema")]
+    for word in ("v", "eps"):
+        path.with_suffix(".yaml").write_text(f"model: {{params: {{parameterization: {word}}}}}")
+        digest_of_weights.cache_clear()
+        digests.append(digest_of_weights(path, "ema"))
+    assert len({*digests}) == 3
+    moved = Path(shutil.move(path, tmp_path / "two.safetensors"))
+    path.with_suffix(".yaml").rename(moved.with_suffix(".yaml"))
+    assert digest_of_weights(moved, "ema") == digests[-1]
