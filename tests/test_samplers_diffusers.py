@@ -2,9 +2,15 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
 from torch.testing import assert_close
 
+from blackpoint.sampling.samplers import SAMPLERS
 from tests.toy_denoisers import (
     SD,
     STAND_IN,
@@ -26,6 +32,23 @@ def diffusers_levels(scheduler, num_steps, noise):
         visited.append(seen if isinstance(scheduler, EulerDiscreteScheduler) else x)
         x = scheduler.step(toy_network(seen, t.item()), t, x).prev_sample
         assert i < num_steps
+    return torch.stack([*visited, x])
+
+
+def step_noise(step):
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1000 + step))
+
+
+def ancestral_levels(scheduler, num_steps, network):
+    """As `diffusers_levels`, with the noise of `step_noise`; they keep x / alpha."""
+    scheduler.set_timesteps(num_steps)
+    x = noise_of() * scheduler.init_noise_sigma
+    visited = []
+    for step, t in enumerate(scheduler.timesteps):
+        seen = scheduler.scale_model_input(x, t)
+        visited.append(seen)
+        generator = torch.Generator().manual_seed(1000 + step)
+        x = scheduler.step(network(seen, t.item()), t, x, generator=generator).prev_sample
     return torch.stack([*visited, x])
 
 
@@ -66,6 +89,36 @@ def test_euler_trajectory_equals_diffusers(num_steps, zero_snr):
     start = noise_of() * schedule.sigma[-1].item()
     ours = levels("euler", schedule, schedule.trailing_timesteps(num_steps), start)
     assert_close(ours, theirs, rtol=0, atol=3e-3 if zero_snr else 3e-5)
+    assert (ours - theirs).abs().median() < 3e-5
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 10, 25])
+@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
+@pytest.mark.parametrize(
+    ("prediction_type", "zero_snr"),
+    [("epsilon", False), ("v_prediction", False), ("v_prediction", True)],
+)
+def test_ddim_of_eta_1_is_diffusers_ancestral_euler(sampler, prediction_type, zero_snr, num_steps):
+    """With the same noise; SDXL-Turbo is sampled so, epsilon, in 1 to 4 steps.
+
+    In y = x / alpha and s = sigma / alpha, eta sigma_u / sigma_t sqrt(1 - alpha_t^2 / alpha_u^2) is
+    alpha_u times their sigma_up = s_u sqrt(1 - s_u^2 / s_t^2). The start, and the tolerance at zero
+    terminal SNR, are those of Euler above; latents of epsilon grow to 40, hence the relative one.
+    """
+    scheduler = EulerAncestralDiscreteScheduler(**config(zero_snr, prediction_type=prediction_type))
+    schedule = ZERO_SNR.with_terminal_alpha_bar(STAND_IN) if zero_snr else SD
+
+    def network(x, t):
+        return 0.5 * toy_network(x, t)
+
+    theirs = ancestral_levels(scheduler, num_steps, network)
+    timesteps = schedule.trailing_timesteps(num_steps)
+    assert scheduler.timesteps.tolist() == timesteps
+    options = {"eta": 1.0} if SAMPLERS[sampler].takes_eta else {}
+    start = noise_of() * schedule.sigma[-1].item()
+    denoise = reader(schedule, prediction_type, network)
+    ours = levels(sampler, schedule, timesteps, start, denoise, noise=step_noise, **options)
+    assert_close(ours, theirs, rtol=1e-5, atol=3e-3 if zero_snr else 3e-5)
     assert (ours - theirs).abs().median() < 3e-5
 
 
