@@ -59,13 +59,9 @@ class DiffusionModel:
         self.pipeline = pipeline  # where the encoders are read
         self.pixels = pixels
         self._device = unet.device
-        parts = {"vae": vae, "text_encoder": text_encoder}
-        self._encoders = Encoders(parts)
-        self.vae_scale, self.scaling_factor = 1, 1.0
-        if vae is not None:
-            setting = vae.setting if isinstance(vae, loading.Part) else partial(getattr, vae.config)
-            self.vae_scale = 2 ** (len(setting("block_out_channels")) - 1)
-            self.scaling_factor = float(setting("scaling_factor"))
+        self._encoders = Encoders({"vae": vae, "text_encoder": text_encoder})
+        self.vae_scale = self._encoders.vae_scale
+        self.scaling_factor = self._encoders.scaling_factor
         self.unet.requires_grad_(False).eval()
 
     @classmethod
@@ -228,11 +224,7 @@ class DiffusionModel:
 
         They describe the posterior of the latents, before the scaling factor.
         """
-        return self._encoders.run_vae(
-            lambda vae, pixels: vae.encode(pixels).latent_dist.parameters,
-            2 * images - 1,
-            self.device,
-        )
+        return self._encoders.encode(2 * images - 1, self.device)
 
     def draw_latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draws scaled latents from posteriors by unit noise; needs no autoencoder."""
@@ -252,9 +244,7 @@ class DiffusionModel:
         """Decodes as `decode` does, and lets gradients through where they are wanted."""
         if self.pixels:
             return (latents / 2 + 0.5).clamp(0, 1)
-        images = self._encoders.run_vae(
-            lambda vae, x: vae.decode(x).sample, latents / self.scaling_factor, self.device
-        )
+        images = self._encoders.decode(latents / self.scaling_factor, self.device)
         return (images / 2 + 0.5).clamp(0, 1)
 
     def network(self, x: Tensor, t: Tensor, condition: Conditioning) -> Tensor:

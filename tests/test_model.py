@@ -312,7 +312,7 @@ def test_unsound_process_is_refused_unless_allowed(base, entries, message):
 def test_autoencoder_in_slices_equals_the_whole(model, monkeypatch):
     images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     latents, decoded = model.encode(images), model.decode(model.encode(images))
-    monkeypatch.setattr(encoders, "VAE_SLICE_IMAGES", 2)
+    monkeypatch.setattr(encoders, "VAE_IMAGES", 2)
     assert_close(model.encode(images), latents, rtol=0, atol=ROUNDING)
     assert_close(model.decode(latents), decoded, rtol=0, atol=ROUNDING)
 

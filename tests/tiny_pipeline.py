@@ -52,7 +52,7 @@ def make_tiny_pipeline(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _save_modules(folder, unet or {}, vae or {}, text_encoder or {}, variant)
-    _save_tokenizer(folder / "tokenizer")
+    save_tiny_tokenizer(folder / "tokenizer")
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     scheduler_config = SD15_SCHEDULER_CONFIG | (scheduler or {})
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
@@ -97,21 +97,8 @@ def _save_modules(
             **unet,
         }
     )
-    tiny_vae = AutoencoderKL(
-        **{
-            "in_channels": 3,
-            "out_channels": 3,
-            "latent_channels": 4,
-            "sample_size": 16,
-            "block_out_channels": (8, 16),
-            "layers_per_block": 1,
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-            "norm_num_groups": 4,
-            **vae,
-        }
-    )
-    num_tokens = len(_tokens_and_merges()[0])
+    autoencoder = tiny_vae(vae)
+    num_tokens = len(tokens_and_merges()[0])
     tiny_text_encoder = CLIPTextModel(
         CLIPTextConfig(
             **{
@@ -128,14 +115,32 @@ def _save_modules(
             }
         )
     )
-    modules = {"unet": tiny_unet, "vae": tiny_vae, "text_encoder": tiny_text_encoder}
+    modules = {"unet": tiny_unet, "vae": autoencoder, "text_encoder": tiny_text_encoder}
     for name, module in modules.items():
         if variant == "fp16":
             module.half()
         module.save_pretrained(folder / name, variant=variant)
 
 
-def _tokens_and_merges() -> tuple[list[str], list[tuple[str, str]]]:
+def tiny_vae(entries: dict[str, Any]) -> AutoencoderKL:
+    """Returns a random autoencoder of 2 px per latent; `entries` override those of its config."""
+    return AutoencoderKL(
+        **{
+            "in_channels": 3,
+            "out_channels": 3,
+            "latent_channels": 4,
+            "sample_size": 16,
+            "block_out_channels": (8, 16),
+            "layers_per_block": 1,
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "norm_num_groups": 4,
+            **entries,
+        }
+    )
+
+
+def tokens_and_merges() -> tuple[list[str], list[tuple[str, str]]]:
     """The vocabulary of a byte-level BPE in which each of WORDS is one token."""
     merges: list[tuple[str, str]] = []
     for word in WORDS:
@@ -150,9 +155,9 @@ def _tokens_and_merges() -> tuple[list[str], list[tuple[str, str]]]:
     return [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"], merges
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tiny_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tokens, merges = _tokens_and_merges()
+    tokens, merges = tokens_and_merges()
     _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -162,7 +167,7 @@ def _save_tokenizer(folder: Path) -> None:
         bos_token="<|startoftext|>",
         eos_token="<|endoftext|>",
         unk_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
+        pad_token=pad_token,
         model_max_length=NUM_TOKENS,
     )
     tokenizer.save_pretrained(folder)
