@@ -1,11 +1,11 @@
-"""From prompts to a UNet's conditioning: text embeddings, class labels, or nothing.
+"""What a UNet is conditioned on: text embeddings, sizes of pictures, class labels, or nothing.
 
 The empty prompt stands for "no condition" in every case: the text "", the class beyond the last, or
-nothing. A UNet without text still has the inputs of its class: one token of one zero.
+nothing. A UNet without text still has the inputs of its class: one token of one zero. Texts are
+encoded in sampling/text_encoding.py.
 """
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,90 +14,72 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.notes import first
+from blackpoint.data.images.picture_size import PictureSize
 
-log = logging.getLogger(__name__)
-
-TEXT_BATCH = 64
 NO_TEXT_WIDTH = 1
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The conditioning of a UNet.
+    """The conditioning of a UNet, a row per image.
 
-    `pooled` and `time_ids` are None for SD 1.x and 2.x, `class_labels` for all but class models.
+    `pooled` is the second text encoder's vector, of SDXL alone; `class_labels` are those of class
+    models. `time_ids` are SDXL's sizes, rows of PictureSize in pixels, float32; where nobody
+    attached any, pictures are taken for whole ones of the size that the UNet is evaluated at.
     """
 
     prompt_embeds: Float[Tensor, "n tokens width"]
-    pooled: Tensor | None = None
-    time_ids: Tensor | None = None
+    pooled: Float[Tensor, "n projection"] | None = None
+    time_ids: Float[Tensor, "n 6"] | None = None
     class_labels: Int[Tensor, " n"] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
     def __getitem__(self, rows: slice | Tensor) -> "Conditioning":
-        return Conditioning(*(None if p is None else p[rows] for p in self._parts()))  # type: ignore[arg-type]
+        return self._map(lambda part: part[rows])
 
-    def to(self, dtype: torch.dtype) -> "Conditioning":
-        """Returns it with embeddings of another number format."""
-        return replace(self, prompt_embeds=self.prompt_embeds.to(dtype))
+    def to(self, target: torch.dtype | torch.device) -> "Conditioning":
+        """Returns it with embeddings of another number format, or all of it on another device.
+
+        Sizes stay float32, which diffusers' pipeline rounds to the UNet's format: in bfloat16 1023
+        is 1024.
+        """
+        if isinstance(target, torch.device):
+            return self._map(lambda part: part.to(target))
+        pooled = None if self.pooled is None else self.pooled.to(target)
+        return replace(self, prompt_embeds=self.prompt_embeds.to(target), pooled=pooled)
+
+    def with_sizes(self, sizes: Sequence[PictureSize]) -> "Conditioning":
+        """Returns it with the sizes of its pictures, one per row."""
+        rows = torch.tensor(sizes, dtype=torch.float32, device=self.prompt_embeds.device)
+        return replace(self, time_ids=rows)
+
+    def unet_arguments(self, height: int, width: int) -> dict[str, Any]:
+        """Returns what a UNet takes beside prompt_embeds, for pictures of height x width pixels."""
+        if self.class_labels is not None:
+            return {"class_labels": self.class_labels}
+        if self.pooled is None:
+            return {}
+        sizes = [PictureSize.whole(height, width)] * len(self)
+        time_ids = self.with_sizes(sizes).time_ids if self.time_ids is None else self.time_ids
+        return {"added_cond_kwargs": {"text_embeds": self.pooled, "time_ids": time_ids}}
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
+        return Conditioning(*(None if p is None else function(p) for p in self._parts()))  # type: ignore[arg-type]
 
     def _parts(self) -> tuple[Tensor | None, ...]:
         return self.prompt_embeds, self.pooled, self.time_ids, self.class_labels
 
 
 def joined(parts: Sequence[Conditioning]) -> Conditioning:
-    """Returns the rows of all parts, in their order."""
-    columns = zip(*(part._parts() for part in parts), strict=True)
-    return Conditioning(*(None if c[0] is None else torch.cat(c) for c in columns))  # type: ignore[arg-type]
-
-
-def encode_text(
-    tokenizer: Any,
-    text_encoder: Any,
-    prompts: Sequence[str],
-    device: torch.device,
-    clip_skip: int = 0,
-) -> Conditioning:
-    """Encodes each distinct prompt once; over-long ones are cut, with a warning for the first.
-
-    clip_skip: last layers to leave out before the final layer norm. Raises UserError where there
-    are not so many.
-    """
-    num_layers = text_encoder.config.num_hidden_layers
-    if not 0 <= clip_skip <= num_layers:
-        raise UserError(
-            f"clip_skip={clip_skip} must be from 0 to {num_layers}, the layers of the text encoder"
+    """Returns the rows of all parts, in their order; raises ValueError where some lack sizes."""
+    columns = list(zip(*(part._parts() for part in parts), strict=True))
+    if any(len({part is None for part in column}) > 1 for column in columns):
+        raise ValueError(
+            "conditions with and without pooled, time_ids or class_labels are no batch"
         )
-    distinct = list(dict.fromkeys(prompts))
-    states = []
-    for start in range(0, len(distinct), TEXT_BATCH):
-        tokens = _tokens(tokenizer, distinct[start : start + TEXT_BATCH])
-        uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(device) if uses_mask else None
-        ids = tokens.input_ids.to(device)
-        encoded = text_encoder(ids, attention_mask=mask, output_hidden_states=clip_skip > 0)
-        if clip_skip:
-            inner = getattr(text_encoder, "text_model", text_encoder)  # transformers 4
-            states.append(inner.final_layer_norm(encoded.hidden_states[-(clip_skip + 1)]))
-        else:
-            states.append(encoded.last_hidden_state)
-    row_of = {text: row for row, text in enumerate(distinct)}
-    rows = torch.tensor([row_of[text] for text in prompts], device=device)
-    return Conditioning(torch.cat(states)[rows])
-
-
-def _tokens(tokenizer: Any, texts: list[str]) -> Any:
-    """Returns texts as tokens, all of the text encoder's length."""
-    limit = tokenizer.model_max_length
-    for text, ids in zip(texts, tokenizer(texts, verbose=False).input_ids, strict=True):
-        if len(ids) > limit and first("texts cut to what the text encoder reads"):
-            log.warning("cut to %d of %d tokens: %.60r", limit, len(ids), text)
-    return tokenizer(
-        texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-    )
+    return Conditioning(*(None if c[0] is None else torch.cat(c) for c in columns))  # type: ignore[arg-type]
 
 
 def encode_classes(

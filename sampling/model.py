@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.signals import stop_if_asked
@@ -25,7 +25,7 @@ from blackpoint.sampling.checkpoints.encoders import Encoders, dtype_of
 from blackpoint.sampling.checkpoints.resolve import resolve
 from blackpoint.sampling.checkpoints.saving import save_model
 from blackpoint.sampling.choices import PLAIN, PredictionType, SingleFileConfig, Weights
-from blackpoint.sampling.conditioning import Conditioning, encode_classes, encode_text, joined
+from blackpoint.sampling.conditioning import Conditioning, encode_classes, joined
 from blackpoint.sampling.grid import Denoise, Prediction, SampleState
 from blackpoint.sampling.guidance import NO_GUIDANCE, Guidance, guided_output
 from blackpoint.sampling.noise import initial_noise, step_noise
@@ -33,13 +33,14 @@ from blackpoint.sampling.pixels.folder import PixelForm
 from blackpoint.sampling.pixels.pixel_codec import IMAGE_CHANNELS
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.samplers import check_sampler, run
+from blackpoint.sampling.text_encoding import encode_text
 
 
 class DiffusionModel:
     """A loaded model: no Module itself, so that a trainer can own the UNet alone.
 
     `pixels` is set for models in pixel space, which have no VAE; `text_encoder` and `tokenizer` are
-    None for those that know classes, or nothing at all.
+    None for those that know classes, or nothing at all. SDXL has a second of each.
     """
 
     def __init__(
@@ -52,14 +53,18 @@ class DiffusionModel:
         source: str = "",
         pipeline: loading.Pipeline | None = None,
         pixels: PixelForm | None = None,
+        text_encoder_2: CLIPTextModelWithProjection | loading.Part | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
     ) -> None:
         assert (vae is None) == (pixels is not None)
         self.unet, self.process, self.source = unet, process, source
         self.tokenizer: Any = tokenizer
+        self.tokenizers = [part for part in (tokenizer, tokenizer_2) if part is not None]
         self.pipeline = pipeline  # where the encoders are read
         self.pixels = pixels
         self._device = unet.device
-        self._encoders = Encoders({"vae": vae, "text_encoder": text_encoder})
+        parts = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+        self._encoders = Encoders(parts)
         self.vae_scale = self._encoders.vae_scale
         self.scaling_factor = self._encoders.scaling_factor
         self.unet.requires_grad_(False).eval()
@@ -111,6 +116,11 @@ class DiffusionModel:
     def text_encoder(self) -> CLIPTextModel:
         """The text encoder, loaded when it is first asked for."""
         return self._encoders.get("text_encoder", self.device)
+
+    @property
+    def text_encoder_2(self) -> CLIPTextModelWithProjection:
+        """SDXL's second text encoder, loaded when it is first asked for."""
+        return self._encoders.get("text_encoder_2", self.device)
 
     @property
     def is_unconditional(self) -> bool:
@@ -189,23 +199,18 @@ class DiffusionModel:
         return channels, height // self.vae_scale, width // self.vae_scale
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0) -> Conditioning:
-        """Encodes texts or class names (sampling/conditioning.py); "" stands for no condition.
-
-        `clip_skip` leaves out so many of the text encoder's last layers. The embeddings are
-        float32. The text encoder runs in the format of its own weights, also
-        under the autocast of a run in mixed precision: training and its previews embed alike.
-        """
+    def encode_prompts(
+        self, prompts: Sequence[str], clip_skip: int = 0, max_tokens: int | None = None
+    ) -> Conditioning:
+        """Encodes texts (sampling/text_encoding.py) or class names; "" stands for no condition."""
         if self.tokenizer is None:
             assert self.pixels is not None
-            if clip_skip:
-                raise UserError(f"clip_skip={clip_skip}: this model has no text encoder")
+            for name, value in (("clip_skip", clip_skip), ("max_tokens", max_tokens)):
+                if value:
+                    raise UserError(f"{name}={value}: this model has no text encoder")
             return encode_classes(self.pixels.classes, prompts, self.device)
-        with torch.autocast(self.device.type, enabled=False):
-            condition = encode_text(
-                self.tokenizer, self.text_encoder, prompts, self.device, clip_skip
-            )
-        return condition.to(torch.float32)
+        encoders = self._encoders.text_encoders(self.device)
+        return encode_text(self.tokenizers, encoders, prompts, self.device, clip_skip, max_tokens)
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "n 3 h w"], noise: Tensor | None = None) -> Tensor:
@@ -252,10 +257,11 @@ class DiffusionModel:
 
         `t` is (N,). A pixel-space model is down-sampled before and up-sampled after it.
         """
+        height, width = (side * self.vae_scale for side in x.shape[-2:])
         codec = self.pixels.codec if self.pixels else None
         x = codec.to_channels(x) if codec else x
-        labels = {} if condition.class_labels is None else {"class_labels": condition.class_labels}
-        output = self.unet(x, t, condition.prompt_embeds, **labels, return_dict=False)[0]
+        others = condition.unet_arguments(height, width)
+        output = self.unet(x, t, condition.prompt_embeds, **others, return_dict=False)[0]
         return codec.to_pixels(output) if codec else output
 
     def denoiser(
@@ -267,8 +273,7 @@ class DiffusionModel:
         """Returns the function (x_t, t) -> x0, eps that samplers walk with, in float32."""
         read, dtype = self.process.reader(), dtype_of(self.unet)
         conditioning = conditioning.to(dtype)
-        unconditional = None if unconditional is None else unconditional.to(dtype)
-        both = None if unconditional is None else joined([unconditional, conditioning])
+        both = None if unconditional is None else joined([unconditional.to(dtype), conditioning])
 
         def denoise(x_t: Tensor, t: int) -> Prediction:
             stop_if_asked()
