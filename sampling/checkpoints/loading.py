@@ -20,7 +20,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from blackpoint.data.files.errors import UserError
@@ -106,7 +106,11 @@ def load_unet(resolved: "Resolved", dtype: torch.dtype) -> UNet2DConditionModel:
     if resolved.unet_state is None:
         return Part(UNet2DConditionModel, resolved.pipeline, "unet", dtype).load()
     unet = empty_unet(resolved.pipeline)
-    state = {name: weight.to(dtype) for name, weight in resolved.unet_state.items()}
+    state, ranges = {}, _file_ranges()
+    for name, weight in resolved.unet_state.items():
+        state[name] = weight.to(dtype)
+        if state[name] is not weight:
+            forget_if_mapped(weight, ranges)
     try:
         unet.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
@@ -155,6 +159,38 @@ def forget_pages(mapped: Tensor) -> None:
     if end > start:
         advise = ctypes.CDLL(None).madvise
         advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def convert_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Converts a model in place, weight by weight, and drops the pages that each was mapped from.
+
+    `model.to` would hold the mapped file beside the whole converted model.
+    """
+    ranges = _file_ranges()
+    for weight in [*model.parameters(), *model.buffers()]:
+        if weight.is_floating_point() and weight.dtype != dtype:
+            before = weight.data
+            weight.data = before.to(dtype)
+            forget_if_mapped(before, ranges)
+
+
+def forget_if_mapped(tensor: Tensor, ranges: Sequence[range]) -> None:
+    """Drops a tensor's pages if they are a file's; others would be lost."""
+    start = tensor.untyped_storage().data_ptr()
+    if any(start in addresses for addresses in ranges):
+        forget_pages(tensor)
+
+
+def _file_ranges() -> list[range]:
+    """Lists the addresses of this process that map a file (Linux; elsewhere none)."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(encoding="utf-8").splitlines() if maps.is_file() else []
+    found = []
+    for words in (line.split(maxsplit=5) for line in lines):
+        start, _, end = words[0].partition("-")
+        if words[4] != "0":  # the inode
+            found.append(range(int(start, 16), int(end, 16)))
+    return found
 
 
 def require_tokenizer(folder: Path, files: Sequence[str] = CLIP_TOKENIZER_FILES) -> None:

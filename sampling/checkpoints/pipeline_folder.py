@@ -18,10 +18,14 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.loading import (
     WRONG_CONFIG,
     check_keys,
+    convert_weights,
     load_tokenizer,
     read_json,
 )
 from blackpoint.sampling.choices import PredictionType
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Number formats of weights, by safetensors' names."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class PipelineFolder:
     def load(self, kind: Any, part: str, dtype: torch.dtype) -> Any:
         """Loads a part and refuses missing or unexpected keys."""
         path = self.path / part
+        stored = self._stored_dtype(part)
         try:
             model, info = kind.from_pretrained(
                 path,
@@ -64,7 +69,7 @@ class PipelineFolder:
                 local_files_only=True,
                 variant=variant_of(self.path, part, self.variant),
                 output_loading_info=True,
-                dtype=dtype,
+                dtype=stored or dtype,
             )
         except (OSError, SafetensorError, *WRONG_CONFIG) as error:
             raise UserError(f"{path} cannot be loaded: {error}") from error
@@ -72,7 +77,13 @@ class PipelineFolder:
         mismatched = [str(key) for key in info.get("mismatched_keys") or []]
         reason = "the file does not belong to its config.json"
         check_keys(str(path), info["missing_keys"], unexpected, mismatched, reason)
+        convert_weights(model, dtype)
         return model
+
+    def _stored_dtype(self, part: str) -> torch.dtype | None:
+        """Returns the number format of a part's files; None where they have several, or another."""
+        formats = {f for path in self.weight_files(part) for f in _formats(path) if f in DTYPES}
+        return DTYPES[formats.pop()] if len(formats) == 1 else None
 
     def scheduler(self, undecided: PredictionType | None = None) -> dict[str, Any]:
         """Returns scheduler_config.json as of the class of model_index.json, which diffusers
@@ -86,6 +97,15 @@ class PipelineFolder:
     def tokenizer(self) -> CLIPTokenizer:
         """Loads the folder's tokenizer, for as many tokens as its text encoder has positions."""
         return load_tokenizer(self.path / "tokenizer", self.read_json("text_encoder/config.json"))
+
+
+def _formats(path: Path) -> set[str]:
+    """Returns the number formats of a file's tensors; none of a file that can't be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return set()
 
 
 def variant_of(folder: Path, model: str, variant: str | None = None) -> str | None:
