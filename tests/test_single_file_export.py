@@ -16,10 +16,12 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import CLIPTokenizer
 
 from blackpoint.data.files import whole_file
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.checkpoints.saving import write_json
+from blackpoint.sampling.checkpoints.loading import load_tokenizer
+from blackpoint.sampling.checkpoints.single_file import TOKENIZER
 from blackpoint.sampling.export import single_file
 from blackpoint.sampling.export.carried import check_carried
 from blackpoint.sampling.export.clients import Architecture
@@ -32,30 +34,16 @@ from blackpoint.sampling.process import Process
 from blackpoint.scripts.cli import main
 from blackpoint.scripts.measurements.make_random_base import (
     ARCHITECTURES,
-    RandomBaseConfig,
     build_on_meta,
-    make,
 )
+from tests.ldm_models import NAMES, PUBLISHED, ZERO, V, make_ldm_model
 from tests.toy_denoisers import SD, ZERO_SNR
-
-V, ZERO = Process(SD), Process(ZERO_SNR)
-PUBLISHED = Process(SD, "epsilon", "leading", set_alpha_to_one=False)
-NAMES = ("small", "small_21")
-
-
-def make_zero_snr(folder, name, process=ZERO, dtype="float32"):
-    """Writes the blocks of SD 1.5 or 2.1, a tenth as wide, with random weights."""
-    make(RandomBaseConfig(name, str(folder), dtype))
-    write_json(folder / "scheduler" / "scheduler_config.json", process.to_diffusers())
-    index = json.loads((folder / "model_index.json").read_text())
-    write_json(folder / "model_index.json", index | {"scheduler": ["diffusers", "DDIMScheduler"]})
-    return folder
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
-    return {name: make_zero_snr(folder / name, name) for name in NAMES}
+    return {name: make_ldm_model(folder / name, name) for name in NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +51,15 @@ def written(bases, tmp_path_factory):
     """Unverified files of both, in float16."""
     folder = tmp_path_factory.mktemp("written")
     return {n: export(bases[n], folder / f"{n}.safetensors", verify=False) for n in NAMES}
+
+
+def clip_tokenizer(config, **options):
+    pad = {"pad_token": "!"} if config["hidden_act"] == "gelu" else {}
+    return load_tokenizer(TOKENIZER, config, **pad | options)
+
+
+def tiny_tokenizer():
+    return CLIPTokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, [])
 
 
 @cache
@@ -77,7 +74,7 @@ def on_meta(name):
         pixels=None,
         image_sides=(side, side),
         scaling_factor=0.18215,
-        tokenizer=range(49_408),
+        tokenizer=clip_tokenizer(architecture.text_encoder),
     )
 
 
@@ -192,7 +189,7 @@ def test_files_are_together_and_open_to_colleagues(written, bases, tmp_path):
     usual = (path.parent / "usual").stat().st_mode
     for name in ("small.safetensors", "small.yaml", "small.txt"):
         assert (path.parent / name).stat().st_mode == usual
-    make_zero_snr(tmp_path / "eps", "small", PUBLISHED)
+    make_ldm_model(tmp_path / "eps", "small", PUBLISHED)
     out = tmp_path / "made" / "eps.safetensors"
     export(tmp_path / "eps", out, verify=False)
     assert sorted(p.name for p in out.parent.iterdir()) == ["eps.safetensors", "eps.txt"]
@@ -230,6 +227,7 @@ def with_values(model, **values):
     return SimpleNamespace(**{**vars(model), **values})
 
 
+SD15_TEXT = ARCHITECTURES["sd15"].text_encoder
 PIXELS = PixelForm(PixelCodec("space_to_depth", 4), ("zero",), False)
 NOT_CARRIED = {
     "shifted": (
@@ -263,7 +261,13 @@ NOT_CARRIED = {
     "text heads": (lambda m: changed(m, "text_encoder", num_attention_heads=8), "assume 12"),
     "positions": (lambda m: changed(m, "text_encoder", max_position_embeddings=248), "assume 77"),
     "activation": (lambda m: changed(m, "text_encoder", hidden_act="relu"), "hidden_act=relu"),
-    "words": (lambda m: with_values(m, tokenizer=range(99)), "99 words"),
+    "words": (lambda m: with_values(m, tokenizer=tiny_tokenizer()), "another vocabulary"),
+    "padding": (
+        lambda m: with_values(
+            m, tokenizer=clip_tokenizer(ARCHITECTURES["sd15"].text_encoder, pad_token="!")
+        ),
+        "fills texts up with !",
+    ),
 }
 
 
@@ -284,7 +288,7 @@ def test_published_architectures_are_carried(name):
 
 
 def test_a_shifted_model_is_refused_by_the_command(tmp_path, capsys):
-    folder = make_zero_snr(tmp_path / "base", "small", Process(ZERO_SNR.shifted(64, 128)))
+    folder = make_ldm_model(tmp_path / "base", "small", Process(ZERO_SNR.shifted(64, 128)))
     assert main(["export", f"checkpoint={folder}", f"output={tmp_path / 'x.safetensors'}"]) == 2
     assert "no more than zero terminal SNR or not" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -14,14 +14,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.checkpoints.ldm_architecture import HEAD_WIDTH, HEADS
 from blackpoint.sampling.checkpoints.ldm_keys import is_open_clip
+from blackpoint.sampling.checkpoints.loading import load_tokenizer
+from blackpoint.sampling.checkpoints.single_file import CLIP_TOKENS, OPEN_CLIP_PAD, TOKENIZER
 from blackpoint.sampling.export.clients import not_carried
-from blackpoint.sampling.export.ldm_config import CLIP_HEADS, OPEN_CLIP_HEAD
 from blackpoint.sampling.model import DiffusionModel
 
-CLIP_TOKENS, CLIP_POSITIONS = 49_408, 77
-TEXT_HEAD = 64
-"""Channels of a head in CLIP's text encoders, OpenAI's and OpenCLIP's."""
+CLIP_POSITIONS = 77
+WORDS = "An astronaut riding a horse: 42 photorealistic, award-winning photographs (don't blur)"
 UNET_TOLD = {
     *("block_out_channels", "down_block_types", "up_block_types", "layers_per_block"),
     *("cross_attention_dim", "attention_head_dim", "use_linear_projection"),
@@ -64,12 +65,19 @@ def other_network(model: DiffusionModel) -> str | None:
 
 
 def other_words(model: DiffusionModel) -> str | None:
-    """Names a vocabulary that is not CLIP's, which is the one that readers have."""
-    count = len(model.tokenizer)
-    if count != CLIP_TOKENS:
+    """Names what its tokenizer does otherwise than CLIP's, which is the one that readers have."""
+    config = model.text_encoder.config.to_dict()
+    pad = {"pad_token": OPEN_CLIP_PAD} if is_open_clip(config) else {}
+    ours, clips = model.tokenizer, load_tokenizer(TOKENIZER, config, **pad)
+    differs = "and no tokenizer is in a single file"
+    if ours.get_vocab() != clips.get_vocab():
+        return f"its tokenizer has another vocabulary than CLIP's (of {len(ours)} words), {differs}"
+    if ours(WORDS).input_ids != clips(WORDS).input_ids:
+        return f"its tokenizer cuts words otherwise than CLIP's, {differs}"
+    if ours.pad_token_id != clips.pad_token_id:
         return (
-            f"its tokenizer has {count} words and CLIP's {CLIP_TOKENS}, and no vocabulary is in a "
-            "single file"
+            f"its tokenizer fills texts up with {ours.pad_token}, readers with {clips.pad_token}, "
+            f"{differs}"
         )
     return None
 
@@ -107,7 +115,7 @@ def _other_heads(config: Mapping[str, Any], open_clip: bool) -> str | None:
     """
     widths, heads = config["block_out_channels"], config["attention_head_dim"]
     heads = list(heads) if isinstance(heads, list | tuple) else [heads] * len(widths)
-    expected = [width // OPEN_CLIP_HEAD if open_clip else CLIP_HEADS for width in widths]
+    expected = [max(width // HEAD_WIDTH, 1) if open_clip else HEADS for width in widths]
     if heads != expected:
         return (
             f"its UNet has {heads} attention heads by level (attention_head_dim), which no weight "
@@ -125,7 +133,7 @@ def _other_heads(config: Mapping[str, Any], open_clip: bool) -> str | None:
 def _other_text(config: Mapping[str, Any]) -> str | None:
     width, heads = config["hidden_size"], config["num_attention_heads"]
     expected = {
-        "num_attention_heads": max(width // TEXT_HEAD, 1),
+        "num_attention_heads": max(width // HEAD_WIDTH, 1),
         "max_position_embeddings": CLIP_POSITIONS,
         "vocab_size": CLIP_TOKENS,
         "layer_norm_eps": CLIPTextConfig().layer_norm_eps,

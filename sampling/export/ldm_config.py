@@ -9,11 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from blackpoint.sampling.checkpoints.ldm_architecture import HEAD_WIDTH, HEADS
 from blackpoint.sampling.checkpoints.ldm_keys import has_attention, is_open_clip
 from blackpoint.sampling.export.clients import LDM_TYPES
 from blackpoint.sampling.model import DiffusionModel
-
-OPEN_CLIP_HEAD, CLIP_HEADS = 64, 8
 
 
 def ldm_yaml(model: DiffusionModel) -> str:
@@ -61,10 +60,10 @@ def ldm_yaml(model: DiffusionModel) -> str:
 def _unet(config: Any, open_clip: bool) -> dict[str, Any]:
     widths = list(config.block_out_channels)
     kinds = list(config.down_block_types)
-    heads = {"num_heads": CLIP_HEADS}
+    heads = {"num_heads": HEADS}
     linear = {}
     if open_clip:
-        heads = {"num_head_channels": OPEN_CLIP_HEAD}
+        heads = {"num_head_channels": HEAD_WIDTH}
         linear = {"use_linear_in_transformer": True}
     return {
         "image_size": 32,

@@ -36,12 +36,13 @@ PARTS: tuple[Part, ...] = ("unet", "vae", "text_encoder")
 
 def is_single_file(output: Path) -> bool:
     """Whether a name asks for a single file rather than a folder; UserError for a pickle's."""
-    if output.suffix in PICKLES:
+    suffix = output.suffix.lower()
+    if suffix in PICKLES:
         raise UserError(
-            f"output={output}: {output.suffix} files are pickles, which can run any code when they "
+            f"output={output}: {suffix} files are pickles, which can run any code when they "
             f"are loaded, and are not written; end the name in {SUFFIX}, which every client reads"
         )
-    return output.suffix == SUFFIX
+    return suffix == SUFFIX
 
 
 def beside(output: Path) -> tuple[Path, Path]:

@@ -20,9 +20,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from omegaconf import MISSING
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from blackpoint.sampling.checkpoints.ldm_keys import is_open_clip
+from blackpoint.sampling.checkpoints.loading import load_tokenizer, save_tokenizer
 from blackpoint.sampling.checkpoints.saving import STABLE_DIFFUSION, write_json
+from blackpoint.sampling.checkpoints.single_file import OPEN_CLIP_PAD, TOKENIZER
 from blackpoint.sampling.export.placement import moved_into_place, require_empty
 from blackpoint.scripts.config import load
 from blackpoint.scripts.stand_alone import run_script
@@ -205,19 +208,11 @@ def write_part(
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Writes a CLIP tokenizer of the published size: bytes, no merges, and unused places.
-
-    A prompt costs one token a letter instead of one a word; ids, length and file format are as
-    published, and no vocabulary need be downloaded.
-    """
-    letters = byte_letters()
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
-    tokens += [f"<|unused {number}|>" for number in range(NUM_TOKENS - len(tokens) - 2)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocabulary, [], model_max_length=PROMPT_TOKENS)
-    tokenizer.save_pretrained(folder)
+def write_tokenizer(folder: Path, architecture: Architecture) -> None:
+    """Writes CLIP's tokenizer, as the architecture's published folders have it."""
+    config = architecture.text_encoder
+    pad = {"pad_token": OPEN_CLIP_PAD} if is_open_clip(config) else {}
+    save_tokenizer(load_tokenizer(TOKENIZER, config, **pad), folder)
 
 
 def make(config: RandomBaseConfig) -> Path:
@@ -229,7 +224,7 @@ def make(config: RandomBaseConfig) -> Path:
     with moved_into_place(output) as folder:
         for part in parts:
             write_part(folder, architecture, part, dtype, generator)
-        write_tokenizer(folder / "tokenizer")
+        write_tokenizer(folder, architecture)
         write_json(folder / "scheduler" / "scheduler_config.json", architecture.scheduler)
         scheduler = {"scheduler": ["diffusers", architecture.scheduler["_class_name"]]}
         write_json(folder / "model_index.json", STABLE_DIFFUSION | scheduler)
