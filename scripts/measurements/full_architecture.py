@@ -37,7 +37,7 @@ OVERHEAD_BYTES = 1.5e9  # interpreter, libraries and activations
 class FullArchitectureConfig:
     """Which architecture, and where the figures go."""
 
-    architecture: Literal["sd15", "sd21_base", "sd21", "small"] = "sd15"
+    architecture: Literal["sd15", "sd21_base", "sd21", "small", "small_21"] = "sd15"
     """Architecture of scripts/measurements/make_random_base.py."""
     dtype: Literal["float16", "float32"] = "float16"
     """Number format of the base folder; everything computes in float32."""

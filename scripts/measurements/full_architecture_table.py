@@ -13,6 +13,7 @@ TITLES = {
     "sd21_base": "Stable Diffusion 2.1 base",
     "sd21": "Stable Diffusion 2.1",
     "small": "the same blocks, a tenth as wide (a rehearsal)",
+    "small_21": "the same blocks as 2.1's, a tenth as wide (a rehearsal)",
 }
 INTRODUCTION = """\
 `make full-architecture`: folders of the published architectures with random weights go through
@@ -22,7 +23,8 @@ batch 1, fused AdamW, gradient checkpointing, average on), sampling at 64x64 lat
 - *peak*: largest resident memory of the process, mapped files included, in GB of 10^9 bytes.
 - *not droppable*: the part of it that no file backs, looked at ten times per second.
 - *arithmetic*: what the verb must hold; *over* is the peak without the imports, divided by it.
-  A second copy of the weights would add .2 to training and .6 to .8 to the other verbs."""
+  A second copy of the weights would add .2 to training and .6 to .8 to the other verbs.
+- *file*: between the base folder and a single file, both in float16, and back."""
 
 
 def markdown(results: dict[str, Any]) -> str:

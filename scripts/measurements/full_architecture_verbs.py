@@ -18,6 +18,28 @@ images = pipeline("{prompt}", num_inference_steps=2, height={side}, width={side}
                   guidance_rescale=0.7, output_type="np").images
 assert numpy.isfinite(images).all() and images.std() > 0
 """
+COMPARE = """
+import sys
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+base, single, unpacked = sys.argv[1:]
+files = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
+         "text_encoder": "model"}
+pipeline = StableDiffusionPipeline.from_single_file(
+    single, config=base, local_files_only=True, dtype=torch.float16, safety_checker=None)
+for part, file in files.items():
+    first, second = (load_file(f"{folder}/{part}/{file}.safetensors")
+                     for folder in (base, unpacked))
+    third = getattr(pipeline, part).state_dict()
+    if part == "text_encoder":
+        third = {f"text_model.{name}": tensor for name, tensor in third.items()}
+    for other in (second, third):
+        assert first.keys() == other.keys(), part
+        for name, tensor in first.items():
+            bits = tensor.view(torch.int16), other[name].view(torch.int16)
+            assert tensor.dtype == other[name].dtype and torch.equal(*bits), name
+"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +79,7 @@ ONE_BY_ONE = "num_steps=2 height={sample_px} width={sample_px} prompts={prompt} 
 DARK = f"{ONE_BY_ONE} verifiers.dark.kind=luminance verifiers.dark.target=0"
 FOLDERS = (
     *("base", "photos", "shards", "latents", "run", "export"),
-    *("samples", "found", "scored", "evaluated", "swept"),
+    *("samples", "found", "scored", "evaluated", "swept", "single", "unpacked"),
 )
 STOPPED = "train, stopped after 2 steps"
 ROWS = (
@@ -118,6 +140,30 @@ ROWS = (
     ),
     Row("reload by diffusers, 2 steps", "python {reload} {export}", "pipeline", done_with="export"),
     Row("report", "report run_dir={run}"),
+    Row(
+        "file, written from the base folder",
+        "export checkpoint={base} output={single}/model.safetensors verify=false",
+        "file",
+        writes="single",
+    ),
+    Row(
+        "file, read and written as a folder",
+        "export checkpoint={single}/model.safetensors output={unpacked} dtype=float16 verify=false",
+        "file",
+        writes="unpacked",
+    ),
+    Row(
+        "file, folder and diffusers' reading equal the base, bit by bit",
+        "python {compare} {base} {single}/model.safetensors {unpacked}",
+        done_with="single unpacked",
+    ),
+    Row(
+        "file, written and verified",
+        "export checkpoint={base} output={single}/model.safetensors",
+        "pipeline",
+        writes="single",
+        done_with="single",
+    ),
 )
 HELD = {
     "": "",
@@ -125,6 +171,7 @@ HELD = {
     "encoders": "VAE and text encoder, 4 B/parameter",
     "training": "UNet 4 B/parameter, gradients 4, AdamW 8, average 4",
     "pipeline": "UNet, VAE and text encoder, 4 B/parameter",
+    "file": "the file, 2 B/parameter",
     "cells": "its own process; each cell has one, like evaluate",
 }
 
@@ -143,12 +190,14 @@ def verbs(
     """
     unet, pipeline = 4.0 * parameters["unet"], 4.0 * sum(parameters.values())
     expected = {"encoders": pipeline - unet, "training": 5 * unet, "pipeline": pipeline}
+    expected["file"] = pipeline / 2
     values = {name: str(work / name) for name in FOLDERS}
     values |= {"resolution": str(resolution), "sample_px": str(sample_px), "prompt": PROMPT}
     several = {
         "{training}": list(training),
         "{imports}": ["-c", "import blackpoint.train.run"],
         "{reload}": ["-c", RELOAD.format(prompt=PROMPT, side=resolution)],
+        "{compare}": ["-c", COMPARE],
     }
 
     def filled(row: Row) -> Verb:
