@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "together": TOGETHER | {"trainer.attention": "sdpa"},
     "together in bf16-mixed with xformers": TOGETHER
     | {"trainer.attention": "xformers", "trainer.precision": "bf16-mixed"},
+    "adapters": TOGETHER | {"lora.rank": 2, "lora.dropout": 0.2, "lora.convolutions": True},
 }
 PIXEL_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "unconditional": ("none", {}),
@@ -82,10 +83,10 @@ def step(tuner: FineTuner, height: int, width: int, size: int = 2) -> None:
     low = tuner.config.trainer.precision == "bf16-mixed"
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         tuner.losses(batch, draws).sum().backward()
-        tuner.unet.eval()
+        tuner.model.unet.eval()
         with torch.no_grad():
             tuner.losses(batch, draws)
-        tuner.unet.train()
+        tuner.model.unet.train()
 
 
 def assert_whole_graphs(num_programs: int) -> None:

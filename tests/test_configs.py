@@ -32,6 +32,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 TRAINING = {
     "sd15_zero_snr",
     "sd15_zero_snr_24gb",
+    "sd15_zero_snr_lora",
     "sd21_zero_snr",
     "sd21_768_shift",
     "pixel_256",

@@ -100,7 +100,8 @@ def model_on_gpu(
 def tuner_on_gpu(model: DiffusionModel, config: TrainConfig, mode: FakeTensorMode) -> FineTuner:
     model.load_encoders()
     tuner = FineTuner(model, config)
-    for part in (tuner, *model.loaded_parts()[1:]):  # the first is the UNet, which the tuner owns
+    owned = [tuner] if tuner.unet is model.unet else [model.unet]  # whose adapters are the tuner's
+    for part in (*owned, *model.loaded_parts()[1:]):
         to_gpu(part, mode)
     tuner._device = GPU  # as Lightning does when it moves the module
     return tuner
@@ -132,6 +133,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "loss.input_perturbation": 0.1,
         "trainer.gradient_checkpointing": True,
     },
+    "adapters": {"lora.rank": 4, "lora.convolutions": True, "lora.dropout": 0.1},
+    "adapters with DoRA": {"lora.rank": 4, "lora.dora": True, "dropout.probability": 0.1},
 }
 
 

@@ -1,4 +1,4 @@
-"""The exponential moving average of the UNet's weights, with a warm-up of the decay.
+"""The exponential moving average of the weights that are trained, with a warm-up of the decay.
 
     average <- average + (1 - d_n) (weights - average),   d_n = min(d, (1 + n) / (10 + n))
 
@@ -47,7 +47,7 @@ class Average(AveragedModel):
 
 
 class Ema(WeightAveraging):
-    """Averages what the LightningModule owns, which is the UNet; on the device of the weights.
+    """Averages what the LightningModule owns, which is what is trained; on its device.
 
     In checkpoints `state_dict` holds the average and `current_model_state` the weights themselves.
     """

@@ -1,4 +1,4 @@
-"""The size of the weights, block by block, and how far their average lags behind them.
+"""The size of what is trained, block by block, and how far its average lags behind it.
 
     weights/norm = ||w||,   weights/ema_distance = ||average - w|| / ||w||
 
@@ -19,7 +19,7 @@ from blackpoint.train.module import FineTuner
 class WeightsWatch(EverySteps):
     """Logs weights/norm, weights/norm_<block> of the UNet and, if averaged, weights/ema_distance.
 
-    One reading of the device each time.
+    Of the adapters alone where they are what is trained. One reading of the device each time.
     """
 
     def __init__(self, every_steps: int, watch: Watch, ema: Ema | None) -> None:

@@ -55,7 +55,7 @@ class EmaConfig:
     """The exponential moving average of the weights, which is what gets exported."""
 
     enabled: bool = True
-    """Keep an average of the UNet beside it (one more copy of its weights in memory)."""
+    """Keep an average beside what is trained (of a UNet, one more copy of it in memory)."""
     decay: float = 0.9999
     """Final decay per step; early on it is (1 + n) / (10 + n) after n updates, if that is less."""
 
@@ -74,7 +74,8 @@ class TrainerConfig:
     num_nodes: int = 1
     """Machines."""
     precision: Precision = "32-true"
-    """Precision of the UNet's forward and backward pass; weights and loss stay in float32."""
+    """Precision of the UNet's forward and backward pass. What is trained and the loss stay in
+    float32; weights that adapters leave frozen (lora.rank) are held in it, to the same bits."""
     encoder_dtype: AutoDtype = "auto"
     """Number format of the frozen VAE and text encoder; latents and embeddings are float32 in every
     case. auto: bfloat16 on a GPU that computes in it, else float32. With float16 a VAE goes on in
