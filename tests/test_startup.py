@@ -3,6 +3,7 @@
 The laws are on what is imported, not on seconds; `make bench` measures those.
 """
 
+import gc
 import json
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from blackpoint.data.files.imports import uncollected
 from blackpoint.scripts.bench.startup import required_keys
 from blackpoint.scripts.cli import VERBS
 from tests.tiny_pipeline import make_tiny_pipeline
@@ -86,3 +89,15 @@ def test_report_imports_no_model_and_no_trainer(tmp_path: Path) -> None:
     run_dir.mkdir()
     (run_dir / "metrics.csv").write_text("step,name,value\n1,train/loss,0.5\n2,train/loss,0.4\n")
     assert_imports_none([(["report", f"run_dir={run_dir}"], TORCH | TRAINING)])
+
+
+def test_the_collector_runs_after_imports_and_leaves_them_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frozen = gc.get_freeze_count()
+    with uncollected():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == frozen  # all had been imported
+    with uncollected():
+        monkeypatch.setitem(sys.modules, "imported_now", sys)
+    assert gc.isenabled() and gc.get_freeze_count() > frozen

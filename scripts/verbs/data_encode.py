@@ -1,6 +1,7 @@
 """blackpoint data encode: encodes shards into latents and prompt embeddings."""
 
 from blackpoint.data.bad_samples import listing
+from blackpoint.data.files.imports import uncollected
 from blackpoint.data.files.signals import stoppable
 from blackpoint.train.encode.config import EncodeConfig
 
@@ -14,7 +15,8 @@ def run(config: EncodeConfig) -> int:
     """Encodes, reports encoded and left-out samples, and returns the exit status."""
     # A scheduler's signal may come at any time from here on, also while torch is imported.
     with stoppable():
-        from blackpoint.train.encode.encode import encode
+        with uncollected():
+            from blackpoint.train.encode.encode import encode
 
         result = encode(config)
     kept = f", {result.num_kept_shards} of them before" if result.num_kept_shards else ""

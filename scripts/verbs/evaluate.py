@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.imports import uncollected
 from blackpoint.data.files.signals import stoppable
 from blackpoint.sampling.evaluation.config import MetricsConfig
 from blackpoint.scripts.config import KEY_VALUE, read_yaml
@@ -39,8 +40,9 @@ def config_class_of(arguments: Sequence[str]) -> type[MetricsConfig]:
 def run(config: MetricsConfig) -> int:
     """Samples and measures missing images and prints the metrics."""
     with stoppable():
-        from blackpoint.sampling.evaluation.run import evaluate_to_folder
-        from blackpoint.sampling.evaluation.summary import markdown
+        with uncollected():
+            from blackpoint.sampling.evaluation.run import evaluate_to_folder
+            from blackpoint.sampling.evaluation.summary import markdown
 
         summary = evaluate_to_folder(config)
     if summary is not None:

@@ -1,5 +1,6 @@
 """blackpoint export: writes a checkpoint as a diffusers folder or a single file and proves it."""
 
+from blackpoint.data.files.imports import uncollected
 from blackpoint.data.files.signals import left_by_sigterm
 from blackpoint.sampling.options import ExportConfig
 
@@ -13,9 +14,10 @@ def run(config: ExportConfig) -> int:
     """Exports and returns the exit status."""
     from pathlib import Path
 
-    from blackpoint.data.files.errors import NotExportable
-    from blackpoint.sampling.export.export import export, written_dtype
-    from blackpoint.sampling.export.single_file import beside, is_single_file
+    with uncollected():
+        from blackpoint.data.files.errors import NotExportable
+        from blackpoint.sampling.export.export import export, written_dtype
+        from blackpoint.sampling.export.single_file import beside, is_single_file
 
     try:
         with left_by_sigterm():

@@ -1,5 +1,6 @@
 """blackpoint sample: samples prompts to a folder of images."""
 
+from blackpoint.data.files.imports import uncollected
 from blackpoint.data.files.signals import stoppable
 from blackpoint.sampling.options import SampleConfig
 
@@ -13,7 +14,8 @@ def run(config: SampleConfig) -> int:
     """Samples and returns the exit status."""
     # A scheduler's signal may come at any time from here on, also while torch is imported.
     with stoppable():
-        from blackpoint.sampling.sample import sample_to_folder
+        with uncollected():
+            from blackpoint.sampling.sample import sample_to_folder
 
         output = sample_to_folder(config)
     print(f"images, samples.jsonl and grid.png are in {output}")

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from blackpoint.data.files.errors import Resumable, RunFailed
+from blackpoint.data.files.imports import uncollected
 from blackpoint.data.files.signals import stoppable
 from blackpoint.sampling.search.config import SearchConfig
 
@@ -19,7 +20,8 @@ def run(config: SearchConfig) -> int:
     try:
         # A scheduler's signal may come at any time from here on, also while torch is imported.
         with stoppable():
-            from blackpoint.sampling.search.run import search_to_folder
+            with uncollected():
+                from blackpoint.sampling.search.run import search_to_folder
 
             output, lines = search_to_folder(config)
     except Resumable:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from blackpoint.data.files.errors import Resumable, Unreachable
+from blackpoint.data.files.imports import uncollected
 from blackpoint.data.files.signals import stoppable
 from blackpoint.train.config.config import TrainConfig
 
@@ -16,7 +17,8 @@ def config_class() -> type[TrainConfig]:
 def run(config: TrainConfig) -> int:
     try:
         with stoppable():
-            from blackpoint.train.run import fit
+            with uncollected():
+                from blackpoint.train.run import fit
 
             return fit(config)
     except Unreachable as error:
