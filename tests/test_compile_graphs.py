@@ -31,7 +31,6 @@ DROPOUT = {"dropout.probability": 0.2}
 # the codec of pixels are outside its graph.
 TOGETHER = DROPOUT | {"trainer.gradient_checkpointing": True, "trainer.channels_last": True}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
     "together": TOGETHER | {"trainer.attention": "sdpa"},
     "together in bf16-mixed with xformers": TOGETHER
     | {"trainer.attention": "xformers", "trainer.precision": "bf16-mixed"},

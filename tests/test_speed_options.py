@@ -23,6 +23,7 @@ from blackpoint.sampling.runtime.speed import prepare_unet
 from blackpoint.train.module import FineTuner
 from blackpoint.train.records.metrics_file import read_metrics
 from tests.speed_stand_ins import EightBitStandIn, attention_stand_in, calls, install
+from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import tiny_config
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -43,6 +44,19 @@ PAIRS = [
     for pair in itertools.combinations(OPTIONS, 2)
     if not OPTIONS[pair[0]].keys() & OPTIONS[pair[1]].keys()  # one key has one value
 ]
+COMBINED = [
+    ("sdpa", "channels_last", "gradient_checkpointing"),
+    ("xformers", "channels_last", "gradient_checkpointing"),
+    ("sdpa", "gradient_checkpointing", "adamw_8bit"),
+    ("xformers", "gradient_checkpointing", "adamw_8bit"),
+    ("bf16-mixed", "sdpa", "channels_last", "gradient_checkpointing"),
+    ("bf16-mixed", "xformers", "gradient_checkpointing", "adamw_8bit"),
+    ("compile", "sdpa", "channels_last", "gradient_checkpointing"),
+    ("compile", "xformers", "adamw_8bit"),
+    ("compile", "bf16-mixed"),
+]
+"""Every pair that no device and no rule refuses is in one of them."""
+REFUSED = [pair for pair in PAIRS if GPU_ONLY & set(pair) or frozenset(pair) in REFUSED_PAIRS]
 DOCS = Path(__file__).parents[1] / "docs" / "speed_options.md"
 NO_COMPILER = "there is no C++ compiler (g++) for torch.compile"
 
@@ -84,56 +98,70 @@ def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "bitsandbytes.optim", AdamW8bit=EightBitStandIn)
 
 
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compiles without the C++ compiler: tracing and autograd are torch.compile's own."""
+def compiling_with(backend: str, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiles without the C++ compiler: tracing is torch.compile's own."""
     original = torch.nn.Module.compile
-    monkeypatch.setattr(
+    patch.setattr(
         torch.nn.Module,
         "compile",
-        lambda self, **options: original(self, backend="aot_eager", **options),
+        lambda self, **options: original(self, backend=backend, **options),
     )
     torch.compiler.reset()
     yield
     torch.compiler.reset()
 
 
-def pair_id(pair: tuple[str, str]) -> str:
-    return "+".join(pair)
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    yield from compiling_with("eager", monkeypatch)
+
+
+@pytest.fixture
+def traced_with_autograd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backward pass is torch.compile's own too."""
+    yield from compiling_with("aot_eager", monkeypatch)
+
+
+def test_every_pair_is_tried() -> None:
+    together = {pair for group in COMBINED for pair in itertools.combinations(sorted(group), 2)}
+    assert {tuple(sorted(pair)) for pair in PAIRS} == together | {
+        tuple(sorted(pair)) for pair in REFUSED
+    }
 
 
 @pytest.mark.parametrize(
-    "pair",
+    "group",
     [
-        pytest.param(pair, id=pair_id(pair), marks=pytest.mark.slow if "compile" in pair else ())
-        for pair in PAIRS
+        *(pytest.param(g, marks=pytest.mark.slow if "compile" in g else ()) for g in COMBINED),
+        *REFUSED,
     ],
+    ids="+".join,
 )
-@pytest.mark.usefixtures("xformers", "bitsandbytes", "traced")
-def test_pairs_train_to_the_same_losses_or_are_refused_by_name(
-    pair: tuple[str, str], plain: dict[str, Any], pipeline: Path, shards: Path, tmp_path: Path
+@pytest.mark.usefixtures("xformers", "bitsandbytes", "traced_with_autograd")
+def test_groups_train_to_the_same_losses_or_are_refused_by_name(
+    group: tuple[str, ...], plain: dict[str, Any], pipeline: Path, shards: Path, tmp_path: Path
 ) -> None:
-    options = OPTIONS[pair[0]] | OPTIONS[pair[1]]
-    if frozenset(pair) in REFUSED_PAIRS:
+    options = {key: value for name in group for key, value in OPTIONS[name].items()}
+    if frozenset(group) in REFUSED_PAIRS:
         with pytest.raises(UserError, match="do not combine") as caught:
             two_steps(tmp_path, pipeline, shards, **options)
         assert all(key in str(caught.value) for key in options)
         assert not (tmp_path / "run").exists()
         return
-    lacking = GPU_ONLY & set(pair)
+    lacking = GPU_ONLY & set(group)
     if lacking and not torch.cuda.is_available():
         with pytest.raises(UserError, match=rf"{'|'.join(lacking)}.* needs a GPU"):
             two_steps(tmp_path, pipeline, shards, **options)
         assert not (tmp_path / "run").exists()
         return
     found = two_steps(tmp_path, pipeline, shards, **options)
-    tolerance = 2e-2 if "bf16-mixed" in pair else 1e-4
+    tolerance = 2e-2 if "bf16-mixed" in group else 1e-4
     assert found["losses"] == pytest.approx(plain["losses"], rel=tolerance)
     for key in ("state_dict", "current_model_state"):
         weights, expected = found["saved"][key], plain["saved"][key]
         assert list(weights) == list(expected)  # no prefix of a wrapper
         assert all(value.dtype == torch.float32 for value in weights.values())
-    if "xformers" in pair:
+    if "xformers" in group:
         assert calls
 
 
@@ -162,10 +190,14 @@ def test_channels_last_changes_the_order_and_not_the_picture(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason=NO_COMPILER)
-def test_compiled_unet_gives_the_same_output_and_gradients(pipeline: Path) -> None:
+def test_compiled_unet_gives_the_same_output_and_gradients(tmp_path: Path) -> None:
+    """A UNet of one level: a C++ compiler takes seconds for each kernel."""
+    level = {"block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock2D",)}
+    level |= {"up_block_types": ("CrossAttnUpBlock2D",), "mid_block_type": None}
+    base = make_tiny_pipeline(tmp_path / "sd", unet=level)
     torch.compiler.reset()
     torch.manual_seed(0)
-    plain, compiled = (DiffusionModel.load(pipeline).unet.requires_grad_(True) for _ in range(2))
+    plain, compiled = (DiffusionModel.load(base).unet.requires_grad_(True) for _ in range(2))
     prepare_unet(compiled, "sdpa", compile=True, training=True)
     arguments = (torch.randn(2, 4, 8, 8), torch.tensor([3, 999]), torch.randn(2, 16, 32))
     outputs = [unet(*arguments).sample for unet in (plain, compiled)]
