@@ -9,6 +9,7 @@ process alone, as from the system; others to all, as from a terminal or a schedu
 """
 
 import fcntl
+import functools
 import os
 import signal
 import subprocess
@@ -23,10 +24,22 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 
 def interrupted(
-    number: int, count: int, folder: Path, arguments: Sequence[str]
+    number: int, count: int, folder: Path, arguments: Sequence[str], is_warm: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command and interrupts it at its `count`-th change below `folder`."""
+    """Runs a command and interrupts it at its `count`-th change below `folder`.
+
+    `is_warm`: in a process that has everything imported; changes by processes that it spawns don't
+    count.
+    """
     with tempfile.NamedTemporaryFile() as counter:
+        if is_warm:
+            from tests.warm_verb import WarmVerb  # not where this file is what is run
+
+            given = (int(number), count, counter.name, str(folder))
+            process = WarmVerb(*arguments, before=functools.partial(interrupt_at_change, *given))
+            output, error = process.communicate()
+            assert process.returncode is not None
+            return subprocess.CompletedProcess(arguments, process.returncode, output, error)
         return subprocess.run(
             [sys.executable, __file__, *arguments],
             cwd=ROOT,

@@ -256,7 +256,7 @@ def test_a_signal_stops_it_and_the_same_command_continues(
 ) -> None:
     output, given = tmp_path / "out", arguments(checkpoint, tmp_path / "out")
     for count in (2, 7):
-        found = interrupted(number, count, output, given)
+        found = interrupted(number, count, output, given, is_warm=True)
         assert found.returncode == (-number if number == signal.SIGKILL else 75), found.stderr
         if number != signal.SIGKILL:
             assert f"stopped by {number.name}; the same command continues" in found.stderr

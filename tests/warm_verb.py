@@ -5,6 +5,7 @@ a process of its own each, to be signalled and killed. What it starts itself sta
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -25,12 +26,14 @@ VERBS = [
     "blackpoint.scripts.verbs.search",
     "blackpoint.scripts.verbs.evaluate",
     "blackpoint.scripts.verbs.data_encode",
+    "blackpoint.scripts.verbs.sample",
 ]
 MODULES = [
     "blackpoint.train.run",
     "blackpoint.train.encode.encode",
     "blackpoint.sampling.search.run",
     "blackpoint.sampling.evaluation.config",
+    "blackpoint.sampling.sample",
 ]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([*VERBS, *MODULES])
@@ -116,6 +119,7 @@ def _run(
     before: Callable[[], None] | None,
 ) -> None:
     os.setpgid(0, 0)
+    gc.freeze()  # what was imported is no garbage
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
