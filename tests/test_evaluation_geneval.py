@@ -37,7 +37,7 @@ def test_the_overall_score_is_the_mean_of_the_tasks_not_of_the_images(tmp_path: 
         assert found.tasks[task].low <= share <= found.tasks[task].high
     assert found.overall.value == pytest.approx(np.mean(list(shares.values())))
     assert found.overall.value != pytest.approx(np.mean([r["correct"] for r in rows]))
-    assert found.num_images == len(rows) and found.overall.n == len(rows) // 4
+    assert found.overall.n == len(rows) // 4
 
 
 def test_images_of_a_prompt_do_not_narrow_the_interval(tmp_path: Path) -> None:

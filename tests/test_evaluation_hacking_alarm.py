@@ -5,7 +5,7 @@ import torch
 
 from blackpoint.sampling.statistics.diversity import diversity_change
 from blackpoint.sampling.statistics.estimates import Estimate, smallest_detectable_effect
-from blackpoint.sampling.statistics.hacking_alarm import PairedScores, fewest_prompts, hacking_alarm
+from blackpoint.sampling.statistics.hacking_alarm import FEWEST_PROMPTS, PairedScores, hacking_alarm
 from blackpoint.sampling.statistics.paired import mean_difference
 
 
@@ -63,7 +63,7 @@ def test_diversity_that_falls_raises_the_alarm() -> None:
 
 def test_too_few_prompts_raise_no_alarm() -> None:
     """Six is the first number of prompts of which all fall by chance in less than 5 %."""
-    assert fewest_prompts(0.95) == 6
+    assert FEWEST_PROMPTS == 6
     few = hacking_alarm(scores("clip", 0.9, n=5), [scores("reader", -0.9, n=5)])
     assert not few.raised
     assert few.lines == [

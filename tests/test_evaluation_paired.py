@@ -39,8 +39,7 @@ def test_ties_are_scores_equal_after_rounding() -> None:
     baseline = [0.5, 0.5, 0.5, 0.5, 0.5]
     found = count_outcomes([0.50004, 0.49996, 0.5002, 0.7, 0.4], baseline)
     assert (found.wins, found.ties, found.losses) == (2, 2, 1)
-    assert (found.win_share.value, found.win_share.n) == (pytest.approx(2 / 3), 3)
-    assert str(found) == "2 wins, 2 ties, 1 losses (p = 1)"
+    assert found.p_value == 1
 
 
 @pytest.mark.parametrize(("wins", "ties", "losses"), [(9, 0, 1), (3, 5, 0), (0, 1, 7), (40, 9, 60)])
@@ -50,8 +49,6 @@ def test_the_test_is_exact_and_ignores_ties(wins: int, ties: int, losses: int) -
     assert (found.wins, found.ties, found.losses) == (wins, ties, losses)
     expected = stats.binomtest(wins, wins + losses)
     assert found.p_value == expected.pvalue
-    interval = expected.proportion_ci(0.95, method="exact")
-    assert (found.win_share.low, found.win_share.high) == tuple(interval)
     # two-sided and symmetric: twice the smaller tail, at most 1
     tail = stats.binom.cdf(min(wins, losses), wins + losses, 0.5)
     assert found.p_value == pytest.approx(min(1.0, 2 * tail))
@@ -60,8 +57,6 @@ def test_the_test_is_exact_and_ignores_ties(wins: int, ties: int, losses: int) -
 def test_ties_alone_decide_nothing() -> None:
     found = count_outcomes([1.0, 2.0], [1.0, 2.0])
     assert (found.wins, found.ties, found.losses, found.p_value) == (0, 2, 0, 1.0)
-    assert np.isnan(found.win_share.value)
-    assert (found.win_share.low, found.win_share.high, found.win_share.n) == (0, 1, 0)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0.001, 0.5))

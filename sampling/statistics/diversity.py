@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blackpoint.sampling.statistics.estimates import (
-    LEVEL,
     NUM_RESAMPLES,
     Estimate,
     bca_interval,
@@ -29,9 +28,7 @@ def mean_pairwise_distance(features: Features) -> float:
     return float(_weighted_distance(features, np.ones((1, len(features))))[0])
 
 
-def diversity_change(
-    features: Features, baseline: Features, level: float = LEVEL, seed: int = 0
-) -> Estimate:
+def diversity_change(features: Features, baseline: Features, seed: int = 0) -> Estimate:
     """Estimates the mean pairwise distance of `features` minus that of `baseline`.
 
     Row i of both belongs to prompt i, of two or more; the interval is a paired bootstrap over
@@ -48,7 +45,7 @@ def diversity_change(
     changes -= _weighted_distance(baseline, np.concatenate([counts, without]))
     resampled, left_out = np.split(changes, [len(counts)])
     influence = influences(left_out) if n > 2 else np.zeros(n)
-    return Estimate(value, *bca_interval(value, resampled, [influence], level), n)
+    return Estimate(value, *bca_interval(value, resampled, [influence]), n)
 
 
 def _weighted_distance(features: Features, counts: np.ndarray) -> np.ndarray:

@@ -24,6 +24,8 @@ from scipy import optimize, stats
 from blackpoint.data.files.errors import UserError
 
 LEVEL = 0.95
+"""Of every interval."""
+POWER = 0.8
 NUM_RESAMPLES = 2000
 FEWEST_GROUPS = 3
 """Groups that a jackknife leaves out in turn."""
@@ -57,7 +59,7 @@ class Estimate:
         return f"{value} {interval}" + (f" n = {self.n}" if count else "")
 
 
-def mean(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
+def mean(values: Values, seed: int = 0) -> Estimate:
     """Estimates a mean, with a bootstrap interval; of one observation without (NaN).
 
     Of observations that are all equal the interval is that point: it knows no spread.
@@ -68,29 +70,29 @@ def mean(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
         return Estimate(value, math.nan, math.nan, 1)
     resampled = bootstrap(sample, lambda drawn: drawn.mean(axis=1), np.random.default_rng(seed))
     influence = sample.reshape(len(sample), -1).mean(axis=1) - value
-    return Estimate(value, *bca_interval(value, resampled, [influence], level), len(sample))
+    return Estimate(value, *bca_interval(value, resampled, [influence]), len(sample))
 
 
-def mean_score(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
+def mean_score(values: Values) -> Estimate:
     """Estimates a mean, of zeros and ones alone as the proportion that it is.
 
     A bootstrap of scores that are all 1 would leave no doubt; Wilson's interval does.
     """
     sample = checked_values(values, 1)
     if np.isin(sample, (0.0, 1.0)).all():
-        return proportion(int(sample.sum()), len(sample), level)
-    return mean(sample, level, seed)
+        return proportion(int(sample.sum()), len(sample))
+    return mean(sample)
 
 
-def std(values: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
+def std(values: Values, seed: int = 0) -> Estimate:
     """Estimates a standard deviation (divisor n - 1), with a bootstrap interval."""
     sample = checked_values(values, 2)
     resampled = bootstrap(sample, _deviation, np.random.default_rng(seed))
     value, influence = float(sample.std(ddof=1)), influences(_deviations_without(sample))
-    return Estimate(value, *bca_interval(value, resampled, [influence], level), len(sample))
+    return Estimate(value, *bca_interval(value, resampled, [influence]), len(sample))
 
 
-def std_ratio(values: Values, reference: Values, level: float = LEVEL, seed: int = 0) -> Estimate:
+def std_ratio(values: Values, reference: Values, seed: int = 0) -> Estimate:
     """Estimates std(values) / std(reference); both are resampled, independently. n counts
     `values`."""
     sample, base = checked_values(values, 2), checked_values(reference, 2)
@@ -105,15 +107,15 @@ def std_ratio(values: Values, reference: Values, level: float = LEVEL, seed: int
         influences(_deviations_without(sample) / bottom),
         influences(top / np.maximum(_deviations_without(base), 1e-12)),
     ]
-    interval = bca_interval(top / bottom, above / np.maximum(below, 1e-12), ratio, level)
+    interval = bca_interval(top / bottom, above / np.maximum(below, 1e-12), ratio)
     return Estimate(top / bottom, *interval, len(sample))
 
 
-def proportion(num_true: int, n: int, level: float = LEVEL) -> Estimate:
+def proportion(num_true: int, n: int) -> Estimate:
     """Estimates a proportion, with Wilson's score interval."""
     if not 0 <= num_true <= n or n == 0:
         raise UserError(f"proportion: {num_true} of {n} is none; 0 <= num_true <= n and n > 0")
-    z = NormalDist().inv_cdf(0.5 + level / 2)
+    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
     share = num_true / n
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
@@ -122,14 +124,13 @@ def proportion(num_true: int, n: int, level: float = LEVEL) -> Estimate:
     return Estimate(share, max(0.0, low), min(1.0, high), n)
 
 
-def paired_mean(differences: Values, level: float = LEVEL) -> Estimate:
+def paired_mean(differences: Values) -> Estimate:
     """Estimates the mean of a few paired differences, with the interval of Student's t."""
     sample = checked_values(differences, 2)
-    error = _standard_error(sample)
-    return _student(float(sample.mean()), error, len(sample) - 1, len(sample), level)
+    return _student(float(sample.mean()), float(stats.sem(sample)), len(sample) - 1, len(sample))
 
 
-def jackknife(value: float, left_out: Values, n: int, level: float = LEVEL) -> Estimate:
+def jackknife(value: float, left_out: Values, n: int) -> Estimate:
     """Gives a value the interval of a delete-a-group jackknife, with Student's t.
 
     left_out: the value without each of the groups; of fewer than three there is no interval (NaN).
@@ -138,10 +139,10 @@ def jackknife(value: float, left_out: Values, n: int, level: float = LEVEL) -> E
     without, count = np.asarray(left_out, dtype=np.float64), len(left_out)
     if count < FEWEST_GROUPS:
         return Estimate(value, math.nan, math.nan, n)
-    return _student(value, float(np.sqrt((count - 1) * without.var())), count - 1, n, level)
+    return _student(value, float(np.sqrt((count - 1) * without.var())), count - 1, n)
 
 
-def influence_interval(value: float, derivatives: Values, n: int, level: float = LEVEL) -> Estimate:
+def influence_interval(value: float, derivatives: Values, n: int) -> Estimate:
     """Gives a value the interval of an infinitesimal jackknife, with Student's t (Efron 1982).
 
     derivatives: of the value by the weight of each group; of fewer than three there is no interval
@@ -151,27 +152,25 @@ def influence_interval(value: float, derivatives: Values, n: int, level: float =
     if count < FEWEST_GROUPS:
         return Estimate(value, math.nan, math.nan, n)
     error = float(np.sqrt(count / (count - 1) * (slopes**2).sum()))
-    return _student(value, error, count - 1, n, level)
+    return _student(value, error, count - 1, n)
 
 
-def smallest_detectable_effect(
-    differences: Values, power: float = 0.8, level: float = LEVEL
-) -> float:
-    """Returns the mean difference that a two-sided paired t-test would find with this power.
+def smallest_detectable_effect(differences: Values) -> float:
+    """Returns the mean difference that a two-sided paired t-test would find with power 0.8.
 
     It takes the spread of `differences` for the true one (noncentral t; Cohen 1988, chapter 2).
     """
     sample = checked_values(differences, 2)
-    freedom, error = len(sample) - 1, _standard_error(sample)
-    critical = stats.t.ppf(0.5 + level / 2, freedom)
+    freedom = len(sample) - 1
+    critical = stats.t.ppf(0.5 + LEVEL / 2, freedom)
 
     def missing(effect: float) -> float:  # the other tail holds nothing at such a power
-        return float(stats.nct.sf(critical, freedom, effect) - power)
+        return float(stats.nct.sf(critical, freedom, effect) - POWER)
 
     largest = 1.0
     while missing(largest) < 0:  # scipy's tail is not a number far beyond the answer
         largest *= 1.5
-    return float(optimize.brentq(missing, 0, largest)) * error
+    return float(optimize.brentq(missing, 0, largest)) * float(stats.sem(sample))
 
 
 def checked_values(values: Values, smallest: int) -> np.ndarray:
@@ -190,10 +189,7 @@ def checked_values(values: Values, smallest: int) -> np.ndarray:
 
 
 def bca_interval(
-    value: float,
-    resampled: np.ndarray,
-    influence: Sequence[np.ndarray],
-    level: float = LEVEL,
+    value: float, resampled: np.ndarray, influence: Sequence[np.ndarray]
 ) -> tuple[float, float]:
     """Returns the bias-corrected, accelerated interval of a bootstrap, expanded for small samples.
 
@@ -202,8 +198,7 @@ def bca_interval(
     by itself. Where no observation moves the statistic, or a leave-one-out value does not exist,
     nothing is accelerated. Resampled values that are all equal are the interval.
     """
-    drawn = np.asarray(resampled, dtype=np.float64)
-    drawn = drawn[np.isfinite(drawn)]
+    drawn = resampled[np.isfinite(resampled)]
     if len(drawn) == 0:
         return math.nan, math.nan
     sizes = np.array([len(parts) for parts in influence], dtype=np.float64)
@@ -218,22 +213,22 @@ def bca_interval(
         expansion = variances.sum() / squares.sum()
     below = ((drawn < value).mean() + (drawn <= value).mean()) / 2
     bias = stats.norm.ppf(np.clip(below, 0.5 / len(drawn), 1 - 0.5 / len(drawn)))
-    tail = _expanded_tail(freedom, expansion, level)
-    places = []
+    tail = _expanded_tail(freedom, expansion)
+    levels = []
     for z in (bias - tail, bias + tail):
         shrink = 1 - acceleration * z
-        places.append(stats.norm.cdf(bias + z / shrink) if shrink > 0 else float(z > 0))
-    low, high = np.quantile(drawn, places)
+        levels.append(stats.norm.cdf(bias + z / shrink) if shrink > 0 else float(z > 0))
+    low, high = np.quantile(drawn, levels)
     return float(low), float(high)
 
 
-def expanded_interval(resampled: np.ndarray, n: int, level: float = LEVEL) -> tuple[float, float]:
+def expanded_interval(resampled: np.ndarray, n: int) -> tuple[float, float]:
     """Returns the percentile interval of a bootstrap, expanded for a sample of n.
 
     For statistics that resampling itself biases, such as distances near 0: correcting for that bias
     would move the interval away from what the statistic is at this n.
     """
-    tail = _expanded_tail(n - 1, n / (n - 1), level)
+    tail = _expanded_tail(n - 1, n / (n - 1))
     low, high = np.quantile(resampled, stats.norm.cdf([-tail, tail]))
     return float(low), float(high)
 
@@ -244,17 +239,13 @@ def influences(left_out: Values) -> np.ndarray:
     return (len(without) - 1) * (without.mean() - without)
 
 
-def _expanded_tail(freedom: float, expansion: float, level: float) -> float:
-    return float(stats.t.ppf(0.5 + level / 2, freedom)) * expansion**0.5
+def _expanded_tail(freedom: float, expansion: float) -> float:
+    return float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * expansion**0.5
 
 
-def _student(value: float, error: float, freedom: int, n: int, level: float) -> Estimate:
-    half = float(stats.t.ppf(0.5 + level / 2, freedom)) * error
+def _student(value: float, error: float, freedom: int, n: int) -> Estimate:
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * error
     return Estimate(value, value - half, value + half, n)
-
-
-def _standard_error(sample: np.ndarray) -> float:
-    return float(sample.std(ddof=1) / len(sample) ** 0.5)
 
 
 def bootstrap(

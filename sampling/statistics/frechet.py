@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.sampling.statistics.estimates import LEVEL, Estimate, influence_interval
+from blackpoint.sampling.statistics.estimates import Estimate, influence_interval
 
 COUNTS = (1, 2, 4)
 """Into how many parts the set is split."""
@@ -80,7 +80,7 @@ def frechet_influence(rows: Tensor, reference: Gaussian) -> tuple[float, Tensor]
 
 
 def frechet_estimates(
-    rows: Tensor, reference: Gaussian, groups: np.ndarray, seed: int = 0, level: float = LEVEL
+    rows: Tensor, reference: Gaussian, groups: np.ndarray, seed: int = 0
 ) -> tuple[Estimate, Estimate | None]:
     """Returns FID of rows (n, d), with its interval at this n, and FID at infinite n.
 
@@ -91,7 +91,7 @@ def frechet_estimates(
 
     def interval(value: float, slope: Tensor) -> Estimate:
         by_group = np.bincount(owner, slope.numpy(), len(kinds))
-        return influence_interval(value, by_group, len(rows), level)
+        return influence_interval(value, by_group, len(rows))
 
     value, slope = frechet_influence(rows, reference)
     of_set = interval(value, slope)
@@ -143,8 +143,11 @@ def _distance(apart: Tensor, scaled: Tensor, overlap: Tensor, reference: Gaussia
     return float(apart.square().sum() + traces - 2 * overlap)
 
 
-def _at_zero(places: Sequence[float]) -> np.ndarray:
-    """Returns the weights of the values at `places` in their polynomial's value at 0 (Lagrange)."""
+def _at_zero(points: Sequence[float]) -> np.ndarray:
+    """Returns the weights of the values at `points` in their polynomial's value at 0 (Lagrange)."""
     return np.array(
-        [math.prod(other / (other - own) for other in places if other != own) for own in places]
+        [
+            math.prod(other / (other - point) for other in points if other != point)
+            for point in points
+        ]
     )

@@ -25,6 +25,8 @@ from blackpoint.sampling.statistics.estimates import (
 from blackpoint.sampling.statistics.paired import mean_difference
 
 DIVERSITY = "diversity"
+FEWEST_PROMPTS = ceil(1 - log2(1 - LEVEL))
+"""From so many prompts on "all of them fell" is no chance: 2 / 2^n <= 1 - LEVEL."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,6 @@ def hacking_alarm(
     searched: PairedScores,
     held_out: Sequence[PairedScores],
     diversity: Estimate | None = None,
-    level: float = LEVEL,
     seed: int = 0,
 ) -> HackingAlarm:
     """Says where the searched score rises and a held-out one, or diversity, falls.
@@ -83,16 +84,17 @@ def hacking_alarm(
     """
     notes: list[str] = []
     pairs = {scores.verifier: _finite_pairs(scores, notes) for scores in (searched, *held_out)}
-    changes = {name: mean_difference(*pair, level, seed) for name, pair in pairs.items()}
+    changes = {name: mean_difference(*pair, seed=seed) for name, pair in pairs.items()}
     if diversity is not None:
         changes[DIVERSITY] = diversity
-    needed = fewest_prompts(level)
     rise = changes[searched.verifier]
-    rises = rise.low > 0 and rise.n >= needed
+    rises = rise.low > 0 and rise.n >= FEWEST_PROMPTS
     findings = []
     for metric, change in changes.items():
-        if change.n < needed:
-            notes.append(f"{metric}: {change.n} prompts are too few to tell; {needed} are needed")
+        if change.n < FEWEST_PROMPTS:
+            notes.append(
+                f"{metric}: {change.n} prompts are too few to tell; {FEWEST_PROMPTS} are needed"
+            )
         elif metric == searched.verifier:
             if not rises:
                 notes.append(f"{metric}, which was searched, does not rise: {_shown(change)}")
@@ -104,24 +106,17 @@ def hacking_alarm(
             )
             findings.append(Finding(metric, change, line))
         else:
-            notes.append(_quiet(metric, change, pairs.get(metric), level))
+            notes.append(_quiet(metric, change, pairs.get(metric)))
     return HackingAlarm(searched.verifier, changes, findings, notes)
 
 
-def fewest_prompts(level: float = LEVEL) -> int:
-    """Returns from how many prompts on "all of them fell" is no chance: 2 / 2^n <= 1 - level."""
-    return ceil(1 - log2(1 - level))
-
-
-def _quiet(
-    metric: str, change: Estimate, pair: tuple[np.ndarray, np.ndarray] | None, level: float
-) -> str:
+def _quiet(metric: str, change: Estimate, pair: tuple[np.ndarray, np.ndarray] | None) -> str:
     if change.high < 0 or change.low > 0:
         return f"{metric} {'falls' if change.high < 0 else 'rises'}: {_shown(change)}"
     line = f"{metric} shows no change: {_shown(change)}"
     if pair is None:
         return line
-    effect = smallest_detectable_effect(pair[0] - pair[1], level=level)
+    effect = smallest_detectable_effect(pair[0] - pair[1])
     return f"{line}; a change of {effect:.4g} would have shown with power 0.8"
 
 

@@ -13,14 +13,11 @@ from torch import Tensor, stack
 BATCH = 64
 
 
-def kernel_distance(first: Tensor, second: Tensor, second_mean: float | None = None) -> float:
-    """Returns the unbiased MMD^2 of two sets of features, (N, d) and (M, d), with KID's kernel.
-
-    second_mean: `kernel_mean(second)` where it is known.
-    """
+def kernel_distance(first: Tensor, second: Tensor) -> float:
+    """Returns the unbiased MMD^2 of two sets of features, (N, d) and (M, d), with KID's kernel."""
     across = stack([_kernel(part, second).sum() for part in first.split(BATCH)]).sum()
-    within = kernel_mean(second) if second_mean is None else second_mean
-    return kernel_mean(first) + within - 2 * float(across) / (len(first) * len(second))
+    mean_across = float(across) / (len(first) * len(second))
+    return kernel_mean(first) + kernel_mean(second) - 2 * mean_across
 
 
 def subset_distance(
@@ -37,8 +34,9 @@ def subset_distance(
     generator = torch.Generator().manual_seed(seed)
     distances = []
     for _ in range(num_subsets):
-        other, own = (torch.randperm(len(r), generator=generator)[:size] for r in (second, first))
-        distances.append(kernel_distance(first[own], second[other]))
+        of_second = second[torch.randperm(len(second), generator=generator)[:size]]
+        of_first = first[torch.randperm(len(first), generator=generator)[:size]]
+        distances.append(kernel_distance(of_first, of_second))
     return float(np.mean(distances))
 
 
@@ -61,9 +59,9 @@ def distances_without(first: Tensor, second: Tensor, parts: Sequence[np.ndarray]
     for number, part in enumerate(parts):
         count = len(first) - len(part)
         pairs = within.sum() - 2 * within[number].sum() + within[number, number]
-        own = float(pairs - (same.sum() - same[number])) / (count * (count - 1))
+        inside = float(pairs - (same.sum() - same[number])) / (count * (count - 1))
         rest = float(across.sum() - across[number]) / (count * len(second))
-        distances.append(own + inner - 2 * rest)
+        distances.append(inside + inner - 2 * rest)
     return distances
 
 

@@ -99,7 +99,7 @@ class Table:
             for end in ("", ": low", ": high", ": n")[:width]
         ]
         lines = [
-            [v for own, width in zip(row, widths, strict=True) for v in (*own, *[None] * 3)[:width]]
+            [v for cell, size in zip(row, widths, strict=True) for v in (*cell, *[None] * 3)[:size]]
             for row in values
         ]
         return header, lines

@@ -18,7 +18,6 @@ import numpy as np
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.metric import Evaluated, Metric, MetricConfig, Numbers
 from blackpoint.sampling.statistics.estimates import (
-    LEVEL,
     NUM_RESAMPLES,
     Estimate,
     bca_interval,
@@ -35,7 +34,6 @@ class GenEvalScores:
 
     overall: Estimate
     tasks: dict[str, Estimate]
-    num_images: int
     missing: tuple[str, ...]
     """Published tasks that the file has no image of; `overall` is the mean of the others."""
 
@@ -55,16 +53,14 @@ class GenEval(MetricConfig):
         return metrics, [f"GenEval: no images of {missing}"] if missing else []
 
 
-def read_geneval(path: str | Path, level: float = LEVEL, seed: int = 0) -> GenEvalScores:
+def read_geneval(path: str | Path, seed: int = 0) -> GenEvalScores:
     """Reads results.jsonl; raises UserError for a file that is not one."""
     by_task: dict[str, dict[str, list[bool]]] = {}
-    num_images = 0
     for number, line in enumerate(_lines(Path(path)), 1):
         if not line.strip():
             continue
         row = _row(path, number, line)
         by_task.setdefault(row["tag"], {}).setdefault(row["prompt"], []).append(row["correct"])
-        num_images += 1
     if not by_task:
         raise UserError(f"{path} holds no rows; give the results.jsonl of GenEval's detector")
     rng = np.random.default_rng(seed)
@@ -80,7 +76,7 @@ def read_geneval(path: str | Path, level: float = LEVEL, seed: int = 0) -> GenEv
             left_out = (right.sum() - right) / (count.sum() - count)
             influence[task] = influences(left_out)
     tasks = {
-        task: _share(value, resampled[task], [influence.get(task)], len(by_task[task]), level)
+        task: _share(value, resampled[task], [influence.get(task)], len(by_task[task]))
         for task, value in values.items()
     }
     overall = float(np.mean(list(values.values())))
@@ -88,26 +84,21 @@ def read_geneval(path: str | Path, level: float = LEVEL, seed: int = 0) -> GenEv
     parts = [None if task not in influence else influence[task] / len(values) for task in values]
     num_prompts = sum(map(len, by_task.values()))
     return GenEvalScores(
-        _share(overall, spread, parts, num_prompts, level),
+        _share(overall, spread, parts, num_prompts),
         tasks,
-        num_images,
         tuple(task for task in TASKS if task not in by_task),
     )
 
 
 def _share(
-    value: float,
-    resampled: np.ndarray,
-    influence: Sequence[np.ndarray | None],
-    n: int,
-    level: float,
+    value: float, resampled: np.ndarray, influence: Sequence[np.ndarray | None], n: int
 ) -> Estimate:
     """Gives a share of n prompts its interval; a task of a single prompt adds no spread."""
     known = [value for value in influence if value is not None]
     if not known or np.ptp(resampled) == 0:
-        wilson = proportion(round(value * n), n, level)
+        wilson = proportion(round(value * n), n)
         return Estimate(value, min(value, wilson.low), max(value, wilson.high), n)
-    return Estimate(value, *bca_interval(value, resampled, known, level), n)
+    return Estimate(value, *bca_interval(value, resampled, known), n)
 
 
 def _lines(path: Path) -> list[str]:
