@@ -1,11 +1,13 @@
 """The words that configs choose between; no import of torch, so that a verb's help is instant."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import Holds, PathText
+from blackpoint.data.files.rules import require
 
 MAX_SEED = 2**64 - 1
 """torch.Generator takes no larger one."""
@@ -60,3 +62,24 @@ def check_seed(name: str, seed: int, count: int = 1, largest: int = MAX_SEED) ->
     if seed < 0 or seed + count - 1 > largest:
         last = f" with {count} in a row" if count > 1 else ""
         raise UserError(f"{name}={seed}{last}: a seed must be from 0 to {largest}")
+
+
+@dataclass
+class LoraFile:
+    """A LoRA to merge into the checkpoint."""
+
+    path: PathText
+    """A .safetensors file in the spelling of diffusers, peft or kohya, a folder with one, a hub id,
+    or a run directory or .ckpt of a run with lora.rank."""
+    scale: float = 1.0
+    """Factor of its effect; negative ones subtract it."""
+
+    SHORT_FORM: ClassVar[str] = "path"
+    """The field that a text stands for where a LoRA belongs."""
+
+    def __str__(self) -> str:
+        return f"{self.scale:g} x {self.path}"
+
+    def __post_init__(self) -> None:
+        require(self.path, "lora: path", self.path, "the file of a LoRA")
+        require(math.isfinite(self.scale), "lora: scale", self.scale, "a finite number")

@@ -22,9 +22,10 @@ from blackpoint.data.files.signals import stop_if_asked
 from blackpoint.sampling.checkpoints import loading
 from blackpoint.sampling.checkpoints.architecture import check_architecture, sample_size_of
 from blackpoint.sampling.checkpoints.encoders import Encoders, dtype_of
+from blackpoint.sampling.checkpoints.merged import check_bases, with_loras
 from blackpoint.sampling.checkpoints.resolve import resolve
 from blackpoint.sampling.checkpoints.saving import save_model
-from blackpoint.sampling.choices import PLAIN, PredictionType, SingleFileConfig, Weights
+from blackpoint.sampling.choices import PLAIN, LoraFile, PredictionType, SingleFileConfig, Weights
 from blackpoint.sampling.conditioning import Conditioning, encode_classes, joined
 from blackpoint.sampling.grid import Denoise, Prediction, SampleState
 from blackpoint.sampling.guidance import NO_GUIDANCE, Guidance, guided_output
@@ -80,24 +81,27 @@ class DiffusionModel:
         variant: str | None = None,
         single_file: SingleFileConfig = PLAIN,
         undecided: PredictionType | None = None,
+        loras: Sequence[LoraFile] | None = None,
     ) -> "DiffusionModel":
         """Loads a diffusers folder, hub id, run directory, .ckpt or single .safetensors file.
 
         Keys must match exactly. `weights` chooses the averaged or the raw UNet of a .ckpt, run
         directory or single file, `variant` the files of a folder or hub id (fp16, bf16, non_ema),
         as in diffusers; `single_file` adds what a single file lacks, `undecided` is the prediction
-        type of one that does not tell, for those who need none. Without the UNet's weights the
-        model only encodes and decodes. Raises UserError for what is not there, neither
-        a Stable Diffusion 1.x / 2.x nor a pixel-space model of ours, or only a pickle; what the
-        configs tell, before weights are read.
+        type of one that does not tell, for those who need none; `loras` are merged in. Without the
+        UNet's weights the model only encodes and decodes. Raises UserError for what is not there,
+        neither a Stable Diffusion 1.x / 2.x nor a pixel-space model of ours, or only a pickle; what
+        the configs tell, before weights are read.
         """
-        resolved = resolve(checkpoint, weights, variant, single_file)
+        resolved = with_loras(resolve(checkpoint, weights, variant, single_file), loras, weights)
         pipeline = resolved.pipeline
         index = pipeline.read_json("model_index.json")
         pixels = PixelForm.of(index, checkpoint)
         check_architecture(pipeline, index, pixels, checkpoint)
         scheduler = resolved.scheduler_config or pipeline.scheduler(undecided)
         process = Process.of_checkpoint(checkpoint, scheduler)
+        if with_unet:
+            check_bases(resolved, process)
         vae = None if pixels else loading.Part(AutoencoderKL, pipeline, "vae", dtype)
         text_encoder, tokenizer = None, None
         if pixels is None or pixels.has_text:

@@ -13,6 +13,7 @@ from blackpoint.data.files.rules import require
 from blackpoint.sampling.choices import (
     Attention,
     AutoDtype,
+    LoraFile,
     Prompts,
     SingleFileConfig,
     Spacing,
@@ -66,6 +67,8 @@ class SamplingOptions:
     or the only ones that are there, if not set."""
     single_file: SingleFileConfig = field(default_factory=SingleFileConfig)
     """What a checkpoint that is a single file lacks."""
+    lora: list[LoraFile] | None = None
+    """LoRA files to merge into the checkpoint: lora=FILE, or lora=[{path: FILE, scale: 0.8}]."""
     dtype: AutoDtype = "auto"
     """Number format of the model's weights; float16 and bfloat16 take half the memory. auto:
     bfloat16 on a GPU that computes in it, else float32."""
@@ -152,6 +155,8 @@ class ExportConfig:
     or the only ones that are there, if not set."""
     single_file: SingleFileConfig = field(default_factory=SingleFileConfig)
     """What a checkpoint that is a single file lacks."""
+    lora: list[LoraFile] | None = None
+    """LoRA files to merge into the checkpoint: lora=FILE, or lora=[{path: FILE, scale: 0.8}]."""
     dtype: AutoDtype = "auto"
     """Number format of the written weights. auto: float16 in a single file, float32 in a folder."""
     verify: bool = True

@@ -100,6 +100,7 @@ def _load(config: SampleConfig, record: SampleRecord) -> tuple[DiffusionModel, s
         config.weights,
         variant=config.variant,
         single_file=config.single_file,
+        loras=config.lora,
     )
     digest = sampling_digest(model)
     record.check_checkpoint(digest)

@@ -72,15 +72,19 @@ class SampleRecord:
             self.check_checkpoint(digest)
 
     def is_of_another_name(self) -> bool:
-        """Whether `checkpoint` is written otherwise than where the images there were generated."""
-        return self.saved is not None and self.saved.get("checkpoint") != self._checkpoint
+        """Whether `checkpoint` or `lora` is written otherwise than for the images there."""
+        if self.saved is None:
+            return False
+        names = ("checkpoint", "lora")
+        return any(self.saved.get(name) != self.settings[name] for name in names)
 
     def check_checkpoint(self, digest: str) -> None:
         """Raises UserError where images there are of another checkpoint."""
+        merged = " with its lora" if self.settings["lora"] else ""
         if self.saved is not None and self.saved.get(CONTENT) != digest:
             raise UserError(
-                f"checkpoint={self._checkpoint} has other weights, or another process, than "
-                f"output={self.path.parent} was sampled with; choose another output"
+                f"checkpoint={self._checkpoint}{merged} has other weights, or another process, "
+                f"than output={self.path.parent} was sampled with; choose another output"
             )
 
     def _read(self) -> dict[str, Any] | None:
@@ -101,7 +105,7 @@ class SampleRecord:
 
     def _check_same(self, saved: dict[str, Any]) -> None:
         defaults = asdict(SampleConfig(checkpoint="", prompts="", output=""))
-        for key in sorted(self.settings.keys() - {"checkpoint"}):
+        for key in sorted(self.settings.keys() - {"checkpoint", "lora"}):
             there, now = saved.get(key, defaults.get(key)), self.settings[key]
             if there == now or (key in FORMATS and now == "auto"):
                 continue

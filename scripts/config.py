@@ -33,7 +33,7 @@ from blackpoint.scripts.config_fields import (
     nested_class,
     type_name,
 )
-from blackpoint.scripts.config_values import Texts, parse
+from blackpoint.scripts.config_values import Texts, parse, written_out
 
 ConfigT = TypeVar("ConfigT")
 REFERENCE = re.compile(r"\$\{([\w.]+)")
@@ -131,6 +131,7 @@ def _assign(
         if field is None and not _is_entry(known, path):
             raise UserError(_unknown(config_class, path, origin))
         if field is not None:
+            value = written_out(field.hint, value)
             _check_items(config_class, field.hint, value, path, origin)
             if nested_class(field.hint) is not None and isinstance(value, dict):
                 _open_sections(config, known, path)
@@ -214,6 +215,8 @@ def _wrong_type(
     field = known.get(path)
     shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
     if field is None:
+        return f"{path} = {shown} (from {origin}): {str(error).splitlines()[0]}"
+    if nested_class(item_hint(field.hint)) is not None and isinstance(value, list):
         return f"{path} = {shown} (from {origin}): {str(error).splitlines()[0]}"
     given = "null" if value is None else type(value).__name__
     meaning = f" ({field.meaning})" if field.meaning else ""

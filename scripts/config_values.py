@@ -54,12 +54,30 @@ def parse(hint: Any, key: str, text: str) -> Any:
     item = item_hint(hint)
     if container_of(hint) in (list, tuple) and (is_text(item) or holds(item, Holds.PROMPTS)):
         return _items(key, text)
+    if short_form(item) and not text.lstrip().startswith(("[", "{")):
+        return text
     try:
         return read_yaml(text)
     except yaml.YAMLError:
         raise UserError(
             f"{key}={text}: the value is not valid YAML; quote it for the shell"
         ) from None
+
+
+def short_form(item: Any) -> str | None:
+    """Returns the field of a section that a text alone stands for; None where none does."""
+    section = nested_class(item) if item is not None else None
+    return getattr(section, "SHORT_FORM", None)
+
+
+def written_out(hint: Any, value: Any) -> Any:
+    """Returns a list of sections with the texts that stand for one written out, and one section as
+    a list of it; any other value as it is."""
+    name = short_form(item_hint(hint)) if container_of(hint) is list else None
+    if name is None or value is None:
+        return value
+    items = value if isinstance(value, list) else [value]
+    return [{name: item} if isinstance(item, str) else item for item in items]
 
 
 def _text_or_list(key: str, text: str) -> str | list[Any]:

@@ -32,20 +32,22 @@ data.shards: data.* data.files data.images
 data.work: data.* data.files data.images data.shards
 sampling.*: data.files data.images sampling.checkpoints sampling.export sampling.pixels
     sampling.prompts sampling.runtime
-sampling.checkpoints: data.files sampling.* sampling.pixels
+sampling.checkpoints: data.files sampling.* sampling.lora sampling.pixels
 sampling.evaluation.*: data.files sampling.* sampling.checkpoints sampling.evaluation.metrics
     sampling.pixels sampling.prompts sampling.runtime sampling.statistics sampling.verifiers.*
 sampling.evaluation.metrics: data.files data.images sampling.* sampling.checkpoints
     sampling.evaluation.* sampling.pixels sampling.prompts sampling.statistics
     sampling.verifiers.* sampling.verifiers.models
 sampling.export: data.files sampling.* sampling.checkpoints sampling.pixels
+sampling.lora: data.files
 sampling.pixels: data.files data.images
 sampling.prompts: data.files
 sampling.report: data.files sampling.evaluation.* sampling.evaluation.metrics sampling.prompts
     sampling.statistics sampling.verifiers.*
 sampling.runtime: data.files data.images sampling.*
-sampling.search.*: data.files data.images sampling.* sampling.prompts sampling.runtime
-    sampling.search.algorithms sampling.statistics sampling.verifiers.* sampling.verifiers.models
+sampling.search.*: data.files data.images sampling.* sampling.checkpoints sampling.prompts
+    sampling.runtime sampling.search.algorithms sampling.statistics sampling.verifiers.*
+    sampling.verifiers.models
 sampling.search.algorithms: data.files sampling.* sampling.search.*
 sampling.statistics: data.files sampling.*
 sampling.verifiers.*: data.files data.images sampling.* sampling.pixels sampling.prompts
@@ -65,7 +67,7 @@ scripts.miniature: data.files data.pack sampling.* sampling.checkpoints sampling
     train.* train.config
 scripts.studies: data.* data.files data.pack sampling.evaluation.* sampling.report
     sampling.runtime sampling.statistics scripts.* scripts.miniature scripts.sweep train.records
-scripts.sweep: data.files sampling.checkpoints sampling.evaluation.* sampling.report
+scripts.sweep: data.files sampling.* sampling.checkpoints sampling.evaluation.* sampling.report
     sampling.search.* scripts.* train.config train.records
 scripts.verbs: data.* data.check data.files data.pack sampling.* sampling.evaluation.*
     sampling.export sampling.report sampling.runtime sampling.search.* sampling.statistics

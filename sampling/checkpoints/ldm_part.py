@@ -43,6 +43,10 @@ class FolderPart:
         """Yields the weights."""
         return self.pipeline.tensors(self.name)
 
+    def weights(self) -> Mapping[str, Tensor]:
+        """Returns the weights by name."""
+        return self.pipeline.weights(self.name)
+
     def load(self, kind: Any, dtype: torch.dtype) -> Any:
         """Loads the part."""
         return self.pipeline.load(kind, self.name, dtype)
@@ -71,7 +75,17 @@ class LdmPart:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yields the weights, which map the file."""
-        yield from self._state().values()
+        yield from self.weights().values()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Returns the weights by their names in a folder: views of the mapped file."""
+        try:
+            with opened(self.path, self.field) as file:
+                tensors = {name: file.get_tensor(key) for name, key in self.keys.items()}
+        except SafetensorError as error:
+            raise UserError(f"{self.field}={self.path} has changed: {error}") from error
+        with shapes_of_a_model(f"{self.field}={self.path}"):
+            return from_ldm(self.name, self.config, tensors)
 
     def load(self, kind: Any, dtype: torch.dtype) -> Any:
         """Builds the part and gives it the weights of the file; refuses those that don't fit."""
@@ -84,7 +98,7 @@ class LdmPart:
                     model = kind.from_config(self.config)
         except WRONG_CONFIG as error:
             raise UserError(f"{what} has shapes of which none can be built: {error}") from error
-        state, own = self._state(), model.state_dict()
+        state, own = self.weights(), model.state_dict()
         if self.name == "text_encoder":  # transformers 5 calls them by shorter names
             own_names = {published_text_name(name): name for name in own}
             state = {own_names.get(name, name): tensor for name, tensor in state.items()}
@@ -103,16 +117,6 @@ class LdmPart:
                 forget_pages(mapped)
         model.load_state_dict(state, strict=True, assign=True)
         return model
-
-    def _state(self) -> dict[str, Tensor]:
-        """Returns the weights by their names in a folder: views of the mapped file."""
-        try:
-            with opened(self.path, self.field) as file:
-                tensors = {name: file.get_tensor(key) for name, key in self.keys.items()}
-        except SafetensorError as error:
-            raise UserError(f"{self.field}={self.path} has changed: {error}") from error
-        with shapes_of_a_model(f"{self.field}={self.path}"):
-            return from_ldm(self.name, self.config, tensors)
 
 
 @contextmanager

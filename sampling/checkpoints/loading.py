@@ -63,6 +63,9 @@ class Pipeline(Protocol):
     def tensors(self, part: str) -> Iterator[Tensor]:
         """Yields a part's weights, in the shapes that they have in a folder."""
 
+    def weights(self, part: str) -> Mapping[str, Tensor]:
+        """Returns a part's weights by their published names, mapped; read as they are asked for."""
+
     def load(self, kind: Any, part: str, dtype: torch.dtype) -> Any:
         """Loads a part; UserError for missing weights and for those that don't belong to it."""
 

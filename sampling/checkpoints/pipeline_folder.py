@@ -4,7 +4,7 @@ As in diffusers, a part may have files of several variants: fp16, bf16, non_ema.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.checkpoints.ldm_keys import published_text_name
 from blackpoint.sampling.checkpoints.loading import (
     WRONG_CONFIG,
     check_keys,
@@ -57,6 +58,12 @@ class PipelineFolder:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (no dict: it can't be walked)
                     yield file.get_tensor(name)
+
+    def weights(self, part: str) -> "FileWeights":
+        """Returns the weights by name, of a text encoder by the published ones."""
+        return FileWeights(
+            self.weight_files(part), published_text_name if part == "text_encoder" else str
+        )
 
     def load(self, kind: Any, part: str, dtype: torch.dtype) -> Any:
         """Loads a part and refuses missing or unexpected keys."""
@@ -106,6 +113,35 @@ def _formats(path: Path) -> set[str]:
             return {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return set()
+
+
+class FileWeights(Mapping[str, Tensor]):
+    """The tensors of safetensors files by names that `named` makes of theirs, mapped."""
+
+    def __init__(self, files: Iterable[Path], named: Callable[[str], str] = str) -> None:
+        self._files: dict[str, tuple[Any, str]] = {}
+        for path in files:
+            try:
+                file = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path} cannot be read: {error}") from error
+            self._files |= {named(key): (file, key) for key in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, key = self._files[name]
+        tensor: Tensor = file.get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Returns the shapes by name; reads no tensor."""
+        files = self._files.items()
+        return {name: list(file.get_slice(key).get_shape()) for name, (file, key) in files}
 
 
 def variant_of(folder: Path, model: str, variant: str | None = None) -> str | None:

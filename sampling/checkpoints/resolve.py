@@ -6,11 +6,12 @@ Nothing is ever unpickled: folders must hold safetensors, checkpoints load with 
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from blackpoint.data.files.errors import FULL, NOT_WRITABLE, RunFailed, UserError
 from blackpoint.sampling.checkpoints.loading import Pipeline
@@ -21,6 +22,8 @@ from blackpoint.sampling.checkpoints.pipeline_folder import (
 )
 from blackpoint.sampling.checkpoints.single_file import SINGLE_FILE, SingleFile
 from blackpoint.sampling.choices import PLAIN, SingleFileConfig, Weights
+from blackpoint.sampling.lora.adapters import Lora, MergedWeights, lora_of_checkpoint
+from blackpoint.sampling.lora.files import PEFT_CONFIG, chosen
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MODELS = ("unet", "vae", "text_encoder")
@@ -43,8 +46,20 @@ class Resolved:
 
     pipeline: Pipeline
     checkpoint: str | Path = ""
-    unet_state: dict[str, torch.Tensor] | None = None
+    unet_state: Mapping[str, Tensor] | None = None
+    """Weights of the UNet in place of the folder's."""
     scheduler_config: dict[str, Any] | None = None
+    lora: Lora | None = None
+    """Adapters of a LoRA run, which `unet_state` has merged into the UNet of `base`."""
+    base: "Resolved | None" = None
+    base_digest: str = ""
+    """Digest of that UNet when the run began; "" where it is not recorded."""
+
+    def weights(self, part: str) -> Mapping[str, Tensor]:
+        """Returns the weights of a part by name, read as they are asked for."""
+        if part == "unet" and self.unet_state is not None:
+            return self.unet_state
+        return self.pipeline.weights(part)
 
 
 def resolve(
@@ -126,7 +141,58 @@ def _run_directory(run_dir: Path, weights: Weights, single_file: SingleFileConfi
     return _lightning_checkpoint(newest, weights, single_file)
 
 
+def adapters_of(path: Path, weights: Weights = "ema") -> Lora:
+    """Returns the adapters in a .ckpt of a LoRA run; raises UserError where it holds none.
+
+    Its base need not be there.
+    """
+    stored = read_lightning(path)
+    if (record := stored["blackpoint"].get("lora")) is None:
+        raise UserError(
+            f"lora={path} is the checkpoint of a full fine-tune, which has no adapters; give it as "
+            "checkpoint"
+        )
+    lora = lora_of_checkpoint(_state(stored, weights), record, f"lora={path}")
+    process = stored["blackpoint"]["process"]
+    told = {
+        "ss_sd_model_name": Path(stored["blackpoint"]["base"]).name,
+        "modelspec.prediction_type": process["prediction_type"].removesuffix("_prediction"),
+        "ss_zero_terminal_snr": str(bool(process["rescale_betas_zero_snr"])),
+    }
+    return replace(lora, metadata=told)  # as a file of it would say
+
+
 def _lightning_checkpoint(path: Path, weights: Weights, single_file: SingleFileConfig) -> Resolved:
+    stored = read_lightning(path)
+    record, state = stored["blackpoint"], _state(stored, weights)
+    base_path = record["base"]
+    beside = path.parent.parent / Path(base_path).name  # of a run directory that was moved
+    if not Path(base_path).exists() and (beside / "model_index.json").is_file():
+        base_path = beside
+    try:
+        base = resolve(base_path, single_file=_of_base(base_path, record, single_file))
+    except UserError as error:
+        raise UserError(
+            f"checkpoint={path} holds a UNet only; the rest is in the base that it was fine-tuned "
+            f"from, which can't be loaded: {error}"
+        ) from error
+    process = record["process"]
+    if "lora" in record:
+        lora = lora_of_checkpoint(state, record["lora"], f"checkpoint={path}")
+        merged = MergedWeights("unet", base.weights("unet"), [(lora, 1.0)])
+        digest = record.get("base_digest", "")
+        return Resolved(base.pipeline, path, merged, process, lora, base, digest)
+    unet = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
+    return Resolved(base.pipeline, path, unet, process)
+
+
+def _state(stored: dict[str, Any], weights: Weights) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = stored["state_dict"]
+    return stored.get("current_model_state", state) if weights == "raw" else state
+
+
+def read_lightning(path: Path) -> dict[str, Any]:
+    """Returns the content of a .ckpt of `blackpoint train`, mapped; UserError for any other."""
     try:
         # mmap: only the tensors that are asked for are read
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -142,22 +208,8 @@ def _lightning_checkpoint(path: Path, weights: Weights, single_file: SingleFileC
             f"checkpoint={path} was not written by `blackpoint train`: it does not say which base "
             f"it started from{OF_OTHERS}"
         )
-    state = stored["state_dict"]
-    if weights == "raw":
-        state = stored.get("current_model_state", state)
-    unet = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
-    base_path = record["base"]
-    beside = path.parent.parent / Path(base_path).name  # of a run directory that was moved
-    if not Path(base_path).exists() and (beside / "model_index.json").is_file():
-        base_path = beside
-    try:
-        base = resolve(base_path, single_file=_of_base(base_path, record, single_file))
-    except UserError as error:
-        raise UserError(
-            f"checkpoint={path} holds a UNet only; the rest is in the base that it was fine-tuned "
-            f"from, which can't be loaded: {error}"
-        ) from error
-    return Resolved(base.pipeline, path, unet, record["process"])
+    assert isinstance(stored, dict)
+    return stored
 
 
 def _of_base(
@@ -215,45 +267,61 @@ def _download(hub_id: str, variant: str | None = None) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=_patterns(names, variant)))
 
 
+def download_lora(hub_id: str) -> Path:
+    """Returns the LoRA file of a repository of the hub, downloaded; UserError where it has none."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with _hub_errors(hub_id, "lora"):
+        try:
+            names = [item.rfilename for item in HfApi().model_info(hub_id).siblings or []]
+        except Exception as error:
+            if isinstance(error, HfHubHTTPError) or not is_unreachable(error):
+                raise
+            return Path(snapshot_download(hub_id, local_files_only=True))
+        name = chosen([name for name in names if "/" not in name], f"lora={hub_id}")
+        return Path(snapshot_download(hub_id, allow_patterns=[name, PEFT_CONFIG])) / name
+
+
 @contextlib.contextmanager
-def _hub_errors(hub_id: str) -> Iterator[None]:
+def _hub_errors(hub_id: str, field: str = "checkpoint") -> Iterator[None]:
     """Turns errors of name, login, network and cache, which the user can mend, into UserError."""
     from huggingface_hub import errors
 
+    others = f"; {COMMUNITY_IDS}" if field == "checkpoint" else ""
     try:
         yield
     except errors.HFValidationError as error:
-        raise UserError(f"checkpoint={hub_id} {NOWHERE}") from error
+        raise UserError(f"{field}={hub_id} {NOWHERE}") from error
     except errors.RepositoryNotFoundError as error:
         if isinstance(error, errors.GatedRepoError):
-            raise UserError(_login_remedy(hub_id)) from error
+            raise UserError(_login_remedy(f"{field}={hub_id}", others)) from error
         raise UserError(
-            f"checkpoint={hub_id} is neither a local folder nor a model on the hub (or it is "
-            f"private: `hf auth login`); {COMMUNITY_IDS}"
+            f"{field}={hub_id} is neither a local folder nor a model on the hub (or it is "
+            f"private: `hf auth login`){others}"
         ) from error
     except Exception as error:
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
-            raise UserError(_login_remedy(hub_id)) from error
+            raise UserError(_login_remedy(f"{field}={hub_id}", others)) from error
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             kind = RunFailed if error.errno in FULL else UserError
             raise kind(
-                f"checkpoint={hub_id} can't be kept in the hub's cache ({error}); make room or get "
+                f"{field}={hub_id} can't be kept in the hub's cache ({error}); make room or get "
                 "the right to write there, or set HF_HOME to another folder"
             ) from error
         if not isinstance(error, errors.LocalEntryNotFoundError) and not is_unreachable(error):
             raise
         raise UserError(
-            f"checkpoint={hub_id} is not a local folder, and the hub cannot be reached from here "
+            f"{field}={hub_id} is not a local folder, and the hub cannot be reached from here "
             "(nor is it in the hub's cache); download it where there is a network and give the "
-            f"folder; {COMMUNITY_IDS}"
+            f"folder{others}"
         ) from error
 
 
-def _login_remedy(hub_id: str) -> str:
+def _login_remedy(named: str, others: str) -> str:
     return (
-        f"checkpoint={hub_id} needs a login: accept its licence on its page of the hub, then run "
-        "`hf auth login` or set HF_TOKEN to a token that may read it; without a login: "
-        f"{COMMUNITY_IDS}"
+        f"{named} needs a login: accept its licence on its page of the hub, then run "
+        f"`hf auth login` or set HF_TOKEN to a token that may read it{others}"
     )
 
 

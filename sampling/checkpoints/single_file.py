@@ -135,6 +135,10 @@ class SingleFile:
         """Yields a part's weights, in the shapes that they have in a folder."""
         return self.parts[part].tensors()
 
+    def weights(self, part: str) -> Mapping[str, Tensor]:
+        """Returns a part's weights by the names that they have in a folder."""
+        return self.parts[part].weights()
+
     def load(self, kind: Any, part: str, dtype: torch.dtype) -> Any:
         """Loads a part and refuses missing or unexpected keys."""
         return self.parts[part].load(kind, dtype)

@@ -10,7 +10,7 @@ import torch
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_whole
-from blackpoint.sampling.checkpoints.fingerprint import model_digest
+from blackpoint.sampling.checkpoints.fingerprint import model_digest, sampling_digest
 from blackpoint.sampling.choices import check_seed
 from blackpoint.sampling.evaluation.config import MAX_STORED_SEED, MetricsConfig
 from blackpoint.sampling.evaluation.metric import Pixels
@@ -83,6 +83,7 @@ class ImageGenerator:
                 with_unet=False,
                 variant=config.variant,
                 single_file=config.single_file,
+                loras=config.lora,
             )
         )
 
@@ -120,8 +121,11 @@ class ImageGenerator:
                 config.weights,
                 variant=config.variant,
                 single_file=config.single_file,
+                loras=config.lora,
             )
-            self._check_weights(model_digest(model))
+            # A LoRA may be of the text encoder, which an evaluation's digest else leaves out.
+            digest = sampling_digest(model) if config.lora else model_digest(model)
+            self._check_weights(digest)
             model.process = model.process.respaced(config.timestep_spacing)
             prepare_unet(model.unet, config.attention, config.channels_last)
             model.unet.register_forward_pre_hook(self._count)

@@ -5,12 +5,13 @@ What is written is built beside its destination, checked there against stock dif
 export or does not exist.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from blackpoint.data.files.errors import NotExportable
-from blackpoint.sampling.choices import PLAIN, AutoDtype, Dtype, SingleFileConfig, Weights
+from blackpoint.sampling.choices import PLAIN, AutoDtype, Dtype, LoraFile, SingleFileConfig, Weights
 from blackpoint.sampling.export.clients import Architecture
 from blackpoint.sampling.export.model_card import model_card
 from blackpoint.sampling.export.placement import moved_into_place, require_empty
@@ -27,6 +28,7 @@ def export(
     dtype: AutoDtype = "auto",
     variant: str | None = None,
     single_file: SingleFileConfig = PLAIN,
+    loras: Sequence[LoraFile] | None = None,
 ) -> Path:
     """Writes `checkpoint` as a diffusers folder, or as a single file NAME.safetensors; returns it.
 
@@ -38,12 +40,18 @@ def export(
     (require_free if is_single_file(output) else require_empty)(output)
     torch_dtype = getattr(torch, written_dtype(output, dtype))
     model = DiffusionModel.load(
-        checkpoint, dtype=torch_dtype, weights=weights, variant=variant, single_file=single_file
+        checkpoint,
+        dtype=torch_dtype,
+        weights=weights,
+        variant=variant,
+        single_file=single_file,
+        loras=loras,
     )
+    merged = [str(lora) for lora in loras or ()]
     if is_single_file(output):
-        write_single_file(model, output, str(checkpoint), verify)
+        write_single_file(model, output, str(checkpoint), verify, merged)
     else:
-        _write_folder(model, output, str(checkpoint), weights, verify)
+        _write_folder(model, output, str(checkpoint), weights, verify, merged)
     return output
 
 
@@ -55,7 +63,12 @@ def written_dtype(output: Path, dtype: AutoDtype) -> Dtype:
 
 
 def _write_folder(
-    model: DiffusionModel, output: Path, checkpoint: str, weights: Weights, verify: bool
+    model: DiffusionModel,
+    output: Path,
+    checkpoint: str,
+    weights: Weights,
+    verify: bool,
+    merged: Sequence[str],
 ) -> None:
     if verify and (reason := model.process.not_exported()):
         raise NotExportable(f"checkpoint={checkpoint}: {reason}")
@@ -63,7 +76,9 @@ def _write_folder(
         model.save(folder)
         run_dir = _run_dir_of(Path(checkpoint))
         architecture = Architecture.of(model.unet, model.pixels is not None)
-        card = model_card(model.process, weights, checkpoint, run_dir, model.pixels, architecture)
+        card = model_card(
+            model.process, weights, checkpoint, run_dir, model.pixels, architecture, merged
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         if verify:
             device = "cuda" if torch.cuda.is_available() else "cpu"

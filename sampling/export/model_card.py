@@ -37,16 +37,18 @@ def model_card(
     run_dir: Path | None = None,
     pixels: PixelForm | None = None,
     architecture: Architecture = UNKNOWN,
+    merged: Sequence[str] = (),
 ) -> str:
     """Returns the card as Markdown, with YAML front matter that hubs read.
 
-    The base that it names is what the run directory's config started from, else `checkpoint`.
+    The base that it names is what the run directory's config started from, else `checkpoint`;
+    `merged` are LoRA files in it, with their scales.
     """
     base = checkpoint
     if run_dir is not None:
         base = read_yaml_file(run_dir / "config.yaml").get("checkpoint") or base
     title = "A pixel-space model" if pixels else "Stable Diffusion"
-    parts = [_front_matter(base, pixels), _summary(title, process, weights, base)]
+    parts = [_front_matter(base, pixels), _summary(title, process, weights, base, merged)]
     parts.append(_pixel_usage(pixels) if pixels else _usage(process))
     parts.append(_settings(process))
     parts.append(_section("Schedulers of diffusers", scheduler_facts(process)))
@@ -66,7 +68,9 @@ def _front_matter(base: str, pixels: PixelForm | None) -> str:
     return "\n".join(["---", *lines, "---", ""])
 
 
-def _summary(title: str, process: Process, weights: str, base: str) -> str:
+def _summary(
+    title: str, process: Process, weights: str, base: str, merged: Sequence[str] = ()
+) -> str:
     schedule = process.schedule
     ending = (
         "zero terminal SNR (Lin et al. 2023): it can generate true black and true white"
@@ -80,6 +84,8 @@ def _summary(title: str, process: Process, weights: str, base: str) -> str:
         "weights": "exponential moving average" if weights == "ema" else "raw (no averaging)",
         "base": base,
     }
+    if merged:
+        rows["LoRA merged in"] = ", ".join(merged)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"# {title}, exported by blackpoint\n\n| | |\n|---|---|\n{table}\n"
 

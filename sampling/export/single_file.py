@@ -10,6 +10,7 @@ The three take their places together, after the file has been read back and comp
 
 import datetime
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -55,8 +56,10 @@ def require_free(output: Path) -> None:
     require_absent(output, beside(output))
 
 
-def write_single_file(model: DiffusionModel, output: Path, checkpoint: str, verify: bool) -> None:
-    """Writes `model` in the number format that it has.
+def write_single_file(
+    model: DiffusionModel, output: Path, checkpoint: str, verify: bool, merged: Sequence[str] = ()
+) -> None:
+    """Writes `model` in the number format that it has; `merged` are LoRA files in it.
 
     Raises UserError where a single file can't carry the model or one of the files is there, and
     RunFailed where it is not read back as it was written or the disk is full; then none is written.
@@ -66,11 +69,12 @@ def write_single_file(model: DiffusionModel, output: Path, checkpoint: str, veri
     check_carried(model, checkpoint)
     architecture = Architecture.of(model.unet)
     yaml_path, report_path = beside(output)
+    merged_from = {"modelspec.merged_from": ", ".join([checkpoint, *merged])} if merged else {}
     report = file_report(output.name, model.process, architecture)
     with files_moved_into_place(output) as folder:
         file = folder / output.name
         tensors = single_file_tensors(model)
-        write_tensors(file, tensors, modelspec(model, output.stem))
+        write_tensors(file, tensors, modelspec(model, output.stem) | merged_from)
         del tensors
         if model.process.prediction_type == "v_prediction":
             (folder / yaml_path.name).write_text(ldm_yaml(model), encoding="utf-8")
@@ -122,7 +126,9 @@ def modelspec(model: DiffusionModel, title: str) -> dict[str, str]:
         "date": now.isoformat().replace("+00:00", "Z"),
         "description": "exported by blackpoint",
         "usage_hint": hint,
-        "prediction_type": LDM_TYPES[process.prediction_type].replace("eps", "epsilon"),
+        "prediction_type": LDM_TYPES.get(process.prediction_type, "sample").replace(
+            "eps", "epsilon"
+        ),
         "timestep_range": f"0,{process.schedule.num_steps}",
     }
     return {"format": "pt", **{f"modelspec.{key}": value for key, value in entries.items()}}

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.images.decode import DECODER_VERSION
+from blackpoint.sampling.checkpoints.merged import lora_digests
 from blackpoint.sampling.prompts.prompt_set import Prompt
 from blackpoint.sampling.runtime.precision import FORMATS, kept_formats
 from blackpoint.sampling.runtime.sharing import files_of
@@ -21,6 +22,8 @@ from blackpoint.sampling.search.costs import Ledger
 from blackpoint.sampling.search.journal import ROWS, read_rows
 
 SETTINGS, LEDGER, DIGEST = "search.json", "ledger.json", "prompts_digest"
+LORA_DIGESTS = "lora_digests"
+"""Digest and scale of each LoRA that is merged in; a file may be another one under its name."""
 DECODER = "decoder"
 """Version of the decoder of reference pictures; recorded where there are any."""
 _DOLLAR = "\ue000{"
@@ -42,6 +45,8 @@ def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) 
         key: value for key, value in asdict(config).items() if key not in RESULT_INVARIANT_KEYS
     }
     settings[DIGEST] = digest_of(prompts)
+    if config.lora:
+        settings[LORA_DIGESTS] = lora_digests(config.lora, config.weights)
     if reads_pictures(config):
         settings[DECODER] = DECODER_VERSION
     path = output / SETTINGS
@@ -88,7 +93,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     # OmegaConf fills in the defaults, and would take ${ inside a text for its own.
     saved = json.loads(path.read_text(encoding="utf-8").replace("${", _DOLLAR))
-    digest = saved.pop(DIGEST, None)
+    beside = {key: saved.pop(key) for key in (DIGEST, LORA_DIGESTS) if key in saved}
     saved.pop(DECODER, None)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), saved)
@@ -101,7 +106,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     assert isinstance(whole, dict)
     whole = json.loads(json.dumps(whole, ensure_ascii=False).replace(_DOLLAR, "${"))
     kept = {str(key): value for key, value in whole.items() if key not in RESULT_INVARIANT_KEYS}
-    return kept if digest is None else kept | {DIGEST: digest}
+    return kept | beside
 
 
 def reads_pictures(config: SearchConfig) -> bool:

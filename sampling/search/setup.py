@@ -94,6 +94,7 @@ def load_model(config: SearchConfig, device: torch.device) -> DiffusionModel:
         config.weights,
         variant=config.variant,
         single_file=config.single_file,
+        loras=config.lora,
     )
     model.process.check_sound()
     choice = prepare_unet(model.unet, config.attention, config.channels_last, config.compile)

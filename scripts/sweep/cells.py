@@ -183,7 +183,7 @@ def _digests(
         images.append(differing(config, (*IMAGE_INVARIANT_KEYS[section], *trained_here)))
         numbers.append(differing(config, (*INVARIANT_KEYS[section], *trained_here)))
         checkpoint = None if training else config.checkpoint
-        if digests := content_digests(config.prompts, checkpoint, config.weights):
+        if digests := content_digests(config.prompts, checkpoint, config.weights, config.lora):
             contents[section] = digests
     rest = [contents] if contents else []
     return digest_of(images + rest), digest_of(numbers + rest)

@@ -9,11 +9,12 @@ sets.reference, the checkpoints of verifiers, and what a training starts from.
 import functools
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from blackpoint.sampling.checkpoints.resolve import last_checkpoint
 from blackpoint.sampling.checkpoints.single_file import SINGLE_FILE
+from blackpoint.sampling.choices import LoraFile, Weights
 
 PATTERNS = ("*.safetensors", "*.bin", "*.ckpt", "scheduler_config.json")
 NUM_PIECES, PIECE_BYTES = 16, 64 * 1024
@@ -21,8 +22,13 @@ BLOCK_BYTES = 1 << 20
 DIGEST_BYTES = 8
 
 
-def content_digests(prompts: object, checkpoint: str | None, weights: str) -> dict[str, str]:
-    """Returns the digests of those of `prompts` and `checkpoint` that name what is on the disk.
+def content_digests(
+    prompts: object,
+    checkpoint: str | None,
+    weights: Weights,
+    loras: Sequence[LoraFile] | None = None,
+) -> dict[str, str]:
+    """Returns the digests of those of the arguments that name what is on the disk.
 
     weights: ema or raw, which decides what is loaded from a run directory. A hub id, a path that
     does not exist and prompts that are no file have no digest.
@@ -34,6 +40,10 @@ def content_digests(prompts: object, checkpoint: str | None, weights: str) -> di
         digest = digest_of_weights(Path(checkpoint), weights)
         if digest is not None:
             digests["checkpoint"] = digest
+    if there := [lora for lora in loras or () if Path(lora.path).exists()]:
+        from blackpoint.sampling.checkpoints.merged import lora_digests
+
+        digests["lora"] = " ".join(digest for digest, _ in lora_digests(there, weights))
     return digests
 
 

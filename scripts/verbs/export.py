@@ -29,6 +29,7 @@ def run(config: ExportConfig) -> int:
                 config.dtype,
                 config.variant,
                 config.single_file,
+                config.lora,
             )
     except NotExportable as error:
         raise NotExportable(f"{error}; verify=false writes the folder unchecked") from None

@@ -9,7 +9,7 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.data.files.rules import check_ranges
 from blackpoint.data.shards.options import ShardOptions
-from blackpoint.sampling.choices import Dtype, SingleFileConfig, Tf32
+from blackpoint.sampling.choices import Dtype, LoraFile, SingleFileConfig, Tf32
 
 
 @dataclass
@@ -26,6 +26,9 @@ class EncodeConfig(ShardOptions):
     output: OutputText = MISSING
     """Folder for the shards of latents and their index; must be absent or empty. A run that was
     stopped is continued, and a run that is under way is joined, by the same command."""
+    lora: list[LoraFile] | None = None
+    """LoRA files whose text encoder part is merged in: lora=FILE, or lora=[{path: FILE, scale:
+    0.8}]. Training from the result starts from the same merged model, which `export` writes."""
     single_file: SingleFileConfig = field(default_factory=SingleFileConfig)
     """What a checkpoint that is a single file lacks."""
     resolution: int = 0

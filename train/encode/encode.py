@@ -204,7 +204,11 @@ def check_output(output: Path, encoding: Encoding, earlier: Encoding) -> None:
 def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encoding:
     """Returns the encoding of the source by the checkpoint; loads no weights."""
     model = DiffusionModel.load(
-        config.checkpoint, with_unet=False, single_file=config.single_file, undecided="epsilon"
+        config.checkpoint,
+        with_unet=False,
+        single_file=config.single_file,
+        undecided="epsilon",
+        loras=config.lora,
     )
     if model.pixels:
         raise UserError(

@@ -132,6 +132,7 @@ def _encoder(config: EncodeConfig, device: str) -> SampleEncoder:
         encoder_dtype,
         with_unet=False,
         single_file=config.single_file,
+        loras=config.lora,
         undecided="epsilon",
     )
     model.load_encoders()
