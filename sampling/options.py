@@ -4,10 +4,11 @@ No import of torch at the top, so that their help is instant.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import MISSING
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.data.files.rules import require
 from blackpoint.sampling.choices import (
@@ -157,8 +158,25 @@ class ExportConfig:
     """What a checkpoint that is a single file lacks."""
     lora: list[LoraFile] | None = None
     """LoRA files to merge into the checkpoint: lora=FILE, or lora=[{path: FILE, scale: 0.8}]."""
+    format: Literal["merged", "lora"] = "merged"
+    """merged: a whole model. lora: the adapters of a run with lora.rank, in a folder: a file for
+    diffusers, another for ComfyUI, Forge and A1111."""
     dtype: AutoDtype = "auto"
     """Number format of the written weights. auto: float16 in a single file, float32 in a folder."""
     verify: bool = True
     """Read what is written back with stock diffusers, a single file also with blackpoint, and
     compare latents with our own samplers; of a single file every weight too."""
+
+    def __post_init__(self) -> None:
+        if self.format == "merged":
+            return
+        if self.lora:
+            raise UserError(
+                f"format={self.format} writes the adapters of a run alone, and lora is set; leave "
+                "lora out, or leave format out for the merged model"
+            )
+        if self.output.endswith(".safetensors"):
+            raise UserError(
+                f"output={self.output}: format={self.format} writes a folder, with one file for "
+                "diffusers and another for other clients; name a folder"
+            )

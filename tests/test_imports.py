@@ -38,7 +38,7 @@ sampling.evaluation.*: data.files sampling.* sampling.checkpoints sampling.evalu
 sampling.evaluation.metrics: data.files data.images sampling.* sampling.checkpoints
     sampling.evaluation.* sampling.pixels sampling.prompts sampling.statistics
     sampling.verifiers.* sampling.verifiers.models
-sampling.export: data.files sampling.* sampling.checkpoints sampling.pixels
+sampling.export: data.files sampling.* sampling.checkpoints sampling.lora sampling.pixels
 sampling.lora: data.files
 sampling.pixels: data.files data.images
 sampling.prompts: data.files

@@ -28,7 +28,7 @@ RUNS = {
     "demo": ("train", "evaluate", "search", "data pack", "export"),
 }
 """Verbs that run others, whose messages they pass on."""
-WRITES_CODE = ("sampling/export/model_card.py", "sampling/export/clients.py")
+WRITES_CODE = tuple(f"sampling/export/{name}.py" for name in ("model_card", "clients", "lora_card"))
 """Modules whose texts are Python for others."""
 FACTS = {
     "data/shards/remote.py": {"bytes"},  # a header of HTTP

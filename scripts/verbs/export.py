@@ -19,6 +19,8 @@ def run(config: ExportConfig) -> int:
         from blackpoint.sampling.export.export import export, written_dtype
         from blackpoint.sampling.export.single_file import beside, is_single_file
 
+    if config.format == "lora":
+        return _export_lora(config)
     try:
         with left_by_sigterm():
             output = export(
@@ -39,4 +41,18 @@ def run(config: ExportConfig) -> int:
     if is_single_file(output):
         _, report = beside(output)
         print(f"\n{report.read_text(encoding='utf-8')}", end="")
+    return 0
+
+
+def _export_lora(config: ExportConfig) -> int:
+    from blackpoint.sampling.export.lora_card import client_note
+    from blackpoint.sampling.export.lora_export import export_lora
+
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    with left_by_sigterm():
+        run = export_lora(config.checkpoint, config.output, config.weights, config.verify, dtype)
+    verified = "verified against peft and diffusers" if config.verify else "not verified"
+    print(f"exported to {config.output} ({config.weights} weights, {dtype}, {verified})")
+    if note := client_note(run):
+        print(f"note: {note}")
     return 0
