@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import blackpoint.train.run
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import whole_folder
 from blackpoint.sampling.model import DiffusionModel
+from blackpoint.scripts.measurements.make_random_base import RandomBaseConfig, make
 from blackpoint.train.callbacks import exports
 from blackpoint.train.callbacks.checkpoints import checkpoint_steps
 from tests.tiny_run import Killed, kill, load_checkpoint, stop_in_step, tiny_config
@@ -50,6 +53,55 @@ def test_a_run_keeps_the_newest_exports_of_its_checkpoints(
         state = {f"unet.{name}": value for name, value in model.unet.state_dict().items()}
         assert_close(state, dict(saved), rtol=0, atol=0)
         assert model.process.schedule.is_zero_terminal_snr
+
+
+def test_a_run_of_adapters_exports_their_files(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    """Merged by two lines of our own they are the checkpoint, but for the rounding of a sum."""
+    values = EVERY_TWO | {"export.format": "lora", "export.keep": 1, "lora.rank": 2}
+    run_dir = tmp_path / "run"
+    assert blackpoint.train.run.fit(tiny_config(run_dir, pipeline, shards, **values)) == 0
+    assert steps_in(run_dir) == ["step_00000006"]
+    trained = DiffusionModel.load(run_dir / "checkpoints" / "step_00000006.ckpt").unet.state_dict()
+    base = DiffusionModel.load(pipeline).unet.state_dict()
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    ends = ("lora_up.weight", "lora_down.weight", "alpha")
+    files = (run_dir / "exports/step_00000006/step_00000006", run_dir / "export_lora/export_lora")
+    for file in files:
+        stored = load_file(file.with_suffix(".safetensors"))
+        up, down, alpha = (stored[f"lora_unet_{module.replace('.', '_')}.{end}"] for end in ends)
+        merged = base[f"{module}.weight"] + alpha / 2 * up @ down
+        assert_close(merged, trained[f"{module}.weight"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_run_exports_single_files(shards: Path, tmp_path: Path) -> None:
+    """Of the blocks of SD 1.5; and again where a kill had left what lies beside such a file."""
+    make(RandomBaseConfig("small", str(tmp_path / "sd")))
+    values = EVERY_TWO | {"export.format": "file", "trainer.max_steps": 2, "lora.rank": 2}
+    values |= {"data.resolution": 64}
+    run_dir = tmp_path / "run"
+    config = tiny_config(run_dir, tmp_path / "sd", shards, **values)
+    assert blackpoint.train.run.fit(config) == 0
+    names = [f"step_00000002.{end}" for end in ("safetensors", "txt", "yaml")]
+    assert steps_in(run_dir) == names
+    stored = load_file(run_dir / "exports" / names[0])
+    trained = DiffusionModel.load(run_dir / "checkpoints" / "step_00000002.ckpt").unet.state_dict()
+    weight = stored["model.diffusion_model.middle_block.1.proj_in.weight"]
+    assert torch.equal(weight, trained["mid_block.attentions.0.proj_in.weight"].half())
+    (run_dir / "exports" / names[0]).unlink()
+    exports.export_step(config, run_dir, 2)
+    assert steps_in(run_dir) == names
+
+
+def test_a_model_that_no_single_file_holds_is_refused_at_the_start(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    values = EVERY_TWO | {"export.format": "file"}
+    with pytest.raises(UserError, match=r"export\.format=file: .* use export\.format=folder$"):
+        blackpoint.train.run.fit(tiny_config(tmp_path / "run", pipeline, shards, **values))
+    assert not (tmp_path / "run").exists()
 
 
 def killed_in(export: Callable[..., Any], step: int) -> Callable[..., Any]:
@@ -128,6 +180,11 @@ def test_a_process_that_no_export_holds_is_refused_at_the_start(
     [
         ({"export.every_steps": -1}, r"export\.every_steps=-1 is out of range"),
         ({"export.keep": 0}, r"export\.keep=0 is out of range"),
+        ({"export.format": "lora"}, r"export\.format=lora needs adapters"),
+        (
+            {"export.format": "lora", "lora.rank": 2, "lora.dora": True},
+            r"export\.format=lora needs adapters, lora\.rank, and none of DoRA",
+        ),
     ],
 )
 def test_exports_that_cannot_be_are_refused(values: dict[str, Any], message: str) -> None:

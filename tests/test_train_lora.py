@@ -38,12 +38,15 @@ EVERYTHING = LORA | {"lora.convolutions": True, "lora.dropout": 0.2, "dropout.pr
 SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8}
 
 
+def without_exports(patch: pytest.MonkeyPatch) -> None:
+    """Stands in for the exports of a run, which have their own tests."""
+    patch.setattr(blackpoint.train.run, "export", lambda source, output, **options: output.mkdir())
+    patch.setattr(blackpoint.train.run, "write_adapters", lambda source, output, weights: None)
+
+
 @pytest.fixture(autouse=True)
 def exports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands in for the export, which has its own tests."""
-    monkeypatch.setattr(
-        blackpoint.train.run, "export", lambda source, output, **options: output.mkdir()
-    )
+    without_exports(monkeypatch)
 
 
 @pytest.fixture
@@ -182,9 +185,7 @@ def unbroken(pipeline: Path, shards: Path, tmp_path_factory: pytest.TempPathFact
     """A run of 6 steps with all kinds of adapters, validation and previews."""
     run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            blackpoint.train.run, "export", lambda source, output, **options: output.mkdir()
-        )
+        without_exports(patch)
         assert blackpoint.train.run.fit(run_config(run_dir, pipeline, shards)) == 0
     return run_dir
 

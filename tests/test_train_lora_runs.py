@@ -15,6 +15,7 @@ from blackpoint.sampling.conditioning import Conditioning
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.records.metrics_file import read_metrics
 from tests.test_train_checkpoints import without_export_but
+from tests.test_train_lora import without_exports
 from tests.test_train_processes import start
 from tests.tiny_encode import encoded
 from tests.tiny_run import assert_same_run, load_checkpoint, stop_in_step, tiny_config, tiny_tuner
@@ -27,11 +28,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "convolutions": LORA | {"lora.convolutions": True},
     "DoRA": LORA | {"lora.convolutions": True, "lora.dora": True},
 }
-
-
-def no_export(source: Path, output: Path, **options: Any) -> None:
-    """Stands in for the export."""
-    output.mkdir()
 
 
 def output_of(model: DiffusionModel) -> torch.Tensor:
@@ -69,12 +65,13 @@ def test_a_run_is_sampled_as_it_was_trained(
         if weights == "ema":
             exported = DiffusionModel.load(tmp_path / "run" / "export")
             assert_close(output_of(exported), trained, rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "run" / "export_lora").exists() == (kind != "DoRA")
 
 
 def test_cached_latents_train_the_adapters_that_images_do(
     pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blackpoint.train.run, "export", no_export)
+    without_exports(monkeypatch)
     encoded(shards, pipeline, tmp_path / "latents")
     for name, data in (("images", shards), ("cached", tmp_path / "latents")):
         assert blackpoint.train.run.fit(tiny_config(tmp_path / name, pipeline, data, **LORA)) == 0
@@ -105,7 +102,7 @@ class Killing:
 def test_a_run_killed_five_times_ends_with_the_same_bits(
     kind: str, pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blackpoint.train.run, "export", no_export)
+    without_exports(monkeypatch)
     values = KINDS[kind] | {
         "trainer.max_steps": 14,
         "trainer.checkpoint_every_steps": 2,
@@ -129,7 +126,7 @@ def test_two_processes_train_the_adapters_of_one(
     pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In two processes gradients are summed in another order: rounding, which Adam divides by."""
-    monkeypatch.setattr(blackpoint.train.run, "export", no_export)
+    without_exports(monkeypatch)
     values = LORA | {"export.every_steps": 3}
     together = start(tmp_path / "run2", pipeline, shards, 6, **values)
     assert blackpoint.train.run.fit(tiny_config(tmp_path / "run1", pipeline, shards, **values)) == 0

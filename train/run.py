@@ -30,7 +30,11 @@ from blackpoint.train.callbacks.checkpoints import (
     latest_valid_checkpoint,
     remove_partial_files,
 )
-from blackpoint.train.callbacks.exports import export_step, remove_partial_exports
+from blackpoint.train.callbacks.exports import (
+    export_step,
+    remove_partial_exports,
+    write_adapters,
+)
 from blackpoint.train.callbacks.interruption import StopOnSignal, lost_process
 from blackpoint.train.callbacks.metrics import CsvMetrics
 from blackpoint.train.callbacks.trainer import build_callbacks, build_trainer
@@ -42,6 +46,7 @@ from blackpoint.train.config.learning_rate import (
     warmup_note,
     with_learning_rate,
 )
+from blackpoint.train.config.lora_config import has_files
 from blackpoint.train.lora import check_base
 from blackpoint.train.module import FineTuner
 from blackpoint.train.records.continuing import as_started, check_continues
@@ -271,31 +276,34 @@ def batches_note(config: TrainConfig) -> str:
 
 
 def keep_earlier_export(record: RunRecord) -> None:
-    """Puts the export of a run that goes on aside, for another follows."""
-    export_dir = record.run_dir / "export"
-    if not export_dir.exists():
-        return
+    """Puts the exports of a run that goes on aside, for others follow."""
     steps = record.steps_done
-    name = f"export_step_{steps:08d}"
-    names = (name if number == 1 else f"{name}_{number}" for number in count(1))
-    earlier = next(p for name in names if not (p := record.run_dir / name).exists())
-    export_dir.rename(earlier)
-    note(
-        f"{record.run_dir} was finished and goes on; its export of step {steps} is kept in "
-        f"{earlier}"
-    )
+    for export_dir in (record.run_dir / name for name in ("export", "export_lora")):
+        if not export_dir.exists():
+            continue
+        name = f"{export_dir.name}_step_{steps:08d}"
+        names = (name if number == 1 else f"{name}_{number}" for number in count(1))
+        earlier = next(p for name in names if not (p := record.run_dir / name).exists())
+        export_dir.rename(earlier)
+        note(
+            f"{record.run_dir} was finished and goes on; its export of step {steps} is kept in "
+            f"{earlier}"
+        )
 
 
 def export_run(config: TrainConfig, run_dir: Path) -> None:
     """Writes the run's last checkpoint to run_dir/export, where an export can hold it.
 
-    First that of its step: what makes a run finished is run_dir/export.
+    First that of its step, and the files of adapters, to run_dir/export_lora: what makes a run
+    finished is run_dir/export.
     """
     last = checkpoint_steps(run_dir / "checkpoints")[config.trainer.max_steps]
     weights: Weights = "ema" if config.ema.enabled else "raw"
     say(f"exporting to {run_dir / 'export'} and checking it against diffusers")
     try:
         export_step(config, run_dir, config.trainer.max_steps)
+        if has_files(config.lora):
+            write_adapters(last, run_dir / "export_lora", weights)
         export(last, run_dir / "export", weights=weights)
         say(f"done: {run_dir / 'export'}")
     except NotExportable as error:

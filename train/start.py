@@ -12,6 +12,7 @@ from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.runtime.speed import prepare_unet
 from blackpoint.sampling.schedule import NoiseSchedule
+from blackpoint.train.callbacks.exports import check_exports
 from blackpoint.train.cluster.device import COMPUTE_DTYPE
 from blackpoint.train.config.config import PreviewConfig, TrainConfig
 from blackpoint.train.dropout import dropout_levels
@@ -44,12 +45,8 @@ def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
         process = fine_tuned_process(config, Process(NoiseSchedule.scaled_linear()))
         model = build_pixel_model(config.model, config.data.resolution, process)
         model.source = str(Path(config.run_dir) / BASE)
+    check_exports(config, model)
     if reason := model.process.not_exported():
-        if config.export.every_steps:
-            raise UserError(
-                f"export.every_steps={config.export.every_steps}: must be 0, for {reason}; sample "
-                "the checkpoints with allow_unsound=true"
-            )
         note(f"{reason}; sample the checkpoints of {config.run_dir} with allow_unsound=true")
     check_side(model, "data.resolution", config.data.resolution)
     side = config.data.resolution // model.downsampling_factor

@@ -15,12 +15,20 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.checkpoints.loading import read_json
+from blackpoint.sampling.checkpoints.resolve import resolve
 from blackpoint.sampling.choices import Weights
+from blackpoint.sampling.export.carried import REMEDY, check_carried
 from blackpoint.sampling.export.export import export
+from blackpoint.sampling.export.lora_card import client_note
+from blackpoint.sampling.export.lora_export import export_lora
+from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.pixels.folder import PixelForm
 from blackpoint.train.callbacks.checkpoints import checkpoint_steps
 from blackpoint.train.callbacks.watch import Watch
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.records.first_process import say
+from blackpoint.train.records.first_process import note, say
 
 FOLDER = "exports"
 NAME = re.compile(r"step_(\d+)(\..+)?")
@@ -50,6 +58,33 @@ class StepExports(Checkpoint):
                 export_step(self.config, self.run_dir, trainer.global_step)
 
 
+def check_exports(config: TrainConfig, model: DiffusionModel) -> None:
+    """Raises UserError where what the run is to export on its way can't hold the model."""
+    options = config.export
+    if not options.every_steps:
+        return
+    if reason := model.process.not_exported():
+        raise UserError(
+            f"export.every_steps={options.every_steps}: must be 0, for {reason}; sample the "
+            "checkpoints with allow_unsound=true"
+        )
+    if options.format == "lora" and model.pixels is not None:
+        raise UserError(
+            f"export.format=lora: checkpoint={model.source} generates pixels, and no client takes "
+            "adapters of such a model; use export.format=folder"
+        )
+    if options.format == "file":
+        given = model
+        if model.pixels is None:  # of its own: the run may do without the encoders that this reads
+            given = DiffusionModel.load(model.source, with_unet=False)
+            given.process = model.process
+        try:
+            check_carried(given, model.source)
+        except UserError as error:
+            reason = str(error).removesuffix(f"; {REMEDY}")
+            raise UserError(f"export.format=file: {reason}; use export.format=folder") from None
+
+
 def export_step(config: TrainConfig, run_dir: Path, step: int) -> None:
     """Exports the checkpoint of a step at which one is due, unless it is there; removes old ones.
 
@@ -58,16 +93,32 @@ def export_step(config: TrainConfig, run_dir: Path, step: int) -> None:
     options, folder = config.export, run_dir / FOLDER
     if not options.every_steps or not step or step % options.every_steps:
         return
-    output = folder / f"step_{step:08d}"
+    name = f"step_{step:08d}"
+    output = folder / f"{name}{'.safetensors' if options.format == 'file' else ''}"
     if not output.exists():
+        for beside in folder.glob(f"{name}.*"):  # of a single file that a kill cut off
+            _remove(beside)
         checkpoint = checkpoint_steps(run_dir / "checkpoints")[step]
         weights: Weights = "ema" if config.ema.enabled else "raw"
-        export(checkpoint, output, weights=weights, verify=False)
+        write = export_lora if options.format == "lora" else export
+        write(checkpoint, output, weights=weights, verify=False)
         say(f"exported step {step} to {output}")
-    steps = sorted({int(name[1]) for path in folder.iterdir() if (name := _match(path))})
+    steps = sorted({int(match[1]) for path in folder.iterdir() if (match := _match(path))})
     for path in list(folder.iterdir()):
-        if (name := _match(path)) and int(name[1]) not in steps[-options.keep :]:
+        if (match := _match(path)) and int(match[1]) not in steps[-options.keep :]:
             _remove(path)
+
+
+def write_adapters(checkpoint: Path, output: Path, weights: Weights) -> None:
+    """Writes the files of a checkpoint's adapters, unless they are there, and what to know of them.
+
+    Not those of a pixel-space model, which no client takes.
+    """
+    if output.exists():  # of a start that was killed before it wrote run_dir/export
+        return
+    base = resolve(checkpoint).folder
+    if PixelForm.of(read_json(base / "model_index.json"), base) is None:
+        note(client_note(export_lora(checkpoint, output, weights)))
 
 
 def remove_partial_exports(run_dir: Path) -> None:

@@ -15,7 +15,7 @@ from blackpoint.data.files.rules import check_ranges
 from blackpoint.sampling.choices import Attention, AutoDtype, SingleFileConfig, Tf32, check_seed
 from blackpoint.sampling.runtime.tracking import WandbConfig
 from blackpoint.train.config.export_config import StepExportConfig
-from blackpoint.train.config.lora_config import LoraConfig
+from blackpoint.train.config.lora_config import LoraConfig, has_files
 from blackpoint.train.config.model_config import DropoutConfig, ModelConfig
 from blackpoint.train.config.schedule_config import ScheduleConfig
 from blackpoint.train.loss_config import LossConfig
@@ -216,6 +216,11 @@ class TrainConfig:
                 "(trainer.devices * trainer.num_nodes); choose a multiple"
             )
         self._check_start()
+        if self.export.format == "lora" and not has_files(self.lora):
+            raise UserError(
+                "export.format=lora needs adapters, lora.rank, and none of DoRA, whose files "
+                "clients read in different ways; use export.format=folder or file"
+            )
         if self.optimizer.name == "adamw_8bit" and self.trainer.channels_last:
             raise UserError(
                 "optimizer.name=adamw_8bit and trainer.channels_last=true do not combine: "

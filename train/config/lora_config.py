@@ -61,3 +61,8 @@ class LoraConfig:
     def all_targets(self) -> tuple[str, ...]:
         """The names of layers, those of the convolutions included."""
         return (*self.targets, *(CONVOLUTIONS if self.convolutions else ()))
+
+
+def has_files(lora: LoraConfig) -> bool:
+    """Whether what is trained can be written as files of adapters; those of DoRA are ambiguous."""
+    return lora.rank is not None and not lora.dora

@@ -28,7 +28,7 @@ UNKNOWN_CONTENT = {
 # A run that is older than this key keeps the rule of its time: max(w, floor) at every timestep.
 FLOOR_KEY = "loss.floor_where"
 # What a run writes; other files, such as shards, may lie in its directory from the start.
-WRITTEN = ("checkpoints", "metrics.csv", "previews", "export", "exports")
+WRITTEN = ("checkpoints", "metrics.csv", "previews", "export", "export_lora", "exports")
 
 
 def check_continues(run_dir: Path, config: TrainConfig) -> RunRecord:
