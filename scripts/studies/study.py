@@ -16,9 +16,12 @@ from omegaconf import MISSING
 from blackpoint.data.files.errors import RunFailed
 from blackpoint.sampling.report.results import Results, read_results
 from blackpoint.scripts.config import load, read_yaml
+from blackpoint.scripts.miniature.digits import packed_digits
 from blackpoint.scripts.stand_alone import run_script
 from blackpoint.scripts.studies.keep_sweep import KeepConfig, keep
 from blackpoint.scripts.verb_process import verb_command
+
+NUM_HELD_OUT = 2000
 
 
 @dataclass
@@ -31,6 +34,9 @@ class StudyConfig:
     """Folder of the tables; what is there is replaced."""
     num_processes: int = 2
     """Cells that are run at once."""
+    digits: int = 0
+    """Images of real digits to pack first: so many to train on, in run_dir/shards/train, and 2,000
+    to measure against, in run_dir/digits/held_out; 0: none."""
     metrics: list[str] = field(default_factory=list)
     """Metrics of the figure and of the table of settings, in order; the first six if empty."""
 
@@ -62,6 +68,10 @@ def main(argv: list[str]) -> int:
 
     def study() -> None:
         asked = load(StudyConfig, argv)
+        if asked.digits:
+            run_dir = Path(str(read_yaml(asked.config)["run_dir"]))
+            packed_digits(run_dir, "train", asked.digits)
+            packed_digits(run_dir, "held_out", NUM_HELD_OUT)
         run_study(asked.config, asked.output, asked.num_processes, asked.metrics)
 
     return run_script("study", study)

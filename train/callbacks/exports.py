@@ -16,7 +16,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.checkpoints.loading import read_json
 from blackpoint.sampling.checkpoints.resolve import resolve
 from blackpoint.sampling.choices import Weights
 from blackpoint.sampling.export.carried import REMEDY, check_carried
@@ -116,8 +115,8 @@ def write_adapters(checkpoint: Path, output: Path, weights: Weights) -> None:
     """
     if output.exists():  # of a start that was killed before it wrote run_dir/export
         return
-    base = resolve(checkpoint).folder
-    if PixelForm.of(read_json(base / "model_index.json"), base) is None:
+    base = resolve(checkpoint).pipeline
+    if PixelForm.of(base.read_json("model_index.json"), base.path) is None:
         note(client_note(export_lora(checkpoint, output, weights)))
 
 
