@@ -105,7 +105,7 @@ class SampleRecord:
 
     def _check_same(self, saved: dict[str, Any]) -> None:
         defaults = asdict(SampleConfig(checkpoint="", prompts="", output=""))
-        for key in sorted(self.settings.keys() - {"checkpoint", "lora"}):
+        for key in sorted(self.settings.keys() - {"checkpoint", "lora", "single_file"}):
             there, now = saved.get(key, defaults.get(key)), self.settings[key]
             if there == now or (key in FORMATS and now == "auto"):
                 continue

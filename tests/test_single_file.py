@@ -166,6 +166,23 @@ def test_number_formats_are_converted_tensor_by_tensor(
     assert unet_digest(resolve(path)) == unet_digest(resolve(tmp_path / "f32.safetensors"))
 
 
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_weights_may_begin_at_any_byte(
+    shift: int, tensors: dict[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """Writers of others pad no header."""
+    half = {name: tensor.half() for name, tensor in tensors["sd2"].items()}
+    path = write_file(tmp_path / "half.safetensors", half)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length] + b" " * shift
+    odd = tmp_path / "odd.safetensors"
+    odd.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    for dtype in (torch.float32, torch.float16):
+        one, other = (DiffusionModel.load(file, dtype=dtype) for file in (odd, path))
+        assert_same_weights(one, other)
+
+
 SCHEDULE = {
     name: torch.ones(1000)
     for name in (

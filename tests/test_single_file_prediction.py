@@ -180,7 +180,7 @@ def test_markers_make_the_zero_snr_process(
     process = DiffusionModel.load(path, with_unet=False).process
     assert process.schedule.is_zero_terminal_snr and process.prediction_type == "v_prediction"
     assert process.timestep_spacing == "trailing" and process.set_alpha_to_one
-    assert "its key v_pred, zero terminal SNR from its key ztsnr" in caplog.text
+    assert "its key v_pred; zero terminal SNR, from its key ztsnr" in caplog.text
     path = write_file(tmp_path / "v.safetensors", sd1 | {"v_pred": EMPTY}, RESOLUTION)
     process = DiffusionModel.load(path, with_unet=False).process
     assert not process.schedule.is_zero_terminal_snr and process.timestep_spacing == "leading"

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from blackpoint.sampling.checkpoints.fingerprint import sampling_digest
+from blackpoint.sampling.evaluation.rows import SETTINGS as EVALUATION
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.scripts.cli import main
 from blackpoint.scripts.sweep.content_digest import digest_of_weights
@@ -40,24 +41,41 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_images_begun_with_a_folder_go_on_with_the_file(
-    folder: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, file: Path, without_vae: Path, tmp_path: Path
 ) -> None:
     keys = ["sample", "prompts=a cat", f"output={tmp_path / 'out'}", "num_steps=1", "num_images=2"]
     assert main([*keys, f"checkpoint={folder}"]) == 0
-    (tmp_path / "out" / "images" / "000000_0000000000.png").unlink(missing_ok=True)
-    missing = sorted((tmp_path / "out" / "images").iterdir())[-1]
-    content = missing.read_bytes()
-    missing.unlink()
-    assert main([*keys, f"checkpoint={file}"]) == 0
-    assert missing.read_bytes() == content
+    _forget_single_file(tmp_path / "out" / "sample.json")
+    last = sorted((tmp_path / "out" / "images").iterdir())[-1]
+    content = last.read_bytes()
+    for more in (
+        [f"checkpoint={file}"],
+        [f"checkpoint={without_vae}", f"single_file.vae={folder}"],
+    ):
+        last.unlink()
+        assert main([*keys, *more]) == 0
+        assert last.read_bytes() == content
 
 
-def test_search_and_evaluate_take_a_file(file: Path, tmp_path: Path) -> None:
+def test_search_and_evaluate_take_a_file_and_go_on_with_what_an_earlier_version_began(
+    file: Path, tmp_path: Path
+) -> None:
     keys = [f"checkpoint={file}", "prompts=a cat", "num_steps=1"]
     found = ["budget_nfe=4", "verifiers.dark.kind=luminance", "verifiers.dark.target=0"]
-    assert main(["search", *keys, *found, f"output={tmp_path / 'found'}"]) == 0
-    assert (tmp_path / "found" / "winners.jsonl").stat().st_size
-    assert main(["evaluate", *keys, f"output={tmp_path / 'evaluated'}"]) == 0
+    for verb, more, record in (("search", found, "search.json"), ("evaluate", [], EVALUATION)):
+        command = [verb, *keys, *more, f"output={tmp_path / verb}"]
+        assert main(command) == 0
+        _forget_single_file(tmp_path / verb / record)
+        assert main(command) == 0
+        assert main([*command, "single_file.prediction_type=v_prediction"]) == 2
+    assert (tmp_path / "search" / "winners.jsonl").stat().st_size
+
+
+def _forget_single_file(path: Path) -> None:
+    """Makes a record one of a version before single files."""
+    content = json.loads(path.read_text())
+    del content["single_file"]
+    path.write_text(json.dumps(content))
 
 
 def test_a_run_from_a_file_goes_on_from_the_folder(

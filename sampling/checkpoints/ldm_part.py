@@ -1,5 +1,6 @@
 """One part of a single file: its config and its keys, from which the network is loaded."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,13 +111,23 @@ class LdmPart:
             if state.keys() == own.keys()
             else [],
         )
-        for name in state:
-            mapped = state[name]
-            state[name] = mapped.to(dtype)
-            if state[name] is not mapped:
-                forget_pages(mapped)
+        _convert(state, dtype)
         model.load_state_dict(state, strict=True, assign=True)
         return model
+
+
+def _convert(state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Converts weights in place, and drops what is not needed any more from memory.
+
+    Weights may be views of one tensor, as q, k and v are: it goes with the last of them.
+    """
+    views = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
+    for name, mapped in state.items():
+        state[name] = mapped.to(dtype)
+        address = mapped.untyped_storage().data_ptr()
+        views[address] -= 1
+        if state[name] is not mapped and not views[address]:
+            forget_pages(mapped)
 
 
 @contextmanager

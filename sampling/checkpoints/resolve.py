@@ -75,7 +75,7 @@ def resolve(
     `single_file` adds what a single file lacks, also the one that a .ckpt started from.
     """
     path = Path(checkpoint)
-    is_single = path.suffix == SINGLE_FILE and not path.is_dir()
+    is_single = path.suffix.lower() == SINGLE_FILE and not path.is_dir()
     is_run = (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
     is_run = is_run and not (path / "model_index.json").is_file()
     if variant is not None and (path.is_file() or is_run):
@@ -131,6 +131,7 @@ def _require_no_options(checkpoint: str | Path, single_file: SingleFileConfig) -
 
 def _run_directory(run_dir: Path, weights: Weights, single_file: SingleFileConfig) -> Resolved:
     if weights == "ema" and (run_dir / "export" / "model_index.json").is_file():
+        _require_no_options(run_dir, single_file)
         return Resolved(PipelineFolder(run_dir / "export"))
     newest = last_checkpoint(run_dir)
     if newest is None:

@@ -146,13 +146,12 @@ class SingleFile:
     def scheduler(self, undecided: PredictionType | None = None) -> dict[str, Any]:
         """Returns the scheduler config of Stable Diffusion, with what the file tells of it.
 
-        Says what told the prediction type, once; not to those who need none.
+        Says what is taken from where, once; of the prediction type not to those who need none.
         """
         evidence = self.evidence
         if evidence is None and undecided is None:
             raise undecided_error(self.path)
-        if undecided is None:
-            self._say(evidence)
+        self._say(with_prediction=undecided is None)
         prediction_type = evidence.prediction_type if evidence else undecided
         return {
             "_class_name": "DDIMScheduler",
@@ -195,14 +194,18 @@ class SingleFile:
         folder = Path(self.options.tokenizer or TOKENIZER)
         return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
 
-    def _say(self, evidence: Evidence | None) -> None:
-        if evidence is not None and self.options.prediction_type is None:
-            taken = f"prediction_type={evidence.prediction_type}, from {evidence.source}"
-            if self.has_zero_snr:
-                taken += f", zero terminal SNR from its key {ZERO_SNR_MARKER}"
-            if self.averaged:
-                taken += "; the UNet is its average, model_ema"
-            _say_once(f"checkpoint={self.path}: {taken}")
+    def _say(self, with_prediction: bool) -> None:
+        """Says what is taken without the user's word, once a process."""
+        taken = []
+        if with_prediction and self.evidence and self.options.prediction_type is None:
+            prediction_type, source = self.evidence.prediction_type, self.evidence.source
+            taken.append(f"prediction_type={prediction_type}, from {source}")
+        if self.has_zero_snr:
+            taken.append(f"zero terminal SNR, from its key {ZERO_SNR_MARKER}")
+        if self.averaged:
+            taken.append("the UNet is its average, model_ema")
+        if taken:
+            _say_once(f"checkpoint={self.path}: {'; '.join(taken)}")
 
 
 @cache

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_whole
@@ -118,8 +119,9 @@ def check_folder(config: MetricsConfig, output: Path, prompts: Sequence[Prompt])
     except ValueError:
         raise UserError(f"{path} is not JSON; choose another output") from None
     now = json.loads(json.dumps(settings))
+    defaults: Any = OmegaConf.to_container(OmegaConf.structured(MetricsConfig))
     for key in sorted(now):
-        default = PLAIN_FORMATS[key] if key in FORMATS else getattr(MetricsConfig, key, None)
+        default = PLAIN_FORMATS[key] if key in FORMATS else defaults.get(key)
         there = saved.get(key, default)
         if there != now[key] and (key not in FORMATS or now[key] != "auto"):
             what = (
