@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,10 @@ FILES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "scaled fp8": (add(f"{QKV[: -len('weight')]}scale_weight"), "holds scaled fp8 weights"),
     "ComfyUI's scaled fp8": (add("scaled_fp8"), "scaled fp8"),
     "quantised": (add(QKV, torch.ones(32, 32, dtype=torch.int8)), "in I8, which is quantised"),
+    "whole numbers": (
+        lambda all_: all_ | {f"{TEXT}transformer.text_model.x": torch.ones(1, dtype=torch.int64)},
+        "x in I64, which is quantised or no weight",
+    ),
     "CosXL": (add("edm_vpred.sigma_max"), "another process than noise by betas"),
     "leftovers": (add("denoiser.sigmas"), "holds 1 tensors that are no Stable Diffusion's, such"),
     "a hole in the UNet": (
@@ -150,6 +155,23 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "a web page": (b"<!DOCTYPE html><html>", "is a web page"),
     "GGUF": (b"GGUF" + bytes(100), "is a GGUF file"),
 }
+
+
+@pytest.mark.parametrize("dtype, bits", [("F4", 4), ("F8_E8M0", 8), ("C64", 64), ("BOOL", 8)])
+def test_formats_of_no_weights_are_refused(dtype: str, bits: int, tmp_path: Path) -> None:
+    num_bytes = 4 * bits // 8
+    entry = {"dtype": dtype, "shape": [4], "data_offsets": [0, num_bytes]}
+    (tmp_path / "x.safetensors").write_bytes(header({CONV_IN: entry}, num_bytes))
+    with pytest.raises(UserError, match=rf"in {dtype}, which is quantised|is damaged"):
+        DiffusionModel.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "x.safetensors", {"a": torch.ones(1)})
+    path.chmod(0)
+    with pytest.raises(UserError, match="can't be read: Permission denied"):
+        DiffusionModel.load(path)
 
 
 @pytest.mark.parametrize("name", DAMAGED)

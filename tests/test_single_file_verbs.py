@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blackpoint.sampling.checkpoints.fingerprint import sampling_digest
+from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.checkpoints.fingerprint import sampling_digest, text_encoder_digest
+from blackpoint.sampling.checkpoints.resolve import resolve
+from blackpoint.sampling.choices import SingleFileConfig
 from blackpoint.sampling.evaluation.rows import SETTINGS as EVALUATION
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.scripts.cli import main
 from blackpoint.scripts.sweep.content_digest import digest_of_weights
 from blackpoint.train import run
+from tests.pixel_models import pixel_train_config
 from tests.tiny_run import make_tiny_shards, tiny_config
 from tests.tiny_single_file import make_folder, tensors_of, write_file
 
@@ -105,6 +109,8 @@ def test_a_ckpt_knows_what_its_file_lacked(
     model = DiffusionModel.load(checkpoint)
     model.load_encoders()
     assert sampling_digest(model) == sampling_digest(DiffusionModel.load(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"prediction_type=epsilon: .*ckpt is no single file, and"):
+        DiffusionModel.load(checkpoint, single_file=SingleFileConfig(prediction_type="epsilon"))
     record = torch.load(checkpoint, weights_only=True)["blackpoint"]
     assert record["single_file"] == {"prediction_type": None, "vae": str(folder), "tokenizer": None}
 
@@ -117,6 +123,18 @@ def test_latents_of_a_file_train_a_folder_and_keep_no_trace_of_the_process(
     assert main(["data", "encode", f"checkpoint={file}", *keys]) == 0
     config = tiny_config(tmp_path / "run", folder, latents, **{"trainer.max_steps": 1})
     assert run.fit(config) == 0
+
+
+def test_a_pixel_space_run_takes_its_text_encoder_from_a_file(
+    folder: Path, without_vae: Path, shards: Path, tmp_path: Path
+) -> None:
+    keys = {"trainer.max_steps": 1, "single_file.vae": str(folder)}
+    config = pixel_train_config(tmp_path / "run", shards, "text", without_vae, **keys)
+    assert run.fit(config) == 0
+    digests = [
+        text_encoder_digest(resolve(one).pipeline) for one in (tmp_path / "run" / "base", folder)
+    ]
+    assert digests[0] == digests[1]
 
 
 def test_export_converts_a_file(folder: Path, file: Path, tmp_path: Path) -> None:

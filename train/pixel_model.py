@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.choices import PLAIN, SingleFileConfig
 from blackpoint.sampling.conditioning import NO_TEXT_WIDTH
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.pixels.folder import PixelForm
@@ -22,7 +23,12 @@ from blackpoint.train.config.model_config import ModelConfig
 MAX_NORM_GROUPS = 32
 
 
-def build_pixel_model(config: ModelConfig, resolution: int, process: Process) -> DiffusionModel:
+def build_pixel_model(
+    config: ModelConfig,
+    resolution: int,
+    process: Process,
+    single_file: SingleFileConfig = PLAIN,
+) -> DiffusionModel:
     """Returns a model with random weights for images of `resolution` px, the same at every call.
 
     Raises UserError for a resolution that it cannot take.
@@ -37,7 +43,9 @@ def build_pixel_model(config: ModelConfig, resolution: int, process: Process) ->
     text: DiffusionModel | None = None
     width = NO_TEXT_WIDTH
     if config.text_encoder is not None:
-        text = DiffusionModel.load(config.text_encoder, with_unet=False, undecided="epsilon")
+        text = DiffusionModel.load(
+            config.text_encoder, with_unet=False, single_file=single_file, undecided="epsilon"
+        )
         if text.tokenizer is None:
             raise UserError(f"model.text_encoder={config.text_encoder} has no text encoder")
         width = int(text.text_encoder.config.hidden_size)

@@ -43,7 +43,8 @@ def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
         model.process = fine_tuned_process(config, model.process)
     else:
         process = fine_tuned_process(config, Process(NoiseSchedule.scaled_linear()))
-        model = build_pixel_model(config.model, config.data.resolution, process)
+        resolution = config.data.resolution
+        model = build_pixel_model(config.model, resolution, process, config.single_file)
         model.source = str(Path(config.run_dir) / BASE)
     check_exports(config, model)
     if reason := model.process.not_exported():

@@ -44,7 +44,9 @@ def opened(path: Path, field: str = "checkpoint") -> Iterator[Any]:
     try:
         _check_start(path, field)
         file: Any = safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise UserError(f"{field}={path} can't be read: {error.strerror or error}") from error
+    except SafetensorError as error:
         raise UserError(
             f"{field}={path} can't be read as a .safetensors file ({error}); it is damaged, or was "
             "not downloaded whole: fetch it again"

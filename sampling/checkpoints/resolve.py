@@ -164,6 +164,7 @@ def adapters_of(path: Path, weights: Weights = "ema") -> Lora:
 
 
 def _lightning_checkpoint(path: Path, weights: Weights, single_file: SingleFileConfig) -> Resolved:
+    _require_no_options(path, SingleFileConfig(prediction_type=single_file.prediction_type))
     stored = read_lightning(path)
     record, state = stored["blackpoint"], _state(stored, weights)
     base_path = record["base"]
@@ -217,8 +218,8 @@ def _of_base(
     base: str | Path, record: Mapping[str, Any], single_file: SingleFileConfig
 ) -> SingleFileConfig:
     """Returns what the single file that a run started from lacks: given now, or recorded then."""
-    if Path(base).suffix != SINGLE_FILE:
-        _require_no_options(base, single_file)
+    if Path(base).suffix.lower() != SINGLE_FILE:
+        return single_file  # refused where it says anything: the base has all
     given = {name: value for name, value in asdict(single_file).items() if value is not None}
     return SingleFileConfig(**(record.get("single_file", {}) | given))
 

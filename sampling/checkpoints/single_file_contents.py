@@ -99,7 +99,10 @@ def contents_of(header: Header, what: str, weights: Weights) -> Contents:
             f"{what} holds {len(unknown)} tensors that are no Stable Diffusion's, such as "
             f"{unknown[0]}; {REMEDY}"
         )
-    return Contents(averages if averaged else unet, vae, text, averaged)
+    contents = Contents(averages if averaged else unet, vae, text, averaged)
+    for keys in (contents.unet, contents.vae, contents.text_encoder):
+        _refuse_formats(header, keys.values(), what)
+    return contents
 
 
 def vae_keys(header: Header, what: str) -> Keys:
@@ -144,7 +147,8 @@ def _refuse_others(header: Header, what: str) -> None:
             f"{what} is a LoRA, or another adapter: a change of a model and not a model; name the "
             "checkpoint that it changes"
         )
-    _refuse_formats(header, shapes, what)
+    weights = [key for key in shapes if key.endswith((".weight", ".bias"))]
+    _refuse_formats(header, weights, what)
     first = f"{UNET_PREFIX}input_blocks.0.0.weight"
     conv_in = shapes.get(first, ())
     if any(key.startswith("conditioner.embedders.") for key in shapes) or (
@@ -179,8 +183,7 @@ def _refuse_formats(header: Header, keys: Iterable[str], what: str) -> None:
             f"{what} holds scaled fp8 weights ({scaled[0]}); take the same model in fp16, bf16 or "
             "fp32"
         )
-    weights = [key for key in keys if key.endswith((".weight", ".bias"))]
-    for key in weights:
+    for key in keys:
         if header.formats[key] not in FLOATS:
             raise UserError(
                 f"{what} holds {key} in {header.formats[key]}, which is quantised or no weight; "

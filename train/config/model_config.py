@@ -41,8 +41,8 @@ class ModelConfig:
     classes: list[str] = field(default_factory=list)
     """Class names, in the order of their labels; with condition=class every caption is one."""
     text_encoder: PathText | None = None
-    """Folder or hub id of the pipeline whose CLIP text encoder and tokenizer condition=text uses;
-    frozen, and saved with the model."""
+    """Folder, hub id or single .safetensors file of the pipeline whose CLIP text encoder and
+    tokenizer condition=text uses; frozen, and saved with the model."""
     seed: int = 0
     """Decides the initial weights."""
 
