@@ -74,7 +74,8 @@ def check_against_diffusers(
         for part in model.loaded_parts():
             part.to("meta")
         pipeline = _stock_pipeline(folder, device, model.pixels is not None, file)
-        pipeline.scheduler = scheduler
+        if file is not None:
+            pipeline.scheduler = scheduler
         pipeline_latents = partial(
             _stock_latents, pipeline, prompt, noise, num_check_steps(process)
         )
