@@ -281,3 +281,54 @@ def test_misfits_exit_2_and_write_nothing(pipeline, unet_lora, tmp_path, capsys)
         assert sample(checkpoint, tmp_path / "out", argument) == 2
         assert re.search(reason, capsys.readouterr().err), argument
     assert not (tmp_path / "out").exists()
+
+
+def test_data_encode_takes_the_text_encoders_part(pipeline, text_lora, shards, tmp_path):
+    """The encoding's digest is that of the merged export, from which training then starts."""
+    load(pipeline, (text_lora, 1.0)).save(tmp_path / "merged")
+    encoding = ["resolution=16", "num_workers=0", "num_processes=1", "device=cpu"]
+    given = {"lora": [pipeline, f"lora={text_lora}"], "merged": [tmp_path / "merged"]}
+    stored = {}
+    for name, (checkpoint, *more) in given.items():
+        output = tmp_path / f"latents_{name}"
+        arguments = [f"source={shards}", f"checkpoint={checkpoint}", f"output={output}"]
+        assert main(["data", "encode", *arguments, *encoding, *more]) == 0
+        stored[name] = json.loads((output / "encoding.json").read_text())["text_encoder"]
+    assert stored["lora"] == stored["merged"] != text_encoder_digest(resolve(pipeline).pipeline)
+
+
+def test_a_repository_of_the_hub_gives_its_lora(unet_lora, tmp_path, monkeypatch):
+    """diffusers' file where there is one; peft's config comes with its adapters."""
+    import huggingface_hub
+
+    asked = {}
+
+    class Api:
+        def model_info(self, hub_id):
+            names = ["README.md", "pytorch_lora_weights.safetensors", "sub/other.safetensors"]
+            siblings = [type("File", (), {"rfilename": name}) for name in names]
+            return type("Info", (), {"siblings": siblings})
+
+    def snapshot_download(hub_id, allow_patterns):
+        asked[hub_id] = allow_patterns
+        shutil.copy(unet_lora, tmp_path / "pytorch_lora_weights.safetensors")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    lora = find_lora("owner/style")
+    assert lora.digest() == find_lora(str(unet_lora)).digest()
+    patterns = ["pytorch_lora_weights.safetensors", "adapter_config.json"]
+    assert asked == {"owner/style": patterns}
+
+
+def test_a_repository_that_cannot_be_reached_is_named():
+    with pytest.raises(UserError, match=r"lora=owner/style is not a local folder.*folder$"):
+        find_lora("owner/style")
+
+
+def test_help_names_the_keys(capsys):
+    for verb in ("sample", "search", "evaluate", "export"):
+        assert main([verb, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert "lora[].path" in out and "lora[].scale" in out

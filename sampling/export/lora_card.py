@@ -147,7 +147,7 @@ def lora_card(run: LoraRun, name: str) -> str:
 
 Both hold the same adapters. The first has the factor alpha / rank in its up matrices and says alpha
 = rank, so that readers that know no alpha are right; the second has the alpha of the training.
-ComfyUI drops two thirds of a file in diffusers' names with no more than lines in its log.
+ComfyUI drops the attention of a file in diffusers' names, with no more than lines in its log.
 
 ```python
 import torch
