@@ -181,7 +181,7 @@ def test_the_images_of_a_large_index_are_counted_by_pieces(
 def test_a_warm_up_that_is_longer_than_the_run_is_said(
     warmup: int, steps: int, expected: str | None
 ) -> None:
-    note = warmup_note(OptimizerConfig(warmup_steps=warmup), steps)
+    note = warmup_note(OptimizerConfig(learning_rate=1e-5, warmup_steps=warmup), steps)
     assert (expected is None) == (note == "")
     if expected:
         assert f"rises to {expected} and never reaches optimizer.learning_rate=1e-05" in note
