@@ -16,14 +16,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.checkpoints.resolve import resolve
 from blackpoint.sampling.choices import Weights
 from blackpoint.sampling.export.carried import REMEDY, check_carried
 from blackpoint.sampling.export.export import export
 from blackpoint.sampling.export.lora_card import client_note
 from blackpoint.sampling.export.lora_export import export_lora
 from blackpoint.sampling.model import DiffusionModel
-from blackpoint.sampling.pixels.folder import PixelForm
 from blackpoint.train.callbacks.checkpoints import checkpoint_steps
 from blackpoint.train.callbacks.watch import Watch
 from blackpoint.train.config.config import TrainConfig
@@ -115,8 +113,7 @@ def write_adapters(checkpoint: Path, output: Path, weights: Weights) -> None:
     """
     if output.exists():  # of a start that was killed before it wrote run_dir/export
         return
-    base = resolve(checkpoint).pipeline
-    if PixelForm.of(base.read_json("model_index.json"), base.path) is None:
+    if DiffusionModel.load(checkpoint, with_unet=False).pixels is None:
         note(client_note(export_lora(checkpoint, output, weights)))
 
 
