@@ -68,10 +68,10 @@ def _best_of(cells: Mapping[str, Candidates]) -> Table:
                 gain = gain_of_best(scores, chosen_by, quality, count)
                 row[f"k = {count}"] = marked_change(finite_mean(gain))
             if chosen_by != first:
-                own, other = (
+                gained, other = (
                     gain_of_best(scores, name, quality, sizes[cell]) for name in (chosen_by, first)
                 )
-                row[MINUS_FIRST] = marked_change(finite_mean(own - other))
+                row[MINUS_FIRST] = marked_change(finite_mean(gained - other))
             rows.append(row)
     note = (
         "Expected quality of the best of k images by a score, minus that of a mean image of the "

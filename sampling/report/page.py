@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from jinja2 import Environment, StrictUndefined, Template
 from PIL import Image
@@ -24,6 +24,7 @@ from blackpoint.sampling.statistics.table import Table
 FOLDER = Path(__file__).parent
 WIDEST_PX = 1400
 JPEG_QUALITY = 88
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,13 @@ def _template() -> Template:
     return environment.from_string((FOLDER / "page.html.j2").read_text(encoding="utf-8"))
 
 
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """Chooses at most so many items, evenly from the first to the last."""
+    count = min(most, len(items))
+    numbers = sorted({round(n * (len(items) - 1) / max(1, count - 1)) for n in range(count)})
+    return [items[number] for number in numbers]
+
+
 def embedded(path: Path, widest_px: int = WIDEST_PX, most_bytes: float = math.inf) -> str:
     """Returns a picture as data URI: a small PNG as it is, else a JPEG of at most `widest_px`."""
     with Image.open(path) as picture:
@@ -147,4 +155,4 @@ def _blocks(part: Part, level: int) -> list[str]:
             return [*head, "\n".join(f"- {name}: {v}" for name, v in part.content.items())]
         case Gallery():
             return []
-    return [*head, *note, *(b for each in shown(part.content) for b in _blocks(each, level + 1))]
+    return [*head, *note, *(b for inner in shown(part.content) for b in _blocks(inner, level + 1))]

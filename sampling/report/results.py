@@ -199,11 +199,10 @@ def _read_evaluation(cell: Cell, folder: Path) -> list[float]:
         return []
     rows = read_images(folder)
     for metric in summary.metrics:
-        cell.values[_title(metric)] = Value(metric.estimate, metric.better)
-    for metric in summary.metrics:
-        values = _paired(metric, rows)
-        if values:
-            cell.paired[_title(metric)] = values
+        title = metric.name + (f", {metric.group}" if metric.group else "")
+        cell.values[title] = Value(metric.estimate, metric.better)
+        if values := _paired(metric, rows):
+            cell.paired[title] = values
     cell.pictures = {
         (row["prompt_index"], row["prompt"], row["image"]): Picture(
             row["seed"], folder / row["file"]
@@ -215,17 +214,15 @@ def _read_evaluation(cell: Cell, folder: Path) -> list[float]:
     names = [m.name for m in summary.metrics if m.name in rows[0] and not m.group]
     scores = scores_by_prompt(((row["prompt_index"], row["image"], row) for row in rows), names)
     cell.candidates = Candidates(scores, tuple(names)) if scores else None
-    where = summary.where
-    column = "border_luminance" if where == "border" else "luminance"
-    left = [row for row in rows if row["luminance_error"] is None]
-    cell.luminance = [row[column] for row in (left or rows)]
+    column = "border_luminance" if summary.where == "border" else "luminance"
+    left_open = [row for row in rows if row["luminance_error"] is None]
+    cell.luminance = [row[column] for row in (left_open or rows)]
     cell.notes = [*summary.notes, *(f"skipped {k}: {v}" for k, v in summary.skipped.items())]
     cell.nfe = summary.nfe / summary.num_images
     cell.seconds = summary.seconds / summary.num_images
     cell.peak_gb = summary.peak_gb or math.nan
     cell.settings = cell.settings or {f"evaluate.{k}": v for k, v in settings.items()}
-    reference = read_json(folder / REFERENCE)
-    return list(reference.get(where, []))
+    return list(read_json(folder / REFERENCE).get(summary.where, []))
 
 
 def _read_search(cell: Cell, folder: Path) -> None:
@@ -278,10 +275,6 @@ def _searched_candidates(folder: Path, settings: Mapping[str, Any]) -> Candidate
     scores = scores_by_prompt(rows_of_prompts, list(kinds))
     qualities = tuple(name for name, kind in kinds.items() if KINDS[kind].needs == "image")
     return Candidates(scores, qualities) if scores else None
-
-
-def _title(metric: Metric) -> str:
-    return metric.name + (f", {metric.group}" if metric.group else "")
 
 
 def _paired(metric: Metric, rows: Sequence[Row]) -> dict[Key, float]:

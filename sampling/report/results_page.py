@@ -14,8 +14,9 @@ from blackpoint.sampling.report.page import (
     Page,
     Section,
     embedded,
+    spread,
 )
-from blackpoint.sampling.report.results import Cell, Key, Results
+from blackpoint.sampling.report.results import Cell, Results
 from blackpoint.sampling.report.results_plots import luminance_distributions, scaling_curves
 from blackpoint.sampling.report.results_tables import (
     cells_table,
@@ -113,37 +114,30 @@ def page_of(results: Results, tables: Sequence[Table], settings: Mapping[str, st
 
 def gallery(cells: Sequence[Cell]) -> Gallery | None:
     """Collects images of prompts and seeds that all cells have, one cell of each setting."""
-    lines = {}
-    for setting in settings_of(Results("", list(cells))):
-        first = setting.cells[0]
-        if first.pictures:
-            lines[setting.name] = first
+    settings = settings_of(Results("", list(cells)))
+    lines = {name: first for name, (first, *_) in settings.items() if first.pictures}
     if not lines:
         return None
-    notes = []
-    if len(lines) > MOST_LINES:
-        notes.append(f"the first {MOST_LINES} of {len(lines)} settings")
-        lines = dict(list(lines.items())[:MOST_LINES])
-    shared = set(next(iter(lines.values())).pictures)
-    others = [name for name, cell in lines.items() if not shared & set(cell.pictures)]
+    notes = [f"the first {MOST_LINES} of {len(lines)} settings"] if len(lines) > MOST_LINES else []
+    lines = dict(list(lines.items())[:MOST_LINES])
+    first = next(iter(lines.values()))
+    others = [n for n, cell in lines.items() if not first.pictures.keys() & cell.pictures.keys()]
     if others:
         notes.append(f"without settings of other prompts: {', '.join(others)}")
     lines = {name: cell for name, cell in lines.items() if name not in others}
-    keys = _spread(sorted(set.intersection(*(set(cell.pictures) for cell in lines.values()))))
+    shared = set.intersection(*(set(cell.pictures) for cell in lines.values()))
+    keys = spread(sorted(shared), NUM_COLUMNS)
     if not keys:
         return None
     num_pictures = len(keys) * len(lines)
-    side = _side(num_pictures)
-    first = next(iter(lines.values()))
+    most_px = PICTURE_BYTES / BYTES_PER_PIXEL / num_pictures
+    side = next((side for side in SIDES_PX if side**2 <= most_px), SIDES_PX[-1])
     same_seeds = all(len({cell.pictures[key].seed for cell in lines.values()}) == 1 for key in keys)
     captions = [
         key[1] + (f" \u00b7 seed {first.pictures[key].seed}" if same_seeds else "") for key in keys
     ]
     shown = [
-        (
-            name,
-            [embedded(cell.pictures[k].path, side, PICTURE_BYTES / num_pictures) for k in keys],
-        )
+        (name, [embedded(cell.pictures[k].path, side, PICTURE_BYTES / num_pictures) for k in keys])
         for name, cell in lines.items()
     ]
     note = (
@@ -152,21 +146,6 @@ def gallery(cells: Sequence[Cell]) -> Gallery | None:
     )
     note = "; ".join([note, *notes]) + "."
     return Gallery("The same prompts and seeds", shown, note, captions)
-
-
-def _spread(keys: Sequence[Key]) -> list[Key]:
-    """Chooses prompts from the first to the last."""
-    count = min(NUM_COLUMNS, len(keys))
-    places = sorted({round(n * (len(keys) - 1) / max(1, count - 1)) for n in range(count)})
-    return [keys[index] for index in places]
-
-
-def _side(num_pictures: int) -> int:
-    """Returns the largest side at which so many pictures keep the page light."""
-    for side in SIDES_PX:
-        if num_pictures * BYTES_PER_PIXEL * side**2 <= PICTURE_BYTES:
-            return side
-    return SIDES_PX[-1]
 
 
 def _notes(cells: Sequence[Cell]) -> list[str]:

@@ -67,10 +67,10 @@ def luminance_distributions(results: Results) -> str | None:
     groups: dict[str, tuple[list[float], str]] = {}
     if results.reference_luminance:
         groups["real images"] = (results.reference_luminance, DATA_COLOR)
-    for number, setting in enumerate(settings_of(results)):
-        values = [value for cell in setting.cells for value in cell.luminance]
+    for number, (setting, cells) in enumerate(settings_of(results).items()):
+        values = [value for cell in cells for value in cell.luminance]
         if values:
-            groups[setting.name] = (values, COLORS[number % len(COLORS)])
+            groups[setting] = (values, COLORS[number % len(COLORS)])
     if not any(name != "real images" for name in groups):
         return None
     shown = dict(list(groups.items())[:MOST_PANELS])

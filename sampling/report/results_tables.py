@@ -1,8 +1,7 @@
 """Tables of results: every cell, settings over their seeds, who beats whom."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import combinations, permutations
 from typing import Any
 
@@ -20,21 +19,13 @@ VALUE, CHANGE, COST = ".4g n", "+.3g n", ".3g"
 Seeds = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Cells that differ in seeds alone."""
-
-    name: str
-    cells: list[Cell]
-
-
-def settings_of(results: Results) -> list[Setting]:
+def settings_of(results: Results) -> dict[str, list[Cell]]:
     """Groups finished cells by their settings beside seeds, in order."""
     by_setting: dict[str, list[Cell]] = {}
     for cell in results.cells:
         if cell.values:
             by_setting.setdefault(cell.setting, []).append(cell)
-    return [Setting(name, cells) for name, cells in by_setting.items()]
+    return by_setting
 
 
 def metric_names(cells: Sequence[Cell]) -> list[str]:
@@ -73,10 +64,10 @@ def metrics_table(cell: Cell) -> Table:
         {"metric": title_of(name, [cell]), "value": value.estimate, "": WORDS[value.better]}
         for name, value in cell.values.items()
     ]
-    one = "of one image, or one search"
+    of_one = "of one image, or one search"
     rows += [
-        {"metric": "NFE", "value": cell.nfe, "": one},
-        {"metric": "seconds", "value": cell.seconds, "": one},
+        {"metric": "NFE", "value": cell.nfe, "": of_one},
+        {"metric": "seconds", "value": cell.seconds, "": of_one},
         {"metric": "peak GB", "value": cell.peak_gb, "": "of the process"},
     ]
     return Table(rows, {"metric": "", "value": VALUE, "": ""}, "Metrics", name="metrics")
@@ -89,26 +80,27 @@ def seeds_table(results: Results, names: Sequence[str] = ()) -> Table | None:
     None where no setting was repeated. names: the metrics, all if empty.
     """
     settings = settings_of(results)
-    if not any(len(setting.cells) > 1 for setting in settings):
+    if not any(len(cells) > 1 for cells in settings.values()):
         return None
     baseline = baseline_of(results, settings)
     rows: list[dict[str, Any]] = [
-        {"setting": setting.name, "seeds": _num_repetitions(setting.cells)} for setting in settings
+        {"setting": setting, "seeds": len({_seeds(cell, _repeated(cells)) for cell in cells})}
+        for setting, cells in settings.items()
     ]
     columns, headings = {"setting": "", "seeds": ""}, {}
     for name in names or metric_names(results.cells):
         value, change = f"metric {name}", f"change {name}"
         columns |= {value: VALUE, change: CHANGE}
         headings[value] = title_of(name, results.cells)
-        headings[change] = f"{headings[value]}: minus {baseline.name}"
-        means = [over_seeds(setting.cells, name) for setting in settings]
+        headings[change] = f"{headings[value]}: minus {baseline}"
+        means = [over_seeds(cells, name) for cells in settings.values()]
         best = _best(means)
-        for row, setting, mean in zip(rows, settings, means, strict=True):
+        for row, (setting, cells), mean in zip(rows, settings.items(), means, strict=True):
             row[value] = _marked(mean, best)
-            if setting is not baseline:
-                row[change] = marked_change(seed_difference(setting, baseline, name))
+            if setting != baseline:
+                row[change] = marked_change(seed_difference(cells, settings[baseline], name))
     note = (
-        f"Means over seeds, of trainings where these differ; differences from {baseline.name} are "
+        f"Means over seeds, of trainings where these differ; differences from {baseline} are "
         "paired by seed. Intervals: 95 %, Student's t over seeds. A difference whose interval "
         "leaves out 0 is set in bold."
     )
@@ -116,20 +108,19 @@ def seeds_table(results: Results, names: Sequence[str] = ()) -> Table | None:
     return Table(rows, columns, title, note, "settings", headings, ["setting"])
 
 
-def baseline_of(results: Results, settings: Sequence[Setting]) -> Setting:
-    """Returns the setting that others are compared with: the named one, or the first."""
-    for setting in settings:
-        names = {setting.name, *(cell.arm for cell in setting.cells)}
-        names |= {cell.name for cell in setting.cells}
-        if results.baseline in names:
+def baseline_of(results: Results, settings: Mapping[str, Sequence[Cell]]) -> str:
+    """Names the setting that others are compared with: that of `results.baseline`, or the first."""
+    for setting, cells in settings.items():
+        names = {name for cell in cells for name in (cell.arm, cell.name)}
+        if results.baseline in {setting, *names}:
             return setting
-    return settings[0]
+    return next(iter(settings))
 
 
-def seed_difference(setting: Setting, baseline: Setting, name: str) -> Estimate | None:
+def seed_difference(cells: Sequence[Cell], baseline: Sequence[Cell], name: str) -> Estimate | None:
     """Estimates a metric's mean difference from the baseline, paired by seed; None for one seed."""
-    prefix = _repeated([*setting.cells, *baseline.cells])
-    ours, theirs = (_by_seed(either.cells, name, prefix) for either in (setting, baseline))
+    prefix = _repeated([*cells, *baseline])
+    ours, theirs = (_by_seed(either, name, prefix) for either in (cells, baseline))
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return statistics.paired_mean(differences) if len(differences) > 1 else None
 
@@ -164,9 +155,9 @@ def win_matrix(results: Results, name: str) -> Table | None:
     Holm's correction over all pairs. None where fewer than two settings have the metric.
     """
     scores = {
-        setting.name: _by_prompt(setting, name)
-        for setting in settings_of(results)
-        if any(name in cell.paired for cell in setting.cells)
+        setting: _by_prompt(cells, name)
+        for setting, cells in settings_of(results).items()
+        if any(name in cell.paired for cell in cells)
     }
     cut = f" The first {MOST_IN_MATRIX} of {len(scores)}." if len(scores) > MOST_IN_MATRIX else ""
     scores = dict(list(scores.items())[:MOST_IN_MATRIX])
@@ -199,9 +190,9 @@ def win_matrix(results: Results, name: str) -> Table | None:
     return Table(list(rows.values()), columns, f"Who beats whom: {name}", note, f"wins_{slug}")
 
 
-def _by_prompt(setting: Setting, name: str) -> dict[tuple[int, str], float]:
+def _by_prompt(cells: Sequence[Cell], name: str) -> dict[tuple[int, str], float]:
     by_prompt: dict[tuple[int, str], list[float]] = {}
-    for cell in setting.cells:
+    for cell in cells:
         key: Key
         for key, value in cell.paired.get(name, {}).items():
             by_prompt.setdefault(key[:2], []).append(value)
@@ -224,10 +215,6 @@ def _by_seed(cells: Sequence[Cell], name: str, prefix: str) -> dict[Seeds, float
         if math.isfinite(value):
             by_seeds.setdefault(_seeds(cell, prefix), []).append(value)
     return {seeds: float(np.mean(values)) for seeds, values in by_seeds.items()}
-
-
-def _num_repetitions(cells: Sequence[Cell]) -> int:
-    return len({_seeds(cell, _repeated(cells)) for cell in cells})
 
 
 def _seeds(cell: Cell, prefix: str) -> Seeds:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from blackpoint.data.files.dotted import flat
 from blackpoint.sampling.report import training_plots as run_plots
-from blackpoint.sampling.report.page import Figure
+from blackpoint.sampling.report.page import Figure, spread
 from blackpoint.sampling.report.training_series import Series, own_validation, smoothed
 
 NUM_GRIDS = 5
@@ -30,8 +30,9 @@ def at_a_glance(metrics: Series, max_steps: int | None = None) -> dict[str, str]
         ("validation/loss_terminal", f"validation loss at the last timestep{of_v}"),
         ("preview/luminance_error", "previews' distance to the luminance asked for"),
     ):
-        if own := values.get(name):
-            items[text] = f"{own[0]:.3g} \u2192 {own[-1]:.3g}" if len(own) > 1 else f"{own[0]:.3g}"
+        if series := values.get(name):
+            ends = [series[0], series[-1]] if len(series) > 1 else series
+            items[text] = " \u2192 ".join(f"{value:.3g}" for value in ends)
     if speed := values.get("train/images_per_s"):
         items["throughput"] = f"{statistics.median(speed):.3g} images/s (median)"
     if waiting := values.get("train/data_wait_share"):
@@ -40,8 +41,8 @@ def at_a_glance(metrics: Series, max_steps: int | None = None) -> dict[str, str]
         ("memory/process_peak_gb", "peak memory of the process"),
         ("memory/gpu_allocated_peak_gb", "peak memory of the GPU, allocated"),
     ):
-        if own := values.get(name):
-            items[text] = f"{max(own):.2f} GB"
+        if series := values.get(name):
+            items[text] = f"{max(series):.2f} GB"
     return items
 
 
@@ -78,31 +79,18 @@ def run_figures(metrics: Series, prompts: Sequence[str] = ()) -> list[Figure]:
             "loader's next().",
             run_plots.speed_curves(metrics),
         ),
-        (
-            "Memory",
-            "Without the processes that decode images.",
-            run_plots.memory_curves(metrics),
-        ),
+        ("Memory", "Without the processes that decode images.", run_plots.memory_curves(metrics)),
     )
     return [Figure(title, svg, caption) for title, caption, svg in drawn if svg is not None]
 
 
 def chosen_grids(folder: Path) -> list[tuple[str, Path]]:
     """Chooses a few preview grids from the first to the last, with their step as label."""
-    grids = sorted(folder.glob("step_*.png"))
-    count = min(NUM_GRIDS, len(grids))
-    places = [round(number * (len(grids) - 1) / max(1, count - 1)) for number in range(count)]
-    return [
-        (f"step {int(grids[index].stem.removeprefix('step_'))}", grids[index]) for index in places
-    ]
+    grids = spread(sorted(folder.glob("step_*.png")), NUM_GRIDS)
+    return [(f"step {int(grid.stem.removeprefix('step_'))}", grid) for grid in grids]
 
 
 def shown_settings(tree: Mapping[str, object]) -> dict[str, str]:
     """Flattens a resolved config to dotted keys and text."""
-    return {key: _shown(value) for key, value in flat(tree).items()}
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return "; ".join(map(str, value))
-    return "not set" if value is None else str(value)
+    lists = {k: "; ".join(map(str, v)) if isinstance(v, list) else v for k, v in flat(tree).items()}
+    return {key: "not set" if value is None else str(value) for key, value in lists.items()}

@@ -61,7 +61,8 @@ def loss_by_snr(metrics: Series) -> str | None:
     kinds = {kind: names for kind, names in kinds.items() if names}
     if not kinds:
         return None
-    labels = sorted({name.split("/")[1] for own in kinds.values() for name in own}, key=bin_order)
+    bins = {name.split("/")[1] for names in kinds.values() for name in names}
+    labels = sorted(bins, key=bin_order)
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(labels)))
     colors = dict(zip(labels, shades, strict=True))
     figure, axes = panels(len(kinds), 1, width=PANEL_WIDTH, height=PANEL_HEIGHT + 0.4)
@@ -228,13 +229,7 @@ def draw(
 
 
 def finish(
-    axis: Axes,
-    title: str,
-    unit: str,
-    *,
-    log: bool = True,
-    legend: bool = True,
-    below: bool = False,
+    axis: Axes, title: str, unit: str, *, log: bool = True, legend: bool = True, below: bool = False
 ) -> None:
     """Labels a panel, and takes a logarithmic axis where values span more than a factor of 10."""
     axis.set_title(title, loc="left")

@@ -79,7 +79,7 @@ def ablate(config: AblationConfig) -> None:
 
 def fixes(results: Results) -> str:
     """Writes what each fix changes: added to the chain, and left out of all fixes, as Markdown."""
-    settings = {setting.name: setting for setting in settings_of(results)}
+    settings = settings_of(results)
     rows: list[dict[str, Any]] = []
     for fix, with_it, before, without in FIXES:
         pairs = {"added": (with_it, before), "in all": (FULL, without)}

@@ -135,12 +135,12 @@ def figure(results: Results, names: Sequence[str]) -> bytes:
     settings = settings_of(results)
     sheet, axes = panels(len(names), 1, width=2.6, height=0.6 + 0.28 * len(settings))
     for axis, name in zip(axes, names, strict=True):
-        for row, setting in enumerate(settings):
-            values = [c.values[name].estimate.value for c in setting.cells if name in c.values]
-            color = COLORS[min(row, 1)]
-            axis.plot(values, [row] * len(values), "o", color=color, alpha=0.35, markersize=4)
-        names_left = [setting.name if axis is axes[0] else "" for setting in settings]
-        estimates = [shown_estimate(setting.cells, name) for setting in settings]
+        for line, cells in enumerate(settings.values()):
+            values = [c.values[name].estimate.value for c in cells if name in c.values]
+            color = COLORS[min(line, 1)]
+            axis.plot(values, [line] * len(values), "o", color=color, alpha=0.35, markersize=4)
+        names_left = [setting if axis is axes[0] else "" for setting in settings]
+        estimates = [shown_estimate(cells, name) for cells in settings.values()]
         draw_named(axis, names_left, estimates, "|")
         title = "\n".join(wrap(title_of(name, results.cells), TITLE_LETTERS))
         axis.set_title(title, loc="left", fontsize=9)
