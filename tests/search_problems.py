@@ -9,12 +9,13 @@ from torch import Tensor
 from blackpoint.sampling.conditioning import Conditioning
 from blackpoint.sampling.grid import SampleState
 from blackpoint.sampling.guidance import NO_GUIDANCE, Guidance
+from blackpoint.sampling.options import SamplingOptions
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.samplers import run
-from blackpoint.sampling.search.driver import MakeSearch, PromptSearch, drive, open_search
+from blackpoint.sampling.search.driver import MakeSearch, PromptSearch, drive
 from blackpoint.sampling.search.journal import Journal
 from blackpoint.sampling.search.problem import Problem
-from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
+from blackpoint.sampling.search.runner import TrialRunner
 from tests.toy_denoisers import ZERO_SNR, ideal_gaussian
 
 SHAPE = (1, 4, 4)
@@ -92,7 +93,8 @@ def runner(
     **sampling: Any,
 ) -> TrialRunner:
     """Returns a runner over the Gaussian model, 10 steps of DDIM unless told otherwise."""
-    settings = SearchSampling(**({"num_steps": 10, "guidance": guidance} | sampling))
+    about = {"guidance_scale": guidance.scale, "guidance_rescale": guidance.rescale}
+    settings = SamplingOptions(**({"num_steps": 10} | about | sampling))
     model = model or GaussianModel()
     return TrialRunner(
         model,  # type: ignore[arg-type]
@@ -113,7 +115,7 @@ def search(
         problems = [
             Problem(index, 0, one.grid, one.cost, budget_nfe) for index in range(len(one.prompts))
         ]
-        found = drive(one, journal, (open_search(problem, make) for problem in problems), **told)
+        found = drive(one, journal, problems, make, **told)
     finally:
         journal.close()
     return sorted(found, key=lambda each: each.problem.prompt_index)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.evaluation.measures import luminance_error
+from blackpoint.sampling.evaluation.measures import luminance_rows
 from blackpoint.sampling.evaluation.metrics.brightness import LuminanceRange, luminance_range
 from blackpoint.sampling.prompts.prompt_set import Prompt, read_prompt_set
 
@@ -28,15 +28,16 @@ def test_our_own_set_is_readable_balanced_and_agrees_with_its_texts() -> None:
 
 
 def test_the_error_is_the_distance_to_the_range() -> None:
-    images = torch.stack([torch.full((3, 8, 8), level) for level in (0.0, 0.1, 0.5, 0.9)])
-    night = LuminanceRange(0.05, 0.2)
-    found = luminance_error(images, [night] * 4)
-    assert found.tolist() == pytest.approx([0.05, 0.0, 0.3, 0.7], abs=1e-5)
-    framed = torch.ones(1, 3, 8, 8)
+    levels = torch.tensor([0, 20, 153, 255], dtype=torch.uint8)
+    images = levels[:, None, None, None].expand(4, 3, 8, 8)
+    night = Prompt("a street at night", metadata={"luminance": [0.05, 0.2]})
+    errors = [row["luminance_error"] for row in luminance_rows(images, [night] * 4)]
+    assert errors == pytest.approx([0.05, 0.0, 0.4, 0.8], abs=1e-5)
+    framed = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
     framed[..., 2:-2, 2:-2] = 0
-    black = LuminanceRange(0, 0)
-    assert luminance_error(framed, [black]).item() == pytest.approx(48 / 64)
-    assert luminance_error(framed, [LuminanceRange(0, 0, "border")]).item() == pytest.approx(1)
+    for prompt, error in (("solid black", 48 / 64), ("a cat on a black background", 1)):
+        [row] = luminance_rows(framed, [Prompt(prompt)])
+        assert row["luminance_error"] == pytest.approx(error)
 
 
 def test_texts_speak_where_files_do_not() -> None:

@@ -54,9 +54,9 @@ sampling.verifiers.*: data.files data.images sampling.* sampling.pixels sampling
     sampling.runtime sampling.statistics sampling.verifiers.models
 sampling.verifiers.models: data.files sampling.checkpoints sampling.verifiers.*
 scripts.*: data.files sampling.prompts
-scripts.bench: data.* data.files data.images data.index data.shards sampling.* sampling.report
-    sampling.runtime sampling.search.* sampling.search.algorithms sampling.statistics
-    sampling.verifiers.* scripts.* train.* train.config train.records
+scripts.bench: data.* data.files data.images data.index data.shards sampling.* sampling.prompts
+    sampling.report sampling.runtime sampling.search.* sampling.search.algorithms
+    sampling.statistics sampling.verifiers.* scripts.* train.* train.config train.records
 scripts.cluster: data.files scripts.* train.config train.records
 scripts.measurements: data.* data.files data.index data.shards sampling.* sampling.checkpoints
     sampling.export sampling.pixels sampling.prompts sampling.report sampling.runtime

@@ -16,10 +16,10 @@ from blackpoint.sampling.report.page import Gallery, Section
 from blackpoint.sampling.report.search_page import search_section
 from blackpoint.sampling.runtime.tracking import WandbConfig
 from blackpoint.sampling.search.calibration import find_batch_size
-from blackpoint.sampling.search.config import DiversityConfig, SearchConfig
+from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.run import search_to_folder
 from blackpoint.sampling.statistics.table import Table
-from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifiers
+from blackpoint.sampling.verifiers.load import ImageModelConfig, VerifierConfig, load_verifiers
 from blackpoint.sampling.verifiers.models import clip
 from blackpoint.scripts.verbs.report_config import ReportConfig
 from blackpoint.scripts.verbs.report_content import write
@@ -110,7 +110,7 @@ class Brightness(torch.nn.Module):
 
 
 def test_features_of_the_users_own_tell_the_diversity(pipeline: Path, tmp_path: Path) -> None:
-    own = DiversityConfig(module="tests.test_search_judgement:Brightness")
+    own = ImageModelConfig(module="tests.test_search_judgement:Brightness")
     search(pipeline, tmp_path / "own", diversity=own)
     search(pipeline, tmp_path / "pixels")
     found = [
@@ -243,7 +243,7 @@ def test_prompts_that_changed_are_refused(pipeline: Path, tmp_path: Path) -> Non
 def test_features_that_cannot_be_loaded_are_refused_at_the_start(
     pipeline: Path, tmp_path: Path
 ) -> None:
-    wrong = DiversityConfig(checkpoint=str(tmp_path / "nothing"))
+    wrong = ImageModelConfig(checkpoint=str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="diversity.checkpoint"):
         search(pipeline, tmp_path / "out", diversity=wrong)
     assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.inversion import Inverter, invert
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.noise import seeded_noise
+from blackpoint.sampling.options import SamplingOptions
 from blackpoint.sampling.samplers import run
 from blackpoint.sampling.search.algorithms.noise_optimisation import (
     NoiseOptimisationConfig,
@@ -27,7 +28,7 @@ from blackpoint.sampling.search.driver import PromptSearch
 from blackpoint.sampling.search.gradients import checkpointed, fixed_inverse, through_the_run
 from blackpoint.sampling.search.problem import Problem
 from blackpoint.sampling.search.run import search_to_folder
-from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
+from blackpoint.sampling.search.runner import TrialRunner
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
 from blackpoint.sampling.verifiers.stability import Stability
 from tests.search_problems import GaussianModel, search
@@ -62,7 +63,7 @@ class Brightness:
 
 
 def runner_of(verifier: Any, model: Toy | None = None) -> TrialRunner:
-    settings = SearchSampling(NUM_STEPS, Guidance(1.0))
+    settings = SamplingOptions(num_steps=NUM_STEPS, guidance_scale=1.0)
     weights = {verifier.name: 1.0}
     return TrialRunner(model or Toy(), {0: "a", 1: "b"}, settings, [verifier], weights, 5)  # type: ignore[arg-type]
 

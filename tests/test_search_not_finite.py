@@ -28,14 +28,14 @@ from blackpoint.sampling.search.algorithms.noise_optimisation import (
 from blackpoint.sampling.search.algorithms.paths import PathsConfig, paths
 from blackpoint.sampling.search.algorithms.random_search import RandomSearchConfig, random_search
 from blackpoint.sampling.search.algorithms.zero_order import ZeroOrderConfig, zero_order
-from blackpoint.sampling.search.config import DiversityConfig
 from blackpoint.sampling.search.driver import PromptSearch
 from blackpoint.sampling.search.judge import alarms, judge
 from blackpoint.sampling.search.problem import Outcome, Problem, Search, Seeded, Trial
 from blackpoint.sampling.search.runner import TrialRunner
 from blackpoint.sampling.statistics.frechet import Gaussian
 from blackpoint.sampling.verifiers.ensemble import combined
-from blackpoint.sampling.verifiers.oracle import Oracle
+from blackpoint.sampling.verifiers.load import ImageModelConfig
+from blackpoint.sampling.verifiers.oracle import Oracle, OracleConfig
 from tests.search_problems import GaussianModel, Scored, linear, runner, scores_of, search
 from tests.toy_denoisers import ZERO_SNR, noise_of, reader
 
@@ -278,7 +278,7 @@ def test_an_oracle_scores_the_others_where_one_image_has_no_features(
 ) -> None:
     reference = Gaussian(torch.zeros(3).double(), torch.eye(3).double())
     model: Any = lambda images: images.mean(dim=(2, 3))  # noqa: E731
-    oracle = Oracle(model, reference if metric == "fid" else None)
+    oracle = Oracle(model, reference if metric == "fid" else None, OracleConfig("oracle"))
     images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     oracle.keep(images[4])
     expected = oracle.score(images[:4], [""] * 4)
@@ -332,13 +332,13 @@ def test_the_judge_records_what_is_not_finite_and_leaves_its_prompt_out(
     judged = judge(judges, [torch.zeros(3, 8, 8)] * 2, "a prompt")
     assert judged == [recorded({"judge": value}), {"judge": 0.25}]
     rows = [row(0.5 - 0.01 * index, 0.9, index, tmp_path) for index in range(8)]
-    [expected] = alarms(rows, DiversityConfig(), tmp_path)
+    [expected] = alarms(rows, ImageModelConfig(), tmp_path)
     rows.insert(3, row(judged[0]["judge"], 0.9, 9, tmp_path))
-    [found] = alarms(rows, DiversityConfig(), tmp_path)
+    [found] = alarms(rows, ImageModelConfig(), tmp_path)
     assert found.changes["judge"] == expected.changes["judge"]
     assert found.raised and found.changes["searched"].n == 9
     rows[3]["held_out"]["judge"] = None  # as older searches have recorded it
-    [old] = alarms(rows, DiversityConfig(), tmp_path)
+    [old] = alarms(rows, ImageModelConfig(), tmp_path)
     assert old.changes["judge"] == expected.changes["judge"]
 
 
@@ -349,7 +349,7 @@ def features_without_the_reddest(images: Tensor) -> Tensor:
 
 
 def test_an_image_without_finite_features_is_left_out_of_the_diversity(tmp_path: Path) -> None:
-    config = DiversityConfig(module=f"{__name__}:features_without_the_reddest")
+    config = ImageModelConfig(module=f"{__name__}:features_without_the_reddest")
     rows = [row(0.5, 0.9, index, tmp_path) for index in range(8)]
     [expected] = alarms(rows, config, tmp_path)
     rows.insert(3, row(0.5, 0.9, 9, tmp_path))

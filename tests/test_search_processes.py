@@ -15,10 +15,10 @@ from PIL import Image
 
 from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.runtime.sharing import (
-    forget_stop,
+    FolderInUse,
     share_of,
     stopped,
-    tell_stop,
+    telling_stop,
     wait_until,
 )
 from blackpoint.sampling.runtime.tasks import Task
@@ -155,14 +155,19 @@ def test_prompts_are_shared_out_without_rest() -> None:
 
 
 def test_the_first_process_hears_that_another_stopped(tmp_path: Path) -> None:
-    tell_stop(tmp_path, Task(1, 2), "the disk is full")
+    with pytest.raises(FolderInUse), telling_stop(tmp_path, Task(1, 2)):
+        raise FolderInUse("another process does the work of this one")
+    assert not stopped(tmp_path, since=0.0)
+    with pytest.raises(OSError), telling_stop(tmp_path, Task(1, 2)):
+        raise OSError("the disk is full")
     with pytest.raises(RunFailed, match="process 1 stopped: the disk is full"):
         wait_until(lambda: False, tmp_path, since=0.0)
     wait_until(lambda: True, tmp_path, since=0.0)
     with pytest.raises(RunFailed, match="stopped"):
         wait_until(lambda: False, tmp_path, since=time.time() - 60)
     assert not stopped(tmp_path, since=time.time() + 60)  # of an earlier start
-    forget_stop(tmp_path, Task(1, 2))
+    with telling_stop(tmp_path, Task(1, 2)):
+        pass
     assert not stopped(tmp_path, since=0.0)
 
 

@@ -13,16 +13,17 @@ from blackpoint.sampling.grid import SampleState
 from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.inversion import Inverter, invert
 from blackpoint.sampling.noise import seeded_noise
+from blackpoint.sampling.options import SamplingOptions
 from blackpoint.sampling.samplers import run
 from blackpoint.sampling.search.algorithms.halving import HalvingConfig, halving
 from blackpoint.sampling.search.algorithms.random_search import RandomSearchConfig, random_search
 from blackpoint.sampling.search.algorithms.zero_order import ZeroOrderConfig, zero_order
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.run import search_to_folder
-from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
+from blackpoint.sampling.search.runner import TrialRunner
 from blackpoint.sampling.verifiers.load import VerifierConfig
 from blackpoint.sampling.verifiers.stability import Stability
-from blackpoint.sampling.verifiers.verifier import TrajectoryVerifier, of_images, score_run
+from blackpoint.sampling.verifiers.verifier import TrajectoryVerifier, of_images
 from tests.search_problems import GaussianModel, Scored, search
 from tests.toy_denoisers import ZERO_SNR, reader
 
@@ -47,7 +48,7 @@ class Toy(GaussianModel):
 
 
 def runner_of(verifier: Any, model: GaussianModel, scale: float = 1.0) -> TrialRunner:
-    settings = SearchSampling(8, Guidance(scale))
+    settings = SamplingOptions(num_steps=8, guidance_scale=scale, guidance_rescale=0.0)
     prompts = {0: "a", 1: "b"}
     return TrialRunner(model, prompts, settings, [verifier], {verifier.name: 1.0}, 5)  # type: ignore[arg-type]
 
@@ -203,7 +204,7 @@ def test_the_own_inverse_of_a_converged_iteration_is_stable() -> None:
     denoise = reader(ZERO_SNR)
     x = run("ddim", denoise, one.grid, SampleState(noise)).x
     verifier = Stability(Inverter("fixed_point", 60))
-    scores = score_run(verifier, noise, x, 8, denoise, one.grid)
+    scores = verifier.score_measured(noise, verifier.measure(x, 8, denoise, one.grid))
     assert_close(scores, torch.ones(4), rtol=0, atol=1e-3)
 
 
@@ -212,7 +213,7 @@ def test_verifiers_of_one_round_trip_share_it_and_score_as_alone(tmp_path: Path)
     measured = [Stability(inverter, measure, name=measure) for measure in ("cosine", "residual")]
     verifiers = [*measured, Stability(Inverter("ddim"), name="ddim")]
     model = Toy()
-    settings = SearchSampling(8, Guidance(1.0))
+    settings = SamplingOptions(num_steps=8, guidance_scale=1.0)
     weights = {one.name: 1.0 for one in verifiers}
     one = TrialRunner(model, {0: "a"}, settings, verifiers, weights, 5)  # type: ignore[arg-type]
     assert one.cost(0, 8) == 8 + 4 * 8 + 8

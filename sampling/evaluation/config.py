@@ -11,11 +11,8 @@ from omegaconf import MISSING
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
-from blackpoint.sampling.choices import (
-    Prompts,
-    Spacing,
-    check_seed,
-)
+from blackpoint.data.files.rules import check_ranges, require
+from blackpoint.sampling.choices import Prompts, Spacing, check_seed
 from blackpoint.sampling.evaluation.metric import MetricConfig
 from blackpoint.sampling.evaluation.metrics.brightness import BrightnessConfig
 from blackpoint.sampling.evaluation.metrics.sets import SetsConfig
@@ -78,12 +75,10 @@ class MetricsConfig(SamplingOptions):
     """Sample an unsound process, for a comparison; the report names it."""
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "num_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_ranges(self, "", num_images=">= 1", num_steps=">= 1", batch_size=">= 1")
         check_seed("seed", self.seed, largest=MAX_STORED_SEED)
-        if self.keep_images is not None and self.keep_images < 0:
-            raise UserError(f"keep_images={self.keep_images} must be 0 or more, or null for all")
+        is_count = self.keep_images is None or self.keep_images >= 0
+        require(is_count, "keep_images", self.keep_images, "0 or more, or null for all")
         for name, verifier in self.verifiers.items():
             if verifier.declared.needs != "image":
                 raise UserError(
@@ -102,13 +97,10 @@ class MetricsConfig(SamplingOptions):
 
 def metric_keys(config_class: type[MetricsConfig] = MetricsConfig) -> list[str]:
     """Lists the keys of metrics: they change measurements, but no image."""
-    sections = [
-        one.name
-        for one in fields(config_class)
-        if isinstance(one.default_factory, type) and issubclass(one.default_factory, MetricConfig)
-    ]
+    kinds = {section.name: section.default_factory for section in fields(config_class)}
+    sections = [n for n, k in kinds.items() if isinstance(k, type) and issubclass(k, MetricConfig)]
     named = {*sections, "verifiers", "geneval"}  # two that are no sections of fixed keys
-    return [one.name for one in fields(config_class) if one.name in named]
+    return [name for name in kinds if name in named]
 
 
 def metrics_of(config: MetricsConfig) -> list[MetricConfig]:

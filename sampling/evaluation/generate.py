@@ -13,12 +13,11 @@ from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.checkpoints.fingerprint import model_digest, sampling_digest
 from blackpoint.sampling.choices import check_seed
 from blackpoint.sampling.evaluation.config import MAX_STORED_SEED, MetricsConfig
-from blackpoint.sampling.evaluation.metric import Pixels
-from blackpoint.sampling.evaluation.metrics.set_models import to_pixels
+from blackpoint.sampling.evaluation.metric import Pixels, Row
 from blackpoint.sampling.evaluation.rows import SETTINGS, Key
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.prompts.prompt_set import Prompt
-from blackpoint.sampling.runtime.pictures import to_picture
+from blackpoint.sampling.runtime.pictures import eight_bit
 from blackpoint.sampling.runtime.speed import prepare_unet
 
 
@@ -38,6 +37,13 @@ class Job:
     @property
     def file(self) -> str:
         return f"images/{self.prompt.index:05d}_{self.image:03d}.png"
+
+    @property
+    def columns(self) -> Row:
+        """The columns of its row that are known beforehand."""
+        prompt, image, seed = self.prompt, self.image, self.seed
+        row: Row = {"prompt_index": prompt.index, "image": image, "prompt": prompt.text}
+        return row | {"category": prompt.category, "seed": seed, "file": None}
 
 
 def jobs_of(prompts: Sequence[Prompt], num_images: int, first_seed: int) -> list[Job]:
@@ -60,7 +66,7 @@ def jobs_of(prompts: Sequence[Prompt], num_images: int, first_seed: int) -> list
 
 
 class ImageGenerator:
-    """Generates batches with a model that is loaded when it is first needed."""
+    """Generates batches with `model`."""
 
     def __init__(
         self,
@@ -110,7 +116,8 @@ class ImageGenerator:
 
     @property
     def model(self) -> DiffusionModel:
-        """The model; refused where it is not the one that the folder's images are of."""
+        """The model, loaded when it is first needed; refused where it is not the one that the
+        folder's images are of."""
         if self._model is None:
             config = self._config
             dtype = getattr(torch, config.dtype)
@@ -125,16 +132,17 @@ class ImageGenerator:
             )
             # A LoRA may be of the text encoder, which an evaluation's digest else leaves out.
             digest = sampling_digest(model) if config.lora else model_digest(model)
-            self._check_weights(digest)
+            if self._settings.get("weights_digest") not in (None, digest):
+                raise UserError(
+                    f"checkpoint={config.checkpoint} has other weights, or another process, than "
+                    f"output={config.output} was sampled with; choose another output"
+                )
+            self._settings["weights_digest"] = digest
             model.process = model.process.respaced(config.timestep_spacing)
             prepare_unet(model.unet, config.attention, config.channels_last)
             model.unet.register_forward_pre_hook(self._count)
             self._model = model
         return self._model
-
-    def load(self) -> None:
-        """Loads the model now; `generate` does so where it is not loaded yet."""
-        _ = self.model
 
     def _count(self, _: object, arguments: tuple[Any, ...]) -> None:
         self.num_rows += len(arguments[0])
@@ -143,39 +151,15 @@ class ImageGenerator:
         """Generates the images of a batch, (N, 3, H, W) uint8; after the first, evaluation.json is
         there."""
         config = self._config
-        images = self.model.sample(
-            [job.prompt.text for job in jobs],
-            [job.seed for job in jobs],
-            config.num_steps,
-            config.guidance_scale,
-            config.guidance_rescale,
-            config.sampler,
-            config.eta,
-            config.height,
-            config.width,
-            config.negative_prompt,
-            batch_size=config.batch_size,
-            allow_unsound=config.allow_unsound,
-            clip_skip=config.clip_skip,
+        names = (
+            *("num_steps", "guidance_scale", "guidance_rescale", "sampler", "eta", "height"),
+            *("width", "negative_prompt", "batch_size", "allow_unsound", "clip_skip"),
         )
-        for image in images:
-            if not torch.isfinite(image).all():
-                to_picture(image)  # says so
-        self._write_settings()
-        return to_pixels(images)
-
-    def _check_weights(self, digest: str) -> None:
-        """Refuses other weights under the same name than those that the folder's images are of."""
-        kept = self._settings.get("weights_digest")
-        if kept is not None and kept != digest:
-            raise UserError(
-                f"checkpoint={self._config.checkpoint} has other weights, or another process, than "
-                f"output={self._config.output} was sampled with; choose another output"
-            )
-        self._settings["weights_digest"] = digest
-
-    def _write_settings(self) -> None:
-        """Writes evaluation.json, by which a later start knows whether it may go on here."""
-        path = Path(self._config.output) / SETTINGS
-        if not path.is_file():
+        options = {name: getattr(config, name) for name in names}
+        texts, seeds = [job.prompt.text for job in jobs], [job.seed for job in jobs]
+        images = self.model.sample(texts, seeds, **options)
+        pixels = eight_bit(images).contiguous()
+        path = Path(config.output) / SETTINGS
+        if not path.is_file():  # by which a later start knows whether it may go on here
             write_whole(path, json.dumps(self._settings, indent=1) + "\n")
+        return pixels

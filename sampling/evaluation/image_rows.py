@@ -105,10 +105,9 @@ class ImageRows:
         started_s, generated, pixels = self._pictures(batch, generator, is_new)
         prompts = [job.prompt for job in batch]
         if is_new:
-            for row, job, luminances in zip(
-                rows, batch, luminance_rows(pixels, prompts), strict=True
-            ):
-                row |= _facts(job) | generator.formats | luminances
+            luminances = luminance_rows(pixels, prompts)
+            for row, job, measured in zip(rows, batch, luminances, strict=True):
+                row |= job.columns | generator.formats | measured
         self._keep(batch, rows, pixels)
         wanted = set().union(*map(self.measures.missing, rows))
         for row, measured in zip(rows, self.measures.measure(pixels, prompts, wanted), strict=True):
@@ -129,7 +128,7 @@ class ImageRows:
         files = [self.folder / job.file for job in batch]
         is_generated = is_new or not all(file.is_file() for file in files)
         if is_generated:
-            generator.load()  # its seconds are not the batch's
+            _ = generator.model  # loaded: its seconds are not the batch's
         started_s, before = time.perf_counter(), generator.num_rows
         if is_generated:
             pixels = generator.generate(batch)
@@ -148,14 +147,3 @@ class ImageRows:
 
     def _is_kept(self, job: Job) -> bool:
         return self.num_kept is None or job.number < self.num_kept
-
-
-def _facts(job: Job) -> Row:
-    return {
-        "prompt_index": job.prompt.index,
-        "image": job.image,
-        "prompt": job.prompt.text,
-        "category": job.prompt.category,
-        "seed": job.seed,
-        "file": None,
-    }

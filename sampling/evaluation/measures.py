@@ -6,11 +6,9 @@ left out and named; the rest runs.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.evaluation.metric import (
@@ -22,7 +20,7 @@ from blackpoint.sampling.evaluation.metric import (
     Row,
     Source,
 )
-from blackpoint.sampling.evaluation.metrics.brightness import LuminanceRange, luminance_range
+from blackpoint.sampling.evaluation.metrics.brightness import luminance_range
 from blackpoint.sampling.pixels.luminance import border_luminance, image_luminance
 from blackpoint.sampling.prompts.prompt_set import Prompt
 
@@ -105,31 +103,18 @@ def load_measures(
 def luminance_rows(pixels: Pixels, prompts: Sequence[Prompt]) -> list[Row]:
     """Measures luminance of the image and of its border, and the distance to the requested one."""
     images = pixels.float() / 255
-    asked = [luminance_range(prompt) for prompt in prompts]
+    rows: list[Row] = []
     whole, border = image_luminance(images), border_luminance(images)
-    return [
-        {
-            "luminance": round(whole[n].item(), DECIMALS),
-            "border_luminance": round(border[n].item(), DECIMALS),
-            "asked_low": None if target is None else target.low,
-            "asked_high": None if target is None else target.high,
-            "asked_where": None if target is None else target.where,
-            "luminance_error": None
-            if target is None
-            else round(float(luminance_error(images[n : n + 1], [target])[0]), DECIMALS),
+    for number, prompt in enumerate(prompts):
+        row: Row = {
+            "luminance": round(whole[number].item(), DECIMALS),
+            "border_luminance": round(border[number].item(), DECIMALS),
+            **dict.fromkeys(("asked_low", "asked_high", "asked_where", "luminance_error")),
         }
-        for n, target in enumerate(asked)
-    ]
-
-
-def luminance_error(
-    images: Float[Tensor, "n 3 h w"], ranges: Sequence[LuminanceRange]
-) -> Float[Tensor, " n"]:
-    """Returns each image's distance to its range, 0 inside it; images in [0, 1]."""
-    low, high = (
-        torch.tensor([getattr(target, end) for target in ranges]).to(images)
-        for end in ("low", "high")
-    )
-    at_border = torch.tensor([target.where == "border" for target in ranges], device=images.device)
-    measured = torch.where(at_border, border_luminance(images), image_luminance(images))
-    return torch.maximum(low - measured, measured - high).clamp(min=0)
+        if (target := luminance_range(prompt)) is not None:
+            row |= {f"asked_{name}": value for name, value in asdict(target).items()}
+            measured = (border if target.where == "border" else whole)[number]
+            error = torch.maximum(target.low - measured, measured - target.high).clamp(min=0)
+            row["luminance_error"] = round(error.item(), DECIMALS)  # 0 inside the range
+        rows.append(row)
+    return rows

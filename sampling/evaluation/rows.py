@@ -87,9 +87,9 @@ def carried_columns(folder: Path, asked: Columns) -> dict[str, str]:
     """
     by_column: dict[str, set[str]] = {}
     for path in _files(folder):
-        for field in pq.read_schema(path):
-            if field.metadata and DIGEST in field.metadata and field.name not in asked:
-                by_column.setdefault(field.name, set()).add(field.metadata[DIGEST].decode())
+        for name, digest in _digests(pq.read_schema(path)).items():
+            if name not in asked:
+                by_column.setdefault(name, set()).add(digest)
     return {name: digests.pop() for name, digests in by_column.items() if len(digests) == 1}
 
 
@@ -129,11 +129,8 @@ def finished_keys(folder: Path, columns: Columns) -> set[Key]:
             keys = file.read(KEY).to_pydict()
         except FileNotFoundError:
             continue
-        measured = {
-            field.name
-            for field in file.schema_arrow
-            if (field.metadata or {}).get(DIGEST, b"").decode() == columns.get(field.name)
-        }
+        digests = _digests(file.schema_arrow)
+        measured = {name for name, digest in digests.items() if digest == columns.get(name)}
         for prompt_index, image in zip(*keys.values(), strict=True):
             by_key.setdefault((prompt_index, image), set()).update(measured)
     return {key for key, measured in by_key.items() if measured >= columns.keys()}
@@ -160,25 +157,24 @@ def _read(path: Path, columns: Columns | None) -> list[Row]:
             "version that wrote it"
         )
     if columns is not None:
-        stale = [
-            field.name
-            for field in table.schema
-            if field.metadata
-            and field.metadata.get(DIGEST, b"").decode() != columns.get(field.name)
-        ]
-        table = table.drop_columns(stale)
+        digests = _digests(table.schema)
+        table = table.drop_columns([n for n, digest in digests.items() if digest != columns.get(n)])
     lists = {name: table.column(name) for name in LISTS if name in table.column_names}
     rows = table.drop_columns(list(lists)).to_pylist()
     for name, column in lists.items():
         present = [row for row, has in zip(rows, column.is_valid().to_pylist(), strict=True) if has]
         for row, values in zip(present, _matrix(column), strict=True):
             row[name] = values
-    return rows if columns is None else [_without_missing(row, columns) for row in rows]
+    if columns is None:
+        return rows
+    # A column that a part did not measure must hide no other part's.
+    return [{k: v for k, v in row.items() if v is not None or k not in columns} for row in rows]
 
 
-def _without_missing(row: Row, columns: Columns) -> Row:
-    """Leaves out columns that a part did not measure, so that they hide no other part's."""
-    return {k: v for k, v in row.items() if v is not None or k not in columns}
+def _digests(schema: pa.Schema) -> dict[str, str]:
+    """Returns the digest of the settings of each measured column."""
+    metadata = {field.name: field.metadata or {} for field in schema}
+    return {name: about[DIGEST].decode() for name, about in metadata.items() if DIGEST in about}
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:

@@ -50,7 +50,7 @@ from blackpoint.sampling.evaluation.rows import (
 from blackpoint.sampling.evaluation.summary import JSON_FILE, Summary, summarise, write_summary
 from blackpoint.sampling.prompts.prompt_set import Prompt, read_prompt_set
 from blackpoint.sampling.runtime.precision import FORMATS, set_tf32, settled_formats
-from blackpoint.sampling.runtime.sharing import forget_stop, tell_stop, wait_until
+from blackpoint.sampling.runtime.sharing import telling_stop, wait_until
 from blackpoint.sampling.runtime.tasks import Task, this_task
 from blackpoint.sampling.sample import find_device
 
@@ -74,13 +74,10 @@ def evaluate_to_folder(config: MetricsConfig, task: Task | None = None) -> Summa
     settings |= {name: getattr(config, name) for name in FORMATS}
     measures = load_measures(metrics, prompts, device)
     images = ImageRows(output, jobs, measures, config.batch_size, config.keep_images)
-    texts = [prompt.text for prompt in prompts]
-    sides = config.height, config.width
-    invariance = KeptDependences(output, config.brightness, texts, config.seed, *sides)
+    invariance = KeptDependences(output, config, [prompt.text for prompt in prompts])
     if refusal and not (images.is_complete() and invariance.read() is not None):
         raise refusal
-    forget_stop(output, task)
-    try:
+    with telling_stop(output, task):
         generator = ImageGenerator(config, settings, prompts, device)
         reference = _reference(config, measures, generator.size) if task.rank == 0 else None
         images.write_missing(generator, task)
@@ -88,14 +85,10 @@ def evaluate_to_folder(config: MetricsConfig, task: Task | None = None) -> Summa
             return None
         dependence = invariance.read()
         if dependence is None:
-            sampling = generator.model, config.batch_size, config.clip_skip
-            dependence = invariance.measure(*sampling)
+            dependence = invariance.measure(generator.model)
         if task.count > 1:
             wait_until(images.are_finished, output, since)
             images.write_missing(generator, Task())  # what another could not measure
-    except Exception as error:
-        tell_stop(output, task, str(error) or type(error).__name__)
-        raise
     evaluated = Evaluated(_joined(images), reference, dependence, config.seed)
     return _summary(config, metrics, measures, evaluated, generator)
 
@@ -109,7 +102,9 @@ def check_folder(config: MetricsConfig, output: Path, prompts: Sequence[Prompt])
     )
     path = output / SETTINGS
     if not path.is_file():
-        if output.exists() and (output.is_file() or any(_others(output))):
+        entries = list(output.iterdir()) if output.is_dir() else []
+        others = [p for p in entries if not p.name.startswith(".") and p.name != REFERENCES]
+        if output.is_file() or others:
             raise UserError(
                 f"output={output} holds something that is no evaluation; name a new folder"
             )
@@ -124,11 +119,8 @@ def check_folder(config: MetricsConfig, output: Path, prompts: Sequence[Prompt])
         default = PLAIN_FORMATS[key] if key in FORMATS else defaults.get(key)
         there = saved.get(key, default)
         if there != now[key] and (key not in FORMATS or now[key] != "auto"):
-            what = (
-                "other prompts"
-                if key == "prompts_digest"
-                else f"{key}: {there} there, {now[key]} now"
-            )
+            what = f"{key}: {there} there, {now[key]} now"
+            what = "other prompts" if key == "prompts_digest" else what
             raise UserError(
                 f"output={output} holds an evaluation with other settings ({what}); choose another "
                 "output, or continue it with its own"
@@ -143,7 +135,7 @@ def _with_formats(
     """Settles the number formats; returns why they cannot be, where the evaluation is finished:
     there may be nothing to compute."""
     output = Path(config.output)
-    asked = {"dtype": config.dtype, "tf32": config.tf32}
+    asked = {name: getattr(config, name) for name in FORMATS}
     try:
         say = partial(log.warning, "note: %s")
         formats = settled_formats(asked, output / SETTINGS, device, say)
@@ -186,9 +178,7 @@ def _summary(
     notes: list[str] = []
     if reference is not None:
         luminances = {"image": reference.luminance, "border": reference.border_luminance}
-        rounded = {
-            k: [round(value, DECIMALS) for value in v.tolist()] for k, v in luminances.items()
-        }
+        rounded = {k: [round(x, DECIMALS) for x in v.tolist()] for k, v in luminances.items()}
         write_whole(output / REFERENCE, json.dumps(rounded) + "\n")
         notes = reference.notes(*generator.size, len(evaluated.rows))
     skipped = measures.skipped(evaluated)
@@ -196,8 +186,3 @@ def _summary(
     summary = replace(summary, notes=(*summary.notes, *notes))
     write_summary(output, summary)
     return summary
-
-
-def _others(output: Path) -> list[Path]:
-    """Lists the entries other than unfinished files and references."""
-    return [p for p in output.iterdir() if not p.name.startswith(".") and p.name != REFERENCES]

@@ -75,11 +75,9 @@ def title_at_n(name: str, counts: Sequence[int]) -> str:
     if name != FID or not counts:
         return name
     low, high = min(counts), max(counts)
-    return (
-        f"FID at n = {low}; interval at this n"
-        if low == high
-        else (f"FID at n = {low} to {high}; interval at each n")
-    )
+    if low == high:
+        return f"FID at n = {low}; interval at this n"
+    return f"FID at n = {low} to {high}; interval at each n"
 
 
 def markdown(summary: Summary) -> str:
@@ -124,12 +122,9 @@ def read_summary(folder: Path) -> Summary | None:
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    metrics = tuple(
-        Metric(**{**row, "estimate": Estimate(**_numbers(row["estimate"]))})
-        for row in content.pop("metrics")
-    )
-    return Summary(metrics, notes=tuple(content.pop("notes")), **content)
-
-
-def _numbers(estimate: Mapping[str, float | None]) -> dict[str, Any]:
-    return {key: math.nan if value is None else value for key, value in estimate.items()}
+    metrics = []
+    for row in content.pop("metrics"):
+        numbers: dict[str, Any] = row.pop("estimate")
+        numbers |= {key: math.nan for key, value in numbers.items() if value is None}
+        metrics.append(Metric(**row, estimate=Estimate(**numbers)))
+    return Summary(tuple(metrics), notes=tuple(content.pop("notes")), **content)

@@ -131,14 +131,8 @@ def _is_plain(column_type: Any) -> bool:
 
     if types.is_dictionary(column_type):
         column_type = column_type.value_type
-    tests = (
-        types.is_string,
-        types.is_large_string,
-        types.is_integer,
-        types.is_floating,
-        types.is_boolean,
-    )
-    return any(test(column_type) for test in tests)
+    kinds = ("string", "large_string", "integer", "floating", "boolean")
+    return any(getattr(types, f"is_{kind}")(column_type) for kind in kinds)
 
 
 def _chosen_fields(place: str, names: Sequence[str]) -> tuple[str, str | None]:

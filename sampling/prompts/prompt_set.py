@@ -4,6 +4,7 @@ A prompt's index is its place among all prompts of its source, whatever part of 
 draws that are derived from it do not change with `limit` and `offset`.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -153,13 +154,11 @@ def _files(path: Path) -> tuple[list[Path], bool]:
         )
     if not files:
         raise UserError(f"prompts={path} holds no prompt file; {remedy}")
-    for file in files:
-        for other in files:
-            if other.stem.startswith(f"{file.stem}_") and file_category(other) == file_category(
-                file
-            ):
-                raise UserError(
-                    f"prompts={path}: {other.name} repeats prompts of {file.name}; give one of "
-                    f"them, or a pattern such as *_val.txt"
-                )
+    for file, other in itertools.permutations(files, 2):
+        is_part = other.stem.startswith(f"{file.stem}_")
+        if is_part and file_category(other) == file_category(file):
+            raise UserError(
+                f"prompts={path}: {other.name} repeats prompts of {file.name}; give one of them, "
+                "or a pattern such as *_val.txt"
+            )
     return files, True

@@ -20,12 +20,16 @@ SMALLEST_CELL_PX = 128
 SURROUND, TEXT = (128, 128, 128), (255, 255, 255)  # black and white pictures both stand out
 
 
+def eight_bit(images: Tensor) -> Tensor:
+    """Rounds values in [0, 1] to a picture file's uint8; RunFailed for what is not finite."""
+    if not torch.isfinite(images).all():
+        raise RunFailed("the model generated non-finite pixels; sample with dtype=float32")
+    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def to_picture(image: Tensor) -> Image.Image:
     """Turns (3, H, W) in [0, 1] into an 8-bit picture, rounding to nearest."""
-    if not torch.isfinite(image).all():
-        raise RunFailed("the model generated non-finite pixels; sample with dtype=float32")
-    pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(eight_bit(image).permute(1, 2, 0).cpu().numpy())
 
 
 def write_png(path: Path, picture: Image.Image) -> None:

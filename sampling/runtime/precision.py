@@ -42,8 +42,8 @@ def settle(
     """
     adopts = kept is not None and not is_recorded
     chosen = [name for name, value in asked.items() if value == "auto"]
-    formats = {name: value for name, value in asked.items() if value != "auto"}
-    _check(formats, device, prefix)
+    _check({name: value for name, value in asked.items() if value != "auto"}, device, prefix)
+    formats = dict(asked)
     for name in chosen:
         formats[name] = kept[name] if kept and adopts else _automatic(name, device)
     if kept is not None:
@@ -59,7 +59,7 @@ def settle(
         )
         if taken:
             say(f"{taken} on this GPU")
-    return {name: formats[name] for name in asked}
+    return formats
 
 
 def set_tf32(enabled: bool) -> None:
@@ -117,9 +117,8 @@ def _automatic(name: str, device: torch.device) -> Any:
 
 
 def _has_tf32(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(device) >= TF32_CAPABILITY
+    is_gpu = device.type == "cuda"
+    return is_gpu and torch.cuda.get_device_capability(device) >= TF32_CAPABILITY
 
 
 def _check(formats: Mapping[str, Any], device: torch.device, prefix: str = "") -> None:
@@ -141,11 +140,12 @@ def _check_same(
     differing = [name for name in asked if formats[name] != kept[name]]
     if not differing:
         return
-    rows = []
-    for name in differing:
-        given = "auto takes " if asked[name] == "auto" else ""
-        now = f"{given}{_text(formats[name])} on this {device.type} device"
-        rows.append(f"{prefix}{name} was {_text(kept[name])} there, and {now}")
+    rows = [
+        f"{prefix}{name} was {_text(kept[name])} there, and "
+        f"{'auto takes ' if asked[name] == 'auto' else ''}{_text(formats[name])} on this "
+        f"{device.type} device"
+        for name in differing
+    ]
     values = " ".join(f"{prefix}{name}={_text(kept[name])}" for name in differing)
     remedy = f"set {values} to continue it here"
     try:

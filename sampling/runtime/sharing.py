@@ -6,13 +6,14 @@ for the others and joins all rows, in the order of prompts and candidates. A sea
 with another number of processes: whoever has a prompt reads what any of them has written of it.
 """
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from blackpoint.data.files.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.data.files.signals import sleep
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.runtime.tasks import Task
@@ -21,6 +22,10 @@ PARTS, STOPPED = "parts", "stopped"
 POLL_S, TELL_AFTER_S = 0.5, 30.0
 Item = TypeVar("Item")
 log = logging.getLogger(__name__)
+
+
+class FolderInUse(UserError):
+    """Another process writes there."""
 
 
 def own_folder(output: Path, task: Task) -> Path:
@@ -66,16 +71,18 @@ def stopped(output: Path, since: float) -> str:
     return ""
 
 
-def tell_stop(output: Path, task: Task, reason: str) -> None:
-    """Leaves word beside the folder for the processes that wait for this one."""
-    if task.count > 1:
-        write_whole(_stop_file(output, task), reason)
+@contextlib.contextmanager
+def telling_stop(output: Path, task: Task) -> Iterator[None]:
+    """Where the block raises, leaves word beside the folder for the processes that wait for this.
 
-
-def forget_stop(output: Path, task: Task) -> None:
-    """Removes the word that an earlier start of this process has left."""
-    _stop_file(output, task).unlink(missing_ok=True)
-
-
-def _stop_file(output: Path, task: Task) -> Path:
-    return output.parent / f".{output.name}.{STOPPED}-{task.rank}"
+    Begins by removing the word that an earlier start of this process has left. `FolderInUse` is no
+    stop: another process does this one's work.
+    """
+    word = output.parent / f".{output.name}.{STOPPED}-{task.rank}"
+    word.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        if task.count > 1 and not isinstance(error, FolderInUse):
+            write_whole(word, str(error) or type(error).__name__)
+        raise

@@ -6,6 +6,7 @@ import secrets
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -58,8 +59,18 @@ def start_run(wandb_config: WandbConfig, folder: Path, config: Mapping[str, Any]
             f"{later}",
             file=sys.stderr,
         )
+    start = partial(
+        wandb.init,
+        project=wandb_config.project,
+        name=wandb_config.name or folder.name,
+        id=run_id(folder),
+        dir=folder,
+        resume="allow",
+        config=dict(config),
+    )
+    settings = wandb.Settings(console="off", silent=offline)
     try:
-        return _start(wandb_config, folder, config, offline)
+        return start(mode="offline" if offline else "online", settings=settings)
     except wandb.errors.CommError as error:
         if offline:
             raise
@@ -70,7 +81,7 @@ def start_run(wandb_config: WandbConfig, folder: Path, config: Mapping[str, Any]
             file=sys.stderr,
         )
         wandb.teardown()  # else its service takes the id for in use
-        return _start(wandb_config, folder, config, offline=True)
+        return start(mode="offline", settings=wandb.Settings(console="off", silent=True))
 
 
 def logged_in() -> bool:
@@ -82,23 +93,6 @@ def logged_in() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def _start(
-    wandb_config: WandbConfig, folder: Path, config: Mapping[str, Any], offline: bool
-) -> Any:
-    import wandb
-
-    return wandb.init(
-        project=wandb_config.project,
-        name=wandb_config.name or folder.name,
-        id=run_id(folder),
-        dir=folder,
-        mode="offline" if offline else "online",
-        resume="allow",
-        config=dict(config),
-        settings=wandb.Settings(console="off", silent=offline),
-    )
 
 
 def run_id(folder: Path) -> str:

@@ -12,6 +12,8 @@ search chooses only among near-ties (docs/search.md).
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.search.algorithms.halving import HalvingConfig, measured_kendall, walk
-from blackpoint.sampling.search.driver import drive, open_search
+from blackpoint.sampling.search.driver import drive
 from blackpoint.sampling.search.journal import ROWS, Journal, read_rows
 from blackpoint.sampling.search.problem import Problem, Seeded, Trial
 from blackpoint.sampling.search.runner import TrialRunner
@@ -45,18 +47,13 @@ def calibrate(
         return
     parts = zip((0, *levels), (*levels, steps), strict=True)
     budget = sum(runner.cost(*part) for part in parts) * count
-    journal = Journal(folder)
-    try:
-        problems = (
-            Problem(index, seed + 1, runner.grid, runner.cost, budget)
-            for index in prompts[: config.calibration_prompts]
-        )
-        searches = (
-            open_search(p, lambda problem: walk(problem, levels, count, 1.0)) for p in problems
-        )
-        drive(runner, journal, searches, needs_winner=False)
-    finally:
-        journal.close()
+    problems = (
+        Problem(index, seed + 1, runner.grid, runner.cost, budget)
+        for index in prompts[: config.calibration_prompts]
+    )
+    make = partial(walk, levels=levels, count=count, keep=1.0)
+    with closing(Journal(folder)) as journal:
+        drive(runner, journal, problems, make, needs_winner=False)
     kendall = measured_kendall(read_rows(folder / ROWS), values)
     write_whole(folder / FOUND, json.dumps(kendall, indent=1) + "\n")
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from omegaconf import MISSING
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.paths import OutputText, PathText
+from blackpoint.data.files.paths import OutputText
+from blackpoint.data.files.rules import check_ranges, require
 from blackpoint.sampling.choices import check_seed
 from blackpoint.sampling.options import SamplingOptions
 from blackpoint.sampling.runtime.tracking import WandbConfig
@@ -23,8 +24,8 @@ from blackpoint.sampling.search.algorithms import (
     zero_order,
 )
 from blackpoint.sampling.search.problem import Algorithm
-from blackpoint.sampling.verifiers.kind import RunForm
-from blackpoint.sampling.verifiers.load import VerifierConfig
+from blackpoint.sampling.verifiers.kind import EnsembleRule, RunForm
+from blackpoint.sampling.verifiers.load import ImageModelConfig, VerifierConfig
 
 ALGORITHMS = {
     "random": random_search.ALGORITHM,
@@ -39,18 +40,6 @@ if TYPE_CHECKING:
     AlgorithmName = str
 else:
     AlgorithmName = Literal[tuple(ALGORITHMS)]
-EnsembleRule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
-
-
-@dataclass
-class DiversityConfig:
-    """Features whose mean distance between winners, beside the plain images, tells diversity."""
-
-    checkpoint: PathText | None = None
-    """A transformers folder or hub id, such as facebook/dinov2-base; pixels of thumbnails if
-    neither this nor module is set."""
-    module: str | None = None
-    """Import path package.module:name of a module of images in [0, 1] to features."""
 
 
 @dataclass
@@ -80,8 +69,9 @@ class SearchOptions(SamplingOptions):
     batch_size: int = 16
     """Candidates run at once, of any prompts; 0 finds it. Moves choices only among
     near-ties (docs/search.md)."""
-    diversity: DiversityConfig = field(default_factory=DiversityConfig)
-    """How the diversity of the winners is measured."""
+    diversity: ImageModelConfig = field(default_factory=ImageModelConfig)
+    """Features, such as those of facebook/dinov2-base, whose mean distance between winners, beside
+    that of the plain images, tells diversity; pixels of thumbnails if it is not set."""
     wandb: WandbConfig = field(default_factory=lambda: WandbConfig(enabled=False))
     """Tables of winners and candidates at Weights & Biases."""
 
@@ -101,11 +91,8 @@ class SearchConfig(_Sections, SearchOptions):
     """From prompts to the best image of each within a budget of network evaluations."""
 
     def __post_init__(self) -> None:
-        for name in ("budget_nfe", "num_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.batch_size < 0:
-            raise UserError(f"batch_size={self.batch_size} must be at least 1, or 0 to find it")
+        check_ranges(self, "", budget_nfe=">= 1", num_steps=">= 1")
+        require(self.batch_size >= 0, "batch_size", self.batch_size, "at least 1, or 0 to find it")
         check_seed("seed", self.seed)
         if self.random.first_seed is not None:
             check_seed("random.first_seed", self.random.first_seed, self.budget_nfe)

@@ -5,8 +5,9 @@ The unit is a row of the network (NFE). A forward-and-backward row counts 3, as 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from blackpoint.sampling.grid import SamplingGrid
@@ -40,9 +41,9 @@ class Costs:
         """Returns the rows of a run from level `first` to `stop`."""
         steps = range(first, stop)
         ahead = [step + 1 for step in steps if step + 1 < self.grid.num_steps]
-        asked = [*steps, *ahead * (SAMPLERS[self.sampler].evaluations_per_step - 1)]
-        guided = sum(self.guidance.is_on(self.grid.timesteps[step]) for step in asked)
-        return Rows(len(asked), guided)
+        evaluated = [*steps, *ahead * (SAMPLERS[self.sampler].evaluations_per_step - 1)]
+        guided = sum(self.guidance.is_on(self.grid.timesteps[step]) for step in evaluated)
+        return Rows(len(evaluated), guided)
 
     def score_rows(self, stop: int) -> Rows:
         """Returns the rows of the scores of a run to level `stop`."""
@@ -91,12 +92,10 @@ class Ledger:
             self.backward_rows += samples * sum(rows)
 
     def __add__(self, other: Ledger) -> Ledger:
-        names = [field.name for field in fields(self)]
-        return Ledger(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        return Ledger(*map(operator.add, astuple(self), astuple(other)))
 
     def __sub__(self, other: Ledger) -> Ledger:
-        names = [field.name for field in fields(self)]
-        return Ledger(**{name: getattr(self, name) - getattr(other, name) for name in names})
+        return Ledger(*map(operator.sub, astuple(self), astuple(other)))
 
     def share(self, count: int) -> Ledger:
         """Returns the share of one of `count` equal candidates of a batch."""

@@ -1,9 +1,9 @@
 """The driver: walks the searches of many prompts side by side, from their records or by running.
 
-Every prompt has an algorithm (a generator, sampling/search/trial.py). In each turn the trials that
-all open prompts ask for are gathered; those that candidates.jsonl knows are answered from there,
-the rest is run together. Winners are the best final candidates, ties going to the lower number;
-what is not a finite score is rejected and counted.
+Every prompt has an algorithm (a generator, sampling/search/problem.py). In each turn the trials
+that all open prompts ask for are gathered; those that candidates.jsonl knows are answered from
+there, the rest is run together. Winners are the best final candidates, ties going to the lower
+number; what is not a finite score is rejected and counted.
 """
 
 import itertools
@@ -63,6 +63,7 @@ class PromptSearch:
 
     def take(self, outcomes: list[Outcome]) -> None:
         """Hands the outcomes of `pending` to the algorithm, and takes its next trials."""
+        assert len(outcomes) == len(self.pending)
         for outcome in outcomes:
             self.spent_nfe += outcome.nfe
             self.num_rejected += math.isnan(outcome.score)
@@ -102,7 +103,8 @@ def check_budget(problem: Problem, least_nfe: int | None = None) -> None:
 def drive(
     runner: TrialRunner,
     journal: Journal,
-    searches: Iterable[PromptSearch],
+    problems: Iterable[Problem],
+    make: MakeSearch,
     about: Callable[[int], Mapping[str, Any]] = lambda index: {},
     on_image: Callable[[PromptSearch, Result], None] = lambda *_: None,
     on_done: Callable[[PromptSearch], None] = lambda _: None,
@@ -110,75 +112,58 @@ def drive(
     one_by_one: bool = False,
     needs_winner: bool = True,
 ) -> list[PromptSearch]:
-    """Runs all searches to their end; returns them.
+    """Searches all problems to their end, each by what `make` makes of it; returns the searches.
 
     `on_image` is told of every image that may be the winner of its prompt, when it is made,
     `on_done` of a prompt that is finished; `about` adds to the rows of a prompt. `one_by_one`
     begins a prompt when the one before it is finished, as a verifier that remembers winners needs.
     Raises RunFailed where every score of a prompt was rejected, unless not `needs_winner`.
     """
-    waiting = iter(searches)
+    waiting = (open_search(problem, make) for problem in problems)
     finished: list[PromptSearch] = []
-    active = list(itertools.islice(waiting, 1))
-    while active:
+    active: list[PromptSearch] = []
+    while active := active or list(itertools.islice(waiting, 1)):
+        unpaid = [(search, trial) for search in active for trial in _unpaid(search, journal)]
+        while not one_by_one and len(unpaid) < runner.batch_size:
+            search = next(waiting, None)
+            if search is None:
+                break
+            active.append(search)
+            unpaid += [(search, trial) for trial in _unpaid(search, journal)]
         fresh: dict[tuple[int, int], Outcome] = {}
-        wanted = _unpaid(active, journal)
-        while (
-            not one_by_one
-            and len(wanted) < runner.batch_size
-            and (more := list(itertools.islice(waiting, 1)))
-        ):
-            active += more
-            wanted += _unpaid(more, journal)
-        trials = [(one.problem.prompt_index, trial) for one, trial in wanted]
-        for number, result in runner.run(trials):
-            one, trial = wanted[number]
-            index = one.problem.prompt_index
-            if one.may_win(result.outcome):
-                on_image(one, result)  # before its row, which says that nothing is missing
+        for number, result in runner.run([(s.problem.prompt_index, trial) for s, trial in unpaid]):
+            search, trial = unpaid[number]
+            index = search.problem.prompt_index
+            if search.may_win(result.outcome):
+                on_image(search, result)  # before its row, which says that nothing is missing
             journal.write(index, result, about(index))
             fresh[index, trial.candidate] = result.outcome
-        for one in active:
-            one.take([_outcome(one, trial, fresh, journal) for trial in one.pending])
-            if one.is_done:
-                if needs_winner:
-                    _require_winner(one)
-                on_done(one)
-                journal.forget(one.problem.prompt_index)
-                runner.forget(one.problem.prompt_index)
+        for search in active:
+            index = search.problem.prompt_index
+            outcomes = (
+                fresh.get((index, t.candidate)) or journal.find(index, t) for t in search.pending
+            )
+            search.take(list(filter(None, outcomes)))
+            if search.is_done:
+                if needs_winner and search.best is None:
+                    raise RunFailed(
+                        f"prompt {index}: none of its {search.num_rejected} candidates has a "
+                        "finite score, so there is no winner; look at the verifier and at the "
+                        "images"
+                    )
+                on_done(search)
+                journal.forget(index)
+                runner.forget(index)
         on_turn(active)
-        finished += [one for one in active if one.is_done]
-        active = [one for one in active if not one.is_done]
-        active = active or list(itertools.islice(waiting, 1))
+        finished += [search for search in active if search.is_done]
+        active = [search for search in active if not search.is_done]
     return finished
 
 
-def _unpaid(searches: list[PromptSearch], journal: Journal) -> list[tuple[PromptSearch, Trial]]:
+def _unpaid(search: PromptSearch, journal: Journal) -> list[Trial]:
     """Returns the trials that are asked for and not recorded."""
-    return [
-        (one, trial)
-        for one in searches
-        for trial in one.pending
-        if journal.find(one.problem.prompt_index, trial) is None
-    ]
-
-
-def _outcome(
-    one: PromptSearch, trial: Trial, fresh: dict[tuple[int, int], Outcome], journal: Journal
-) -> Outcome:
-    """Returns the outcome of a trial, of this start or an earlier one."""
-    index = one.problem.prompt_index
-    outcome = fresh.get((index, trial.candidate)) or journal.find(index, trial)
-    assert outcome is not None
-    return outcome
-
-
-def _require_winner(one: PromptSearch) -> None:
-    if one.best is None:
-        raise RunFailed(
-            f"prompt {one.problem.prompt_index}: none of its {one.num_rejected} candidates has a "
-            "finite score, so there is no winner; look at the verifier and at the images"
-        )
+    index = search.problem.prompt_index
+    return [trial for trial in search.pending if journal.find(index, trial) is None]
 
 
 class SearchProgress:
@@ -199,14 +184,14 @@ class SearchProgress:
 
     def tell(self, turn: list[PromptSearch]) -> None:
         """Shows the prompts of a turn, the finished among them."""
-        active = [one for one in turn if not one.is_done]
+        active = [search for search in turn if not search.is_done]
         self._finished_nfe += self._budget_nfe * (len(turn) - len(active))
-        spent = self._finished_nfe + sum(one.spent_nfe for one in active)
-        bests = [one.best.score for one in turn if one.best is not None]
-        left = sum(one.problem.budget_nfe - one.spent_nfe for one in active)
+        spent = sum(search.spent_nfe for search in active)
+        bests = [search.best.score for search in turn if search.best is not None]
+        left = len(active) * self._budget_nfe - spent
         best = f"best score {max(bests):.4f}, " if bests else ""
         state = f"{best}{len(active)} prompts open with {left} NFE"
-        self.bar.update(self._task, completed=spent, state=state)
+        self.bar.update(self._task, completed=self._finished_nfe + spent, state=state)
         if time.monotonic() - self._kept_s >= EVERY_S:
             self._keep()
             self._kept_s = time.monotonic()

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.plain import read_json
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.images.decode import DECODER_VERSION
 from blackpoint.sampling.checkpoints.merged import lora_digests
@@ -118,10 +119,8 @@ def reads_pictures(config: SearchConfig) -> bool:
 
 def decoder_note(config: SearchConfig, output: Path) -> str:
     """Returns a note where an earlier version of the decoder read the references, or ""."""
-    path = output / SETTINGS
-    if not reads_pictures(config) or not path.is_file():
-        return ""
-    if json.loads(path.read_text(encoding="utf-8")).get(DECODER) == DECODER_VERSION:
+    saved = read_json(output / SETTINGS)
+    if not reads_pictures(config) or not saved or saved.get(DECODER) == DECODER_VERSION:
         return ""
     return (
         f"{output} was begun when references were not decoded as training images are (orientation, "

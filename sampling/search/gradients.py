@@ -10,6 +10,7 @@ form and nothing is differentiated:
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,7 @@ from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.samplers import run
 from blackpoint.sampling.search.problem import Outcome, Result, Trial
 from blackpoint.sampling.verifiers.stability import Stability
-from blackpoint.sampling.verifiers.verifier import TrajectoryVerifier, score_run
+from blackpoint.sampling.verifiers.verifier import TrajectoryVerifier
 
 if TYPE_CHECKING:
     from blackpoint.sampling.search.runner import TrialRunner
@@ -61,13 +62,15 @@ def through_the_run(
     num_steps, started_s = runner.grid.num_steps, runner.now_s()
     with torch.enable_grad():
         noise = noise.detach().requires_grad_()
-        denoise = checkpointed(runner.denoiser(conditions, runner.sampling.guidance))
+        denoise = checkpointed(runner.denoiser(conditions, runner.guidance))
         x = run(runner.sampling.sampler, denoise, runner.grid, SampleState(noise)).x
         if isinstance(verifier, TrajectoryVerifier):
             again = checkpointed(runner.denoiser(conditions, Guidance(verifier.guidance_scale)))
-            scores = score_run(verifier, noise, x, num_steps, again, runner.grid)
+            measured = verifier.measure(x, num_steps, again, runner.grid)
+            scores = verifier.score_measured(noise, measured)
         else:
-            images = torch.cat([_decoded(runner, row) for row in x.split(1)])
+            decode = partial(checkpoint, runner.model.decode_with_gradient, use_reentrant=False)
+            images = torch.cat([decode(row) for row in x.split(1)])  # kept: the latents alone
             scores = verifier.score(images, prompts).to(noise.device)
         [gradient] = torch.autograd.grad(scores.sum(), noise)
     _count(runner, len(noise), started_s, backward=True)
@@ -80,7 +83,7 @@ def fixed_inverse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the cosines, their gradient with e' held fixed, and the generated latents."""
     started_s, grid = runner.now_s(), runner.grid
-    denoise = runner.denoiser(conditions, runner.sampling.guidance)
+    denoise = runner.denoiser(conditions, runner.guidance)
     x = run(runner.sampling.sampler, denoise, grid, SampleState(noise)).x
     inverse = runner.denoiser(conditions, Guidance(verifier.guidance_scale))
     back = verifier.measure(x, grid.num_steps, inverse, grid).x
@@ -98,13 +101,6 @@ def _count(runner: "TrialRunner", samples: int, started_s: float, backward: bool
     for rows in (runner.costs.run_rows(0, stop), runner.costs.score_rows(stop)):
         runner.ledger.count(samples, rows, backward)
     runner.ledger.denoising_s += runner.now_s() - started_s
-
-
-def _decoded(runner: "TrialRunner", latents: Tensor) -> Tensor:
-    """Decodes one image, of which the backward pass keeps the latents alone."""
-    images = checkpoint(runner.model.decode_with_gradient, latents, use_reentrant=False)
-    assert isinstance(images, Tensor)
-    return images
 
 
 def checkpointed(denoise: Denoise) -> Denoise:

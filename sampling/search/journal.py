@@ -13,7 +13,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from blackpoint.data.files.lock import Lock
 from blackpoint.data.files.plain import number, recorded
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.grid import SampleState
-from blackpoint.sampling.runtime.sharing import files_of
+from blackpoint.sampling.runtime.sharing import FolderInUse, files_of
 from blackpoint.sampling.search.costs import Ledger
 from blackpoint.sampling.search.problem import Outcome, Result, Trial
 
@@ -163,18 +164,14 @@ def read_rows(path: Path, repair: bool = True) -> list[dict[str, Any]]:
     return rows
 
 
-def join_rows(
-    output: Path, name: str, key: Callable[[dict[str, Any]], Any]
-) -> list[dict[str, Any]]:
+def rows_by_key(output: Path, name: str, key: Sequence[str]) -> dict[Any, dict[str, Any]]:
+    """Reads the rows of the whole search and of its parts, by their values of `key`."""
+    rows = (row for path in files_of(output, name) for row in read_rows(path, repair=False))
+    return {itemgetter(*key)(row): row for row in rows}
+
+
+def join_rows(output: Path, name: str, key: Sequence[str]) -> list[dict[str, Any]]:
     """Writes the rows of the whole search and of its parts to output/name, sorted; returns them."""
-    by_key = {}
-    for path in files_of(output, name):
-        for row in read_rows(path, repair=False):
-            by_key[key(row)] = row
-    rows = [by_key[row_key] for row_key in sorted(by_key)]
+    rows = [row for _, row in sorted(rows_by_key(output, name, key).items())]
     write_whole(output / name, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
-
-
-class FolderInUse(UserError):
-    """Another process writes there."""

@@ -6,23 +6,22 @@ of whole images; for the others one more image, which counts in no budget and in
 """
 
 import functools
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from blackpoint.data.files.plain import finite, number, recorded
+from blackpoint.data.files.plain import finite, number, read_json, recorded
 from blackpoint.sampling.runtime.pictures import read_picture
 from blackpoint.sampling.runtime.tracking import WandbConfig, start_run
-from blackpoint.sampling.search.config import DiversityConfig
 from blackpoint.sampling.search.folder import LEDGER, SETTINGS
 from blackpoint.sampling.statistics.diversity import diversity_change
 from blackpoint.sampling.statistics.hacking_alarm import HackingAlarm, PairedScores, hacking_alarm
+from blackpoint.sampling.verifiers.load import ImageModelConfig
 from blackpoint.sampling.verifiers.models.image_model import load_features
 from blackpoint.sampling.verifiers.verifier import Verifier, checked_scores
 
@@ -35,8 +34,6 @@ def judge(
     held_out: Mapping[str, Verifier], images: Sequence[Tensor], prompt: str
 ) -> list[dict[str, float | str]]:
     """Returns each held-out verifier's score of each image of a prompt."""
-    if not images:
-        return []
     columns = {
         name: checked_scores(verifier, torch.stack(list(images)), [prompt] * len(images)).tolist()
         for name, verifier in held_out.items()
@@ -48,7 +45,7 @@ def judge(
 
 
 def alarms(
-    rows: Sequence[dict[str, Any]], config: DiversityConfig, output: Path
+    rows: Sequence[dict[str, Any]], config: ImageModelConfig, output: Path
 ) -> list[HackingAlarm]:
     """Compares the winners of all prompts with their baselines.
 
@@ -59,24 +56,16 @@ def alarms(
     if len(paired) < 2:
         return []
     winners, plain = (
-        _features(config, [output / name for name in names]) for names in _images(paired)
+        _features(config, [output / row["image"] for row in rows[:MAX_DIVERSITY_IMAGES]])
+        for rows in (paired, [row["baseline"] for row in paired])
     )
     usable = (winners.isfinite() & plain.isfinite()).all(dim=1)
     # One row that is not finite has no distance to any other.
     diversity = diversity_change(winners[usable], plain[usable]) if usable.sum() > 1 else None
-    results = []
-    held_out = [_pairs(paired, "held_out", name) for name in paired[0]["held_out"]]
-    held_out = [scores for scores in held_out if _is_enough(scores)]
-    for searched in paired[0]["scores"]:
-        first = _pairs(paired, "scores", searched)
-        if _is_enough(first):
-            results.append(hacking_alarm(first, held_out, diversity))
-    return results
-
-
-def _is_enough(scores: PairedScores) -> bool:
-    """Tells whether two prompts have finite scores of both, as an interval needs."""
-    return int((np.isfinite(scores.winners) & np.isfinite(scores.baselines)).sum()) > 1
+    held_out = _paired_scores(paired, "held_out")
+    return [
+        hacking_alarm(scores, held_out, diversity) for scores in _paired_scores(paired, "scores")
+    ]
 
 
 @functools.cache
@@ -88,18 +77,18 @@ def extractor(checkpoint: str | None, module: str | None) -> Callable[[Tensor], 
     return load_features(checkpoint, module, torch.device("cpu"), torch.float32, field)
 
 
-def _pairs(rows: Sequence[dict[str, Any]], key: str, name: str) -> PairedScores:
-    winners = [number(row[key][name]) for row in rows]
-    return PairedScores(name, winners, [number(row["baseline"][key][name]) for row in rows])
-
-
-def _images(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
-    chosen = rows[:MAX_DIVERSITY_IMAGES]
-    return [row["image"] for row in chosen], [row["baseline"]["image"] for row in chosen]
+def _paired_scores(rows: Sequence[dict[str, Any]], key: str) -> list[PairedScores]:
+    """Returns the scores of each verifier of which an interval can be made: of two prompts."""
+    paired = []
+    for name in rows[0][key]:
+        pairs = [(number(row[key][name]), number(row["baseline"][key][name])) for row in rows]
+        if sum(all(map(math.isfinite, pair)) for pair in pairs) > 1:
+            paired.append(PairedScores(name, *map(list, zip(*pairs, strict=True))))
+    return paired
 
 
 @torch.no_grad()
-def _features(config: DiversityConfig, files: Sequence[Path]) -> Tensor:
+def _features(config: ImageModelConfig, files: Sequence[Path]) -> Tensor:
     features = extractor(config.checkpoint, config.module)
     parts = []
     for start in range(0, len(files), BATCH):
@@ -125,7 +114,7 @@ def send_tables(
         return
     import wandb
 
-    run = start_run(config, output, json.loads((output / SETTINGS).read_text(encoding="utf-8")))
+    run = start_run(config, output, read_json(output / SETTINGS))
     names = [(f"held-out {name}", "held_out", name) for name in rows[0]["held_out"]]
     names += [(name, "scores", name) for name in rows[0]["scores"]]
     columns = ["prompt", "category", "winner", "plain", "score", "seed", "nfe", "rejected"]
@@ -147,7 +136,7 @@ def send_tables(
             numbers = (change.value, change.low, change.high, change.n)
             changes.add_data(alarm.searched, metric, *numbers)
     run.log({"changes": changes})
-    ledger = json.loads((output / LEDGER).read_text(encoding="utf-8"))
+    ledger = read_json(output / LEDGER)
     beside = ledger.pop("beside")
     run.summary.update(ledger | {"beside_nfe": beside["nfe"]})
     run.summary["hacking"] = any(alarm.raised for alarm in results)

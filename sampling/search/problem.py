@@ -18,12 +18,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from blackpoint.sampling.grid import SampleState, SamplingGrid
 from blackpoint.sampling.search.costs import Ledger
 from blackpoint.sampling.verifiers.kind import RunForm
-from blackpoint.sampling.verifiers.load import VerifierConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,6 +129,12 @@ class Outcome:
     state: SampleState | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def reached(self) -> SampleState:
+        """The state, of a run that is no final candidate."""
+        assert self.state is not None
+        return self.state
+
 
 @dataclass(frozen=True)
 class Result:
@@ -197,16 +202,6 @@ class Problem:
         return derive_seed(self.seed, self.prompt_index, *parts) >> 32
 
 
-class SearchSettings(Protocol):
-    """Settings of a search that an algorithm may read."""
-
-    sampler: str
-    eta: float | None
-    compile: bool
-    ensemble: str
-    verifiers: Mapping[str, VerifierConfig]
-
-
 @dataclass(frozen=True)
 class Algorithm:
     """Declaration of a search algorithm; `config` holds its settings, a section of the verb's."""
@@ -215,7 +210,7 @@ class Algorithm:
     config: type
     form: RunForm
     check: Callable[[Any, Any], None] = lambda search, config: None
-    """Raises UserError for a search (`SearchSettings`) that it cannot make with its settings."""
+    """Raises UserError for a search (`SearchOptions`) that it cannot make with its settings."""
     least_nfe: Callable[[Problem, Any], int] = lambda problem, config: (
         problem.gradient_cost or problem.full_cost
     )

@@ -12,7 +12,9 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +26,18 @@ from blackpoint.sampling.prompts.prompt_set import Prompt, read_prompt_set
 from blackpoint.sampling.runtime.precision import FORMATS, kept_formats, settled_formats
 from blackpoint.sampling.runtime.sharing import (
     PARTS,
-    forget_stop,
     own_folder,
     share_of,
-    tell_stop,
+    telling_stop,
     wait_until,
 )
 from blackpoint.sampling.runtime.tasks import Task, this_task
 from blackpoint.sampling.sample import find_device
+from blackpoint.sampling.samplers import SAMPLERS
 from blackpoint.sampling.search import calibration
 from blackpoint.sampling.search.algorithms.random_search import random_search
 from blackpoint.sampling.search.config import SearchConfig
-from blackpoint.sampling.search.driver import SearchProgress, check_budget, drive, open_search
+from blackpoint.sampling.search.driver import SearchProgress, check_budget, drive
 from blackpoint.sampling.search.folder import (
     SETTINGS,
     check_folder,
@@ -45,57 +47,31 @@ from blackpoint.sampling.search.folder import (
     spent_in,
     spent_on,
 )
-from blackpoint.sampling.search.journal import ROWS, STATES, FolderInUse, Journal, join_rows
+from blackpoint.sampling.search.journal import ROWS, STATES, Journal, join_rows
 from blackpoint.sampling.search.judge import HACKING, alarms, extractor, send_tables
-from blackpoint.sampling.search.problem import Outcome, Problem, Search
+from blackpoint.sampling.search.problem import Outcome, Problem
 from blackpoint.sampling.search.runner import TrialRunner
-from blackpoint.sampling.search.setup import (
-    Loaded,
-    is_reproducible,
-    load,
-    make_problem,
-    note,
-    rank_values,
-)
-from blackpoint.sampling.search.winners import (
-    BASELINE,
-    BESTS,
-    WINNERS,
-    WinnerRows,
-    Winners,
-    read_winners,
-)
+from blackpoint.sampling.search.setup import load, make_problem, note, rank_values
+from blackpoint.sampling.search.winners import BASELINE, BESTS, WINNERS, Winners, read_winners
 
 BASELINES = "baselines"
 
 
-def search_to_folder(
-    config: SearchConfig, task: Task | None = None, since: float | None = None
-) -> tuple[Path, list[str]]:
+def search_to_folder(config: SearchConfig, task: Task | None = None) -> tuple[Path, list[str]]:
     """Searches every prompt; continues an earlier start.
-
-    since: time from which another process's word that it has stopped counts; that of the call if
-    not given. Of several searches in a row, where a process may be ahead, that of the first.
 
     Returns the folder and lines about it. Of several processes each searches its share
     of the prompts, and the first waits for the others and joins what they have found.
     """
-    task, since = task or this_task(), since or time.time() - 1
+    task, since = task or this_task(), time.time() - 1
     output = Path(config.output)
     prompts = {prompt.index: prompt for prompt in prompts_of(config, task)}
     settings = check_folder(config, output, prompts.values())
-    done = read_winners(output)
     lines: list[str] = []
-    forget_stop(output, task)
-    try:
-        mine = [index for index in share_of(list(prompts), task) if index not in done]
-        if mine:
+    with telling_stop(output, task):
+        done = read_winners(output)
+        if mine := [index for index in share_of(list(prompts), task) if index not in done]:
             lines = search_prompts(config, settings, prompts, mine, task, since)
-    except FolderInUse:
-        raise
-    except Exception as error:
-        tell_stop(output, task, str(error) or type(error).__name__)
-        raise
     if task.rank > 0:
         return output, []
     if not (output / HACKING).is_file():
@@ -138,39 +114,39 @@ def search_prompts(
     kendall, lines = calibrated(config, runner, list(prompts), task, since)
     formats = {name: getattr(config, name) for name in FORMATS}
     about = {"algorithm": config.algorithm, "device": device.type, **formats}
-    winners = Winners(output, texts, settings | formats, runner.shape)
-    plain = baselines(config, loaded, winners, mine, task)
-    beside = spent_in(output / calibration.FOLDER, own_folder(output / BASELINES, task))
+    has_noise_in_steps = SAMPLERS[config.sampler].fresh_noise(config.eta)
     part = own_folder(output, task)
-    journal = Journal(output, part, mine)  # locks it
-    rows = WinnerRows(part, winners, prompts, loaded, plain, is_reproducible(config))
-    progress = SearchProgress(
-        len(mine),
-        config.budget_nfe,
-        lambda: keep_ledger(part, journal.spent, beside, formats_of([about])),
-    )
-    problems = (make_problem(config, runner, index, kendall) for index in mine)
-    try:
+    with closing(Journal(output, part, mine)) as journal:  # locks it
+        winners = Winners(
+            output,
+            part,
+            prompts,
+            settings | formats,
+            runner.shape,
+            config.declared.is_reproducible and not has_noise_in_steps,
+            loaded.held_out,
+            loaded.oracles,
+        )
+        winners.plain = baselines(config, runner, winners, mine, task)
+        beside = spent_in(output / calibration.FOLDER, own_folder(output / BASELINES, task))
+        progress = SearchProgress(
+            len(mine),
+            config.budget_nfe,
+            lambda: keep_ledger(part, journal.spent, beside, formats_of([about])),
+        )
         with progress.bar:
             drive(
                 runner,
                 journal,
-                (open_search(p, lambda one: start_search(config, one)) for p in problems),
+                (make_problem(config, runner, index, kendall) for index in mine),
+                lambda problem: config.declared.start(problem, config.settings),
                 about=lambda index: {"prompt": texts[index], **about},
                 on_image=winners.keep,
                 on_turn=progress.tell,
-                on_done=rows.finish,
+                on_done=winners.finish,
                 one_by_one=bool(loaded.oracles),
             )
-    finally:
-        rows.close()
-        journal.close()
     return lines
-
-
-def start_search(config: SearchConfig, problem: Problem) -> Search:
-    """Starts the algorithm on a prompt."""
-    return config.declared.start(problem, config.settings)
 
 
 def begin(
@@ -204,7 +180,7 @@ def calibrated(
     def values(rows: Sequence[Mapping[str, Any]]) -> list[float]:
         if len(config.verifiers) == 1:
             return [row["score"] for row in rows]
-        return rank_values(config.verifiers, config.ensemble, [row["scores"] for row in rows])
+        return rank_values(config, [row["scores"] for row in rows])
 
     if task.rank == 0:
         levels = levels_of(config.settings, steps, None)
@@ -217,32 +193,29 @@ def calibrated(
 
 
 def baselines(
-    config: SearchConfig, loaded: Loaded, winners: Winners, mine: Sequence[int], task: Task
+    config: SearchConfig, runner: TrialRunner, winners: Winners, mine: Sequence[int], task: Task
 ) -> dict[int, Outcome]:
     """Generates the plain images for held-out verifiers where the algorithm generates none."""
     if config.declared.has_plain_first or not config.held_out:
         return {}
-    runner, folder = loaded.runner, Path(config.output) / BASELINES
-    price = runner.cost(0, config.num_steps)
+    folder, price = Path(config.output) / BASELINES, runner.cost(0, config.num_steps)
     problems = (Problem(index, config.seed, runner.grid, runner.cost, price) for index in mine)
-    journal = Journal(folder, own_folder(folder, task), mine)
-    try:
+    with closing(Journal(folder, own_folder(folder, task), mine)) as journal:
         searches = drive(
             runner,
             journal,
-            (open_search(p, lambda one: random_search(one, config.random)) for p in problems),
-            on_image=lambda one, result: winners.keep(one, result, BASELINE),
+            problems,
+            partial(random_search, config=config.random),
+            on_image=partial(winners.keep, name=BASELINE),
             needs_winner=False,
         )
-    finally:
-        journal.close()
-    return {one.problem.prompt_index: one.best for one in searches if one.best is not None}
+    return {s.problem.prompt_index: s.best for s in searches if s.best is not None}
 
 
 def join(config: SearchConfig, output: Path) -> list[str]:
     """Joins the files of the processes, reports the results, and clears up."""
-    candidates = join_rows(output, ROWS, lambda row: (row["prompt_index"], row["candidate"]))
-    rows = join_rows(output, WINNERS, lambda row: row["prompt_index"])
+    candidates = join_rows(output, ROWS, ("prompt_index", "candidate"))
+    rows = join_rows(output, WINNERS, ("prompt_index",))
     beside = spent_in(output / calibration.FOLDER, output / BASELINES)
     keep_ledger(output, spent_on(candidates), beside, formats_of(candidates))
     results = alarms(rows, config.diversity, output)

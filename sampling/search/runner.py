@@ -7,7 +7,7 @@ would.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,25 +17,12 @@ from blackpoint.sampling.grid import Denoise, SampleState, renoise
 from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.noise import step_noise
+from blackpoint.sampling.options import SamplingOptions
 from blackpoint.sampling.samplers import run
 from blackpoint.sampling.search.costs import BACKWARD_NFE, Costs, Ledger
 from blackpoint.sampling.search.gradients import gradient_batch
 from blackpoint.sampling.search.problem import Noise, Outcome, Renoised, Result, Seeded, Trial
 from blackpoint.sampling.search.scoring import AnyVerifier, Scoring, Trace
-
-
-@dataclass(frozen=True)
-class SearchSampling:
-    """How every candidate is sampled."""
-
-    num_steps: int
-    guidance: Guidance
-    sampler: str = "ddim"
-    eta: float | None = None
-    height: int | None = None
-    width: int | None = None
-    negative_prompt: str = ""
-    clip_skip: int = 0
 
 
 class TrialRunner:
@@ -49,7 +36,7 @@ class TrialRunner:
         self,
         model: DiffusionModel,
         prompts: Mapping[int, str],
-        sampling: SearchSampling,
+        sampling: SamplingOptions,
         verifiers: Sequence[AnyVerifier],
         weights: Mapping[str, float],
         batch_size: int,
@@ -59,7 +46,9 @@ class TrialRunner:
         self.shape = model.latent_shape(sampling.height, sampling.width)
         self.grid = model.process.grid(sampling.num_steps, sampling.sampler)
         self.scoring = Scoring(verifiers, weights, model.process, self.grid)
-        self.costs = Costs(sampling.sampler, self.grid, sampling.guidance, self.scoring.measured)
+        self.guidance = Guidance(sampling.guidance_scale, sampling.guidance_rescale)
+        self.costs = Costs(sampling.sampler, self.grid, self.guidance, self.scoring.measured)
+        self.cost = self.costs.nfe
         self._empty = model.encode_prompts([sampling.negative_prompt])
         if sampling.clip_skip:
             model.encode_prompts([""], sampling.clip_skip)  # says how many layers there are
@@ -67,10 +56,6 @@ class TrialRunner:
         self.ledger = Ledger()
         self.holds_inverse_fixed = False
         """Noise optimisation: whether e' counts as constant in the gradient of stability."""
-
-    def cost(self, first: int, stop: int) -> int:
-        """Returns the NFE of one sample's run from level `first` to `stop`, and of its scores."""
-        return self.costs.nfe(first, stop)
 
     def gradient_cost(self) -> int:
         """Returns the NFE of a whole run with the gradient of its score."""
@@ -87,9 +72,8 @@ class TrialRunner:
             for start in range(0, len(positions), self.batch_size):
                 chunk = positions[start : start + self.batch_size]
                 batch = [trials[position] for position in chunk]
-                is_plain = goal != "gradient"
-                results = self._run_batch(batch) if is_plain else gradient_batch(self, batch)
-                yield from zip(chunk, results, strict=True)
+                run_batch = gradient_batch if goal == "gradient" else TrialRunner._run_batch
+                yield from zip(chunk, run_batch(self, batch), strict=True)
 
     @torch.no_grad()
     def rehearse(self, batch: Sequence[tuple[int, Trial]]) -> None:
@@ -185,7 +169,7 @@ class TrialRunner:
         seeds = [trial.seed for trial in trials]
         state = run(
             self.sampling.sampler,
-            self.denoiser(conditions, self.sampling.guidance),
+            self.denoiser(conditions, self.guidance),
             self.grid,
             start,
             stop,

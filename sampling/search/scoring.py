@@ -52,7 +52,7 @@ class Scoring:
             elif verifier.preview_log_snr is not None:
                 distance = (log_snr - verifier.preview_log_snr).abs()
                 self._preview_steps[verifier.name] = int(distance.argmin())
-        self.measured = list({one.measurement: one for one in of_runs}.values())
+        self.measured = list({verifier.measurement: verifier for verifier in of_runs}.values())
         """One verifier of each measurement."""
         self.looks_at_images = len(of_runs) < len(verifiers)
 

@@ -1,6 +1,5 @@
 """From a search's config to its model, verifiers, runner and problems."""
 
-import dataclasses
 import functools
 import itertools
 import logging
@@ -10,16 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.precision import set_tf32
 from blackpoint.sampling.runtime.speed import prepare_unet
 from blackpoint.sampling.runtime.tasks import Task
 from blackpoint.sampling.sample import find_device
-from blackpoint.sampling.samplers import SAMPLERS
-from blackpoint.sampling.search.config import EnsembleRule, SearchConfig
-from blackpoint.sampling.search.problem import Problem, Ranking, by_score
-from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.problem import Outcome, Problem, by_score
+from blackpoint.sampling.search.runner import TrialRunner
 from blackpoint.sampling.search.scoring import AnyVerifier
 from blackpoint.sampling.verifiers.ensemble import combined
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifiers
@@ -54,19 +51,16 @@ def load(config: SearchConfig, prompts: Mapping[int, str], task: Task) -> Loaded
     device = find_device(config.device, task)
     set_tf32(config.tf32 is True)
     judges = load_judges({**config.verifiers, **config.held_out}, prompts.values(), device)
-    verifiers = {name: judges[name] for name in config.verifiers}
-    runner = TrialRunner(
-        load_model(config, device),
-        prompts,
-        sampling_of(config),
-        list(verifiers.values()),
-        weights_of(config.verifiers),
-        config.batch_size or 1,
-    )
+    verifiers = [judges[name] for name in config.verifiers]
+    weights = {name: verifier.weight for name, verifier in config.verifiers.items()}
+    if len(weights) == 1:
+        weights = dict.fromkeys(weights, 1.0)
+    model = load_model(config, device)
+    runner = TrialRunner(model, prompts, config, verifiers, weights, config.batch_size or 1)
     if config.declared.form == "gradient":
-        require_differentiable(runner.model, *verifiers.values())
+        require_differentiable(model, *verifiers)
         runner.holds_inverse_fixed = config.settings.gradient == "fixed_inverse"
-    oracles = [verifier for verifier in verifiers.values() if isinstance(verifier, SetVerifier)]
+    oracles = [verifier for verifier in verifiers if isinstance(verifier, SetVerifier)]
     held_out = of_images({name: judges[name] for name in config.held_out})
     return Loaded(runner, held_out, oracles)
 
@@ -75,8 +69,7 @@ def load_judges(
     configs: Mapping[str, VerifierConfig], prompts: Iterable[str], device: torch.device
 ) -> dict[str, AnyVerifier]:
     """Loads verifiers under their names in the config, and asks them about the first prompts."""
-    named = {name: dataclasses.replace(options, name=name) for name, options in configs.items()}
-    judges = load_verifiers(named, device)
+    judges = load_verifiers(configs, device)
     checks = [getattr(verifier, "check_prompt", None) for verifier in judges.values()]
     for text in itertools.islice(prompts, MAX_CHECKED):
         for check in filter(None, checks):
@@ -103,27 +96,6 @@ def load_model(config: SearchConfig, device: torch.device) -> DiffusionModel:
     return model
 
 
-def sampling_of(config: SearchConfig) -> SearchSampling:
-    """Returns how the config samples candidates."""
-    return SearchSampling(
-        config.num_steps,
-        Guidance(config.guidance_scale, config.guidance_rescale),
-        config.sampler,
-        config.eta,
-        config.height,
-        config.width,
-        config.negative_prompt,
-        config.clip_skip,
-    )
-
-
-def weights_of(verifiers: Mapping[str, VerifierConfig]) -> dict[str, float]:
-    """Returns the weights of the verifiers in a score; that of a single one is 1."""
-    if len(verifiers) == 1:
-        return dict.fromkeys(verifiers, 1.0)
-    return {name: verifier.weight for name, verifier in verifiers.items()}
-
-
 @functools.cache
 def note(text: str) -> None:
     """Says something once, however many searches follow each other."""
@@ -148,41 +120,28 @@ def require_differentiable(model: DiffusionModel, verifier: AnyVerifier) -> None
             part.requires_grad_(False)
 
 
-def is_reproducible(config: SearchConfig) -> bool:
-    """Tells whether a seed alone re-makes an image that starts from it."""
-    fresh_noise = SAMPLERS[config.sampler].fresh_noise(config.eta)
-    return config.declared.is_reproducible and not fresh_noise
-
-
 def make_problem(
     config: SearchConfig, runner: TrialRunner, index: int, kendall: Mapping[int, float] | None
 ) -> Problem:
     """Returns the search problem of one prompt; kendall: see `Problem`."""
+
+    def ensemble_ranking(outcomes: Sequence[Outcome]) -> list[float]:
+        return rank_values(config, [outcome.scores for outcome in outcomes])
+
     return Problem(
         index,
         config.seed,
         runner.grid,
         runner.cost,
         config.budget_nfe,
-        ranking_of(config.verifiers, config.ensemble),
+        by_score if len(config.verifiers) == 1 else ensemble_ranking,
         runner.gradient_cost() if config.declared.form == "gradient" else 0,
         kendall,
     )
 
 
-def ranking_of(verifiers: Mapping[str, VerifierConfig], rule: EnsembleRule) -> Ranking:
-    """Returns how candidates are compared: by the one verifier, or by the ensemble's rule."""
-    if len(verifiers) == 1:
-        return by_score
-    return lambda outcomes: rank_values(verifiers, rule, [outcome.scores for outcome in outcomes])
-
-
-def rank_values(
-    verifiers: Mapping[str, VerifierConfig],
-    rule: EnsembleRule,
-    scores: Sequence[Mapping[str, float]],
-) -> list[float]:
-    """Returns the ensemble's score of each candidate."""
-    weights = [verifier.weight for verifier in verifiers.values()]
-    rows = [[row[name] for name in verifiers] for row in scores]
-    return combined(torch.tensor(rows).double(), rule, weights).tolist()
+def rank_values(config: SearchConfig, scores: Sequence[Mapping[str, float]]) -> list[float]:
+    """Returns the ensemble's score of each candidate, from its scores by verifier."""
+    weights = [verifier.weight for verifier in config.verifiers.values()]
+    rows = [[row[name] for name in config.verifiers] for row in scores]
+    return combined(torch.tensor(rows).double(), config.ensemble, weights).tolist()

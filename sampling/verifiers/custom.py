@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from blackpoint.data.files.errors import RunFailed, UserError
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from blackpoint.sampling.verifiers.verifier import Images, ImageVerifier
 
@@ -37,12 +36,11 @@ def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> I
             "scores, or a class with the method score(images, prompts, previews)"
         )
 
-    def scores(images: Images, prompts: Sequence[str], previews: Images | None = None) -> Tensor:
+    def scores(images: Images, prompts: Sequence[str], previews: Images | None = None) -> Any:
         if not hasattr(scorer, "score"):
-            return checked(scorer(images.to(device), list(prompts)), len(images), verifier.name)
+            return scorer(images.to(device), list(prompts))
         seen = None if previews is None else previews.to(device)
-        answer = scorer.score(images.to(device), list(prompts), seen)
-        return checked(answer, len(images), verifier.name)
+        return scorer.score(images.to(device), list(prompts), seen)
 
     verifier = ImageVerifier(
         config,
@@ -52,24 +50,6 @@ def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> I
     )
     verifier.name = config.name or getattr(scorer, "name", None) or path.partition(":")[2]
     return verifier
-
-
-def checked(answer: Any, num_images: int, name: str) -> Tensor:
-    """Returns what the user's code said as a tensor; raises RunFailed unless that is one score an
-    image."""
-    import torch
-
-    try:
-        scores = torch.as_tensor(answer)
-    except (TypeError, ValueError, RuntimeError):
-        scores = None
-    if scores is None or tuple(scores.shape) != (num_images,):
-        returned = type(answer).__name__ if scores is None else tuple(scores.shape)
-        raise RunFailed(
-            f"verifier {name} returned {returned} for {num_images} images; it must return "
-            f"one score per image, of shape ({num_images},)"
-        )
-    return scores
 
 
 def check(config: VerifierOptions) -> None:

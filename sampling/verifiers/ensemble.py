@@ -12,7 +12,6 @@ others.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -20,12 +19,13 @@ from torch import Tensor
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.choices import SCORE_DECIMALS
-
-Rule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
+from blackpoint.sampling.verifiers.kind import EnsembleRule
 
 
 def combined(
-    scores: Float[Tensor, "n k"], rule: Rule = "mean_rank", weights: Sequence[float] | None = None
+    scores: Float[Tensor, "n k"],
+    rule: EnsembleRule = "mean_rank",
+    weights: Sequence[float] | None = None,
 ) -> Float[Tensor, " n"]:
     """Returns one ranking score per candidate, the higher the better, in float64.
 
@@ -50,7 +50,7 @@ def combined(
     return answer
 
 
-def check_weights(weight: Tensor, rule: Rule) -> None:
+def check_weights(weight: Tensor, rule: EnsembleRule) -> None:
     """Raises UserError for weights that rank nothing, or turn a rank around."""
     if not torch.isfinite(weight).all() or not weight.any():
         raise UserError(f"weight={weight.tolist()} must be finite numbers, not all 0")

@@ -23,6 +23,9 @@ RunForm = Literal["whole", "parts", "mixed", "gradient"]
 """How a search runs a candidate: whole, from a noise of its own; in parts, from a noise of its own;
 in parts that go on from another's; or whole, and differentiated."""
 
+EnsembleRule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
+"""How several verifiers rank candidates (sampling/verifiers/ensemble.py)."""
+
 
 @dataclass
 class VerifierOptions:

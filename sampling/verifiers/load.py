@@ -5,7 +5,7 @@ No import of torch at the top, so that the help of a verb that has verifiers is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from blackpoint.data.files.errors import UserError
@@ -87,7 +87,7 @@ class VerifierConfig(_KeysOfKinds, VerifierOptions):
 
 @dataclass
 class ImageModelConfig:
-    """A network of images for the metrics of sets."""
+    """A network of images, for the metrics of sets and the diversity of winners."""
 
     checkpoint: PathText | None = None
     """A transformers folder or hub id."""
@@ -110,7 +110,7 @@ def load_verifiers(
     with shared_clips():
         for name, config in configs.items():
             try:
-                loaded[name] = load_verifier(config, device)
+                loaded[name] = load_verifier(replace(config, name=name), device)
             except UserError as error:
                 raise UserError(f"verifier {name}: {error}") from error
     return loaded

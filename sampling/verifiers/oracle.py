@@ -45,9 +45,8 @@ class Oracle:
     differentiable = False
 
     def __init__(
-        self, features: ImageModel, reference: Gaussian | None, config: OracleConfig | None = None
+        self, features: ImageModel, reference: Gaussian | None, config: OracleConfig
     ) -> None:
-        config = config or OracleConfig("oracle")
         self.name, self._batch_size = config.column, config.batch_size
         self._features, self._reference = features, reference
         self._kept: list[Tensor] = []
@@ -71,13 +70,6 @@ class Oracle:
     def keep(self, image: Tensor) -> None:
         """Adds a winner, (3, H, W), to the set that later candidates are judged with."""
         self._kept += self._rows(image[None])
-
-    def value(self) -> float:
-        """Returns FID (the lower the better) or IS of the winners kept so far."""
-        if not self._kept:
-            raise UserError("oracle: no image is kept yet, so the set has no FID or IS")
-        value = self._value(self._kept)
-        return value if self._reference is None else -value
 
     def _value(self, rows: list[Tensor]) -> float:
         import torch

@@ -84,18 +84,6 @@ class TrajectoryVerifier(Protocol):
         ...
 
 
-def score_run(
-    verifier: TrajectoryVerifier,
-    noise: Latents,
-    x: Latents,
-    level: int,
-    denoise: Denoise,
-    grid: SamplingGrid,
-) -> Float[Tensor, " n"]:
-    """Returns the scores of runs that are at `x` on `level`, with gradients if those are asked."""
-    return verifier.score_measured(noise, verifier.measure(x, level, denoise, grid))
-
-
 def of_images(verifiers: Mapping[str, Verifier | TrajectoryVerifier]) -> dict[str, Verifier]:
     """Returns the verifiers of images; configs have refused the others where an image is all."""
     return {
@@ -134,10 +122,10 @@ class ImageVerifier:
         parts = []
         for start in range(0, len(images), self._batch_size):
             rows = slice(start, start + self._batch_size)
-            given: list[Any] = [images[rows], prompts[rows]]
+            batch: list[Any] = [images[rows], prompts[rows]]
             if self.preview_log_snr is not None:
-                given.append(None if previews is None else previews[rows])
-            parts.append(self._scores(*given))
+                batch.append(None if previews is None else previews[rows])
+            parts.append(one_per_image(self._scores(*batch), len(batch[1]), self.name))
         return torch.cat(parts) if parts else images.new_zeros(0)
 
 
@@ -148,11 +136,20 @@ def checked_scores(
 
     Scores that are not finite are passed on: the search rejects those candidates and counts them.
     """
-    scores = verifier.score(images, prompts, previews)
-    if not isinstance(scores, torch.Tensor) or tuple(scores.shape) != (len(images),):
-        given = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise RunFailed(
-            f"verifier {verifier.name} returned {given} for {len(images)} images; it must return "
-            f"one score per image, a tensor of shape ({len(images)},)"
-        )
+    scores = one_per_image(verifier.score(images, prompts, previews), len(images), verifier.name)
     return scores.detach().double().cpu()
+
+
+def one_per_image(answer: Any, num_images: int, name: str) -> Float[Tensor, " n"]:
+    """Returns a verifier's answer as a tensor; raises RunFailed unless it is one score an image."""
+    try:
+        scores = torch.as_tensor(answer)
+    except (TypeError, ValueError, RuntimeError):
+        scores = None
+    if scores is None or tuple(scores.shape) != (num_images,):
+        returned = type(answer).__name__ if scores is None else tuple(scores.shape)
+        raise RunFailed(
+            f"verifier {name} returned {returned} for {num_images} images; it must return one "
+            f"score per image, of shape ({num_images},)"
+        )
+    return scores

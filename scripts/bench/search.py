@@ -16,11 +16,13 @@ import torch
 
 from blackpoint.data.files.errors import RunFailed
 from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.options import SamplingOptions
+from blackpoint.sampling.prompts.prompt_set import Prompt
 from blackpoint.sampling.search.algorithms.random_search import RandomSearchConfig, random_search
-from blackpoint.sampling.search.driver import drive, open_search
+from blackpoint.sampling.search.driver import drive
 from blackpoint.sampling.search.journal import Journal
 from blackpoint.sampling.search.problem import Problem
-from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
+from blackpoint.sampling.search.runner import TrialRunner
 from blackpoint.sampling.search.winners import Winners
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
 from blackpoint.sampling.verifiers.verifier import of_images
@@ -51,23 +53,27 @@ def contestants(
     batch_size = num_candidates
     dark = load_verifier(VerifierConfig("luminance", target=0.0), model.device)
     verifier = of_images({"dark": dark})["dark"]
-    sampling = SearchSampling(num_steps, GUIDANCE)
+    sampling = SamplingOptions(
+        num_steps=num_steps,
+        guidance_scale=GUIDANCE.scale,
+        guidance_rescale=GUIDANCE.rescale,
+    )
     budget = 2 * num_steps * num_candidates
 
     def search() -> dict[int, int]:
         shutil.rmtree(folder, ignore_errors=True)
         runner = TrialRunner(model, prompts, sampling, [verifier], {verifier.name: 1.0}, batch_size)
-        winners, journal = Winners(folder, prompts, {}, runner.shape), Journal(folder)
+        texts = {index: Prompt(text) for index, text in prompts.items()}
+        journal = Journal(folder)
+        winners = Winners(folder, folder, texts, {}, runner.shape, True, {})
         problems = [Problem(index, SEED, runner.grid, runner.cost, budget) for index in prompts]
         searches = drive(
             runner,
             journal,
-            (
-                open_search(p, lambda problem: random_search(problem, RandomSearchConfig()))
-                for p in problems
-            ),
+            problems,
+            lambda problem: random_search(problem, RandomSearchConfig()),
             on_image=winners.keep,
-            on_done=lambda done: winners.forget(done) if winners.finish(done, True) else None,
+            on_done=winners.finish,
         )
         journal.close()
         return {done.problem.prompt_index: done.best.trial.seed for done in searches if done.best}

@@ -18,11 +18,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from blackpoint.data.files.whole_file import write_whole
-from blackpoint.sampling.guidance import NO_GUIDANCE
 from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.options import SamplingOptions
 from blackpoint.sampling.search import gradients
 from blackpoint.sampling.search.problem import Seeded, Trial
-from blackpoint.sampling.search.runner import SearchSampling, TrialRunner
+from blackpoint.sampling.search.runner import TrialRunner
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
 from blackpoint.scripts.config import load
 from blackpoint.scripts.stand_alone import describe_machine, run_script
@@ -79,8 +79,12 @@ def measure(config: MemoryConfig) -> None:
 def peak_mb(task: dict[str, Any]) -> float:
     """Takes one gradient; returns the most memory that its tensors had at once, MB."""
     model = DiffusionModel.load(task["checkpoint"])
-    sampling = SearchSampling(
-        task["num_steps"], NO_GUIDANCE, height=task["side_px"], width=task["side_px"]
+    sampling = SamplingOptions(
+        num_steps=task["num_steps"],
+        guidance_scale=1.0,
+        guidance_rescale=0.0,
+        height=task["side_px"],
+        width=task["side_px"],
     )
     verifier = load_verifier(SCORES[task["score"]], torch.device("cpu"))
     runner = TrialRunner(model, {0: PROMPT}, sampling, [verifier], {verifier.name: 1.0}, 1)

@@ -11,9 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.rules import check_ranges, is_number
 from blackpoint.sampling.evaluation.metric import (
     Evaluated,
     Metric,
@@ -52,13 +53,7 @@ class BrightnessConfig(MetricConfig):
     """Noises per prompt."""
 
     def __post_init__(self) -> None:
-        if self.invariance_prompts < 0:
-            raise UserError(f"brightness.invariance_prompts={self.invariance_prompts}: 0 or more")
-        if self.invariance_noises < 2:
-            raise UserError(
-                f"brightness.invariance_noises={self.invariance_noises}: a deviation needs at "
-                "least 2"
-            )
+        check_ranges(self, "brightness.", invariance_prompts=">= 0", invariance_noises=">= 2")
 
     def check(self, prompts: "Sequence[Prompt]", num_images: int) -> None:
         for prompt in prompts:
@@ -113,28 +108,28 @@ class LuminanceRange:
 def luminance_range(prompt: "Prompt") -> LuminanceRange | None:
     """Returns the target of the prompt's file, else of its text; None where both leave it open."""
     if FIELD in prompt.metadata:
-        given = prompt.metadata[FIELD]
-        if given is None:
+        bounds = prompt.metadata[FIELD]
+        if bounds is None:
             return None
-        if not _is_range(given):
+        if not _is_range(bounds):
             raise UserError(
-                f"prompt {prompt.index} ({prompt.text!r:.60}): {FIELD}={given!r} must be "
+                f"prompt {prompt.index} ({prompt.text!r:.60}): {FIELD}={bounds!r} must be "
                 "[low, high] with 0 <= low <= high <= 1, or null"
             )
-        return LuminanceRange(float(given[0]), float(given[1]))
+        return LuminanceRange(float(bounds[0]), float(bounds[1]))
     target = luminance_target(prompt.text)
     return None if target is None else LuminanceRange(target.value, target.value, target.where)
 
 
 def asked_metrics(rows: Sequence[Row]) -> list[Metric]:
     """Computes errors, and luminances by group, of the images whose prompts ask for one."""
-    asked = [row for row in rows if row["luminance_error"] is not None]
-    if not asked:
+    targeted = [row for row in rows if row["luminance_error"] is not None]
+    if not targeted:
         return []
     error = itemgetter("luminance_error")
-    metrics = [mean_metric(ERROR, asked, error, "lower")]
-    for group in dict.fromkeys(map(group_of, asked)):
-        members = [row for row in asked if group_of(row) == group]
+    metrics = [mean_metric(ERROR, targeted, error, "lower")]
+    for group in dict.fromkeys(map(group_of, targeted)):
+        members = [row for row in targeted if group_of(row) == group]
         metrics.append(mean_metric(ERROR, members, error, "lower", group))
         metrics.append(mean_metric(LUMINANCE, members, _asked_luminance, group=group))
     return metrics
@@ -176,9 +171,6 @@ def _asked_luminance(row: Row) -> float:
     return row["border_luminance" if row["asked_where"] == "border" else "luminance"]
 
 
-def _is_range(given: object) -> bool:
-    if not isinstance(given, (list, tuple)) or len(given) != 2:
-        return False
-    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in given):
-        return False
-    return 0 <= given[0] <= given[1] <= 1
+def _is_range(bounds: Any) -> bool:
+    is_pair = isinstance(bounds, (list, tuple)) and len(bounds) == 2 and all(map(is_number, bounds))
+    return is_pair and 0 <= bounds[0] <= bounds[1] <= 1

@@ -14,17 +14,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.plain import read_json
 from blackpoint.data.files.whole_file import write_whole
-from blackpoint.sampling.evaluation.metrics.brightness import BrightnessConfig
 from blackpoint.sampling.evaluation.rows import column_digest
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.noise import derive_seed, initial_noise
+
+if TYPE_CHECKING:
+    from blackpoint.sampling.evaluation.config import MetricsConfig
 
 FILE = "noise_invariance.json"
 DECIMALS = 8
@@ -35,35 +39,33 @@ class KeptDependences:
     """The deviations of an evaluation's first prompts, in its folder."""
 
     folder: Path
-    config: BrightnessConfig
+    config: "MetricsConfig"
     prompts: Sequence[str]
     """All of the evaluation."""
-    seed: int
-    height: int | None
-    width: int | None
 
     @property
     def _texts(self) -> list[str]:
-        return list(self.prompts[: self.config.invariance_prompts])
+        return list(self.prompts[: self.config.brightness.invariance_prompts])
 
     @property
     def _settings(self) -> str:
-        sizes = {"height": self.height, "width": self.width}
-        return column_digest([self._texts, self.seed, asdict(self.config) | sizes])
+        sizes = {"height": self.config.height, "width": self.config.width}
+        settings = asdict(self.config.brightness) | sizes
+        return column_digest([self._texts, self.config.seed, settings])
 
     def read(self) -> list[float] | None:
         """Returns the deviations where they are known, or there are none."""
-        path = self.folder / FILE
         if not self._texts:
             return []
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        kept = read_json(self.folder / FILE)
         return list(kept["deviations"]) if kept.get("settings") == self._settings else None
 
-    def measure(self, model: DiffusionModel, batch_size: int, clip_skip: int) -> list[float]:
+    def measure(self, model: DiffusionModel) -> list[float]:
         """Measures the deviations and keeps them."""
-        sampling = self.seed, self.height, self.width, batch_size, clip_skip
-        noises = self.config.invariance_noises
-        measured = noise_dependence(model, self._texts, noises, *sampling)
+        names = ("seed", "height", "width", "batch_size", "clip_skip")
+        options = {name: getattr(self.config, name) for name in names}
+        noises = self.config.brightness.invariance_noises
+        measured = noise_dependence(model, self._texts, noises, **options)
         values = [round(value, DECIMALS) for value in measured.tolist()]
         content = {"settings": self._settings, "deviations": values}
         write_whole(self.folder / FILE, json.dumps(content) + "\n")

@@ -24,6 +24,7 @@ from blackpoint.sampling.evaluation.rows import column_digest
 from blackpoint.sampling.pixels.luminance import border_luminance, image_luminance
 from blackpoint.sampling.verifiers.reference import reference_pictures
 
+ARRAYS = ("luminance", "border_luminance", "features")
 TOLERANCE = 1e-4
 """Within which measurements of the same pictures count as equal."""
 _EARLIER_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -128,27 +129,17 @@ def _digest(
     return column_digest([pictures, *size, network, *versions])
 
 
-def _is_same(one: Reference, other: Reference) -> bool:
+def _is_same(first: Reference, second: Reference) -> bool:
     """Tells whether two measurements of a folder agree, features as far as both have them."""
-    pairs = [
-        (torch.from_numpy(one.luminance), torch.from_numpy(other.luminance)),
-        (torch.from_numpy(one.border_luminance), torch.from_numpy(other.border_luminance)),
-    ]
-    if one.features is not None and other.features is not None:
-        pairs.append((one.features, other.features))
-    return all(a.shape == b.shape and torch.allclose(a, b, atol=TOLERANCE) for a, b in pairs)
+    pairs = [(getattr(first, name), getattr(second, name)) for name in ARRAYS]
+    known = [pair for pair in pairs if pair[0] is not None and pair[1] is not None]
+    return all(a.shape == b.shape and np.allclose(a, b, atol=TOLERANCE) for a, b in known)
 
 
 def _packed(reference: Reference) -> bytes:
-    arrays = {
-        "luminance": reference.luminance,
-        "border_luminance": reference.border_luminance,
-        "num_resized": np.array(reference.num_resized),
-    }
-    if reference.features is not None:
-        arrays["features"] = reference.features.numpy()
+    arrays = {name: getattr(reference, name) for name in (*ARRAYS, "num_resized")}
     content = io.BytesIO()
-    np.savez(content, **arrays)  # type: ignore[arg-type]
+    np.savez(content, **{name: array for name, array in arrays.items() if array is not None})
     return content.getvalue()
 
 

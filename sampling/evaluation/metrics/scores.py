@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from operator import itemgetter
 
@@ -68,5 +68,5 @@ class _Score:
 
 
 def _load(name: str, config: VerifierConfig, device: torch.device) -> _Score:
-    loaded = load_verifiers({name: replace(config, name=name)}, device)
+    loaded = load_verifiers({name: config}, device)
     return _Score(name, of_images(loaded)[name])

@@ -57,12 +57,10 @@ def load_set_model(
     if key == INCEPTION:
         assert sets.inception is not None
         return _inception(sets.inception, columns, device)
-    return _module(getattr(sets, key), columns[0], device)
-
-
-def to_pixels(images: Tensor) -> Pixels:
-    """Rounds images in [0, 1] to the 8 bits of a PNG file."""
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
+    config: ImageModelConfig = getattr(sets, key)
+    load = load_features if columns == (FEATURE_COLUMN,) else load_classifier
+    model = load(config.checkpoint, config.module, device, torch.float32)
+    return SetModel(columns, lambda pixels: [model(pixels.float() / 255)])
 
 
 def read_reference(path: Path, height: int, width: int) -> tuple[Pixels, bool]:
@@ -80,20 +78,11 @@ def read_reference(path: Path, height: int, width: int) -> tuple[Pixels, bool]:
     is_other = picture.size != (width, height)
     if is_other:
         scale = max(width / picture.width, height / picture.height)
-        size = (
-            max(width, round(picture.width * scale)),
-            max(height, round(picture.height * scale)),
-        )
+        size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
         picture = picture.resize(size, Image.Resampling.LANCZOS)
         left, top = (size[0] - width) // 2, (size[1] - height) // 2
         picture = picture.crop((left, top, left + width, top + height))
     return pil_to_tensor(picture)[None].contiguous(), is_other
-
-
-def _module(config: ImageModelConfig, column: str, device: torch.device) -> SetModel:
-    load = load_features if column == FEATURE_COLUMN else load_classifier
-    model = load(config.checkpoint, config.module, device, torch.float32)
-    return SetModel((column,), lambda pixels: [model(pixels.float() / 255)])
 
 
 def _inception(source: str, columns: tuple[str, ...], device: torch.device) -> SetModel:

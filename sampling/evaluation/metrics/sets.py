@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import PathText
+from blackpoint.data.files.rules import check_ranges
 from blackpoint.sampling.evaluation.metric import (
     FEATURE_COLUMN,
     INCEPTION,
@@ -48,9 +49,8 @@ class SetsConfig(MetricConfig):
     """k of the k-nearest-neighbour balls of precision and recall."""
 
     def __post_init__(self) -> None:
-        for name in ("kid_subsets", "kid_subset_size", "inception_score_splits", "neighbourhood"):
-            if getattr(self, name) < 1:
-                raise UserError(f"sets.{name}={getattr(self, name)} must be at least 1")
+        names = ("kid_subsets", "kid_subset_size", "inception_score_splits", "neighbourhood")
+        check_ranges(self, "sets.", **dict.fromkeys(names, ">= 1"))
         if self.inception is not None and self.features.is_set and self.classifier.is_set:
             raise UserError(
                 "sets.inception would have nothing to do: sets.features and sets.classifier stand "
@@ -98,8 +98,8 @@ class SetsConfig(MetricConfig):
 
         sources = []
         for key, columns in self.networks().items():
-            given = self.inception if key == INCEPTION else asdict(getattr(self, key))
-            digests = dict.fromkeys(columns, column_digest([key, given]))
+            source = self.inception if key == INCEPTION else asdict(getattr(self, key))
+            digests = dict.fromkeys(columns, column_digest([key, source]))
             load = functools.partial(load_set_model, self, key, columns)
             sources.append(Source(f"sets.{key}", digests, load))
         return sources

@@ -18,24 +18,35 @@ nothing can be preferred: all particles go on, with equal weights.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from operator import itemgetter
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.rules import check_ranges, require
 from blackpoint.sampling.samplers import SAMPLERS
 from blackpoint.sampling.search.problem import (
     Algorithm,
+    Goal,
     Outcome,
     Problem,
     Search,
-    SearchSettings,
     Seeded,
     Trial,
 )
 
+if TYPE_CHECKING:
+    from blackpoint.sampling.search.config import SearchOptions
+
+TILTS: dict[str, Callable[[Sequence[float]], float]] = {
+    "difference": itemgetter(-1),
+    "max": max,
+    "sum": sum,
+}
+"""A particle's scores so far, as its potential has them, over lambda."""
 Potential = Literal["difference", "max", "sum"]
 
 
@@ -55,12 +66,10 @@ class FkSteeringConfig:
     """lambda_k = lambda (k / S)^tempering, S the sampling steps; 0 has lambda from the start."""
 
     def __post_init__(self) -> None:
-        if self.resample_every_steps < 1:
-            raise UserError(f"resample_every_steps={self.resample_every_steps} must be at least 1")
-        if not 0 <= self.ess_threshold <= 1:
-            raise UserError(f"ess_threshold={self.ess_threshold} must lie in 0..1")
-        if self.tempering < 0 or not math.isfinite(self.strength):
-            raise UserError("tempering must be at least 0 and strength finite")
+        section, strength = "fk_steering.", self.strength
+        check_ranges(self, section, resample_every_steps=">= 1", ess_threshold=">= 0 and <= 1")
+        check_ranges(self, section, tempering=">= 0")
+        require(math.isfinite(strength), f"{section}strength", strength, "finite")
 
 
 def systematic(weights: Sequence[float], uniform: float) -> list[int]:
@@ -99,9 +108,8 @@ def fk_steering(problem: Problem, config: FkSteeringConfig) -> Search:
         for slot in range(count):
             # The noise of the steps belongs to the slot: copies of a particle part here.
             seed = seeds[slot] if not particles else problem.draw_seed("slot", round_number, slot)
-            start = particles[slot].state if particles else Seeded(seed)
-            assert start is not None
-            goal: Literal["final", "preview"] = "final" if level == last else "preview"
+            start = particles[slot].reached if particles else Seeded(seed)
+            goal: Goal = "final" if level == last else "preview"
             parent = particles[slot].trial.candidate if particles else None
             trials.append(Trial(round_number, number, start, level, goal, seed, parent))
             number += 1
@@ -113,7 +121,7 @@ def fk_steering(problem: Problem, config: FkSteeringConfig) -> Search:
                 log_weights[slot] = -math.inf
                 continue
             history[slot].append(particle.score)
-            tilts[slot] = strength * _tilted(history[slot], config.potential)
+            tilts[slot] = strength * TILTS[config.potential](history[slot])
             carried = -bases[slot] if config.potential == "difference" else log_weights[slot]
             log_weights[slot] = carried + tilts[slot]
         if level == last:
@@ -130,17 +138,7 @@ def fk_steering(problem: Problem, config: FkSteeringConfig) -> Search:
             log_weights = [0.0] * count
 
 
-def _tilted(scores: Sequence[float], potential: Potential) -> float:
-    match potential:
-        case "difference":
-            return scores[-1]
-        case "max":
-            return max(scores)
-        case "sum":
-            return sum(scores)
-
-
-def check(search: SearchSettings, config: FkSteeringConfig) -> None:
+def check(search: "SearchOptions", config: FkSteeringConfig) -> None:
     """Raises UserError without noise in the steps, or without a score to weigh by."""
     if not SAMPLERS[search.sampler].fresh_noise(search.eta):
         always = [f"sampler={name}" for name, kind in SAMPLERS.items() if kind.stochastic]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.rules import check_ranges, require
 from blackpoint.sampling.search.problem import (
     Algorithm,
     Goal,
@@ -40,16 +40,10 @@ class HalvingConfig:
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False))
-        if not self.levels or not rising or not 0 < self.levels[0] <= self.levels[-1] < 1:
-            raise UserError(f"levels={self.levels} must be shares between 0 and 1, rising")
-        if self.calibration_prompts < 1 or self.calibration_candidates < 2:
-            raise UserError(
-                "halving needs at least 1 of calibration_prompts and 2 of calibration_candidates"
-            )
-        if not 0 < self.keep < 1:
-            raise UserError(f"keep={self.keep} must lie between 0 and 1")
-        if not -1 <= self.min_kendall <= 1:
-            raise UserError(f"min_kendall={self.min_kendall} must lie in [-1, 1]")
+        are_shares = self.levels and rising and 0 < self.levels[0] <= self.levels[-1] < 1
+        require(are_shares, "halving.levels", self.levels, "shares between 0 and 1, rising")
+        check_ranges(self, "halving.", calibration_prompts=">= 1", calibration_candidates=">= 2")
+        check_ranges(self, "halving.", keep="> 0 and < 1", min_kendall=">= -1 and <= 1")
 
 
 def pruning_levels(
@@ -109,14 +103,10 @@ def walk(problem: Problem, levels: Sequence[int], count: int, keep: float) -> Se
         goal: Goal = "final" if level == last else "preview"
         trials = []
         for index in range(len(kept) or count):
-            if kept:
-                before, seed = kept[index], kept[index].trial.seed
-                assert before.state is not None
-                start, parent = before.state, before.trial.candidate
-                trials.append(Trial(round_number, number, start, level, goal, seed, parent))
-            else:
-                seed = seeds[index]
-                trials.append(Trial(round_number, number, Seeded(seed), level, goal, seed))
+            seed = kept[index].trial.seed if kept else seeds[index]
+            start = kept[index].reached if kept else Seeded(seed)
+            parent = kept[index].trial.candidate if kept else None
+            trials.append(Trial(round_number, number, start, level, goal, seed, parent))
             number += 1
         outcomes = yield trials
         best = problem.best_first(outcomes)[: max(1, round(len(outcomes) * keep))]

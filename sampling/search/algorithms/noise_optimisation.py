@@ -21,19 +21,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.rules import check_ranges
 from blackpoint.sampling.samplers import SAMPLERS
-from blackpoint.sampling.search.problem import (
-    Algorithm,
-    Given,
-    Problem,
-    Search,
-    SearchSettings,
-    Seeded,
-    Trial,
-)
+from blackpoint.sampling.search.problem import Algorithm, Given, Problem, Search, Seeded, Trial
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from blackpoint.sampling.search.config import SearchOptions
 
 
 ELEMENTS_OF_THE_PAPER = 65_536
@@ -59,14 +54,9 @@ class NoiseOptimisationConfig:
     """Norm that gradients with their momentum are cut to; not cut if not set."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate={self.learning_rate} must be above 0")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum={self.momentum} must lie in [0, 1)")
-        if self.norm_weight < 0:
-            raise UserError(f"norm_weight={self.norm_weight} must be at least 0")
-        if self.largest_gradient is not None and not self.largest_gradient > 0:
-            raise UserError(f"largest_gradient={self.largest_gradient} must be above 0")
+        section = "noise_optimisation."
+        check_ranges(self, section, learning_rate="> 0", momentum=">= 0 and < 1")
+        check_ranges(self, section, norm_weight=">= 0", largest_gradient="> 0")
 
 
 def noise_optimisation(problem: Problem, config: NoiseOptimisationConfig) -> Search:
@@ -78,8 +68,7 @@ def noise_optimisation(problem: Problem, config: NoiseOptimisationConfig) -> Sea
     for number in range(problem.budget_nfe // price):
         parent = number - 1 if number else None
         [outcome] = yield [Trial(number, number, start, stop, "gradient", seed, parent)]
-        assert outcome.state is not None
-        gradient, noise = outcome.state.x[0].double(), outcome.state.x0
+        gradient, noise = outcome.reached.x[0].double(), outcome.reached.x0
         assert noise is not None
         if math.isnan(outcome.score) or not gradient.isfinite().all():
             return f"stopped after {number + 1} steps: the score or its gradient is not finite"
@@ -115,7 +104,7 @@ def _clipped(gradient: Tensor, largest: float | None) -> Tensor:
     return gradient * min(1.0, largest / max(gradient.norm().item(), 1e-12))
 
 
-def check(search: SearchSettings, config: NoiseOptimisationConfig) -> None:
+def check(search: SearchOptions, config: NoiseOptimisationConfig) -> None:
     """Raises UserError where there is nothing to differentiate, or nothing that can be."""
     if len(search.verifiers) != 1:
         raise UserError(

@@ -10,6 +10,7 @@ sigma / (sigma + alpha) is nearest. The survivors of the last round are sampled 
 from dataclasses import dataclass
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.rules import check_ranges
 from blackpoint.sampling.grid import SamplingGrid
 from blackpoint.sampling.search.problem import (
     Algorithm,
@@ -38,10 +39,7 @@ class PathsConfig:
     """tau removed after it; more than delta_f."""
 
     def __post_init__(self) -> None:
-        if self.num_paths < 1 or self.num_expansions < 1:
-            raise UserError("num_paths and num_expansions must be at least 1")
-        if not 0 < self.sigma < 1:
-            raise UserError(f"sigma={self.sigma} must lie between 0 and 1 (a time tau)")
+        check_ranges(self, "paths.", num_paths=">= 1", num_expansions=">= 1", sigma="> 0 and < 1")
         if not 0 < self.delta_f < self.delta_b:
             raise UserError(
                 f"delta_f={self.delta_f} and delta_b={self.delta_b}: each round must gain, so "
@@ -94,10 +92,10 @@ def paths(problem: Problem, config: PathsConfig) -> Search:
             break
         trials = []
         for survivor in survivors:
-            assert survivor.state is not None and survivor.state.step == level
+            assert survivor.reached.step == level
             for _ in range(config.num_expansions):
                 seed = problem.draw_seed("candidate", number)
-                start = Renoised(survivor.state, back, seed)
+                start = Renoised(survivor.reached, back, seed)
                 parent = survivor.trial.candidate
                 trials.append(Trial(round_number, number, start, forth, "preview", seed, parent))
                 number += 1
@@ -107,13 +105,12 @@ def paths(problem: Problem, config: PathsConfig) -> Search:
         round_number += 1
     finals = []
     for survivor in problem.best_first(survivors):
-        assert survivor.state is not None
-        price = cost(survivor.state.step, last)
+        price = cost(survivor.reached.step, last)
         if left < price:
             break
         left -= price
         seed, parent = survivor.trial.seed, survivor.trial.candidate
-        finals.append(Trial(round_number, number, survivor.state, last, "final", seed, parent))
+        finals.append(Trial(round_number, number, survivor.reached, last, "final", seed, parent))
         number += 1
     yield finals
 

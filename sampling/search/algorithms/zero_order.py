@@ -6,7 +6,7 @@ again.
 
 from dataclasses import dataclass
 
-from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.rules import check_ranges
 from blackpoint.sampling.search.problem import Algorithm, Neighbour, Problem, Search, Seeded, Trial
 
 
@@ -20,12 +20,7 @@ class ZeroOrderConfig:
     """Cosine of the angle between a neighbour and the pivot."""
 
     def __post_init__(self) -> None:
-        if self.num_neighbours < 1:
-            raise UserError(f"num_neighbours={self.num_neighbours} must be at least 1")
-        if not -1 <= self.cosine < 1:
-            raise UserError(
-                f"cosine={self.cosine} must lie in [-1, 1); 1 would be the pivot itself"
-            )
+        check_ranges(self, "zero_order.", num_neighbours=">= 1", cosine=">= -1 and < 1")
 
 
 def zero_order(problem: Problem, config: ZeroOrderConfig) -> Search:

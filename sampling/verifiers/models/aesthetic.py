@@ -54,8 +54,7 @@ def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> I
 
 def load_head(checkpoint: str, device: torch.device) -> nn.Sequential:
     """Reads the head, in float32; raises UserError for a file that is none."""
-    from blackpoint.sampling.verifiers.models.linear_head import linear_chain
-    from blackpoint.sampling.verifiers.models.pretrained import frozen, load_weights
+    from blackpoint.sampling.verifiers.models.pretrained import frozen, linear_chain, load_weights
 
     state = load_weights(Path(checkpoint), "checkpoint", REMEDY)
     try:

@@ -104,15 +104,15 @@ def label_in(prompt: str, labels: Sequence[str]) -> int:
     in "tiger cat").
     """
     text = _words(prompt)
-    found: list[tuple[int, int, int]] = []  # start, end, class
+    matched: list[tuple[int, int, int]] = []  # start, end, class
     for number, label in enumerate(labels):
         for name in filter(None, map(_words, label.split(","))):
             matches = re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text)
-            found += [(match.start(), match.end(), number) for match in matches]
+            matched += [(match.start(), match.end(), number) for match in matches]
     outer = {
         number
-        for start, end, number in found
-        if not any(a <= start and end <= b and b - a > end - start for a, b, _ in found)
+        for start, end, number in matched
+        if not any(a <= start and end <= b and b - a > end - start for a, b, _ in matched)
     }
     if len(outer) == 1:
         return outer.pop()

@@ -51,10 +51,10 @@ class ImageModel:
         pixels = pixels if self.preprocess is None else self.preprocess(pixels)
         rows = self.rows(pixels.to(self.dtype))
         if not isinstance(rows, Tensor) or rows.ndim < 2 or len(rows) != len(images):
-            given = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            returned = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
             raise RunFailed(
-                f"an image model returned {given} for {len(images)} images; it must return one row "
-                "of numbers per image"
+                f"an image model returned {returned} for {len(images)} images; it must return one "
+                "row of numbers per image"
             )
         return rows.flatten(1).float()
 

@@ -136,7 +136,7 @@ def _built(state: dict[str, Tensor], med_config: dict[str, Any]) -> tuple[Any, A
     """Builds the three parts in the sizes that the weights have, and fills them strictly."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-    from blackpoint.sampling.verifiers.models.linear_head import linear_chain
+    from blackpoint.sampling.verifiers.models.pretrained import linear_chain
 
     seen = _part(state, "blip.visual_encoder.")
     patches = seen["patch_embed.proj.weight"]  # (width, 3, px, px)
