@@ -43,6 +43,8 @@ from tests.tiny_vision import make_tiny_vit
 
 GPU = torch.device("cuda:0")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALF = torch.float16
+"""Of a method among several: only half precision has products of two formats to get wrong."""
 GUIDANCE = Guidance(7.5, 0.7)
 clip, head = test_verifiers_clip.clip, test_verifiers_clip.head
 image_reward = test_verifiers_image_reward.folder
@@ -177,17 +179,23 @@ def check_step(tuner: FineTuner, batch: dict[str, Any], mode: FakeTensorMode) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guided_sampling_and_decoding(
-    sampler: str, dtype: torch.dtype, pipeline: Path, mode: FakeTensorMode
+    dtype: torch.dtype, pipeline: Path, mode: FakeTensorMode
 ) -> None:
+    """In two batches."""
     model = model_on_gpu(DiffusionModel.load(pipeline), mode, dtype)
     with mode:
-        images = model.sample(
-            ["a one", "a two", "a one"], [0, 1, 2], 3, 7.5, 0.7, sampler, batch_size=2
-        )
+        images = model.sample(["a one", "a two"], [0, 1], 1, 7.5, 0.7, batch_size=1)
         assert_on(images, torch.device("cpu"))
         assert_on(model.encode(torch.rand(2, 3, 16, 16)), GPU)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers(sampler: str, pipeline: Path, mode: FakeTensorMode) -> None:
+    """Over a first, a middle and a last step."""
+    model = model_on_gpu(DiffusionModel.load(pipeline), mode, HALF)
+    with mode:
+        assert_on(model.sample("a one", [0], 3, 7.5, 0.7, sampler), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("condition", ["none", "class", "text"])
@@ -202,23 +210,21 @@ def guided(model: DiffusionModel) -> tuple[Any, SamplingGrid, Tensor]:
     """Returns a denoiser, a grid and noise on the host; called in the mode."""
     condition = model.encode_prompts(["", "a one", "a two"])
     denoise = model.denoiser(condition[1:], condition[torch.zeros(2, dtype=torch.long)], GUIDANCE)
-    grid = SamplingGrid.of(model.process.schedule, model.process.timesteps(4))
+    grid = SamplingGrid.of(model.process.schedule, model.process.timesteps(2))
     return denoise, grid, torch.stack([seeded_noise(seed, (4, 8, 8)) for seed in (0, 1)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_renoising(dtype: torch.dtype, pipeline: Path, mode: FakeTensorMode) -> None:
-    model = model_on_gpu(DiffusionModel.load(pipeline), mode, dtype)
+def test_renoising(pipeline: Path, mode: FakeTensorMode) -> None:
+    model = model_on_gpu(DiffusionModel.load(pipeline), mode, HALF)
     with mode:
         _, grid, noise = guided(model)
-        state = SampleState(torch.zeros(2, 4, 8, 8, device=GPU), 3)
+        state = SampleState(torch.zeros(2, 4, 8, 8, device=GPU), 2)
         assert_on(renoise(grid, state, 1, noise).x, GPU)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", ["ddim", "fixed_point", "anderson", "renoise"])
-def test_inversion(method: Any, dtype: torch.dtype, pipeline: Path, mode: FakeTensorMode) -> None:
-    model = model_on_gpu(DiffusionModel.load(pipeline), mode, dtype)
+def test_inversion(method: Any, pipeline: Path, mode: FakeTensorMode) -> None:
+    model = model_on_gpu(DiffusionModel.load(pipeline), mode, HALF)
     with mode:
         denoise, grid, _ = guided(model)
         found = invert(denoise, grid, torch.zeros(2, 4, 8, 8, device=GPU), Inverter(method, 3))
