@@ -74,8 +74,8 @@ scripts.verbs: data.* data.check data.files data.pack sampling.* sampling.evalua
     scripts.* scripts.sweep train.* train.config train.encode train.records
 train.*: data.* data.files sampling.* sampling.export sampling.pixels sampling.runtime
     train.callbacks train.cluster train.config train.records
-train.callbacks: data.files sampling.* sampling.export sampling.pixels sampling.prompts
-    sampling.runtime train.* train.config train.records
+train.callbacks: data.files sampling.* sampling.checkpoints sampling.export sampling.pixels
+    sampling.prompts sampling.runtime train.* train.config train.records
 train.cluster: data.files sampling.runtime train.* train.config train.records
 train.config: data.* data.files sampling.* sampling.runtime train.*
 train.encode: data.* data.files data.images data.index data.shards data.work sampling.*
