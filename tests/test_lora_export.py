@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -16,6 +18,7 @@ from blackpoint.data.files.errors import RunFailed
 from blackpoint.sampling.export import lora_export
 from blackpoint.sampling.export.lora_card import client_note
 from blackpoint.sampling.export.lora_export import export_lora
+from blackpoint.sampling.lora.adapters import Lora, LoraModule
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.schedule import NoiseSchedule
@@ -233,3 +236,50 @@ def test_betas_alone_are_a_change_too(pipeline, tmp_path):
         tmp_path / "a.ckpt", adapted_unet(pipeline), pipeline, process=Process(shifted, "epsilon")
     )
     assert export_lora(path, tmp_path / "out", verify=False).changes == ["betas"]
+
+
+def test_sdxl_has_the_block_names_that_kohya_trains():
+    """LDM's, 722 modules and 788 with convolutions; diffusers' reader maps them back."""
+    with init_empty_weights():
+        unet = UNet2DConditionModel(
+            block_out_channels=(8, 16, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=64,
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        )
+    tensor = torch.ones(1, 1)
+    counts = {}
+    for targets in (ATTENTION, ATTENTION + CONVOLUTIONS):
+        names = [
+            name
+            for name, module in unet.named_modules()
+            if name.endswith(tuple(f".{target}" for target in targets))
+            and hasattr(module, "weight")
+        ]
+        lora = Lora({f"unet.{name}": LoraModule(tensor, tensor, 1.0) for name in names})
+        tensors = lora_export.kohya_tensors(lora, unet)
+        state = _maybe_map_sgm_blocks_to_diffusers(dict(tensors), unet.config)
+        back = {key.split(".")[0].removeprefix("lora_unet_") for key in state}
+        # This reader has a second step, for the names of blocks and what is in their resnets.
+        for old, new in (("input_b", "down_b"), ("middle_block", "mid_block"), ("output_", "up_")):
+            back = {name.replace(old, new) for name in back}
+        attention = {name.replace(".", "_") for name in names if ".attentions." in name}
+        assert attention <= back
+        counts[len(names)] = {key.split(".")[0] for key in tensors}
+    assert [*counts] == [722, 788] and [len(keys) for keys in counts.values()] == [722, 788]
+    assert {
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "lora_unet_middle_block_1_transformer_blocks_9_ff_net_0_proj",
+        "lora_unet_output_blocks_2_2_conv",
+        "lora_unet_output_blocks_5_2_conv",
+        "lora_unet_input_blocks_3_0_op",
+        "lora_unet_output_blocks_0_0_skip_connection",
+        "lora_unet_middle_block_2_emb_layers_1",
+    } <= counts[788]
