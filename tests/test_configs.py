@@ -37,7 +37,7 @@ TRAINING = {
     "sd21_768_shift",
     "pixel_256",
     "pixel_512",
-} | {f"tiny_{name}" for name in ("zero_snr", "control", "longer", "pixel")}
+} | {f"tiny_{name}" for name in ("zero_snr", "zero_snr_lora", "control", "longer", "pixel")}
 # The header's line `Process`; a single shift holds at every t.
 SHIFT = r"log SNR \+ 2 log\((\d+) / (\d+)\)(?: at t = 0 to 2 log\((\d+) / (\d+)\) at T - 1)?"
 PROCESS = re.compile(rf"(\w+), (zero|non-zero) terminal SNR, (\w+), (?:no shift|{SHIFT})")
