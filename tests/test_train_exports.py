@@ -17,6 +17,7 @@ from blackpoint.scripts.measurements.make_random_base import RandomBaseConfig, m
 from blackpoint.train.callbacks import exports
 from blackpoint.train.callbacks.checkpoints import checkpoint_steps
 from tests.tiny_run import Killed, kill, load_checkpoint, stop_in_step, tiny_config
+from tests.tiny_single_file import make_folder, tensors_of, write_file
 from tests.waiting import names_in
 
 EVERY_TWO: dict[str, Any] = {
@@ -93,6 +94,16 @@ def test_a_run_exports_single_files(shards: Path, tmp_path: Path) -> None:
     (run_dir / "exports" / names[0]).unlink()
     exports.export_step(config, run_dir, 2)
     assert steps_in(run_dir) == names
+
+
+def test_a_base_that_does_not_say_what_it_predicts_needs_not_to(
+    shards: Path, tmp_path: Path
+) -> None:
+    """Training asks for no prediction type, so neither does its check of what it will export."""
+    tensors = tensors_of(make_folder(tmp_path / "sd2", "sd2"))
+    file = write_file(tmp_path / "sd2.safetensors", tensors)
+    config = tiny_config(tmp_path / "run", file, shards, **EVERY_TWO, **{"export.format": "file"})
+    exports.check_exports(config, DiffusionModel.load(file, undecided="v_prediction"))
 
 
 def test_a_model_that_no_single_file_holds_is_refused_at_the_start(

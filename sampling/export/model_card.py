@@ -23,6 +23,8 @@ RUN_KEYS = (
     "data.shards",
     "data.mixture",
     "loss.prediction_type",
+    "lora.rank",
+    "lora.alpha",
     "optimizer.learning_rate",
     "ema.decay",
     "trainer.max_steps",

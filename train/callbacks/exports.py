@@ -73,7 +73,12 @@ def check_exports(config: TrainConfig, model: DiffusionModel) -> None:
     if options.format == "file":
         given = model
         if model.pixels is None:  # of its own: the run may do without the encoders that this reads
-            given = DiffusionModel.load(model.source, with_unet=False)
+            given = DiffusionModel.load(
+                model.source,
+                with_unet=False,
+                single_file=config.single_file,
+                undecided=config.loss.prediction_type,
+            )
             given.process = model.process
         try:
             check_carried(given, model.source)
