@@ -134,9 +134,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     rng = random.Random(0)
     for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         options["num_processes"] = 2 if how in (signal.SIGKILL, signal.SIGTERM) else 1
-        found = interrupted(
-            how, rng.randrange(10, 30), partial, arguments(shards, pipeline, output, **options)
-        )
+        given, alone = arguments(shards, pipeline, output, **options), options["num_processes"] == 1
+        found = interrupted(how, rng.randrange(10, 30), partial, given, is_warm=alone)
         assert "Traceback" not in found.stderr, found.stderr
         # -how: it came when the handlers were not there yet, or no longer.
         status = {signal.SIGINT: 130, signal.SIGKILL: -9}.get(how, 75)

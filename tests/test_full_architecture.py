@@ -2,7 +2,6 @@
 
 import gc
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ from blackpoint.train import run
 from blackpoint.train.ema import Ema
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import make_tiny_shards, tiny_config
+from tests.warm_verb import WarmVerb
 
 PUBLISHED = {
     "sd15": (859_520_964, 83_653_863, 123_060_480),
@@ -150,67 +150,12 @@ def test_table_sets_the_peak_beside_the_arithmetic():
     assert "unet 1,000" in text and "dtype=float16" in text
 
 
-MEMORY = """
-import dataclasses, gc, json, shutil, sys
-from pathlib import Path
-import torch
-from blackpoint.scripts.measurements import make_random_base as bases
-from blackpoint.sampling.export.export import export
-from blackpoint.sampling.model import DiffusionModel
-from tests.tiny_run import make_tiny_shards, tiny_config
-from blackpoint.train.ema import Ema
-from blackpoint.train.run import fit
-
-def rss(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
-
-def peak_over(action, weights):
-    gc.collect()
-    before = rss("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    result = action()
-    found.append((rss("VmHWM") - before) / weights)
-    return result
-
-found, work = [], Path(sys.argv[1])
-if not (work / "base").exists():
-    wide = bases.UNET | {"block_out_channels": (96, 192, 384, 384), "cross_attention_dim": 64}
-    small = bases.ARCHITECTURES["small"]
-    bases.ARCHITECTURES["small"] = dataclasses.replace(small, unet=wide)
-    bases.make(bases.RandomBaseConfig("small", str(work / "base"), "float32"))
-    make_tiny_shards(work)
-weights = (work / "base/unet/diffusion_pytorch_model.safetensors").stat().st_size
-config = tiny_config(work / "run", work / "base", work / "shards", **{
-    "batch_size": 1, "data.resolution": 64, "trainer.max_steps": 2, "trainer.log_every_steps": 1,
-    "trainer.checkpoint_every_steps": 1, "trainer.gradient_checkpointing": True})
-match sys.argv[2]:
-    case "load":
-        model = peak_over(lambda: DiffusionModel.load(work / "base"), weights)
-        peak_over(lambda: sum(weight.sum() for weight in model.unet.parameters()), weights)
-        peak_over(lambda: model.save(work / "saved"), weights)
-    case "fit":
-        peak_over(lambda: fit(config), weights)
-    case "resume":
-        shutil.rmtree(work / "run/export")
-        (work / "run/checkpoints/step_00000002.ckpt").unlink()
-        peak_over(lambda: fit(config), weights)
-    case "export":
-        newest = work / "run/checkpoints/step_00000002.ckpt"
-        peak_over(lambda: export(newest, work / "out"), weights)
-print(json.dumps(found))
-"""
-
-
 def peaks(work: Path, action: str) -> list[float]:
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(work), action],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    """Measures in a process that has everything imported, and has done nothing else."""
+    process = WarmVerb(str(work), action, module="tests.peak_memory")
+    output, error = process.communicate()
+    assert process.returncode == 0, error
+    return json.loads(output.splitlines()[-1])
 
 
 @pytest.mark.slow
