@@ -20,7 +20,7 @@ from blackpoint.train.encode.config import EncodeConfig
 from blackpoint.train.encode.encode import encode
 from tests.devices import auto_takes_bfloat16
 from tests.evaluations import arguments, write_prompts
-from tests.tiny_sweep import EVALUATE, cells, sweep
+from tests.tiny_sweep import EVALUATE, cells, start_cells_warm, sweep
 
 RECORD = {"device": "cpu", "dtype": "bfloat16", "tf32": False}
 BRIGHT = ["verifiers.bright.kind=luminance", "verifiers.bright.target=1"]
@@ -237,6 +237,7 @@ def test_a_cell_that_would_go_on_in_other_formats_fails_with_the_reason(
         assert main(["evaluate", *own, f"output={folder}"]) == 0
     for each in ("metrics.json", "images.parquet"):
         (folder / each).unlink()
+    start_cells_warm(monkeypatch)
     assert main(["sweep", str(sweep(tmp_path, **settings))]) == 1
     outcome = json.loads((cell.folder / "cell.json").read_text())
     assert outcome["state"] == "failed"

@@ -5,8 +5,6 @@ import io
 import json
 import signal
 import subprocess
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,12 @@ import pytest
 
 from blackpoint.sampling.evaluation.summary import read_summary
 from blackpoint.scripts.cli import main
-from blackpoint.scripts.sweep import runner as sweep_runner
 from blackpoint.scripts.sweep.cells import trainings_of
 from blackpoint.scripts.sweep.runner import log_of, read_cell
 from blackpoint.scripts.verbs.sweep import share_of_element
-from tests.tiny_sweep import EVALUATE, cells, sweep
-from tests.waiting import PATIENCE_S, names_in, wait_for
+from tests.tiny_sweep import EVALUATE, cells, start_cells_warm, sweep
+from tests.waiting import names_in, wait_for
 from tests.warm_verb import WarmVerb
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def with_model(pipeline: Path) -> dict[str, Any]:
@@ -204,13 +199,7 @@ def test_elements_of_an_array_share_the_cells() -> None:
 
 @pytest.fixture(autouse=True)
 def warm_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starts the verbs of this process's sweeps in processes that have everything imported."""
-
-    def start(command: list[str], *, stdout: Any, env: dict[str, str], **_: Any) -> WarmVerb:
-        return WarmVerb(*command[2:], environment=env, log=stdout.name)
-
-    stand_in = types.SimpleNamespace(**{**vars(subprocess), "Popen": start})
-    monkeypatch.setattr(sweep_runner, "subprocess", stand_in)
+    start_cells_warm(monkeypatch)
 
 
 def run(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -298,13 +287,7 @@ def test_a_training_that_fails_is_tried_once_and_fails_its_cells(
 def test_stopped_it_says_so_and_goes_on(pipeline: Path, tmp_path: Path) -> None:
     grid = {"evaluate.seed": [0, 1]}
     path = sweep(tmp_path, evaluate={**with_model(pipeline), "num_images": 16}, grid=grid)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "blackpoint.scripts.cli", "sweep", str(path)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = WarmVerb("sweep", str(path))  # its cells start as ever
     cell_folders = tmp_path / "sweep" / "cells"
 
     def is_measuring() -> bool:
@@ -312,7 +295,7 @@ def test_stopped_it_says_so_and_goes_on(pipeline: Path, tmp_path: Path) -> None:
 
     wait_for(is_measuring, lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=PATIENCE_S)
+    _, error = process.communicate()
     assert process.returncode == 75, error
     assert "the same command continues" in error
     assert run(path).returncode == 0
