@@ -242,7 +242,7 @@ def test_a_search_on_two_nodes_that_a_signal_stops_once_finds_what_one_process_f
 ) -> None:
     prompts = ["a red photo", "a blue night", "a white wall", "a gray sea", "a black cat", "snow"]
     options = {"checkpoint": "base", "device": "cpu", "guidance_scale": "1", "num_steps": "4"}
-    options |= {"budget_nfe": "400", "batch_size": "1", "prompts": json.dumps(prompts)}
+    options |= {"budget_nfe": "200", "batch_size": "1", "prompts": json.dumps(prompts)}
     options |= {"verifiers.dark.kind": "luminance", "verifiers.dark.target": "0"}
     arguments = [f"{name}={value}" for name, value in options.items()]
     job = cluster.submit(
