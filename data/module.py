@@ -8,6 +8,7 @@ the image, "moments" (B, 2C, H/f, W/f) and "prompt_embeds" (B, L, D), float32. A
 about a sample is a function of (seed, epoch, index).
 """
 
+import itertools
 import sys
 import warnings
 from typing import Any
@@ -70,6 +71,7 @@ class CaptionedImages(LightningDataModule):
         self.bad_samples: dict[int, BadSample] = {}
         """Training samples that proved unusable, by index: read but replaced."""
         self._is_prepared = False
+        self._readers: dict[str, Reader] = {}
         self._training: Reader | MixedReader | None = None
         self._validation: Reader | None = None
 
@@ -78,7 +80,7 @@ class CaptionedImages(LightningDataModule):
         bucket; one process per machine does. Raises UserError for shards that have changed."""
         if self._is_prepared:  # by the run, before Lightning asks for it
             return
-        for pattern, field in self._patterns():
+        for pattern, field, _ in self._data_sets():
             shards = self._shards(pattern, field)
             if not has_index(shards.folder):
                 rank_zero_info(f"{field}={pattern} has no index: building it, once.")
@@ -88,7 +90,7 @@ class CaptionedImages(LightningDataModule):
             for note in [*shards.notes, *verify(shards)]:
                 print(f"note: {note}", file=sys.stderr, flush=True)
             if self.config.buckets.enabled or self.config.max_upscale is not None:
-                self._reader(pattern, field)  # sorts the samples into a file
+                self._reader(pattern, field, "", 0)  # sorts the samples into a file
         self._is_prepared = True
 
     def require_index(self, num_processes: int) -> None:
@@ -96,7 +98,7 @@ class CaptionedImages(LightningDataModule):
 
         The others would meanwhile wait for it at their rendezvous, and give up.
         """
-        for pattern, field in self._patterns() if num_processes > 1 else []:
+        for pattern, field, _ in self._data_sets() if num_processes > 1 else []:
             shards = self._shards(pattern, field)
             if not has_index(shards.folder):
                 raise UserError(
@@ -108,9 +110,19 @@ class CaptionedImages(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Opens the shards that `stage` needs."""
         slice_size(self.batch_size, self._world_size)
-        pattern = self.config.validation_shards
-        self._training = self._open_training()
-        self._validation = self._reader(pattern, VALIDATION) if pattern else None
+        offset, weights = 0, self.config.weights
+        self._readers = {}
+        for pattern, field, name in self._data_sets():
+            reader = self._reader(pattern, field, name, offset if name else 0)
+            self._readers[f"{field}={pattern}"] = reader
+            offset += len(reader.index)
+        self._validation = self._readers.get(f"{VALIDATION}={self.config.validation_shards}")
+        training = dict(itertools.islice(self._readers.items(), len(weights) or 1))
+        self._training, *_ = training.values()
+        if weights:
+            check_alike(training)
+            run_length = self.batch_size if self.config.buckets.enabled else 1
+            self._training = MixedReader([*training.values()], [*weights.values()], run_length)
 
     def train_dataloader(self) -> DataLoader:
         """Returns the endless loader, from the position where training stands."""
@@ -164,7 +176,7 @@ class CaptionedImages(LightningDataModule):
     def encodings(self) -> list[tuple[str, Encoding | None]]:
         """Returns "field=value" and the Encoding, None for images, of each data set."""
         encodings: list[tuple[str, Encoding | None]] = []
-        for pattern, field in self._patterns():
+        for pattern, field, _ in self._data_sets():
             folder = open_shards(pattern, field, self.config).folder
             encoding = Encoding.read(folder) if is_encoded(folder) else None
             encodings.append((f"{field}={pattern}", encoding))
@@ -172,12 +184,8 @@ class CaptionedImages(LightningDataModule):
 
     def readers(self) -> dict[str, Reader]:
         """Returns the reader of each data set by "field=value", those of training first."""
-        assert self._training is not None, "setup comes first"
-        training = self._training
-        readers = list(training.readers) if isinstance(training, MixedReader) else [training]
-        readers += [self._validation] if self._validation else []
-        names = [f"{field}={pattern}" for pattern, field in self._patterns()]
-        return dict(zip(names, readers, strict=True))
+        assert self._readers, "setup comes first"
+        return self._readers
 
     def identity(self) -> dict[str, Any]:
         """Returns the identity of the data, by field: data/identity.py."""
@@ -206,32 +214,17 @@ class CaptionedImages(LightningDataModule):
             )
         return shards
 
-    def _patterns(self) -> list[tuple[str, str]]:
+    def _data_sets(self) -> list[tuple[str, str, str]]:
+        """Returns (pattern, field, name in a mixture or "") of each, those of training first."""
         config = self.config
-        patterns = [(config.shards, "data.shards")] if config.shards else []
+        data_sets = [(config.shards, "data.shards", "")] if config.shards else []
         for name in config.weights:
-            patterns.append((config.mixture[name].shards, f"data.mixture.{name}.shards"))
+            data_sets.append((config.mixture[name].shards, f"data.mixture.{name}.shards", name))
         if config.validation_shards:
-            patterns.append((config.validation_shards, VALIDATION))
-        return patterns
+            data_sets.append((config.validation_shards, VALIDATION, ""))
+        return data_sets
 
-    def _open_training(self) -> Reader | MixedReader:
-        weights = self.config.weights
-        if not weights:
-            assert self.config.shards is not None
-            return self._reader(self.config.shards, "data.shards")
-        readers: dict[str, Reader] = {}
-        offset = 0
-        for name in weights:
-            pattern, field = self.config.mixture[name].shards, f"data.mixture.{name}.shards"
-            reader = self._reader(pattern, field, name, offset)
-            readers[f"{field}={pattern}"] = reader
-            offset += len(reader.index)
-        check_alike(readers)
-        run_length = self.batch_size if self.config.buckets.enabled else 1
-        return MixedReader(list(readers.values()), list(weights.values()), run_length)
-
-    def _reader(self, pattern: str, field: str, name: str = "", offset: int = 0) -> Reader:
+    def _reader(self, pattern: str, field: str, name: str, offset: int) -> Reader:
         shards, config = open_shards(pattern, field, self.config), self.config
         kind = LatentReader if is_encoded(shards.folder) else Reader
         reader = kind(
