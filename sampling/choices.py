@@ -35,6 +35,9 @@ class SingleFileConfig:
     prediction_type: PredictionType | None = None
     """What the UNet of a single file predicts, where neither the file nor NAME.yaml beside it
     says so. `train` needs it never: its target is loss.prediction_type."""
+    zero_terminal_snr: bool | None = None
+    """Whether a single file was trained to zero terminal SNR, where its key ztsnr is missing (most
+    trainers write none) or wrong."""
     vae: PathText | None = None
     """Autoencoder for a single file, instead of its own: a diffusers folder, or a .safetensors
     file."""

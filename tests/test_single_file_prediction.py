@@ -184,3 +184,16 @@ def test_markers_make_the_zero_snr_process(
     path = write_file(tmp_path / "v.safetensors", sd1 | {"v_pred": EMPTY}, RESOLUTION)
     process = DiffusionModel.load(path, with_unet=False).process
     assert not process.schedule.is_zero_terminal_snr and process.timestep_spacing == "leading"
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_the_user_says_zero_snr_over_the_marker(
+    said: bool, sd1: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Most trainers write no marker, whatever they trained to."""
+    markers = {"v_pred": EMPTY} if said else {"v_pred": EMPTY, "ztsnr": EMPTY}
+    path = write_file(tmp_path / "file.safetensors", sd1 | markers)
+    options = SingleFileConfig(zero_terminal_snr=said)
+    process = DiffusionModel.load(path, with_unet=False, single_file=options).process
+    assert process.schedule.is_zero_terminal_snr is said
+    assert process.timestep_spacing == ("trailing" if said else "leading")

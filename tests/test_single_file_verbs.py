@@ -111,8 +111,10 @@ def test_a_ckpt_knows_what_its_file_lacked(
     assert sampling_digest(model) == sampling_digest(DiffusionModel.load(tmp_path / "run"))
     with pytest.raises(UserError, match=r"prediction_type=epsilon: .*ckpt is no single file, and"):
         DiffusionModel.load(checkpoint, single_file=SingleFileConfig(prediction_type="epsilon"))
+    with pytest.raises(UserError, match="zero_terminal_snr=True: .*ckpt is no single file, and"):
+        DiffusionModel.load(checkpoint, single_file=SingleFileConfig(zero_terminal_snr=True))
     record = torch.load(checkpoint, weights_only=True)["blackpoint"]
-    assert record["single_file"] == {"prediction_type": None, "vae": str(folder), "tokenizer": None}
+    assert SingleFileConfig(**record["single_file"]) == SingleFileConfig(vae=str(folder))
 
 
 def test_latents_of_a_file_train_a_folder_and_keep_no_trace_of_the_process(

@@ -164,7 +164,7 @@ def adapters_of(path: Path, weights: Weights = "ema") -> Lora:
 
 
 def _lightning_checkpoint(path: Path, weights: Weights, single_file: SingleFileConfig) -> Resolved:
-    _require_no_options(path, SingleFileConfig(prediction_type=single_file.prediction_type))
+    _require_no_options(path, replace(single_file, vae=None, tokenizer=None))  # of its base
     stored = read_lightning(path)
     record, state = stored["blackpoint"], _state(stored, weights)
     base_path = record["base"]

@@ -92,6 +92,7 @@ class SingleFile:
         what = f"checkpoint={path}"
         header = read_header(path)
         contents = contents_of(header, what, weights)
+        has_marker = ZERO_SNR_MARKER in header.shapes
         evidence = prediction_of(
             path,
             header.shapes,
@@ -104,7 +105,7 @@ class SingleFile:
             path,
             options,
             contents.is_sd2,
-            ZERO_SNR_MARKER in header.shapes,
+            has_marker if options.zero_terminal_snr is None else options.zero_terminal_snr,
             contents.averaged,
             evidence,
             _parts(path, header, contents, options, evidence),
@@ -200,7 +201,7 @@ class SingleFile:
         if with_prediction and self.evidence and self.options.prediction_type is None:
             prediction_type, source = self.evidence.prediction_type, self.evidence.source
             taken.append(f"prediction_type={prediction_type}, from {source}")
-        if self.has_zero_snr:
+        if self.has_zero_snr and self.options.zero_terminal_snr is None:
             taken.append(f"zero terminal SNR, from its key {ZERO_SNR_MARKER}")
         if self.averaged:
             taken.append("the UNet is its average, model_ema")
