@@ -1,9 +1,9 @@
 """The bundle that samples: UNet, autoencoder, text encoder and the process they were trained for.
 
-Loads any Stable Diffusion 1.x or 2.x, and models of our own that generate pixels; samples by their
-own schedule, and saves a diffusers folder. The autoencoder and the text encoder are loaded on first
-use: training from cached latents needs neither. A pixel-space model has no autoencoder, and a text
-encoder only if it understands text.
+Loads any Stable Diffusion 1.x, 2.x or XL, and models of our own that generate pixels; samples by
+their own schedule, and saves a diffusers folder. The autoencoder and the text encoders are loaded
+on first use: training from cached latents needs neither. A pixel-space model has no autoencoder,
+and a text encoder only if it understands text.
 """
 
 from collections.abc import Callable, Sequence
@@ -90,8 +90,8 @@ class DiffusionModel:
         as in diffusers; `single_file` adds what a single file lacks, `undecided` is the prediction
         type of one that does not tell, for those who need none; `loras` are merged in. Without the
         UNet's weights the model only encodes and decodes. Raises UserError for what is not there,
-        neither a Stable Diffusion 1.x / 2.x nor a pixel-space model of ours, or only a pickle; what
-        the configs tell, before weights are read.
+        neither a Stable Diffusion 1.x, 2.x or XL nor a pixel-space model of ours, or only a pickle;
+        what the configs tell, before weights are read.
         """
         resolved = with_loras(resolve(checkpoint, weights, variant, single_file), loras, weights)
         pipeline = resolved.pipeline
@@ -99,17 +99,15 @@ class DiffusionModel:
         pixels = PixelForm.of(index, checkpoint)
         check_architecture(pipeline, index, pixels, checkpoint)
         scheduler = resolved.scheduler_config or pipeline.scheduler(undecided)
-        process = Process.of_checkpoint(checkpoint, scheduler)
+        process = Process.of_checkpoint(checkpoint, scheduler, loading.is_xl(index))
         if with_unet:
             check_bases(resolved, process)
         vae = None if pixels else loading.Part(AutoencoderKL, pipeline, "vae", dtype)
-        text_encoder, tokenizer = None, None
-        if pixels is None or pixels.has_text:
-            text_encoder = loading.Part(CLIPTextModel, pipeline, "text_encoder", dtype)
-            tokenizer = pipeline.tokenizer()
+        encoders = loading.text_encoders_of(index) if pixels is None or pixels.has_text else []
+        first, second = loading.text_parts(pipeline, encoders, dtype)
         unet = loading.load_unet(resolved, dtype) if with_unet else loading.empty_unet(pipeline)
         source = str(checkpoint)
-        return cls(unet, vae, text_encoder, tokenizer, process, source, pipeline, pixels).to(device)
+        return cls(unet, vae, *first, process, source, pipeline, pixels, *second).to(device)
 
     @property
     def vae(self) -> AutoencoderKL:
@@ -125,6 +123,11 @@ class DiffusionModel:
     def text_encoder_2(self) -> CLIPTextModelWithProjection:
         """SDXL's second text encoder, loaded when it is first asked for."""
         return self._encoders.get("text_encoder_2", self.device)
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is an SDXL: it has two text encoders, and takes the sizes of pictures."""
+        return len(self.tokenizers) > 1
 
     @property
     def is_unconditional(self) -> bool:
@@ -144,7 +147,7 @@ class DiffusionModel:
         return [self.unet, *self._encoders.loaded()]
 
     def save(self, folder: str | Path) -> None:
-        """Writes a diffusers folder: StableDiffusionPipeline, or PixelPipeline with its code."""
+        """Writes a diffusers folder: of a stock pipeline, or of PixelPipeline with its code."""
         save_model(self, Path(folder))
 
     def to(self, device: str | torch.device) -> "DiffusionModel":
@@ -182,9 +185,10 @@ class DiffusionModel:
         """Divisor of the sides of images, in pixels.
 
         Latents may have any sides: where the UNet cannot halve one evenly, diffusers' passes the
-        size to upsample to on. In pixel space it must.
+        size to upsample to on. In pixel space it must, and SDXL was trained on such sides alone.
         """
-        halvings = len(self.unet.config.block_out_channels) - 1 if self.pixels else 0
+        must_halve = self.pixels is not None or self.is_xl
+        halvings = len(self.unet.config.block_out_channels) - 1 if must_halve else 0
         return self.downsampling_factor * 2**halvings
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:

@@ -57,9 +57,9 @@ class SamplingOptions:
     """Last layers of the text encoder to leave out for the prompts, as clip_skip of diffusers; the
     negative prompt has all. 1 is clip skip 2 of other tools."""
     height: int | None = None
-    """Height in px, a multiple of 8; the model's own if not set."""
+    """Height in px, a multiple of 8, for SDXL of 32; the model's own if not set."""
     width: int | None = None
-    """Width in px, a multiple of 8; the model's own if not set."""
+    """Width in px, a multiple of 8, for SDXL of 32; the model's own if not set."""
     weights: Weights = "ema"
     """Which weights of a training checkpoint: their moving average or the last step's; of a single
     file with both: model_ema or model."""

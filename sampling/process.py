@@ -141,28 +141,31 @@ class Process:
         )
 
     @classmethod
-    def from_diffusers(cls, config: Mapping[str, Any]) -> "Process":
+    def from_diffusers(cls, config: Mapping[str, Any], is_xl: bool = False) -> "Process":
         """Reads a scheduler_config of any diffusers scheduler class that has such a process.
 
         A key that is absent means what it means to that class
-        (sampling/checkpoints/scheduler_config.py).
+        (sampling/checkpoints/scheduler_config.py). steps_offset is 1 whatever it says, as
+        StableDiffusionPipeline makes it; StableDiffusionXLPipeline takes it as it is.
         """
         settings = read_scheduler_config(config)
         return cls(
             schedule=NoiseSchedule.from_diffusers(settings),
             prediction_type=cast(PredictionType, settings["prediction_type"]),
             timestep_spacing=cast(Spacing, settings["timestep_spacing"]),
-            # steps_offset is 1 whatever it says: StableDiffusionPipeline corrects it too
+            steps_offset=int(settings.get("steps_offset", 0)) if is_xl else 1,
             scheme={key: settings[key] for key in SCHEME_KEYS if key in config},
             set_alpha_to_one=settings.get("set_alpha_to_one", True),
             omits_cleanest=settings["_class_name"] in ABOVE_THE_CLEANEST,
         )
 
     @classmethod
-    def of_checkpoint(cls, checkpoint: str | Path, config: Mapping[str, Any]) -> "Process":
+    def of_checkpoint(
+        cls, checkpoint: str | Path, config: Mapping[str, Any], is_xl: bool = False
+    ) -> "Process":
         """Reads the scheduler config of a checkpoint, which errors name; notes an unsound one."""
         try:
-            process = cls.from_diffusers(config)
+            process = cls.from_diffusers(config, is_xl)
         except UserError as error:
             raise UserError(f"checkpoint={checkpoint}: {error}") from None
         if reason := process.incompatibility():

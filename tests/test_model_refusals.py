@@ -114,12 +114,12 @@ def test_weights_that_do_not_fit_their_config_are_refused(base, tmp_path):
 
 
 def test_other_pipelines_are_refused(base, tmp_path):
-    folder = tmp_path / "xl"
+    folder = tmp_path / "sd3"
     shutil.copytree(base, folder)
     index = json.loads((folder / "model_index.json").read_text())
-    index |= {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "X"]}
+    index |= {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "X"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="StableDiffusionXLPipeline.*1.x and 2.x"):
+    with pytest.raises(UserError, match="StableDiffusion3Pipeline.*1.x, 2.x and XL"):
         DiffusionModel.load(folder)
 
 

@@ -36,8 +36,13 @@ EOT_AS_PUBLISHED = 2
 """eos_token_id of the published text encoders: not the token's id, which is the highest."""
 
 
-def make_tiny_sdxl(folder: Path, seed: int = 0, *, vae: dict[str, Any] | None = None) -> Path:
-    """Writes a random SDXL pipeline folder and returns it; `vae` overrides config entries."""
+def make_tiny_sdxl(
+    folder: Path, seed: int = 0, *, vae: dict[str, Any] | None = None, scheduler: Any = None
+) -> Path:
+    """Writes a random SDXL pipeline folder and returns it; `vae` overrides config entries.
+
+    Without a `scheduler` it is the published Euler's: epsilon, non-zero terminal SNR.
+    """
     tokenizers = {}
     for name, pad_token in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         save_tiny_tokenizer(folder / name, pad_token)
@@ -64,7 +69,8 @@ def make_tiny_sdxl(folder: Path, seed: int = 0, *, vae: dict[str, Any] | None = 
             text_encoder=CLIPTextModel(_text_config("text_encoder", "quick_gelu")),
             text_encoder_2=CLIPTextModelWithProjection(_text_config("text_encoder_2", "gelu")),
             unet=unet,
-            scheduler=EulerDiscreteScheduler(
+            scheduler=scheduler
+            or EulerDiscreteScheduler(
                 beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
             ),
             **tokenizers,

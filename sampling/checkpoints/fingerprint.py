@@ -1,4 +1,4 @@
-"""Which models these are: digests of a UNet, an autoencoder, a text encoder with its tokenizer.
+"""Which models these are: digests of a UNet, an autoencoder, text encoders with their tokenizers.
 
 A digest is of what computes, not of files: the values of the weights in float32, whatever their
 names and order, the settings that no weight shows, and the tokenizer's vocabulary. So a folder
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import CLIPTextConfig
 
-from blackpoint.sampling.checkpoints.loading import Pipeline
+from blackpoint.sampling.checkpoints.loading import Pipeline, is_xl
 from blackpoint.sampling.checkpoints.resolve import Resolved
 
 if TYPE_CHECKING:
@@ -58,17 +58,35 @@ def vae_digest(pipeline: Pipeline) -> str:
 
 def text_encoder_digest(pipeline: Pipeline, tokenizer: dict[str, Any] | None = None) -> str:
     """Returns the digest of a pipeline's text encoder and of its tokenizer, whose settings may be
-    read already."""
-    config, defaults = pipeline.read_json("text_encoder/config.json"), CLIPTextConfig()
-    settings = {key: config.get(key, getattr(defaults, key)) for key in TEXT_SETTINGS}
-    settings["use_attention_mask"] = config.get("use_attention_mask") or False
+    read already; of both encoders and tokenizers of an SDXL."""
+    settings = _text_settings(pipeline, "text_encoder")
     settings |= tokenizer or tokenizer_settings(pipeline)
+    if is_xl(pipeline.read_json("model_index.json")):
+        second = _text_settings(pipeline, "text_encoder_2")
+        settings["text_encoder_2"] = _digest(pipeline.tensors("text_encoder_2"), second)
     return _digest(pipeline.tensors("text_encoder"), settings)
 
 
+def _text_settings(pipeline: Pipeline, part: str) -> dict[str, Any]:
+    config, defaults = pipeline.read_json(f"{part}/config.json"), CLIPTextConfig()
+    settings = {key: config.get(key, getattr(defaults, key)) for key in TEXT_SETTINGS}
+    settings["use_attention_mask"] = config.get("use_attention_mask") or False
+    return settings
+
+
 def tokenizer_settings(pipeline: Pipeline) -> dict[str, Any]:
-    """Returns what a tokenizer makes tokens by: vocabulary, merges, length and padding."""
-    tokenizer = pipeline.tokenizer()
+    """Returns what a tokenizer makes tokens by: vocabulary, merges, length and padding.
+
+    Those of SDXL's second tokenizer are within, as tokenizer_2.
+    """
+    settings = _words(pipeline, "text_encoder")
+    if is_xl(pipeline.read_json("model_index.json")):
+        settings["tokenizer_2"] = _words(pipeline, "text_encoder_2")
+    return settings
+
+
+def _words(pipeline: Pipeline, text_encoder: str) -> dict[str, Any]:
+    tokenizer = pipeline.tokenizer(text_encoder)
     return {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "merges": json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"],
@@ -94,7 +112,7 @@ def model_digest(model: "DiffusionModel") -> str:
 
 def sampling_digest(model: "DiffusionModel") -> str:
     """Returns the digest of all that decides the images of a model that was loaded: UNet, process,
-    autoencoder, text encoder."""
+    autoencoder, text encoders."""
     assert model.pipeline is not None
     parts = [model_digest(model)]
     if model.pixels is None:

@@ -21,7 +21,7 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.choices import PredictionType
@@ -41,6 +41,8 @@ WRONG_CONFIG = (
     StrictDataclassError,
 )
 """Errors that a library may raise for a config.json that makes no sense."""
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""The tokenizer of each text encoder; SDXL has two."""
 CLIP_TOKENIZER_FILES = ("tokenizer.json", "merges.txt")
 
 
@@ -58,7 +60,7 @@ class Pipeline(Protocol):
         """Lists the files that hold a part's weights; UserError where there are none."""
 
     def config_files(self, part: str) -> list[Path]:
-        """Lists the files that decide on a part beside its weights; `tokenizer` is one, too."""
+        """Lists the files that decide on a part beside its weights; tokenizers are some, too."""
 
     def tensors(self, part: str) -> Iterator[Tensor]:
         """Yields a part's weights, in the shapes that they have in a folder."""
@@ -73,8 +75,8 @@ class Pipeline(Protocol):
         """Returns the scheduler config; with `undecided` where nothing tells the prediction type,
         and without that UserError."""
 
-    def tokenizer(self) -> CLIPTokenizer:
-        """Loads the tokenizer."""
+    def tokenizer(self, text_encoder: str = "text_encoder") -> CLIPTokenizer:
+        """Loads the tokenizer of a text encoder."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,34 @@ class Part:
     def load(self) -> Any:
         """Loads the model and refuses missing or unexpected keys."""
         return self.pipeline.load(self.kind, self.name, self.dtype)
+
+
+def is_xl(index: Mapping[str, Any]) -> bool:
+    """Whether model_index.json is of a Stable Diffusion XL: it names a second text encoder."""
+    return names_part(index, "text_encoder_2")
+
+
+def text_encoders_of(index: Mapping[str, Any]) -> list[str]:
+    """Lists the text encoders of a pipeline that has one or two."""
+    return ["text_encoder", "text_encoder_2"] if is_xl(index) else ["text_encoder"]
+
+
+def names_part(index: Mapping[str, Any], part: str) -> bool:
+    """Whether model_index.json has a class for a part, not [null, null]."""
+    return bool((index.get(part) or [None])[0])
+
+
+def text_parts(
+    pipeline: Pipeline, encoders: Sequence[str], dtype: torch.dtype
+) -> tuple[tuple[Part | None, CLIPTokenizer | None], ...]:
+    """Returns text encoder and tokenizer of both places; None where a pipeline has none."""
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    return tuple(
+        (Part(kind, pipeline, name, dtype), pipeline.tokenizer(name))
+        if name in encoders
+        else (None, None)
+        for name, kind in kinds.items()
+    )
 
 
 def load_unet(resolved: "Resolved", dtype: torch.dtype) -> UNet2DConditionModel:
@@ -220,12 +250,12 @@ def load_tokenizer(folder: Path, text_config: Mapping[str, Any], **options: Any)
     return tokenizer
 
 
-def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Writes folder/tokenizer, also as vocab.json and merges.txt.
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path, name: str = "tokenizer") -> None:
+    """Writes folder/name, also as vocab.json and merges.txt.
 
     transformers 5 writes tokenizer.json alone, which transformers 4 and other tools do not read.
     """
-    folder = folder / "tokenizer"
+    folder = folder / name
     tokenizer.save_pretrained(folder)
     settings = read_json(folder / "tokenizer_config.json")
     for how_it_was_loaded in ("is_local", "local_files_only"):

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedModel
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.ldm_keys import published_text_name
 from blackpoint.sampling.checkpoints.loading import (
+    TOKENIZERS,
     WRONG_CONFIG,
     check_keys,
     convert_weights,
@@ -47,8 +48,8 @@ class PipelineFolder:
         return weight_files(self.path, part, self.variant)
 
     def config_files(self, part: str) -> list[Path]:
-        """Lists config.json, or the files of the tokenizer."""
-        if part == "tokenizer":
+        """Lists config.json, or the files of a tokenizer."""
+        if part in TOKENIZERS.values():
             return sorted(path for path in (self.path / part).iterdir() if path.is_file())
         return [self.path / part / "config.json"]
 
@@ -74,6 +75,8 @@ class PipelineFolder:
                 path,
                 use_safetensors=True,
                 local_files_only=True,
+                # transformers' own error does not name them; diffusers' does
+                ignore_mismatched_sizes=issubclass(kind, PreTrainedModel),
                 variant=variant_of(self.path, part, self.variant),
                 output_loading_info=True,
                 dtype=stored or dtype,
@@ -101,9 +104,10 @@ class PipelineFolder:
                 return {**config, "_class_name": name}
         return config
 
-    def tokenizer(self) -> CLIPTokenizer:
-        """Loads the folder's tokenizer, for as many tokens as its text encoder has positions."""
-        return load_tokenizer(self.path / "tokenizer", self.read_json("text_encoder/config.json"))
+    def tokenizer(self, text_encoder: str = "text_encoder") -> CLIPTokenizer:
+        """Loads a tokenizer of the folder, for as many tokens as its encoder has positions."""
+        config = self.read_json(f"{text_encoder}/config.json")
+        return load_tokenizer(self.path / TOKENIZERS[text_encoder], config)
 
 
 def _formats(path: Path) -> set[str]:

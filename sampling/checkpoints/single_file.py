@@ -169,9 +169,9 @@ class SingleFile:
             "trained_betas": None,
         }
 
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self, text_encoder: str = "text_encoder") -> CLIPTokenizer:
         """Loads the tokenizer that is given, or CLIP's; UserError where that is another one."""
-        config = self.parts["text_encoder"].config
+        config = self.parts[text_encoder].config
         count = config["vocab_size"]
         if not self.options.tokenizer:
             if count != CLIP_TOKENS:

@@ -215,6 +215,11 @@ def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encod
             f"checkpoint={config.checkpoint} is a pixel-space model, which has no autoencoder: "
             "train it on the shards of images themselves"
         )
+    if model.is_xl:
+        raise UserError(
+            f"checkpoint={config.checkpoint} is a Stable Diffusion XL, whose pooled embeddings and "
+            "sizes of pictures no shard of latents holds; give a Stable Diffusion 1.x or 2.x"
+        )
     channels, height, width = check_side(model, "resolution", config.resolution)
     assert model.pipeline is not None
     return Encoding(

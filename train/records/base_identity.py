@@ -23,6 +23,7 @@ from blackpoint.sampling.checkpoints.fingerprint import (
     unet_digest,
     vae_digest,
 )
+from blackpoint.sampling.checkpoints.loading import TOKENIZERS, text_encoders_of
 from blackpoint.sampling.checkpoints.resolve import Resolved, resolve
 from blackpoint.sampling.checkpoints.scheduler_config import read_scheduler_config
 from blackpoint.sampling.model import DiffusionModel
@@ -101,7 +102,8 @@ def base_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 def _parts(resolved: Resolved, with_unet: bool) -> dict[str, Part]:
     pipeline, parts = resolved.pipeline, dict[str, Part]()
-    pixels = PixelForm.of(pipeline.read_json("model_index.json"), pipeline.path)
+    index = pipeline.read_json("model_index.json")
+    pixels = PixelForm.of(index, pipeline.path)
     if with_unet:
         weights = (
             [Path(resolved.checkpoint)] if resolved.checkpoint else pipeline.weight_files("unet")
@@ -112,9 +114,11 @@ def _parts(resolved: Resolved, with_unet: bool) -> dict[str, Part]:
         files = [*pipeline.weight_files("vae"), *pipeline.config_files("vae")]
         parts[VAE] = Part(files, lambda: vae_digest(pipeline))
     if pixels is None or pixels.has_text:
-        words = [*pipeline.config_files("text_encoder"), *pipeline.config_files("tokenizer")]
+        encoders = text_encoders_of(index)
+        named = [*encoders, *(TOKENIZERS[part] for part in encoders)]
+        words = [file for part in named for file in pipeline.config_files(part)]
         settings = functools.cache(lambda: tokenizer_settings(pipeline))
-        files = [*pipeline.weight_files("text_encoder"), *words]
+        files = [file for part in encoders for file in pipeline.weight_files(part)] + words
         parts[TEXT_ENCODER] = Part(files, lambda: text_encoder_digest(pipeline, settings()))
         parts[TOKENIZER] = Part(words, lambda: tokenizer_digest(settings()))
     return parts
