@@ -91,9 +91,9 @@ class MergedPipeline:
         """Returns the pipeline's scheduler config."""
         return self.pipeline.scheduler(undecided)
 
-    def tokenizer(self) -> CLIPTokenizer:
-        """Loads the pipeline's tokenizer."""
-        return self.pipeline.tokenizer()
+    def tokenizer(self, text_encoder: str = "text_encoder") -> CLIPTokenizer:
+        """Loads a tokenizer of the pipeline."""
+        return self.pipeline.tokenizer(text_encoder)
 
 
 def with_loras(resolved: Resolved, loras: Sequence[LoraFile] | None, weights: Weights) -> Resolved:
