@@ -1,11 +1,12 @@
 """The LightningDataModule: captioned images, or their latents, from shards; endless for training.
 
-A batch is {"image": uint8 (B, 3, H, W), "caption": list of str ("" where dropped), "key": list of
-str, "epoch", "index" and "position": int64 (B,)}: which sample of the index, in which pass, and its
-place in all passes laid end to end (in validation, its number). With buckets, H and W differ from
-batch to batch; in a mixture, indices count through its data sets. Encoded shards give, instead of
-the image, "moments" (B, 2C, H/f, W/f) and "prompt_embeds" (B, L, D), float32. All that is random
-about a sample is a function of (seed, epoch, index).
+A batch is {"image": uint8 (B, 3, H, W), "sizes": int64 (B, 6), rows of PictureSize, "caption": list
+of str ("" where dropped), "key": list of str, "epoch", "index" and "position": int64 (B,)}: which
+sample of the index, in which pass, and its place in all passes laid end to end (in validation, its
+number). With buckets, H and W differ from batch to batch; in a mixture, indices count through its
+data sets. Encoded shards give, instead of the image and its sizes, "moments" (B, 2C, H/f, W/f) and
+"prompt_embeds" (B, L, D), float32. All that is random about a sample is a function of (seed, epoch,
+index).
 """
 
 import itertools

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,17 +26,25 @@ from blackpoint.data.bad_samples import BadSample, listing
 from blackpoint.data.caption_text import Captions, json_captions, text_captions
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.images.decode import DECODER_VERSION, MAX_IMAGE_PIXELS, BadImage, decode
+from blackpoint.data.images.picture_size import PictureSize
 from blackpoint.data.index.index import Index
 from blackpoint.data.order.buckets import Size, bucket_of
 from blackpoint.data.order.order import BucketOrder, Place
 from blackpoint.data.order.permutation import permute
 from blackpoint.data.record import JSON, Span
 from blackpoint.data.shards.remote_shards import RemoteShards
-from blackpoint.data.transform import CENTER, caption_number, draw, transform
+from blackpoint.data.transform import CENTER, caption_number, draw, picture_size, transform
 
 MAX_REPLACEMENTS = 100
 MAX_FROM_BUCKET = 20
 MAX_OPEN_SHARDS = 128
+
+
+class View(NamedTuple):
+    """One view of an image: pixels uint8 (H, W, 3), and where they are in what is stored."""
+
+    pixels: np.ndarray
+    size: PictureSize
 
 
 @dataclass
@@ -121,23 +129,25 @@ class Reader:
         return sizes[bucket] if bucket < len(sizes) else None
 
     def stack(self, contents: Sequence[Any]) -> dict[str, Tensor]:
-        """Returns image uint8 (B, 3, H, W) of what `read` returned, all of one size."""
-        height, width, _ = contents[0].shape
+        """Returns image uint8 (B, 3, H, W) and sizes int64 (B, 6), rows of PictureSize, of what
+        `read` returned, all of one size."""
+        height, width, _ = contents[0].pixels.shape
         images = np.empty((len(contents), 3, height, width), np.uint8)
-        for row, pixels in enumerate(contents):
-            images[row] = pixels.transpose(2, 0, 1)
-        return {"image": torch.from_numpy(images)}
+        for row, view in enumerate(contents):
+            images[row] = view.pixels.transpose(2, 0, 1)
+        sizes = torch.tensor([view.size for view in contents])
+        return {"image": torch.from_numpy(images), "sizes": sizes}
 
     def read(
         self, epoch: int, index: int, training: bool, size: Size | None = None
     ) -> tuple[Any, str]:
-        """Returns pixels uint8 (H, W, 3) and caption of one sample; raises BadImage.
+        """Returns the View and caption of one sample; raises BadImage.
 
         It is cut to `size`, by default to its own.
         """
-        pixels, captions = self.read_all(epoch, index, training, size)
+        view, captions = self.read_all(epoch, index, training, size)
         number = self.caption_index(epoch, index, training, len(captions))
-        return pixels, "" if number is None else captions[number]
+        return view, "" if number is None else captions[number]
 
     def read_all(
         self, epoch: int, index: int, training: bool, size: Size | None = None
@@ -151,7 +161,8 @@ class Reader:
         size = size or self.size(index)
         assert size is not None, "what is left out is not read"
         pixels = transform(image, size, crop.crop_x, crop.crop_y, flip)
-        return pixels, captions
+        view_size = picture_size(*image.size, size, crop.crop_x, crop.crop_y, flip)
+        return View(pixels, view_size), captions
 
     def caption_index(self, epoch: int, index: int, training: bool, count: int) -> int | None:
         """Returns which of `count` captions is a sample's, None where it is dropped.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from blackpoint.data.images.picture_size import PictureSize
 from blackpoint.data.order.buckets import Size
 
 
@@ -51,14 +52,35 @@ def resized(width: int, height: int, size: Size) -> Size:
     return max(size[0], round(width * size[1] / height)), size[1]
 
 
+def crop_corner(
+    width: int, height: int, size: Size, crop_x: float, crop_y: float
+) -> tuple[int, int]:
+    """Returns the left and top edge of the crop, in whole pixels of the resized image."""
+    resized_width, resized_height = resized(width, height, size)
+    # u = .5 is the center and every offset is equally likely.
+    left = int(crop_x * (resized_width - size[0] + 1))
+    return left, int(crop_y * (resized_height - size[1] + 1))
+
+
+def picture_size(
+    width: int, height: int, size: Size, crop_x: float, crop_y: float, flip: bool
+) -> PictureSize:
+    """Returns the size of what `transform` makes of an image of width x height.
+
+    The crop's corner is that of the flipped picture where it is flipped.
+    """
+    left, top = crop_corner(width, height, size, crop_x, crop_y)
+    if flip:
+        left = resized(width, height, size)[0] - size[0] - left
+    return PictureSize(height, width, top, left, size[1], size[0])
+
+
 def crop_box(
     width: int, height: int, size: Size, crop_x: float, crop_y: float
 ) -> tuple[float, float, float, float]:
     """Returns the crop (left, top, right, bottom), in pixels of the image as it is stored."""
     resized_width, resized_height = resized(width, height, size)
-    # Whole pixels after the resize; u = .5 is the center and every offset is equally likely.
-    left = int(crop_x * (resized_width - size[0] + 1))
-    top = int(crop_y * (resized_height - size[1] + 1))
+    left, top = crop_corner(width, height, size, crop_x, crop_y)
     scale_x, scale_y = width / resized_width, height / resized_height
     return (
         left * scale_x,

@@ -68,7 +68,7 @@ def test_a_training_image_is_in_srgb_unless_the_run_began_otherwise(
         images = CaptionedImages(config, seed=0, batch_size=2, decoder=version)
         images.setup("fit")
         (reader,) = images.readers().values()
-        pixels[version] = reader.read(0, 0, training=False)[0]
+        pixels[version] = reader.read(0, 0, training=False)[0].pixels
         assert any(NOTE in line for line in images.summary()) == (version == STORED_COLORS)
         assert images.identity()["data.shards"]["decoder"] == version
     np.testing.assert_array_equal(pixels[STORED_COLORS], picture(0, (16, 16)))

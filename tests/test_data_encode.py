@@ -72,7 +72,7 @@ def test_cache_holds_what_the_encoders_make(cache: Path, pipeline: Path, shards:
         for folder in (cache, shards)
     ]
     for cached, images in zip(*pair, strict=True):
-        assert set(cached) - {"moments", "prompt_embeds"} == set(images) - {"image"}
+        assert set(cached) - {"moments", "prompt_embeds"} == set(images) - {"image", "sizes"}
         for name in ("caption", "key"):
             assert cached[name] == images[name]
         for name in ("epoch", "index", "position"):
