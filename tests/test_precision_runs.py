@@ -79,7 +79,7 @@ def test_previews_embed_texts_as_training_does(pipeline: Path, shards: Path, dty
     """Previews sample under the run's autocast, which must not reach the text encoder."""
     tuner = tuner_of(pipeline, shards, dtype)
     captions = ["a white background"]
-    trained = tuner.embed(captions)
+    trained = tuner.embed(captions).prompt_embeds
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         previewed = tuner.model.encode_prompts(captions).prompt_embeds
     assert previewed.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""The verbs on a tiny SDXL: sample, search with an inverting verifier, evaluate; not train."""
+"""The verbs on a tiny SDXL: sample, search with an inverting verifier, evaluate; not encode."""
 
 import json
 from pathlib import Path
@@ -76,13 +76,7 @@ def test_an_evaluation_measures_it(folder: Path, tmp_path: Path) -> None:
     assert len(summary.metrics) > 3
 
 
-def test_training_and_latents_of_it_are_refused(
-    folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_dir = tmp_path / "run"
-    given = [f"checkpoint={folder}", f"data.shards={shards}", "data.resolution=16"]
-    assert main(["train", *given, f"run_dir={run_dir}", "trainer.max_steps=1"]) == 2
-    assert f"checkpoint={folder} is a Stable Diffusion XL" in capsys.readouterr().err
+def test_latents_of_it_are_refused(folder: Path, shards: Path, tmp_path: Path) -> None:
     options = [f"source={shards}", f"checkpoint={folder}", f"output={tmp_path / 'latents'}"]
     with pytest.raises(UserError, match="pooled embeddings and sizes of pictures no shard"):
         encode(load(EncodeConfig, [*options, "resolution=16"]))

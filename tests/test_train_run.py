@@ -363,7 +363,7 @@ def test_prompt_embeddings_are_cached_within_a_bound(
     one_embedding = 16 * 32 * 4
     monkeypatch.setattr("blackpoint.train.module.CAPTION_CACHE_BYTES", 2 * one_embedding)
     for _ in range(2):
-        assert_close(tuner.embed(captions), expected, rtol=0, atol=0)
+        assert_close(tuner.embed(captions).prompt_embeds, expected, rtol=0, atol=0)
         assert list(tuner._captions) == ["a blue two", ""]
 
 

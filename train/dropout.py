@@ -67,7 +67,8 @@ class SampleDropout(nn.Module):
 
 
 def dropout_levels(unet: UNet2DConditionModel, config: DropoutConfig, side: int) -> list[int]:
-    """Returns the levels that the config means, 0 being the input's, which is `side` wide.
+    """Returns the levels that the config means, 0 being the input's, which is `side` wide where it
+    is square; rectangles of about its area have dropout at the same levels.
 
     Raises UserError where no level has feature maps of max_resolution.
     """

@@ -6,7 +6,7 @@ neither saved, averaged, wrapped nor counted.
 """
 
 from collections import OrderedDict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from blackpoint.sampling.conditioning import Conditioning
+from blackpoint.sampling.conditioning import Conditioning, joined
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.prediction import add_noise, training_target
 from blackpoint.train.cluster.device import COMPUTE_DTYPE
@@ -33,6 +33,8 @@ from blackpoint.train.weighting import loss_weights
 
 Batch = dict[str, Any]
 CAPTION_CACHE_BYTES = 64 * 2**20
+ENCODED = ("image", "moments", "prompt_embeds", "pooled", "sizes")
+"""Tensors of a batch that the network's input is made of."""
 
 
 class FineTuner(LightningModule):
@@ -67,7 +69,7 @@ class FineTuner(LightningModule):
         self.scale_weights: list[float] = weights.tolist()
         self.gradient_norm: Tensor | None = None
         self.base_digest = ""  # of the UNet that the run started from, where it is known
-        self._captions: OrderedDict[str, Tensor] = OrderedDict()
+        self._captions: OrderedDict[str, Conditioning] = OrderedDict()
 
     def setup(self, stage: str) -> None:
         self.model.to(self.trainer.strategy.root_device)
@@ -150,18 +152,23 @@ class FineTuner(LightningModule):
             return self.model.encode(batch["image"].float() / 255, noise)
 
     def condition(self, batch: Batch) -> Conditioning:
-        """Returns the UNet's conditioning: embeddings of the batch, or of its captions."""
-        if "prompt_embeds" in batch:
-            return Conditioning(batch["prompt_embeds"])
+        """Returns the UNet's conditioning: embeddings of the batch, or of its captions, and the
+        sizes of its pictures where the UNet is told them."""
         captions = batch["caption"]
         if self.model.tokenizer is None:  # classes are looked up, and nothing is known of nothing
             captions = [""] * len(captions) if self.model.is_unconditional else captions
             return self.model.encode_prompts(captions)
-        return Conditioning(self.embed(captions))
+        if "prompt_embeds" in batch:
+            condition = Conditioning(batch["prompt_embeds"], batch.get("pooled"))
+        else:
+            condition = self.embed(captions)
+        if self.model.is_xl:
+            condition = replace(condition, time_ids=batch["sizes"].float())
+        return condition
 
     @torch.no_grad()
-    def embed(self, captions: list[str]) -> Tensor:
-        """Returns prompt embeddings (B, L, D), keeping the latest: the text encoder is frozen.
+    def embed(self, captions: list[str]) -> Conditioning:
+        """Returns the embeddings of captions, keeping the latest: the text encoders are frozen.
 
         On a CPU captions are encoded one by one: a matrix product's last bit depends on the number
         of its rows, and a resumed run, whose cache starts empty, must repeat every bit.
@@ -171,21 +178,22 @@ class FineTuner(LightningModule):
         size = 1 if self.device.type == "cpu" else max(len(new), 1)
         for start in range(0, len(new), size):
             chunk = new[start : start + size]
-            rows = self.model.encode_prompts(chunk).prompt_embeds
-            embeds |= {c: row.clone() for c, row in zip(chunk, rows, strict=True)}
+            rows = self.model.encode_prompts(chunk)
+            # Copies: a slice would keep the whole chunk in memory.
+            embeds |= {c: rows[torch.tensor([row])] for row, c in enumerate(chunk)}
         for caption in captions:
             self._captions[caption] = embeds[caption]
             self._captions.move_to_end(caption)
-        largest = CAPTION_CACHE_BYTES // embeds[captions[0]].nbytes
+        largest = CAPTION_CACHE_BYTES // embeds[captions[0]].prompt_embeds.nbytes
         while len(self._captions) > largest:
             self._captions.popitem(last=False)
-        return torch.stack([embeds[caption] for caption in captions])
+        return joined([embeds[caption] for caption in captions])
 
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
         """Moves encoded inputs; identifiers of samples stay on the CPU, where they are read."""
-        names = [name for name in ("image", "moments", "prompt_embeds") if name in batch]
+        names = [name for name in ENCODED if name in batch]
         return batch | {name: batch[name].to(device, non_blocking=True) for name in names}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

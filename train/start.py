@@ -24,10 +24,6 @@ from blackpoint.train.records.first_process import note
 from blackpoint.train.target_process import fine_tuned_process
 
 BASE = "base"
-NOT_TRAINED = (
-    "checkpoint={checkpoint} is a Stable Diffusion XL, which is sampled, searched, evaluated and "
-    "exported here, and not trained; give a Stable Diffusion 1.x or 2.x"
-)
 
 
 def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
@@ -43,8 +39,6 @@ def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
             single_file=config.single_file,
             undecided=config.loss.prediction_type,
         )
-        if model.is_xl:
-            raise UserError(NOT_TRAINED.format(checkpoint=config.checkpoint))
         hold_encoders(model, config)
         model.process = fine_tuned_process(config, model.process)
     else:

@@ -105,7 +105,8 @@ class DropoutConfig:
     probability: float = 0.0
     """Share of activations that are dropped, such as .1."""
     max_resolution: int | None = None
-    """Largest side of feature maps that have dropout, such as 16; not set: every level."""
+    """Largest side of feature maps that have dropout, such as 16, for pictures of data.resolution
+    squared; those of buckets have at most that area. Not set: every level."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "dropout.", probability=">= 0 and < 1", max_resolution=">= 1")
