@@ -32,10 +32,13 @@ from blackpoint.sampling.pixels.folder import PixelForm
 from blackpoint.sampling.pixels.pixel_codec import PixelCodec
 from blackpoint.sampling.process import Process
 from blackpoint.scripts.measurements.make_random_base import ARCHITECTURES
+from tests.test_ldm_keys import SDXL_UNET
 from tests.toy_denoisers import SD, ZERO_SNR
 
 SD1, LIKE_V, LIKE_EPS = Architecture("SD 1"), Architecture("SD 2", 0.12), Architecture("SD 2", 0.05)
-KNOWN = (SD1, LIKE_V, LIKE_EPS)
+SDXL = Architecture("SDXL", is_xl=True)
+OF_SD = (SD1, LIKE_V, LIKE_EPS)
+KNOWN = (*OF_SD, SDXL)
 PUBLISHED = Process(SD, "epsilon", "leading")
 V, ZERO = Process(SD), Process(ZERO_SNR)
 SAMPLE = replace(ZERO, prediction_type="sample")
@@ -44,19 +47,24 @@ UNET = "model.diffusion_model."
 BY_NAME = {client.name: client for client in CLIENTS}
 
 
+def unet_config(name):
+    return SDXL_UNET if name == "sdxl" else ARCHITECTURES[name].unet
+
+
 @cache
 def weights_of(name):
     with init_empty_weights():
-        unet = UNet2DConditionModel(**ARCHITECTURES[name].unet)
+        unet = UNet2DConditionModel(**unet_config(name))
     return to_ldm("unet", unet.config, unet.state_dict())
 
 
 def written_file(process, architecture):
     """What clients look at in the file: keys and shapes of all weights, values of one, markers."""
-    name = "sd15" if architecture.kind == "SD 1" else "sd21_base"
+    name = {"SD 1": "sd15", "SD 2": "sd21_base", "SDXL": "sdxl"}[architecture.kind]
     tensors = dict(weights_of(name))
     spread = architecture.statistic or 0.0
-    tensors[STATISTIC_KEY] = torch.tensor([spread, -spread]).repeat(160)
+    if architecture.kind != "SDXL":
+        tensors[STATISTIC_KEY] = torch.tensor([spread, -spread]).repeat(160)
     if architecture.kind == "SD 2":
         key = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
         tensors[key] = torch.empty(3072, 1024, device="meta")
@@ -68,9 +76,16 @@ def ldm_yaml_of(process):
     return "v" if process.prediction_type == "v_prediction" else None
 
 
+def context_of(file):
+    """The first level with attention: the first in SD, the second in SDXL."""
+    names = [f"{UNET}input_blocks.{n}.1.transformer_blocks.0.attn2.to_k.weight" for n in (1, 4)]
+    return next(file[name] for name in names if name in file).shape[1]
+
+
 def by_comfyui(file, yaml):
     """comfy/model_detection.py and supported_models.py: SD15, SD20, SDXL."""
-    context = file[f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"].shape[1]
+    context = context_of(file)
+    assert (f"{UNET}label_emb.0.0.weight" in file) == (context == 2048)  # adm_in_channels 2816
     assert file[f"{UNET}input_blocks.0.0.weight"].shape[0] == 320
     if context == 1024:
         is_v = torch.std(file[STATISTIC_KEY], unbiased=False) > 0.09
@@ -103,8 +118,7 @@ def by_diffusers(file, yaml):
 def by_invokeai(file, yaml):
     """configs/main.py: by the width of the context, and global_step, which files of ours lack."""
     assert "global_step" not in file
-    width = file[f"{UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"].shape[-1]
-    return {768: "eps", 1024: "v"}[width], False
+    return {768: "eps", 1024: "v", 2048: "eps"}[context_of(file)], False
 
 
 RULES = {
@@ -134,11 +148,9 @@ def test_the_table_says_what_each_client_takes_a_file_for(process, architecture)
 
 
 def test_only_sdxl_files_are_known_by_their_keys_in_comfyui():
-    """The rule of the keys works in this file: a context of SDXL's width is taken by them."""
-    file = written_file(ZERO, SD1)
-    assert by_comfyui(file, None) == ("eps", False) and {"v_pred", "ztsnr"} <= file.keys()
-    key = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    assert by_comfyui(file | {key: torch.empty(320, 2048)}, None) == ("v", True)
+    for architecture, known in ((SD1, ("eps", False)), (SDXL, ("v", True))):
+        file = written_file(ZERO, architecture)
+        assert by_comfyui(file, None) == known and {"v_pred", "ztsnr"} <= file.keys()
 
 
 def said(name, process, architecture):
@@ -158,6 +170,8 @@ def test_a_user_is_told_the_node_the_setting_and_the_scheduler():
     assert "prediction type `v_prediction`" in said("InvokeAI", V, SD1)
     assert "prediction type" not in said("InvokeAI", V, LIKE_EPS)
     assert "has no setting" in said("Forge", PUBLISHED, LIKE_V)  # a yaml with eps has no effect
+    for name in ("ComfyUI", "Forge", "reForge"):
+        assert "right, nothing to set" in said(name, ZERO, SDXL)
     for client in CLIENTS:
         assert ("sgm_uniform" in said(client.name, ZERO, SD1)) == (client.name == "ComfyUI")
         assert "Karras" not in said(client.name, V, SD1)
@@ -235,7 +249,7 @@ def test_no_client_samples_what_a_single_file_cannot_say(architecture):
 
 def test_no_card_advises_a_key_that_only_sdxl_has():
     for process in (PUBLISHED, V, ZERO, *SHIFTED):
-        for architecture in KNOWN:
+        for architecture in OF_SD:
             assert "`v_pred`" not in " ".join(client_facts(process, architecture))
 
 
@@ -246,10 +260,12 @@ def test_only_stable_diffusions_betas_are_its_betas():
         assert not has_sd_betas(Process(schedule))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sd15", "SD 1"), ("sd21_base", "SD 2")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sd15", "SD 1"), ("sd21_base", "SD 2"), ("sdxl", "SDXL")]
+)
 def test_the_architecture_is_read_from_the_unet(name, kind):
     with init_empty_weights():
-        unet = UNet2DConditionModel(**ARCHITECTURES[name].unet)
+        unet = UNet2DConditionModel(**unet_config(name))
     if kind == "SD 2":
         norm = unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1
         norm.bias = torch.nn.Parameter(torch.tensor([0.1, -0.1]).repeat(160).half())
@@ -262,7 +278,7 @@ def test_the_architecture_is_read_from_the_unet(name, kind):
     assert Architecture.of(unet).kind == kind
     assert Architecture.of(unet, in_pixels=True) == Architecture("pixel")
     unet.register_to_config(cross_attention_dim=32)
-    assert Architecture.of(unet) == Architecture("unknown")
+    assert Architecture.of(unet) == Architecture("unknown", is_xl=kind == "SDXL")
 
 
 def test_the_report_of_a_file_names_every_client_with_its_version():

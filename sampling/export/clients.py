@@ -16,21 +16,23 @@ import torch
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.schedule import NoiseSchedule
 
-Kind = Literal["SD 1", "SD 2", "pixel", "unknown"]
-Sign = Literal["yaml", "statistic", "ztsnr", "base"]
+Kind = Literal["SD 1", "SD 2", "SDXL", "pixel", "unknown"]
+KNOWN_KINDS: tuple[Kind, ...] = ("SD 1", "SD 2", "SDXL")
+Sign = Literal["yaml", "statistic", "v_pred", "ztsnr", "base"]
 """What tells a client: NAME.yaml, the spread of one bias, an empty tensor of that name, or nothing
 but that it is an SD 2."""
 
 V_STATISTIC = 0.09
 """ComfyUI and Forge take an SD 2 UNet for v-prediction above this."""
 STATISTIC_KEY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
-KINDS: dict[tuple[Any, int], Kind] = {(768, 320): "SD 1", (1024, 320): "SD 2"}
+KINDS: dict[tuple[Any, int], Kind] = {(768, 320): "SD 1", (1024, 320): "SD 2", (2048, 320): "SDXL"}
 """By the width of the context and of the first block."""
 LDM_TYPES = {"epsilon": "eps", "v_prediction": "v"}
 TYPE_NAMES = {"epsilon": "epsilon", "v_prediction": "v-prediction"}
 SIGN_NAMES: dict[Sign, str] = {
     "yaml": "NAME.yaml beside the file",
     "statistic": f"the standard deviation of one bias above {V_STATISTIC}",
+    "v_pred": "the key `v_pred`",
     "ztsnr": "the key `ztsnr`",
     "base": "it takes any SD 2 for one",
 }
@@ -46,7 +48,7 @@ K_DIFFUSION = (
 class Client:
     """One client: what it recognises by itself, and what its user must choose.
 
-    The texts are for SD 1 and SD 2; {sampling}, {prediction} and {zsnr} are the model's own.
+    The texts are for all kinds; {sampling}, {prediction} and {zsnr} are the model's own.
     """
 
     name: str
@@ -54,7 +56,8 @@ class Client:
     evidence: str
     signs_of_v: Mapping[Kind, tuple[Sign, ...]]
     """By kind: signs by which it takes a file for v-prediction; for epsilon without one."""
-    signs_of_zero_snr: tuple[Sign, ...] = ()
+    signs_of_zero_snr: Mapping[Kind, tuple[Sign, ...]] = field(default_factory=dict)
+    """By kind: signs by which it takes a file for one with zero terminal SNR."""
     set_type: Mapping[str, str] = field(default_factory=dict)
     """By prediction type: how its user sets it; a type that is not here can't be set."""
     set_zero_snr: str = ""
@@ -76,7 +79,8 @@ CLIENTS = (
         name="ComfyUI",
         version="0.3.64",
         evidence="comfy/supported_models.py; files loaded by it, UNet and DDIM walk compared",
-        signs_of_v={"SD 1": (), "SD 2": ("statistic",)},
+        signs_of_v={"SD 1": (), "SD 2": ("statistic",), "SDXL": ("v_pred",)},
+        signs_of_zero_snr={"SDXL": ("ztsnr",)},
         set_type={"epsilon": COMFYUI_NODE, "v_prediction": COMFYUI_NODE},
         set_zero_snr=COMFYUI_NODE,
         scheduler=(
@@ -89,16 +93,16 @@ CLIENTS = (
         name="Forge",
         version="of 2025-06",
         evidence="backend/loader.py, huggingface_guess, modules_forge; read",
-        signs_of_v={"SD 1": ("yaml",), "SD 2": ("yaml", "statistic")},
-        signs_of_zero_snr=("ztsnr",),
+        signs_of_v={"SD 1": ("yaml",), "SD 2": ("yaml", "statistic"), "SDXL": ("yaml", "v_pred")},
+        signs_of_zero_snr=dict.fromkeys(KNOWN_KINDS, ("ztsnr",)),
         scheduler=K_DIFFUSION,
     ),
     Client(
         name="reForge",
         version="of 2026-03",
         evidence="modules_forge/forge_loader.py; read",
-        signs_of_v={"SD 1": ("yaml",), "SD 2": ("yaml", "statistic")},
-        signs_of_zero_snr=("ztsnr",),
+        signs_of_v={"SD 1": ("yaml",), "SD 2": ("yaml", "statistic"), "SDXL": ("v_pred",)},
+        signs_of_zero_snr=dict.fromkeys(KNOWN_KINDS, ("ztsnr",)),
         scheduler=K_DIFFUSION,
     ),
     Client(
@@ -108,7 +112,7 @@ CLIENTS = (
             "modules/sd_models_config.py, sd_samplers_common.py, sd_schedulers.py; read. Pull "
             "requests 14145 (the setting), 16567 (keys, on the branch dev)"
         ),
-        signs_of_v={"SD 1": ("yaml",), "SD 2": ("yaml",)},
+        signs_of_v=dict.fromkeys(KNOWN_KINDS, ("yaml",)),
         set_zero_snr=(
             "Settings, Sampler parameters: Noise schedule for sampling `Zero Terminal SNR` (1.8.0 "
             "or newer; the branch dev reads the key `ztsnr`)."
@@ -119,7 +123,7 @@ CLIENTS = (
         name="diffusers",
         version="0.42.1",
         evidence="loaders/single_file.py; run on every exported file",
-        signs_of_v={"SD 1": (), "SD 2": ()},
+        signs_of_v=dict.fromkeys(KNOWN_KINDS, ()),
         set_type={"epsilon": DIFFUSERS_SCHEDULER, "v_prediction": DIFFUSERS_SCHEDULER},
         set_zero_snr=DIFFUSERS_SCHEDULER,
         scheduler="`guidance_rescale=0.7`. A folder keeps the scheduler: `from_pretrained`.",
@@ -128,7 +132,7 @@ CLIENTS = (
         name="InvokeAI",
         version="of 2026",
         evidence="backend/model_manager/configs/main.py, denoise_latents.py; read. Issue 7495",
-        signs_of_v={"SD 1": (), "SD 2": ("base",)},
+        signs_of_v={"SD 1": (), "SD 2": ("base",), "SDXL": ()},
         set_type={"epsilon": INVOKEAI_TYPE, "v_prediction": INVOKEAI_TYPE},
         set_zero_snr=(
             "Not possible with a single file: import the diffusers folder (`blackpoint export "
@@ -158,6 +162,8 @@ class Architecture:
     kind: Kind
     statistic: float | None = None
     """SD 2: the standard deviation that ComfyUI and Forge decide the prediction type by."""
+    is_xl: bool = False
+    """Whether it has SDXL's conditions, of whatever widths."""
 
     @classmethod
     def of(cls, unet: Any, in_pixels: bool = False) -> "Architecture":
@@ -167,7 +173,7 @@ class Architecture:
         size = (unet.config.cross_attention_dim, unet.config.block_out_channels[0])
         kind: Kind = KINDS.get(size, "unknown")
         if kind != "SD 2":
-            return cls(kind)
+            return cls(kind, is_xl=of_xl(unet.config))
         bias = unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1.bias  # STATISTIC_KEY
         return cls(kind, torch.std(bias.detach().float(), unbiased=False).item())
 
@@ -181,11 +187,17 @@ class Architecture:
 UNKNOWN = Architecture("unknown")
 
 
+def of_xl(unet: Mapping[str, Any]) -> bool:
+    """Whether a UNet's config is of an SDXL: it takes a second text and sizes."""
+    return bool(unet["addition_embed_type"] == "text_time")
+
+
 def signs_of(process: Process, architecture: Architecture) -> set[Sign]:
     """Lists the signs of a single file as `blackpoint export` writes it."""
     signs: dict[Sign, bool] = {
         "yaml": process.prediction_type == "v_prediction",
         "statistic": architecture.guess == "v_prediction",
+        "v_pred": process.prediction_type == "v_prediction",
         "ztsnr": process.schedule.is_zero_terminal_snr,
         "base": architecture.kind == "SD 2",
     }
@@ -196,7 +208,7 @@ def client_notes(client: Client, process: Process, architecture: Architecture) -
     """Says what a client takes the model's single file for, and what its user must choose."""
     signs, kind = signs_of(process, architecture), architecture.kind
     tells_v = [sign for sign in client.signs_of_v[kind] if sign in signs]
-    tells_zero = [sign for sign in client.signs_of_zero_snr if sign in signs]
+    tells_zero = [sign for sign in client.signs_of_zero_snr.get(kind, ()) if sign in signs]
     taken_for = "v_prediction" if tells_v else "epsilon"
     has_zero = process.schedule.is_zero_terminal_snr
     type_by = f" ({SIGN_NAMES[tells_v[0]]})" if tells_v else ""
@@ -228,7 +240,7 @@ def values_of(process: Process) -> dict[str, str]:
 
 def client_facts(process: Process, architecture: Architecture) -> list[str]:
     """Lists the notes of a folder's card on other clients."""
-    if architecture.kind not in ("SD 1", "SD 2"):
+    if architecture.kind not in KNOWN_KINDS:
         return ["They do not know this UNet. Use diffusers, as above."]
     if not has_sd_betas(process):
         return [OWN_BETAS]

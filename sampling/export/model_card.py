@@ -49,9 +49,10 @@ def model_card(
     base = checkpoint
     if run_dir is not None:
         base = read_yaml_file(run_dir / "config.yaml").get("checkpoint") or base
-    title = "A pixel-space model" if pixels else "Stable Diffusion"
+    title = f"Stable Diffusion{' XL' * architecture.is_xl}"
+    title = "A pixel-space model" if pixels else title
     parts = [_front_matter(base, pixels), _summary(title, process, weights, base, merged)]
-    parts.append(_pixel_usage(pixels) if pixels else _usage(process))
+    parts.append(_pixel_usage(pixels) if pixels else _usage(process, architecture.is_xl))
     parts.append(_settings(process))
     parts.append(_section("Schedulers of diffusers", scheduler_facts(process)))
     parts.append(_section("ComfyUI, A1111, Forge", client_facts(process, architecture)))
@@ -92,19 +93,24 @@ def _summary(
     return f"# {title}, exported by blackpoint\n\n| | |\n|---|---|\n{table}\n"
 
 
-def _usage(process: Process) -> str:
+def _usage(process: Process, is_xl: bool) -> str:
     rescale = ", guidance_rescale=0.7" if process.schedule.is_zero_terminal_snr else ""
+    kind, settings = ("XL", "") if is_xl else ("", ", safety_checker=None")
+    empty = """
+An empty negative prompt is the encoded text "", as in training (`force_zeros_for_empty_prompt` is
+false in `model_index.json`) and in ComfyUI. A1111 takes zeros where the negative prompt is empty.
+"""
     return f"""## Use
 
 ```python
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion{kind}Pipeline
 
-pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder", safety_checker=None)
+pipe = StableDiffusion{kind}Pipeline.from_pretrained("path/to/this/folder"{settings})
 generator = torch.Generator("cpu").manual_seed(0)
 image = pipe("a prompt", generator=generator, num_inference_steps=25{rescale}).images[0]
 ```
-"""
+{empty if is_xl else ""}"""
 
 
 def _pixel_usage(pixels: PixelForm) -> str:

@@ -21,7 +21,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import Tensor
 
 from blackpoint.data.files.errors import RunFailed
@@ -73,7 +78,7 @@ def check_against_diffusers(
         prompt = check_prompt(model)
         for part in model.loaded_parts():
             part.to("meta")
-        pipeline = _stock_pipeline(folder, device, model.pixels is not None, file)
+        pipeline = _stock_pipeline(folder, device, model, file)
         if file is not None:
             pipeline.scheduler = scheduler
         pipeline_latents = partial(
@@ -183,14 +188,14 @@ def num_check_steps(process: Process) -> int:
 
 
 def _stock_pipeline(
-    folder: Path, device: torch.device, in_pixels: bool, file: Path | None = None
+    folder: Path, device: torch.device, model: DiffusionModel, file: Path | None = None
 ) -> Any:
     """Loads the folder; a pixel-space model with the pipeline file that lies beside it."""
     if file is not None:
-        pipeline = stock_pipeline_of_file(file, folder, torch.float32)
+        pipeline = stock_pipeline_of_file(file, folder, torch.float32, model.is_xl)
     else:
-        kind, settings = StableDiffusionPipeline, WITHOUT_CHECKER
-        if in_pixels:
+        kind, settings = _stock_class(model.is_xl)
+        if model.pixels is not None:
             kind, settings = DiffusionPipeline, {"trust_remote_code": True}
         pipeline = kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, **settings
@@ -200,11 +205,19 @@ def _stock_pipeline(
     return pipeline
 
 
-def stock_pipeline_of_file(file: Path, configs: Path, dtype: torch.dtype) -> Any:
+def stock_pipeline_of_file(file: Path, configs: Path, dtype: torch.dtype, is_xl: bool) -> Any:
     """Loads a single file as diffusers does with the configs of a folder, without a network."""
-    return StableDiffusionPipeline.from_single_file(
-        str(file), config=str(configs), local_files_only=True, dtype=dtype, **WITHOUT_CHECKER
+    kind, settings = _stock_class(is_xl)
+    return kind.from_single_file(
+        str(file), config=str(configs), local_files_only=True, dtype=dtype, **settings
     )
+
+
+def _stock_class(is_xl: bool) -> tuple[Any, dict[str, Any]]:
+    """Returns the pipeline's class, and what it must be told to give latents and no more."""
+    if is_xl:
+        return StableDiffusionXLPipeline, {"add_watermarker": False}
+    return StableDiffusionPipeline, WITHOUT_CHECKER
 
 
 def _stock_latents(

@@ -58,7 +58,7 @@ def check_single_file(model: DiffusionModel, file: Path) -> dict[str, float]:
         _require_equal("blackpoint", written, tensor_digests(again))
         _require_process(process, again.process)
         again.process = process  # no file says the spacing and the end of the timesteps
-        pipeline = stock_pipeline_of_file(file, configs, dtype)
+        pipeline = stock_pipeline_of_file(file, configs, dtype, model.is_xl)
         _require_equal("diffusers", written, tensor_digests(pipeline))
         del pipeline
         difference = (sampled_once(again) - latents).abs().max().item()
