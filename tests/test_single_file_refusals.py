@@ -64,8 +64,12 @@ FILES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda all_: conv_in(384, 4, 3, 3)(all_) | new(LABEL)({}),
         "is the refiner of Stable Diffusion XL",
     ),
-    "SDXL": (add(SDXL), "is a Stable Diffusion XL.*takes 1.x and 2.x"),
-    "SDXL's UNet and VAE": (add(LABEL), "is a Stable Diffusion XL, or another model with more"),
+    "SDXL's second encoder": (add(SDXL), "is a part of a Stable Diffusion XL .*label_emb"),
+    "SDXL's UNet and VAE": (add(LABEL), "is a Stable Diffusion XL without its text encoders, or"),
+    "SDXL of one encoder": (
+        lambda all_: add(SDXL)(add(LABEL)(all_)),
+        r"is a part of a Stable Diffusion XL .no key starts with conditioner.embedders.0.transf",
+    ),
     "kohya's LoRA": (new("lora_unet_x.lora_down.weight", "lora_unet_x.alpha"), "is a LoRA"),
     "peft's LoRA": (new("unet.x.lora_A.weight", "unet.x.lora_B.weight"), "is a LoRA"),
     "diffusers' LoRA": (new("unet.x.to_q.lora.down.weight"), "name the checkpoint that it changes"),
@@ -93,7 +97,7 @@ FILES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         "x in I64, which is quantised or no weight",
     ),
     "CosXL": (add("edm_vpred.sigma_max"), "another process than noise by betas"),
-    "leftovers": (add("denoiser.sigmas"), "holds 1 tensors that are no Stable Diffusion's, such"),
+    "leftovers": (add("denoiser.scale"), "holds 1 tensors that are no Stable Diffusion's, such"),
     "a hole in the UNet": (
         without(f"{UNET}middle_block.1.proj_in"),
         "unet: 2 missing weights, such as mid_block",

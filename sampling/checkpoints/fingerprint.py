@@ -44,6 +44,8 @@ def unet_digest(resolved: Resolved) -> str:
     """Returns the digest of a pipeline's UNet, or of the one that a .ckpt holds instead."""
     config = resolved.pipeline.read_json("unet/config.json")
     settings = {key: config.get(key, default) for key, default in UNET_DEFAULTS.items()}
+    if config.get("addition_embed_type"):  # SDXL as published has null, which is false
+        settings["upcast_attention"] = bool(settings["upcast_attention"])
     if resolved.unet_state is not None:
         return _digest(resolved.unet_state.values(), settings)
     return _digest(resolved.pipeline.tensors("unet"), settings)

@@ -3,6 +3,7 @@
 What no shape tells is as latent-diffusion builds it: 8 attention heads in the UNet of SD 1.x, heads
 of 64 channels in SD 2.x, whose projections are linear, and in CLIP; CLIP's activation is quick_gelu
 and OpenCLIP's gelu; latents are scaled by 0.18215. OpenCLIP is read to its last layer but one.
+SDXL has heads as SD 2.x, latents scaled by 0.13025, and all layers of both text encoders.
 """
 
 import math
@@ -16,12 +17,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Of one part, by its names in the layout without prefix."""
 
 HEADS, HEAD_WIDTH, MOST_GROUPS = 8, 64, 32
-SCALING_FACTOR = 0.18215
+SCALING_FACTOR, XL_SCALING_FACTOR = 0.18215, 0.13025
+SIZE_WIDTH = 256
+"""Of the embedding of each of the sizes that SDXL's UNet is told."""
 OPEN_CLIP_LAYERS = 23
 """Of the 24 layers of OpenCLIP's ViT-H, those that SD 2.x uses."""
 
 
-def unet_config(shapes: Shapes, side_px: int, vae_factor: int) -> dict[str, Any]:
+def unet_config(
+    shapes: Shapes, side_px: int, vae_factor: int, is_xl: bool = False
+) -> dict[str, Any]:
     """Returns unet/config.json; `side_px` is the side of images that the model was made for."""
     levels = list(_levels(shapes))
     widths = [width for width, _, _ in levels]
@@ -50,14 +55,20 @@ def unet_config(shapes: Shapes, side_px: int, vae_factor: int) -> dict[str, Any]
         "use_linear_projection": is_linear,
         "norm_num_groups": _groups(widths),
         # As in SD 2.1 of 768 px: its attention overflows in float16. It changes formats alone.
-        "upcast_attention": is_linear and side_px >= 768,
+        "upcast_attention": is_linear and side_px >= 768 and not is_xl,
     }
+    if is_xl:
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": SIZE_WIDTH,
+            "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
+        }
     if any(depth > 1 for depth in depths):
         config["transformer_layers_per_block"] = _one_or_all(depths)
     return config
 
 
-def vae_config(shapes: Shapes) -> dict[str, Any]:
+def vae_config(shapes: Shapes, scaling_factor: float = SCALING_FACTOR) -> dict[str, Any]:
     """Returns vae/config.json."""
     levels = _numbers(shapes, r"encoder\.down\.(\d+)\.")
     widths = [shapes[f"encoder.down.{level}.block.0.conv2.weight"][0] for level in levels]
@@ -74,12 +85,12 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-        "scaling_factor": SCALING_FACTOR,
+        "scaling_factor": scaling_factor,
     }
 
 
 def clip_config(shapes: Shapes) -> dict[str, Any]:
-    """Returns text_encoder/config.json of SD 1.x, from transformers' published names."""
+    """Returns text_encoder/config.json of SD 1.x or SDXL, from transformers' published names."""
     embeddings = "text_model.embeddings"
     return _text_config(
         shapes[f"{embeddings}.token_embedding.weight"],
@@ -104,6 +115,19 @@ def open_clip_config(shapes: Shapes, is_whole: bool) -> dict[str, Any]:
         count,
         "gelu",
     )
+
+
+def second_text_config(shapes: Shapes) -> dict[str, Any]:
+    """Returns text_encoder_2/config.json of SDXL, from OpenCLIP's names."""
+    config = _text_config(
+        shapes["token_embedding.weight"],
+        shapes["positional_embedding"][0],
+        shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
+        len(_numbers(shapes, r"transformer\.resblocks\.(\d+)\.")),
+        "gelu",
+    )
+    names = {"architectures": ["CLIPTextModelWithProjection"]}
+    return config | names | {"projection_dim": shapes["text_projection"][1]}
 
 
 def _text_config(

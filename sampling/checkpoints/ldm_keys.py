@@ -1,10 +1,11 @@
 """The names of Stable Diffusion's weights: in diffusers folders, and in single files.
 
-Single files keep the layout of latent-diffusion (LDM), and SD 2.x the text encoder of OpenCLIP. The
-names follow from the block structure in the config, so that small models of the same classes have
-theirs too. Tensors are the same but for the attention of the autoencoder, which LDM writes as 1x1
-convolutions, and for OpenCLIP's: q, k and v are one matrix, and the text projection is transposed.
-Reading takes views, writing copies only what it concatenates.
+Single files keep the layout of latent-diffusion (LDM), SD 2.x with the text encoder of OpenCLIP,
+SDXL with CLIP's and OpenCLIP's. The names follow from the block structure in the config, so that
+small models of the same classes have theirs too. Tensors are the same but for the attention of the
+autoencoder, which LDM writes as 1x1 convolutions, and for OpenCLIP's: q, k and v are one matrix,
+and the text projection is transposed. Reading takes views, writing copies only what it
+concatenates.
 
 Names of the text encoder are the published ones, with `text_model.` in front, which transformers 5
 drops from the modules.
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from blackpoint.data.files.errors import UserError
 
-Part = Literal["unet", "vae", "text_encoder"]
+Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
 Config = Mapping[str, Any]
 State = Mapping[str, Tensor]
 
@@ -27,6 +28,8 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
+XL_CLIP_PREFIX = "conditioner.embedders.0.transformer."
+XL_OPEN_CLIP_PREFIX = "conditioner.embedders.1.model."
 EMA_PREFIX = "model_ema."
 UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -79,19 +82,21 @@ ONE_OF_QKV = re.compile(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)")
 QKV = re.compile(r"(.*)\.attn\.in_proj_(weight|bias)")
 
 
-def to_ldm(part: Part, config: Config, state: State) -> dict[str, Tensor]:
+def to_ldm(part: Part, config: Config, state: State, of_xl: bool = False) -> dict[str, Tensor]:
     """Returns the weights of a part under the names of a single file, prefix included.
 
     `config` is the config.json of the part. The text encoder is written as OpenCLIP's where its
-    activation is gelu, as SD 2.x's, and as transformers' where it is quick_gelu, as SD 1.x's.
-    Raises UserError for a weight that has no name there.
+    activation is gelu, as SD 2.x's, and as transformers' where it is quick_gelu, as SD 1.x's;
+    `of_xl`: as one of the two of SDXL. Raises UserError for a weight that has no name there.
     """
-    if part == "text_encoder":
+    if part in ("text_encoder", "text_encoder_2"):
         state = {published_text_name(name): tensor for name, tensor in state.items()}
         state = {n: tensor for n, tensor in state.items() if not n.endswith("position_ids")}
         if not is_open_clip(config):
-            return {CLIP_PREFIX + name: tensor for name, tensor in state.items()}
-        return {OPEN_CLIP_PREFIX + n: t for n, t in _to_open_clip(config, state).items()}
+            prefix = XL_CLIP_PREFIX if of_xl else CLIP_PREFIX
+            return {prefix + name: tensor for name, tensor in state.items()}
+        prefix = XL_OPEN_CLIP_PREFIX if of_xl else OPEN_CLIP_PREFIX
+        return {prefix + n: t for n, t in _to_open_clip(config, state).items()}
     prefix, table = (
         (UNET_PREFIX, unet_modules(config)) if part == "unet" else (VAE_PREFIX, vae_modules(config))
     )
@@ -108,11 +113,12 @@ def from_ldm(part: Part, config: Config, state: State) -> dict[str, Tensor]:
     `state` holds the part's keys of a single file, with their prefix and nothing else. Raises
     UserError for a key that is none of the part's.
     """
-    if part == "text_encoder":
-        if all(name.startswith(CLIP_PREFIX) for name in state):
-            return {published_text_name(n.removeprefix(CLIP_PREFIX)): t for n, t in state.items()}
-        plain = {name.removeprefix(OPEN_CLIP_PREFIX): tensor for name, tensor in state.items()}
-        return _from_open_clip(config, plain)
+    for clip in (CLIP_PREFIX, XL_CLIP_PREFIX):
+        if part == "text_encoder" and all(name.startswith(clip) for name in state):
+            return {published_text_name(n.removeprefix(clip)): t for n, t in state.items()}
+    if part in ("text_encoder", "text_encoder_2"):
+        prefix = OPEN_CLIP_PREFIX if part == "text_encoder" else XL_OPEN_CLIP_PREFIX
+        return _from_open_clip(config, {n.removeprefix(prefix): t for n, t in state.items()})
     prefix, table = (
         (UNET_PREFIX, unet_modules(config)) if part == "unet" else (VAE_PREFIX, vae_modules(config))
     )

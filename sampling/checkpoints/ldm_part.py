@@ -11,7 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, PreTrainedModel
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.safetensors_file import opened
@@ -93,14 +93,14 @@ class LdmPart:
         what = f"{self.field}={self.path}: {self.name}"
         try:
             with init_empty_weights():
-                if kind is CLIPTextModel:
+                if issubclass(kind, PreTrainedModel):
                     model = kind(CLIPTextConfig(**self.config))
                 else:
                     model = kind.from_config(self.config)
         except WRONG_CONFIG as error:
             raise UserError(f"{what} has shapes of which none can be built: {error}") from error
         state, own = self.weights(), model.state_dict()
-        if self.name == "text_encoder":  # transformers 5 calls them by shorter names
+        if self.name.startswith("text_encoder"):  # transformers 5 calls them by shorter names
             own_names = {published_text_name(name): name for name in own}
             state = {own_names.get(name, name): tensor for name, tensor in state.items()}
         check_keys(
@@ -123,7 +123,7 @@ def _convert(state: dict[str, Tensor], dtype: torch.dtype) -> None:
     """
     views = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
     for name, mapped in state.items():
-        state[name] = mapped.to(dtype)
+        state[name] = mapped.to(dtype).contiguous()  # SDXL's projection is a transposed view
         address = mapped.untyped_storage().data_ptr()
         views[address] -= 1
         if state[name] is not mapped and not views[address]:

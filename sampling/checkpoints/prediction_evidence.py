@@ -2,8 +2,9 @@
 
 In this order: what the user says; the empty tensors v_pred and ztsnr, as ComfyUI, OneTrainer and
 this package write them; ModelSpec metadata (Stability-AI/ModelSpec 1.0.1, and ComfyUI's
-modelspec.predict_key); latent-diffusion's NAME.yaml beside the file; for SD 2.x the statistic by
-which ComfyUI and Forge know v; SD 1.x was published with epsilon.
+modelspec.predict_key); NAME.yaml beside the file, of latent-diffusion or, for SDXL, of
+generative-models; for SD 2.x the statistic by which ComfyUI and Forge know v; SD 1.x and XL were
+published with epsilon.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -45,6 +46,8 @@ PARAMETERIZATIONS: dict[str, PredictionType] = {
     "eps": "epsilon",
     "x0": "sample",
 }
+SCALINGS: dict[str, PredictionType] = {"VScaling": "v_prediction", "EpsScaling": "epsilon"}
+"""Classes of generative-models' denoiser_scaling, which tell what SDXL predicts."""
 CHOICE = "single_file.prediction_type=v_prediction or single_file.prediction_type=epsilon"
 
 
@@ -63,6 +66,7 @@ def prediction_of(
     is_sd2: bool,
     said: PredictionType | None,
     tensor: Callable[[str], Tensor],
+    is_xl: bool = False,
 ) -> Evidence | None:
     """Returns the first evidence, by the order above; None for an SD 2.x that nothing tells.
 
@@ -77,7 +81,8 @@ def prediction_of(
     if found is not None:
         return found
     if not is_sd2:
-        return Evidence("epsilon", "Stable Diffusion 1.x as published; the file says nothing")
+        name = f"Stable Diffusion {'XL' if is_xl else '1.x'}"
+        return Evidence("epsilon", f"{name} as published; the file says nothing")
     if STATISTIC in keys:
         deviation = tensor(STATISTIC).float().std(unbiased=False).item()
         if deviation > V_STATISTIC:
@@ -113,7 +118,8 @@ def _of_metadata(path: Path, metadata: Mapping[str, str]) -> Evidence | None:
 
 
 def _of_yaml(path: Path) -> Evidence | None:
-    """Reads latent-diffusion's config; None where there is none, or a YAML of something else."""
+    """Reads the config of latent-diffusion or generative-models; None where there is none, or a
+    YAML of something else."""
     if not path.is_file():
         return None
     try:
@@ -124,11 +130,18 @@ def _of_yaml(path: Path) -> Evidence | None:
             f"{path} beside the checkpoint can't be read as YAML ({reason}); mend it, or remove it "
             f"and set {CHOICE}"
         ) from error
-    parameters = config
-    for key in ("model", "params"):
-        parameters = parameters.get(key) if isinstance(parameters, dict) else None
+    parameters = _at(config, "model", "params")
     if not isinstance(parameters, dict):
         return None
+    if "denoiser_config" in parameters:
+        places = ("denoiser_config", "params", "scaling_config", "target")
+        name = str(_at(parameters, *places)).rpartition(".")[2]
+        if name not in SCALINGS:
+            raise UserError(
+                f"{path}: scaling_config.target={name!r:.60} is none of {', '.join(SCALINGS)}; "
+                f"correct it, or set {CHOICE}"
+            )
+        return Evidence(SCALINGS[name], f"{path.name} beside it")
     word = str(parameters.get("parameterization", "eps"))  # the default of latent-diffusion
     if word not in PARAMETERIZATIONS:
         raise UserError(
@@ -136,3 +149,10 @@ def _of_yaml(path: Path) -> Evidence | None:
             f"correct it, or set {CHOICE}"
         )
     return Evidence(PARAMETERIZATIONS[word], f"{path.name} beside it")
+
+
+def _at(config: Any, *keys: str) -> Any:
+    """Returns what stands in a mapping of mappings; None where a key is missing."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config

@@ -25,8 +25,11 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import CODE_ROOT
 from blackpoint.data.files.safetensors_file import Header, read_header, read_tensor
 from blackpoint.sampling.checkpoints.ldm_architecture import (
+    SCALING_FACTOR,
+    XL_SCALING_FACTOR,
     clip_config,
     open_clip_config,
+    second_text_config,
     unet_config,
     vae_config,
 )
@@ -35,16 +38,18 @@ from blackpoint.sampling.checkpoints.ldm_keys import (
     OPEN_CLIP_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
+    XL_CLIP_PREFIX,
+    XL_OPEN_CLIP_PREFIX,
 )
 from blackpoint.sampling.checkpoints.ldm_part import FolderPart, LdmPart, shapes_of_a_model
-from blackpoint.sampling.checkpoints.loading import load_tokenizer
+from blackpoint.sampling.checkpoints.loading import TOKENIZERS, load_tokenizer
 from blackpoint.sampling.checkpoints.pipeline_folder import PipelineFolder
 from blackpoint.sampling.checkpoints.prediction_evidence import (
     Evidence,
     prediction_of,
     undecided_error,
 )
-from blackpoint.sampling.checkpoints.saving import STABLE_DIFFUSION
+from blackpoint.sampling.checkpoints.saving import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 from blackpoint.sampling.checkpoints.single_file_contents import (
     ZERO_SNR_MARKER,
     Contents,
@@ -63,8 +68,8 @@ TOKENIZER = CODE_ROOT / "assets" / "clip_tokenizer"
 CLIP_TOKENS = 49_408
 OPEN_CLIP_PAD = "!"
 """What OpenCLIP fills texts up with, id 0; CLIP fills up with the end of the text."""
-SIDE_V_PX, SIDE_PX = 768, 512
-"""Sides of the images of SD 2.x with v-prediction, and of all others."""
+SIDE_V_PX, SIDE_PX, SIDE_XL_PX = 768, 512, 1024
+"""Sides of the images of SD 2.x with v-prediction, of SD 1.x and of SDXL."""
 SIDES_PX = range(8, 8193)
 RESOLUTION = "modelspec.resolution"
 VAE_LEVELS = (0,)
@@ -73,7 +78,7 @@ VAE_LEVELS = (0,)
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A Stable Diffusion 1.x or 2.x in one file; `options` adds what is not in it."""
+    """A Stable Diffusion 1.x, 2.x or XL in one file; `options` adds what is not in it."""
 
     path: Path
     options: SingleFileConfig
@@ -82,6 +87,11 @@ class SingleFile:
     averaged: bool
     evidence: Evidence | None
     parts: Mapping[str, LdmPart | FolderPart]
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is a Stable Diffusion XL: it has two text encoders."""
+        return "text_encoder_2" in self.parts
 
     @classmethod
     def open(cls, path: Path, weights: Weights, options: SingleFileConfig) -> "SingleFile":
@@ -100,6 +110,7 @@ class SingleFile:
             contents.is_sd2,
             options.prediction_type,
             lambda key: read_tensor(path, key),
+            contents.is_xl,
         )
         return cls(
             path,
@@ -116,7 +127,7 @@ class SingleFile:
         part, _, file = name.rpartition("/")
         match part, file:
             case "", "model_index.json":
-                return STABLE_DIFFUSION
+                return STABLE_DIFFUSION_XL if self.is_xl else STABLE_DIFFUSION
             case "scheduler", "scheduler_config.json":
                 return self.scheduler()
         return self.parts[part].config
@@ -127,9 +138,9 @@ class SingleFile:
 
     def config_files(self, part: str) -> list[Path]:
         """Lists the files of a tokenizer or an autoencoder that is given with the file."""
-        if part != "tokenizer":
+        if part not in TOKENIZERS.values():
             return self.parts[part].config_files()
-        folder = self._tokenizer_folder()
+        folder = self._tokenizer_folder(part)
         return sorted(folder.iterdir()) if self.options.tokenizer else []
 
     def tensors(self, part: str) -> Iterator[Tensor]:
@@ -180,9 +191,14 @@ class SingleFile:
                     f"vocabulary has {CLIP_TOKENS}, and none is in a single file; name the folder "
                     "of its tokenizer: single_file.tokenizer=FOLDER"
                 )
-            pad = {"pad_token": OPEN_CLIP_PAD} if self.is_sd2 else {}
+            is_open_clip = self.is_sd2 or text_encoder == "text_encoder_2"
+            pad = {"pad_token": OPEN_CLIP_PAD} if is_open_clip else {}
             return load_tokenizer(TOKENIZER, config, **pad)
-        tokenizer = load_tokenizer(self._tokenizer_folder(), config)
+        name = TOKENIZERS[text_encoder]
+        folder = self._tokenizer_folder(name)
+        is_shared = name == "tokenizer_2" and folder.name != name
+        pad = {"pad_token": OPEN_CLIP_PAD} if is_shared else {}
+        tokenizer = load_tokenizer(folder, config, **pad)
         if len(tokenizer) > count:
             raise UserError(
                 f"single_file.tokenizer={self.options.tokenizer} makes {len(tokenizer)} tokens, "
@@ -191,9 +207,11 @@ class SingleFile:
             )
         return tokenizer
 
-    def _tokenizer_folder(self) -> Path:
+    def _tokenizer_folder(self, name: str) -> Path:
+        """Returns the folder of a tokenizer; the second one's is the first one's if it has none."""
         folder = Path(self.options.tokenizer or TOKENIZER)
-        return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+        own = [folder / one for one in (name, "tokenizer") if (folder / one).is_dir()]
+        return [*own, folder][0]
 
     def _say(self, with_prediction: bool) -> None:
         """Says what is taken without the user's word, once a process."""
@@ -227,35 +245,48 @@ def _parts(
             f"checkpoint={path} holds no autoencoder (no key starts with {VAE_PREFIX}); name one, "
             "a diffusers folder or a .safetensors file: single_file.vae=PATH"
         )
-    vae = _vae_of(Path(options.vae)) if options.vae else _vae(path, header, contents.vae)
+    scale = XL_SCALING_FACTOR if contents.is_xl else SCALING_FACTOR
+    named = Path(options.vae) if options.vae else None
+    vae = _vae_of(named, scale) if named else _vae(path, header, contents.vae, scale)
+    second = dict[str, Any]()
     with shapes_of_a_model(f"checkpoint={path}"):
         if contents.is_sd2:
             shapes = shapes_of(header, contents.text_encoder, OPEN_CLIP_PREFIX)
             text = open_clip_config(shapes, open_clip_is_whole(header))
         else:
-            text = clip_config(shapes_of(header, contents.text_encoder, CLIP_PREFIX))
+            prefix = XL_CLIP_PREFIX if contents.is_xl else CLIP_PREFIX
+            text = clip_config(shapes_of(header, contents.text_encoder, prefix))
+        if contents.is_xl:
+            shapes = shapes_of(header, contents.text_encoder_2, XL_OPEN_CLIP_PREFIX)
+            second = second_text_config(shapes)
         levels = len(vae.config.get("block_out_channels", VAE_LEVELS))
-        side_px = _side_px(header, contents.is_sd2, evidence)
+        side_px = _side_px(header, contents, evidence)
         shapes = shapes_of(header, contents.unet, UNET_PREFIX)
-        unet = unet_config(shapes, side_px, 2 ** (levels - 1))
+        unet = unet_config(shapes, side_px, 2 ** (levels - 1), contents.is_xl)
     used = {
         name: key
         for name, key in contents.text_encoder.items()
         if _layer(name) < text["num_hidden_layers"] or not contents.is_sd2
     }
-    return {
+    parts = {
         "unet": LdmPart(path, "unet", unet, contents.unet),
         "vae": vae,
         "text_encoder": LdmPart(path, "text_encoder", text, used),
     }
+    if contents.is_xl:
+        parts["text_encoder_2"] = LdmPart(path, "text_encoder_2", second, contents.text_encoder_2)
+    return parts
 
 
-def _vae(path: Path, header: Header, keys: Keys, field: str = "checkpoint") -> LdmPart:
+def _vae(
+    path: Path, header: Header, keys: Keys, scale: float, field: str = "checkpoint"
+) -> LdmPart:
     with shapes_of_a_model(f"{field}={path}"):
-        return LdmPart(path, "vae", vae_config(shapes_of(header, keys, VAE_PREFIX)), keys, field)
+        config = vae_config(shapes_of(header, keys, VAE_PREFIX), scale)
+        return LdmPart(path, "vae", config, keys, field)
 
 
-def _vae_of(path: Path) -> LdmPart | FolderPart:
+def _vae_of(path: Path, scale: float) -> LdmPart | FolderPart:
     """Returns the autoencoder that single_file.vae names."""
     field = "single_file.vae"
     if (path / "vae" / "config.json").is_file():
@@ -265,20 +296,22 @@ def _vae_of(path: Path) -> LdmPart | FolderPart:
         return FolderPart(PipelineFolder(absolute.parent), absolute.name)
     if path.is_file() and path.suffix == SINGLE_FILE:
         header = read_header(path, field)
-        return _vae(path, header, vae_keys(header, f"{field}={path}"), field)
+        return _vae(path, header, vae_keys(header, f"{field}={path}"), scale, field)
     raise UserError(
         f"{field}={path} is neither a diffusers folder (with vae/ or config.json) nor a "
         ".safetensors file; name one of them on this machine"
     )
 
 
-def _side_px(header: Header, is_sd2: bool, evidence: Evidence | None) -> int:
+def _side_px(header: Header, contents: Contents, evidence: Evidence | None) -> int:
     """Returns the side of images that the model was made for: as written, else as published."""
     match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", header.metadata.get(RESOLUTION, "").strip())
     if match and match[1] == match[2] and int(match[1]) in SIDES_PX:
         return int(match[1])
     is_v = evidence is not None and evidence.prediction_type == "v_prediction"
-    return SIDE_V_PX if is_sd2 and is_v else SIDE_PX
+    if contents.is_xl:
+        return SIDE_XL_PX
+    return SIDE_V_PX if contents.is_sd2 and is_v else SIDE_PX
 
 
 def _layer(name: str) -> int:

@@ -11,18 +11,22 @@ from dataclasses import dataclass
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.safetensors_file import Header
-from blackpoint.sampling.checkpoints.architecture import BY_CHANNELS, REMEDY
+from blackpoint.sampling.checkpoints.architecture import BY_CHANNELS, REFINER, REMEDY
 from blackpoint.sampling.checkpoints.ldm_keys import (
     CLIP_PREFIX,
     OPEN_CLIP_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
+    XL_CLIP_PREFIX,
+    XL_OPEN_CLIP_PREFIX,
     ema_name,
     published_text_name,
 )
 from blackpoint.sampling.choices import Weights
 
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
+REFINER_WIDTH = 384
+"""Of the first block of SDXL's refiner."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 LORA = re.compile(r"(^lora_|\.lora_|\.lora\.|\.hada_w|\.lokr_w|\.oft_|\.dora_scale)")
 SCALED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)$")
@@ -31,7 +35,10 @@ PASSED_OVER = re.compile(
     r"posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|lvlb_weights|scale_factor|"
     r"v_pred|ztsnr|model_ema\..*|first_stage_model\.(loss|model_ema)\..*|"
     r"cond_stage_model\.(.*\.)?(position_ids|logit_scale|text_projection(\.weight)?|attn_mask)|"
-    r"cond_stage_model\.model\.visual\..*)"
+    r"cond_stage_model\.model\.visual\..*|"
+    r"conditioner\.embedders\.\d\.(.*\.)?(position_ids|logit_scale|attn_mask)|"
+    r"conditioner\.embedders\.0\.transformer\.text_projection\.weight|"
+    r"conditioner\.embedders\.1\.model\.visual\..*|denoiser\.sigmas)"
 )
 """Keys that may be there and are not read."""
 OTHER_PROCESSES = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
@@ -58,11 +65,13 @@ Keys = dict[str, str]
 
 @dataclass(frozen=True)
 class Contents:
-    """The keys of each part of a Stable Diffusion 1.x or 2.x; no vae where the file has none."""
+    """The keys of each part of a Stable Diffusion; no vae where the file has none."""
 
     unet: Keys
     vae: Keys
     text_encoder: Keys
+    text_encoder_2: Keys
+    """None but in SDXL."""
     averaged: bool
     """Whether the UNet's keys are those of its average, model_ema."""
 
@@ -70,6 +79,11 @@ class Contents:
     def is_sd2(self) -> bool:
         """Whether it is a Stable Diffusion 2.x: its text encoder is OpenCLIP's."""
         return next(iter(self.text_encoder)).startswith(OPEN_CLIP_PREFIX)
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is a Stable Diffusion XL: it has two text encoders."""
+        return bool(self.text_encoder_2)
 
 
 def contents_of(header: Header, what: str, weights: Weights) -> Contents:
@@ -83,12 +97,14 @@ def contents_of(header: Header, what: str, weights: Weights) -> Contents:
     averages = {key: ema_name(key) for key in unet}
     averaged = weights == "ema" and all(name in shapes for name in averages.values())
     vae = {key: key for key in shapes if _is_of(VAE_PREFIX, key)}
+    second = {key: key for key in shapes if _is_of(XL_OPEN_CLIP_PREFIX, key)}
+    clip = XL_CLIP_PREFIX if second else CLIP_PREFIX
     text = {
-        CLIP_PREFIX + published_text_name(key.removeprefix(CLIP_PREFIX)): key
+        clip + published_text_name(key.removeprefix(clip)): key
         for key in shapes
-        if _is_of(CLIP_PREFIX, key)
+        if _is_of(clip, key)
     } or {key: key for key in shapes if _is_of(OPEN_CLIP_PREFIX, key)}
-    used = {*unet, *vae, *text.values()}
+    used = {*unet, *vae, *text.values(), *second}
     if not text:
         raise UserError(
             f"{what} holds no text encoder (no key starts with {CLIP_PREFIX} or "
@@ -99,8 +115,8 @@ def contents_of(header: Header, what: str, weights: Weights) -> Contents:
             f"{what} holds {len(unknown)} tensors that are no Stable Diffusion's, such as "
             f"{unknown[0]}; {REMEDY}"
         )
-    contents = Contents(averages if averaged else unet, vae, text, averaged)
-    for keys in (contents.unet, contents.vae, contents.text_encoder):
+    contents = Contents(averages if averaged else unet, vae, text, second, averaged)
+    for keys in (contents.unet, contents.vae, contents.text_encoder, contents.text_encoder_2):
         _refuse_formats(header, keys.values(), what)
     return contents
 
@@ -151,10 +167,7 @@ def _refuse_others(header: Header, what: str) -> None:
     _refuse_formats(header, weights, what)
     first = f"{UNET_PREFIX}input_blocks.0.0.weight"
     conv_in = shapes.get(first, ())
-    if any(key.startswith("conditioner.embedders.") for key in shapes) or (
-        f"{UNET_PREFIX}label_emb.0.0.weight" in shapes
-    ):
-        raise UserError(f"{what} is {_of_sdxl(conv_in)}; this version takes 1.x and 2.x. {REMEDY}")
+    _refuse_parts_of_xl(header, what, conv_in)
     for start, name in OTHER_MODELS.items():
         if _starts(shapes, start):
             raise UserError(f"{what} is {name}; {REMEDY}")
@@ -191,11 +204,24 @@ def _refuse_formats(header: Header, keys: Iterable[str], what: str) -> None:
             )
 
 
-def _of_sdxl(conv_in: tuple[int, ...]) -> str:
-    width = conv_in[0] if conv_in else 0
-    if width == 384:
-        return "the refiner of Stable Diffusion XL"
-    return "a Stable Diffusion XL, or another model with more than a text as its condition"
+def _refuse_parts_of_xl(header: Header, what: str, conv_in: tuple[int, ...]) -> None:
+    """Raises UserError for the refiner, and for a UNet or text encoders of SDXL alone."""
+    if conv_in[:1] == (REFINER_WIDTH,):
+        raise UserError(f"{what} is {REFINER}; {REMEDY}")
+    encoders = [_starts(header.shapes, p) for p in (XL_CLIP_PREFIX, XL_OPEN_CLIP_PREFIX)]
+    has_sizes = f"{UNET_PREFIX}label_emb.0.0.weight" in header.shapes
+    if has_sizes and not any(encoders):
+        raise UserError(
+            f"{what} is a Stable Diffusion XL without its text encoders, or another model with "
+            f"more than a text as its condition; {WHOLE}, or {REMEDY}"
+        )
+    if any(encoders) and not (has_sizes and all(encoders)):
+        missing = f"{UNET_PREFIX}label_emb."
+        if has_sizes:
+            missing = XL_OPEN_CLIP_PREFIX if encoders[0] else XL_CLIP_PREFIX
+        raise UserError(
+            f"{what} is a part of a Stable Diffusion XL (no key starts with {missing}); {WHOLE}"
+        )
 
 
 def _starts(keys: Iterable[str], start: str) -> bool:

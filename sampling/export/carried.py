@@ -1,9 +1,9 @@
 """What of a model a single file carries: weights. All else is as the layout's readers assume it.
 
 A reader rebuilds the networks from the shapes of the weights, by the rules of latent-diffusion: 8
-heads with CLIP's text encoder (SD 1.x), heads of 64 channels with OpenCLIP's (SD 2.x), CLIP's
-vocabulary, and one way of everything that no shape tells. A model that is otherwise would be read
-as another one, without a word.
+heads with CLIP's text encoder (SD 1.x), heads of 64 channels with OpenCLIP's (SD 2.x) or both
+(SDXL), CLIP's vocabulary, and one way of everything that no shape tells. A model that is otherwise
+would be read as another one, without a word.
 """
 
 import inspect
@@ -14,14 +14,20 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.checkpoints.ldm_architecture import HEAD_WIDTH, HEADS
+from blackpoint.sampling.checkpoints.ldm_architecture import (
+    HEAD_WIDTH,
+    HEADS,
+    SCALING_FACTOR,
+    XL_SCALING_FACTOR,
+)
 from blackpoint.sampling.checkpoints.ldm_keys import is_open_clip
 from blackpoint.sampling.checkpoints.loading import load_tokenizer
 from blackpoint.sampling.checkpoints.single_file import CLIP_TOKENS, OPEN_CLIP_PAD, TOKENIZER
-from blackpoint.sampling.export.clients import not_carried
+from blackpoint.sampling.export.clients import not_carried, of_xl
 from blackpoint.sampling.model import DiffusionModel
 
 CLIP_POSITIONS = 77
+OPEN_CLIP_PAD_ID = 0
 WORDS = "An astronaut riding a horse: 42 photorealistic, award-winning photographs (don't blur)"
 UNET_TOLD = {
     *("block_out_channels", "down_block_types", "up_block_types", "layers_per_block"),
@@ -33,7 +39,9 @@ NO_EFFECT = {"sample_size", "upcast_attention", "force_upcast", "dropout"}
 """Settings that change sizes offered and number formats alone."""
 UNET_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
 VAE_BLOCKS = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
-PUBLISHED_VAE = {"latent_channels": 4, "norm_num_groups": 32, "scaling_factor": 0.18215}
+PUBLISHED_VAE = {"latent_channels": 4, "norm_num_groups": 32, "scaling_factor": SCALING_FACTOR}
+XL_TOLD = {"transformer_layers_per_block", "projection_class_embeddings_input_dim"}
+PUBLISHED_XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
 REMEDY = "give output a name without .safetensors: a diffusers folder carries it"
 
 
@@ -42,7 +50,10 @@ def check_carried(model: DiffusionModel, checkpoint: object) -> None:
     reason = (
         "it works in pixels, and the layout of single files has an autoencoder's latents"
         if model.pixels is not None
-        else not_carried(model.process) or other_network(model) or other_words(model)
+        else not_carried(model.process)
+        or other_network(model)
+        or other_words(model)
+        or other_second_text(model)
     )
     if reason:
         raise UserError(
@@ -53,15 +64,37 @@ def check_carried(model: DiffusionModel, checkpoint: object) -> None:
 def other_network(model: DiffusionModel) -> str | None:
     """Names a setting that a reader of the file would assume otherwise."""
     unet, vae, text = model.unet.config, model.vae.config, model.text_encoder.config.to_dict()
-    open_clip = is_open_clip(text)
+    is_xl = of_xl(unet)
+    open_clip = is_open_clip(text) or is_xl
+    scale = {"scaling_factor": XL_SCALING_FACTOR} if is_xl else {}
+    told = UNET_TOLD | NO_EFFECT | (XL_TOLD if is_xl else set())
     return (
-        _unlike("unet", unet, UNet2DConditionModel, UNET_TOLD | NO_EFFECT, {})
+        _unlike("unet", unet, UNet2DConditionModel, told, PUBLISHED_XL if is_xl else {})
         or _other_blocks("unet", unet, UNET_BLOCKS)
         or _other_heads(unet, open_clip)
-        or _unlike("vae", vae, AutoencoderKL, VAE_TOLD | NO_EFFECT, PUBLISHED_VAE)
+        or _unlike("vae", vae, AutoencoderKL, VAE_TOLD | NO_EFFECT, PUBLISHED_VAE | scale)
         or _other_blocks("vae", vae, VAE_BLOCKS)
         or _other_text(text)
     )
+
+
+def other_second_text(model: DiffusionModel) -> str | None:
+    """Names a setting of SDXL's text encoders or second tokenizer that readers assume otherwise."""
+    if not of_xl(model.unet.config):
+        return None
+    encoders = {"text_encoder": "quick_gelu", "text_encoder_2": "gelu"}
+    for part, activation in encoders.items():
+        if (given := getattr(model, part).config.hidden_act) != activation:
+            return f"hidden_act={given} in {part}/config.json, and readers assume {activation}"
+    first, second = model.tokenizers
+    if second.get_vocab() != first.get_vocab():
+        return "its second tokenizer has other words than its first, and readers have CLIP's twice"
+    if second.pad_token_id != OPEN_CLIP_PAD_ID:
+        return (
+            f"its second tokenizer fills texts up with token {second.pad_token_id}, and readers "
+            f"assume {OPEN_CLIP_PAD_ID}"
+        )
+    return _other_text(model.text_encoder_2.config.to_dict(), "text_encoder_2")
 
 
 def other_words(model: DiffusionModel) -> str | None:
@@ -130,7 +163,7 @@ def _other_heads(config: Mapping[str, Any], open_clip: bool) -> str | None:
     return None
 
 
-def _other_text(config: Mapping[str, Any]) -> str | None:
+def _other_text(config: Mapping[str, Any], part: str = "text_encoder") -> str | None:
     width, heads = config["hidden_size"], config["num_attention_heads"]
     expected = {
         "num_attention_heads": max(width // HEAD_WIDTH, 1),
@@ -141,9 +174,9 @@ def _other_text(config: Mapping[str, Any]) -> str | None:
     given = {**config, "num_attention_heads": heads}
     for key, value in expected.items():
         if given[key] != value:
-            return f"{key}={given[key]} in text_encoder/config.json, and readers assume {value}"
+            return f"{key}={given[key]} in {part}/config.json, and readers assume {value}"
     if config["hidden_act"] not in ("gelu", "quick_gelu"):
-        return f"hidden_act={config['hidden_act']} in text_encoder/config.json is no CLIP's"
+        return f"hidden_act={config['hidden_act']} in {part}/config.json is no CLIP's"
     return None
 
 

@@ -2,7 +2,8 @@
 
 A1111 builds the model by it; Forge and reForge read `parameterization` alone. As
 configs/v1-inference.yaml of CompVis and v2-inference-v.yaml of Stability AI, but for the
-parameterization, and for sizes, which are the model's own.
+parameterization, and for sizes, which are the model's own. That of SDXL is generative-models', as
+A1111's sd_xl_v.yaml: a denoiser with VScaling.
 """
 
 from typing import Any
@@ -11,12 +12,14 @@ from omegaconf import OmegaConf
 
 from blackpoint.sampling.checkpoints.ldm_architecture import HEAD_WIDTH, HEADS
 from blackpoint.sampling.checkpoints.ldm_keys import has_attention, is_open_clip
-from blackpoint.sampling.export.clients import LDM_TYPES
+from blackpoint.sampling.export.clients import LDM_TYPES, of_xl
 from blackpoint.sampling.model import DiffusionModel
 
 
 def ldm_yaml(model: DiffusionModel) -> str:
     """Returns the text of the file."""
+    if of_xl(model.unet.config):
+        return OmegaConf.to_yaml(OmegaConf.create({"model": _of_sdxl(model)}))
     unet, vae = model.unet.config, model.vae.config
     process = model.process
     config = {
@@ -55,6 +58,99 @@ def ldm_yaml(model: DiffusionModel) -> str:
         },
     }
     return OmegaConf.to_yaml(OmegaConf.create({"model": config}))
+
+
+def _of_sdxl(model: DiffusionModel) -> dict[str, Any]:
+    unet, vae = model.unet.config, model.vae.config
+    kind = {"v_prediction": "V", "epsilon": "Eps"}[model.process.prediction_type]
+    denoising = "sgm.modules.diffusionmodules"
+    sizes = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
+    return {
+        "target": "sgm.models.diffusion.DiffusionEngine",
+        "params": {
+            "scale_factor": model.scaling_factor,
+            "disable_first_stage_autocast": True,
+            "denoiser_config": {
+                "target": f"{denoising}.denoiser.DiscreteDenoiser",
+                "params": {
+                    "num_idx": model.process.schedule.num_steps,
+                    "weighting_config": {
+                        "target": f"{denoising}.denoiser_weighting.{kind}Weighting"
+                    },
+                    "scaling_config": {"target": f"{denoising}.denoiser_scaling.{kind}Scaling"},
+                    "discretization_config": {
+                        "target": f"{denoising}.discretizer.LegacyDDPMDiscretization"
+                    },
+                },
+            },
+            "network_config": {
+                "target": f"{denoising}.openaimodel.UNetModel",
+                "params": _unet_of_sdxl(unet),
+            },
+            "conditioner_config": {
+                "target": "sgm.modules.GeneralConditioner",
+                "params": {"emb_models": [*map(_embedder, TEXTS), *map(_size, sizes)]},
+            },
+            "first_stage_config": {
+                "target": "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
+                "params": {
+                    "embed_dim": int(vae.latent_channels),
+                    "monitor": "val/rec_loss",
+                    "ddconfig": {"attn_type": "vanilla-xformers", **_autoencoder(vae)},
+                    "lossconfig": {"target": "torch.nn.Identity"},
+                },
+            },
+        },
+    }
+
+
+def _unet_of_sdxl(config: Any) -> dict[str, Any]:
+    shared = _unet(config, open_clip=True)
+    for name in ("image_size", "transformer_depth", "use_checkpoint"):
+        del shared[name]
+    depths = config.transformer_layers_per_block
+    return {
+        "adm_in_channels": int(config.projection_class_embeddings_input_dim),
+        "num_classes": "sequential",
+        "use_checkpoint": False,
+        **shared,
+        "transformer_depth": [depths] * len(config.block_out_channels)
+        if isinstance(depths, int)
+        else list(depths),
+        "spatial_transformer_attn_type": "softmax-xformers",
+    }
+
+
+TEXTS: dict[str, dict[str, Any]] = {
+    "FrozenCLIPEmbedder": {"layer": "hidden", "layer_idx": 11},
+    "FrozenOpenCLIPEmbedder2": {
+        "arch": "ViT-bigG-14",
+        "version": "laion2b_s39b_b160k",
+        "freeze": True,
+        "layer": "penultimate",
+        "always_return_pooled": True,
+        "legacy": False,
+    },
+}
+
+
+def _embedder(name: str) -> dict[str, Any]:
+    target = f"sgm.modules.encoders.modules.{name}"
+    return {
+        "is_trainable": False,
+        "input_key": "txt",
+        "target": target,
+        "params": TEXTS[name],
+    }
+
+
+def _size(name: str) -> dict[str, Any]:
+    return {
+        "is_trainable": False,
+        "input_key": name,
+        "target": "sgm.modules.encoders.modules.ConcatTimestepEmbedderND",
+        "params": {"outdim": 256},
+    }
 
 
 def _unet(config: Any, open_clip: bool) -> dict[str, Any]:

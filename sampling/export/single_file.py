@@ -2,7 +2,8 @@
 
     NAME.safetensors   weights; the empty tensors `v_pred` and `ztsnr` where they are true of it;
                        ModelSpec 1.0.1 (Stability-AI/ModelSpec) in the header
-    NAME.yaml          the config of latent-diffusion, of a v-prediction model (ldm_config.py)
+    NAME.yaml          the config of latent-diffusion, or generative-models, of a v-prediction model
+                       (ldm_config.py)
     NAME.txt           what each client recognises, and what its user must choose (clients.py)
 
 The three take their places together, after the file has been read back and compared (verify_file).
@@ -20,7 +21,7 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.ldm_keys import Part, is_open_clip, to_ldm
 from blackpoint.sampling.export.carried import check_carried
 from blackpoint.sampling.export.client_report import file_report
-from blackpoint.sampling.export.clients import LDM_TYPES, V_STATISTIC, Architecture
+from blackpoint.sampling.export.clients import LDM_TYPES, V_STATISTIC, Architecture, of_xl
 from blackpoint.sampling.export.ldm_config import ldm_yaml
 from blackpoint.sampling.export.placement import files_moved_into_place, require_absent
 from blackpoint.sampling.export.tensor_file import write_tensors
@@ -32,7 +33,8 @@ log = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Single files of other kinds, which run code where they are loaded."""
-PARTS: tuple[Part, ...] = ("unet", "vae", "text_encoder")
+PARTS: tuple[Part, ...] = ("unet", "vae", "text_encoder", "text_encoder_2")
+"""The last in SDXL alone."""
 
 
 def is_single_file(output: Path) -> bool:
@@ -87,11 +89,12 @@ def write_single_file(
 def single_file_tensors(model: DiffusionModel) -> dict[str, Tensor]:
     """Returns the weights by their names in a single file, and the markers of the process."""
     tensors: dict[str, Tensor] = {}
-    for part in PARTS:
+    is_xl = of_xl(model.unet.config)
+    for part in PARTS if is_xl else PARTS[:-1]:
         module = getattr(model, part)
-        config = module.config.to_dict() if part == "text_encoder" else module.config
+        config = module.config.to_dict() if part.startswith("text_encoder") else module.config
         state = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
-        tensors |= to_ldm(part, config, state)
+        tensors |= to_ldm(part, config, state, is_xl)
     return tensors | markers(model)
 
 
@@ -113,6 +116,8 @@ def modelspec(model: DiffusionModel, title: str) -> dict[str, str]:
     architecture = "stable-diffusion-v1"
     if is_open_clip(model.text_encoder.config.to_dict()):
         architecture = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
+    if of_xl(model.unet.config):
+        architecture = "stable-diffusion-xl-v1-base"
     now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
     hint = f"{process.prediction_type}, {process.timestep_spacing} timesteps"
     if process.schedule.is_zero_terminal_snr:
