@@ -311,14 +311,15 @@ class DiffusionModel:
         batch_size: int = 16,
         allow_unsound: bool = False,
         clip_skip: int = 0,
+        max_tokens: int | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "n 3 h w"]:
         """Samples one image a (prompt, seed) pair; returns (N, 3, H, W) float32 in [0, 1] on CPU.
 
         One prompt goes with any number of seeds. Seed N starts from the latent that
-        `torch.Generator("cpu").manual_seed(N)` draws in diffusers. `clip_skip` is diffusers': of
-        the prompts, not of the negative one. `on_batch` is told the number of images that each
-        batch finished.
+        `torch.Generator("cpu").manual_seed(N)` draws in diffusers. `clip_skip` is of the prompts,
+        as in diffusers, `max_tokens` of the negative one too (text_encoding.py). `on_batch` is told
+        the number of images that each batch finished.
         """
         prompts = [prompts] * len(seeds) if isinstance(prompts, str) else list(prompts)
         if len(prompts) != len(seeds):
@@ -330,8 +331,8 @@ class DiffusionModel:
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         if self.is_unconditional:
             guidance = NO_GUIDANCE  # both branches would be the same
-        empty = self.encode_prompts([negative_prompt])
-        conditioning = self.encode_prompts(prompts, clip_skip)
+        empty = self.encode_prompts([negative_prompt], max_tokens=max_tokens)
+        conditioning = self.encode_prompts(prompts, clip_skip, max_tokens)
 
         def sample_batch(rows: slice) -> Tensor:
             batch_seeds = list(seeds[rows])

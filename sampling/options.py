@@ -56,6 +56,10 @@ class SamplingOptions:
     clip_skip: int = 0
     """Last layers of the text encoder to leave out for the prompts, as clip_skip of diffusers; the
     negative prompt has all. 1 is clip skip 2 of other tools."""
+    max_tokens: int | None = None
+    """Tokens of a text, beside those that begin and end it: 150 or 225 encode prompts and negative
+    prompt in two or three chunks of 75; as much as the text encoder reads at once, 75, if not set.
+    Longer texts are cut."""
     height: int | None = None
     """Height in px, a multiple of 8, for SDXL of 32; the model's own if not set."""
     width: int | None = None
@@ -124,6 +128,7 @@ class SampleConfig(SamplingOptions):
         names = (
             *("num_steps", "guidance_scale", "guidance_rescale", "sampler", "eta", "height"),
             *("width", "negative_prompt", "batch_size", "allow_unsound", "clip_skip"),
+            "max_tokens",
         )
         options = {name: getattr(self, name) for name in names}
         return options | {"guidance_interval": self.guidance().interval}

@@ -34,7 +34,7 @@ class GaussianModel:
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         return self.shape
 
-    def encode_prompts(self, prompts: list[str], clip_skip: int = 0) -> Conditioning:
+    def encode_prompts(self, prompts: list[str], *_: Any, **__: Any) -> Conditioning:
         return Conditioning(torch.zeros(len(prompts), 1, 1))
 
     def denoiser(

@@ -200,12 +200,12 @@ def test_a_file_of_many_prompts_is_searched_from_its_first(
     encoded = 0
     original = DiffusionModel.encode_prompts
 
-    def counting(self: DiffusionModel, prompts: list[str], clip_skip: int = 0) -> Any:
+    def counting(self: DiffusionModel, prompts: list[str], *more: Any, **given: Any) -> Any:
         nonlocal encoded
         encoded += len(prompts)
         if encoded > 60:
             raise KeyboardInterrupt
-        return original(self, prompts, clip_skip)
+        return original(self, prompts, *more, **given)
 
     monkeypatch.setattr(DiffusionModel, "encode_prompts", counting)
     with pytest.raises(KeyboardInterrupt):

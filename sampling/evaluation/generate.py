@@ -109,8 +109,8 @@ class ImageGenerator:
         self.size = (config.height or own_height, config.width or own_width)
         model.latent_shape(config.height, config.width)  # says what sizes are possible
         process.timesteps(config.num_steps)  # says how many there are
-        if config.clip_skip:
-            model.encode_prompts([""], config.clip_skip)  # says how many layers there are
+        if config.clip_skip or config.max_tokens is not None:  # says how many there are
+            model.encode_prompts([""], config.clip_skip, config.max_tokens)
         if model.tokenizer is None:
             model.encode_prompts([config.negative_prompt, *self._texts])  # names of classes
 
@@ -154,6 +154,7 @@ class ImageGenerator:
         names = (
             *("num_steps", "guidance_scale", "guidance_rescale", "sampler", "eta", "height"),
             *("width", "negative_prompt", "batch_size", "allow_unsound", "clip_skip"),
+            "max_tokens",
         )
         options = {name: getattr(config, name) for name in names}
         texts, seeds = [job.prompt.text for job in jobs], [job.seed for job in jobs]

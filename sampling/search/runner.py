@@ -49,7 +49,9 @@ class TrialRunner:
         self.guidance = Guidance(sampling.guidance_scale, sampling.guidance_rescale)
         self.costs = Costs(sampling.sampler, self.grid, self.guidance, self.scoring.measured)
         self.cost = self.costs.nfe
-        self._empty = model.encode_prompts([sampling.negative_prompt])
+        self._empty = model.encode_prompts(
+            [sampling.negative_prompt], max_tokens=sampling.max_tokens
+        )
         if sampling.clip_skip:
             model.encode_prompts([""], sampling.clip_skip)  # says how many layers there are
         self._encoded: dict[int, Conditioning] = {}
@@ -93,7 +95,8 @@ class TrialRunner:
         new = [index for index in dict.fromkeys(indices) if index not in self._encoded]
         if new:
             texts = [self.prompts[index] for index in new]
-            encoded = self.model.encode_prompts(texts, self.sampling.clip_skip)
+            sampling = self.sampling
+            encoded = self.model.encode_prompts(texts, sampling.clip_skip, sampling.max_tokens)
             for row, index in enumerate(new):
                 self._encoded[index] = encoded[row : row + 1]
         return joined([self._encoded[index] for index in indices])

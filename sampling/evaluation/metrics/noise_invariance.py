@@ -62,7 +62,7 @@ class KeptDependences:
 
     def measure(self, model: DiffusionModel) -> list[float]:
         """Measures the deviations and keeps them."""
-        names = ("seed", "height", "width", "batch_size", "clip_skip")
+        names = ("seed", "height", "width", "batch_size", "clip_skip", "max_tokens")
         options = {name: getattr(self.config, name) for name in names}
         noises = self.config.brightness.invariance_noises
         measured = noise_dependence(model, self._texts, noises, **options)
@@ -82,6 +82,7 @@ def noise_dependence(
     width: int | None = None,
     batch_size: int = 16,
     clip_skip: int = 0,
+    max_tokens: int | None = None,
 ) -> Float[Tensor, " n"]:
     """Returns, for each prompt, the deviation over noises of the x0-prediction at t = T - 1.
 
@@ -95,7 +96,7 @@ def noise_dependence(
     last = len(model.process.schedule.alpha) - 1
     deviations = []
     for prompt in prompts:
-        condition = model.encode_prompts([prompt], clip_skip)
+        condition = model.encode_prompts([prompt], clip_skip, max_tokens)
         parts = []
         for part in noise.split(batch_size):
             rows = condition[torch.zeros(len(part), dtype=torch.long, device=model.device)]
