@@ -154,14 +154,14 @@ class FineTuner(LightningModule):
     def condition(self, batch: Batch) -> Conditioning:
         """Returns the UNet's conditioning: embeddings of the batch, or of its captions, and the
         sizes of its pictures where the UNet is told them."""
-        captions = batch["caption"]
-        if self.model.tokenizer is None:  # classes are looked up, and nothing is known of nothing
-            captions = [""] * len(captions) if self.model.is_unconditional else captions
-            return self.model.encode_prompts(captions)
         if "prompt_embeds" in batch:
             condition = Conditioning(batch["prompt_embeds"], batch.get("pooled"))
-        else:
-            condition = self.embed(captions)
+        elif self.model.tokenizer is not None:
+            condition = self.embed(batch["caption"])
+        else:  # classes are looked up, and nothing is known of nothing
+            captions = batch["caption"]
+            captions = [""] * len(captions) if self.model.is_unconditional else captions
+            return self.model.encode_prompts(captions)
         if self.model.is_xl:
             condition = replace(condition, time_ids=batch["sizes"].float())
         return condition
