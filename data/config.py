@@ -45,6 +45,10 @@ class DataConfig(ShardOptions):
     center. auto: random, or center for shards of latents, which hold one view of each image."""
     flip: bool = False
     """Mirrors half of the training images. Leave it off where left and right have meaning."""
+    max_tokens: int | None = None
+    """Tokens of a caption that are read, a multiple of what the text encoder reads at once (75 for
+    SD and SDXL: 75, 150, 225), in chunks of so many; null: one chunk. Previews read as many; sample
+    with the same."""
     caption_dropout: float = 0.1
     """Share of training captions replaced by "", which guidance needs, 0 to 1."""
     num_workers: int = 4
@@ -53,6 +57,7 @@ class DataConfig(ShardOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, self.SECTION, validation_images=">= 1", resolution=">= 0")
+        check_ranges(self, self.SECTION, max_tokens=">= 1")
         check_ranges(self, self.SECTION, caption_dropout=">= 0 and <= 1", num_workers=">= 0")
         if self.max_upscale is not None and not self.max_upscale > 0:
             raise UserError(f"data.max_upscale={self.max_upscale}: must be above 0, or null")

@@ -7,7 +7,9 @@ Beside the shards and their index lie
 
 and a sample is key.safetensors, with moments (2C, H/f, W/f), mean and log variance of the
 autoencoder's posterior before its scaling factor, and prompt_embeds (L, D), beside key.txt. Of N
-captions, in key.json, prompt_embeds is (N, L, D), in their order.
+captions, in key.json, prompt_embeds is (N, L, D), in their order. Those of SDXL hold pooled (P,) or
+(N, P) beside prompt_embeds, and sizes int32 (6,), a PictureSize: the crop was settled with the
+latents. The index has the width and height that an image was cut to: H and W differ with buckets.
 
 Shard k holds what is usable of the source's samples [k S, (k + 1) S), S = samples_per_shard: what
 belongs into a shard depends neither on the other shards nor on who writes them.
@@ -15,7 +17,7 @@ belongs into a shard depends neither on the other shards nor on who writes them.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -28,13 +30,17 @@ from torch import Tensor
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.images.decode import STORED_COLORS, BadImage
-from blackpoint.data.order.buckets import Size
+from blackpoint.data.order.buckets import Buckets, BucketsConfig, Size, bucket_table
 from blackpoint.data.reader import Reader
 from blackpoint.data.shards.listing import EMPTY_FILE, ENCODING_FILE
 
 FORMAT_VERSION = 2
 KEY_BYTES = 16
+SIZES = "sizes"
+"""Name of what became of a picture's size, in samples and in batches."""
 DEFAULT_FORMATS = {"encoder_dtype": "float32", "tf32": False}
+LATER_FIELDS: dict[str, Any] = {"pooled_shape": (), "buckets": None, "max_tokens": None}
+"""With their defaults, which encoding.json leaves out: those of squares and one chunk, of SD."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,19 @@ class Encoding:
     """Whether float32 products were computed in TensorFloat-32; likewise."""
     decoder: int = STORED_COLORS
     """Version of the image decoder; the default is that of caches made without a record."""
+    pooled_shape: tuple[int, ...] = ()
+    """Of SDXL's pooled embedding, known when the first shard is encoded; () without one."""
+    buckets: dict[str, Any] | None = None
+    """BucketsConfig.record of the sizes that images were cut to; None: squares."""
+    max_tokens: int | None = None
+    """Tokens of a caption that were encoded; None: as many as the text encoder reads at once."""
     version: int = FORMAT_VERSION
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that decide the bytes of the shards: all but the inputs' places."""
         values = dataclasses.asdict(self)
-        for name in ("source", "checkpoint", "prompt_embeds_shape", "scaling_factor"):
+        known_later = ("prompt_embeds_shape", "pooled_shape")
+        for name in ("source", "checkpoint", *known_later, "scaling_factor"):
             del values[name]
         if self.decoder == STORED_COLORS:  # as before there was a record of it
             del values["decoder"]
@@ -86,7 +99,8 @@ class Encoding:
     def key(self) -> str:
         """Digest of the settings: two caches of one key hold the same latents.
 
-        Number formats at their defaults are left out, so that caches without a record keep theirs.
+        Number formats at their defaults, and what is None, are left out, so that caches without a
+        record keep theirs.
         """
         settings = {k: v for k, v in self.settings().items() if DEFAULT_FORMATS.get(k) != v}
         text = json.dumps(settings, sort_keys=True)
@@ -94,7 +108,9 @@ class Encoding:
 
     def write(self, folder: Path, working: Path) -> None:
         """Writes encoding.json in `working` and moves it into place."""
-        text = json.dumps(dataclasses.asdict(self) | {"key": self.key}, indent=1)
+        values = dataclasses.asdict(self)
+        kept = {k: v for k, v in values.items() if k not in LATER_FIELDS or v != LATER_FIELDS[k]}
+        text = json.dumps(kept | {"key": self.key}, indent=1)
         path = working / ENCODING_FILE
         path.write_text(text + "\n", encoding="utf-8")
         path.replace(folder / ENCODING_FILE)
@@ -108,8 +124,8 @@ class Encoding:
             fields = json.loads(path.read_text(encoding="utf-8"))
             version = fields["version"]
             if version == FORMAT_VERSION:
-                for name in ("moments_shape", "prompt_embeds_shape"):
-                    fields[name] = tuple(fields[name])
+                for name in ("moments_shape", "prompt_embeds_shape", "pooled_shape"):
+                    fields[name] = tuple(fields.get(name, ()))
                 key = fields.pop("key")
                 encoding = cls(**fields)
                 if key == encoding.key:
@@ -123,28 +139,39 @@ class Encoding:
             f"with the key {key:.12}: it was changed afterwards; {remedy}"
         )
 
+    def bucket_table(self) -> Buckets | None:
+        """Returns the sizes that images were cut to; None for squares."""
+        if self.buckets is None:
+            return None
+        return bucket_table(BucketsConfig(True, **self.buckets), self.resolution, None)
 
-def write_empty(folder: Path, prompt_embeds: Tensor, working: Path) -> None:
-    """Writes the embedding of the empty caption, (L, D), in `working` and moves it into place."""
+    def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the embeddings of one caption, by name."""
+        pooled = {"pooled": self.pooled_shape} if self.pooled_shape else {}
+        return {"prompt_embeds": self.prompt_embeds_shape, **pooled}
+
+
+def write_empty(folder: Path, embeddings: Mapping[str, Tensor], working: Path) -> None:
+    """Writes the embeddings of the empty caption in `working` and moves them into place."""
     path = working / EMPTY_FILE
-    path.write_bytes(save({"prompt_embeds": prompt_embeds.contiguous()}))
+    path.write_bytes(to_bytes(embeddings))
     path.replace(folder / EMPTY_FILE)
 
 
-def read_empty(folder: Path) -> Tensor:
+def read_empty(folder: Path) -> dict[str, Tensor]:
     """Returns what `write_empty` wrote; raises UserError if it is damaged."""
     try:
-        return load_file(folder / EMPTY_FILE)["prompt_embeds"]
-    except (OSError, KeyError, SafetensorError) as error:
+        return dict(load_file(folder / EMPTY_FILE))
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder / EMPTY_FILE}: cannot be read ({error}); "
             "encode the images again with `blackpoint data encode`"
         ) from None
 
 
-def to_bytes(moments: Tensor, prompt_embeds: Tensor) -> bytes:
+def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """Returns the .safetensors member of one sample."""
-    return save({"moments": moments.contiguous(), "prompt_embeds": prompt_embeds.contiguous()})
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 class LatentReader(Reader):
@@ -154,34 +181,49 @@ class LatentReader(Reader):
         super().__post_init__()
         folder = self.index.shard_folder
         self.encoding = Encoding.read(folder)
-        self._empty = read_empty(folder).float()
+        self._shapes = self.encoding.embedding_shapes()
+        self._empty = read_empty(folder)
+        held = {name: tuple(tensor.shape) for name, tensor in self._empty.items()}
+        if held != self._shapes:
+            raise UserError(
+                f"{folder / EMPTY_FILE}: holds {held}, but the samples have {self._shapes}; encode "
+                "the images again with `blackpoint data encode`"
+            )
 
     def read(
         self, epoch: int, index: int, training: bool, size: Size | None = None
     ) -> tuple[dict[str, Tensor], str]:
-        """Returns moments and prompt_embeds, as stored, and their caption; raises BadImage."""
+        """Returns what is stored of a sample and its caption; raises BadImage.
+
+        So it does for one that was cut to another size.
+        """
         content_bytes, captions = self.members(index)
-        content = self._tensors(content_bytes, len(captions))
+        content = self._tensors(content_bytes, len(captions), size or self.size(index))
         number = self.caption_index(epoch, index, training, len(captions))
         if number is None:
-            return content | {"prompt_embeds": self._empty}, ""
+            return content | self._empty, ""
         if len(captions) > 1:
-            content["prompt_embeds"] = content["prompt_embeds"][number]
+            content |= {name: content[name][number] for name in self._shapes}
         return content, captions[number]
 
     def stack(self, contents: Sequence[Any]) -> dict[str, Tensor]:
-        """Returns moments (B, 2C, H/f, W/f) and prompt_embeds (B, L, D), float32."""
+        """Returns moments (B, 2C, H/f, W/f) and prompt_embeds (B, L, D), float32; of SDXL pooled
+        (B, P) and sizes int64 (B, 6) too."""
+        formats = {name: torch.int64 if name == SIZES else torch.float32 for name in contents[0]}
         return {
-            name: torch.stack([content[name].float() for content in contents])
-            for name in ("moments", "prompt_embeds")
+            name: torch.stack([content[name].to(dtype) for content in contents])
+            for name, dtype in formats.items()
         }
 
-    def _tensors(self, content_bytes: bytes, num_captions: int) -> dict[str, Tensor]:
-        shape = self.encoding.prompt_embeds_shape
-        shapes = {
-            "moments": self.encoding.moments_shape,
-            "prompt_embeds": shape if num_captions == 1 else (num_captions, *shape),
-        }
+    def _tensors(
+        self, content_bytes: bytes, num_captions: int, size: Size | None
+    ) -> dict[str, Tensor]:
+        assert size is not None, "no latents are left out"
+        several = () if num_captions == 1 else (num_captions,)
+        shapes = {name: (*several, *shape) for name, shape in self._shapes.items()}
+        shapes["moments"] = self._moments_shape(size)
+        if self.encoding.pooled_shape:
+            shapes[SIZES] = (6,)
         try:
             content = load(content_bytes)
         except (SafetensorError, ValueError) as error:
@@ -189,7 +231,13 @@ class LatentReader(Reader):
         held = {name: tuple(tensor.shape) for name, tensor in content.items()}
         if held != shapes:
             raise BadImage(f"holds {held}, not {shapes}")
-        formats = {str(tensor.dtype) for tensor in content.values()}
+        formats = {str(tensor.dtype) for name, tensor in content.items() if name != SIZES}
         if formats != {f"torch.{self.encoding.dtype}"}:
             raise BadImage(f"holds {' and '.join(sorted(formats))}, not {self.encoding.dtype}")
         return content
+
+    def _moments_shape(self, size: Size) -> tuple[int, ...]:
+        """Returns the shape of the moments of an image that was cut to `size`."""
+        channels, height, width = self.encoding.moments_shape  # of the square
+        across, along = (side / self.encoding.resolution for side in size)
+        return channels, round(height * along), round(width * across)

@@ -46,9 +46,11 @@ ENCODED_ALIKE = (
     "vae",
     "text_encoder",
     "resolution",
+    "buckets",
     "crop",
     "moments_shape",
     "prompt_embeds_shape",
+    "pooled_shape",
     "scaling_factor",
 )
 

@@ -4,9 +4,9 @@ A batch is {"image": uint8 (B, 3, H, W), "sizes": int64 (B, 6), rows of PictureS
 of str ("" where dropped), "key": list of str, "epoch", "index" and "position": int64 (B,)}: which
 sample of the index, in which pass, and its place in all passes laid end to end (in validation, its
 number). With buckets, H and W differ from batch to batch; in a mixture, indices count through its
-data sets. Encoded shards give, instead of the image and its sizes, "moments" (B, 2C, H/f, W/f) and
-"prompt_embeds" (B, L, D), float32. All that is random about a sample is a function of (seed, epoch,
-index).
+data sets. Encoded shards give, instead of the image, "moments" (B, 2C, H/f, W/f) and
+"prompt_embeds" (B, L, D), float32, and "pooled" (B, P) and "sizes" of SDXL alone. All that is
+random about a sample is a function of (seed, epoch, index).
 """
 
 import itertools
@@ -30,6 +30,7 @@ from blackpoint.data.images.decode import DECODER_VERSION
 from blackpoint.data.index.index import INDEX_FOLDER, Index, has_index
 from blackpoint.data.index.shard_set import ShardSet, index_shards, indexing_command, open_shards
 from blackpoint.data.index.verify import verify
+from blackpoint.data.latent_options import check_options
 from blackpoint.data.latents import Encoding, LatentReader
 from blackpoint.data.mixed_reader import MixedReader, check_alike
 from blackpoint.data.order.buckets import Size, bucket_table, square
@@ -243,7 +244,7 @@ class CaptionedImages(LightningDataModule):
             decoder=self.decoder,
         )
         if isinstance(reader, LatentReader):
-            self._check_latents(f"{field}={pattern}", reader.encoding, field != VALIDATION)
+            check_options(f"{field}={pattern}", reader.encoding, config, field != VALIDATION)
         reader.order = self._order(reader, f"{field}={pattern}")
         return reader
 
@@ -266,31 +267,6 @@ class CaptionedImages(LightningDataModule):
             )
         stream = f"/{reader.name}" if reader.name else ""
         return BucketOrder(samples, self.seed, batch_size, stream)
-
-    def _check_latents(self, where: str, encoding: Encoding, training: bool) -> None:
-        """Raises UserError for options that images already encoded can't have."""
-        config = self.config
-        if config.buckets.enabled or config.max_upscale is not None:
-            field = "data.buckets.enabled=true" if config.buckets.enabled else "data.max_upscale"
-            raise UserError(
-                f"{field}: {where} holds latents of images that `blackpoint data encode` cut to "
-                "squares, whatever their size was; train from the shards of images, or set "
-                "data.buckets.enabled=false data.max_upscale=null"
-            )
-        if config.resolution != encoding.resolution:
-            raise UserError(
-                f"data.resolution={config.resolution}: {where} holds latents of "
-                f"{encoding.resolution} px; set data.resolution={encoding.resolution}, or encode "
-                f"the images again with resolution={config.resolution}"
-            )
-        asked = ["data.flip=true"] if config.flip else []
-        asked += ["data.crop=random"] if config.crop == "random" else []
-        if training and asked:
-            raise UserError(
-                f"{' and '.join(asked)}: {where} holds latents, one view of each image "
-                f"({encoding.crop} crop, not flipped), made once; set data.flip=false "
-                "data.crop=auto, or train from shards of images"
-            )
 
     def _start(self) -> int:
         start, trainer = self.start_sample or 0, self.trainer

@@ -28,7 +28,7 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.images.decode import DECODER_VERSION, MAX_IMAGE_PIXELS, BadImage, decode
 from blackpoint.data.images.picture_size import PictureSize
 from blackpoint.data.index.index import Index
-from blackpoint.data.order.buckets import Size, bucket_of
+from blackpoint.data.order.buckets import Buckets, Size, bucket_of
 from blackpoint.data.order.order import BucketOrder, Place
 from blackpoint.data.order.permutation import permute
 from blackpoint.data.record import JSON, Span
@@ -66,6 +66,8 @@ class Reader:
     remote: RemoteShards | None = None
     """Where shards are that are no files here."""
     order: BucketOrder | None = None
+    buckets: Buckets | None = None
+    """Sizes that images are cut to where there is no order; None: the square."""
     name: str = ""
     offset: int = 0
     decoder: int = DECODER_VERSION
@@ -123,10 +125,11 @@ class Reader:
 
     def size(self, index: int) -> Size | None:
         """Returns the width and height that a sample is cut to; None where it is left out."""
-        if self.order is None:
+        buckets = self.order.samples.buckets if self.order else self.buckets
+        if buckets is None:
             return self.resolution, self.resolution
-        sizes, bucket = self.order.samples.buckets.sizes, self._bucket(index)
-        return sizes[bucket] if bucket < len(sizes) else None
+        bucket = self._bucket(index, buckets)
+        return buckets.sizes[bucket] if bucket < len(buckets.sizes) else None
 
     def stack(self, contents: Sequence[Any]) -> dict[str, Tensor]:
         """Returns image uint8 (B, 3, H, W) and sizes int64 (B, 6), rows of PictureSize, of what
@@ -207,13 +210,13 @@ class Reader:
     def _replacement(self, index: int, number: int, attempt: int) -> int:
         if self.order is None:
             return self.sample_index(number % len(self))
-        bucket = self._bucket(index) if attempt < MAX_FROM_BUCKET else None
+        buckets = self.order.samples.buckets
+        bucket = self._bucket(index, buckets) if attempt < MAX_FROM_BUCKET else None
         return self.offset + self.order.replacement(bucket, number)
 
-    def _bucket(self, index: int) -> int:
-        assert self.order is not None
+    def _bucket(self, index: int, buckets: Buckets) -> int:
         record = self.index.record(index - self.offset)
-        return bucket_of(self.order.samples.buckets, int(record["width"]), int(record["height"]))
+        return bucket_of(buckets, int(record["width"]), int(record["height"]))
 
     def _bytes(self, shard: int, spans: Sequence[Span]) -> list[bytes]:
         name = self.index.shard_names[shard]

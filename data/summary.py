@@ -5,10 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from blackpoint.data.bad_samples import printable
 from blackpoint.data.images.decode import STORED_COLORS
+from blackpoint.data.order.buckets import square
 from blackpoint.data.reader import Reader
 from blackpoint.data.shards.listing import is_encoded
 
@@ -85,7 +84,9 @@ def enlarged_lines(name: str, reader: Reader, what: str) -> list[str]:
 
 
 def _num_smaller(reader: Reader) -> tuple[int, int]:
-    """Returns how many images have a side below the square's, of how many that were looked at."""
+    """Returns how many images have a side below that of their square or bucket, of how many that
+    were looked at."""
+    buckets = reader.buckets or square(reader.resolution, None)
     pieces = [
         range(first, min(first + ROWS_AT_ONCE, samples.stop))
         for samples in reader.chosen
@@ -95,7 +96,8 @@ def _num_smaller(reader: Reader) -> tuple[int, int]:
     num_smaller = num_seen = 0
     for piece in pieces[::every]:
         rows = reader.index.read(piece.start, piece.stop)
-        num_smaller += int((np.minimum(rows["width"], rows["height"]) < reader.resolution).sum())
+        sides = rows["width"], rows["height"]
+        num_smaller += int(buckets.is_enlarged(*sides, buckets.assign(*sides)).sum())
         num_seen += len(rows)
     return num_smaller, num_seen
 

@@ -57,7 +57,7 @@ def encode_text(
         raise UserError(
             f"clip_skip={clip_skip} must be from 0 to {most_layers}, the layers of {which}"
         )
-    num_chunks = _num_chunks(max_tokens, tokenizers[0].model_max_length - NUM_ENDS)
+    num_chunks = chunks_of(max_tokens, tokenizers[0])
     distinct, size = list(dict.fromkeys(prompts)), max(1, TEXT_BATCH // num_chunks)
     with torch.autocast(device.type, enabled=False):
         batches = [
@@ -71,13 +71,14 @@ def encode_text(
     return joined(batches)[rows].to(torch.float32)
 
 
-def _num_chunks(max_tokens: int | None, room: int) -> int:
-    """Returns how many chunks of `room` tokens hold `max_tokens`; raises UserError."""
+def chunks_of(max_tokens: int | None, tokenizer: Any, field: str = "max_tokens") -> int:
+    """Returns how many chunks hold `max_tokens`; raises UserError that names the field."""
+    room = tokenizer.model_max_length - NUM_ENDS
     if max_tokens is None:
         return 1
     if max_tokens < room or max_tokens % room:
         raise UserError(
-            f"max_tokens={max_tokens} must be a multiple of {room}, the tokens that the text "
+            f"{field}={max_tokens} must be a multiple of {room}, the tokens that the text "
             f"encoder reads at once; give {room}, {2 * room} or {3 * room}"
         )
     return max_tokens // room

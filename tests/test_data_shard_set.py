@@ -259,7 +259,9 @@ def write_latents(folder: Path, num_samples: int) -> None:
     folder.mkdir(parents=True)
     records, shard = ShardRecords(), ShardFile(folder / "shard-000000.tar")
     for number in range(num_samples):
-        latents = to_bytes(torch.full((2, 3, 3), float(number)), torch.zeros(4, 5))
+        latents = to_bytes(
+            {"moments": torch.full((2, 3, 3), float(number)), "prompt_embeds": torch.zeros(4, 5)}
+        )
         spans = shard.write(f"{number:03d}", {"safetensors": latents, "txt": b"words"})
         records.add(f"{number:03d}", spans["safetensors"], spans["txt"], 24, 24, 0.5)
     content = shard.close()
@@ -284,7 +286,7 @@ def write_latents(folder: Path, num_samples: int) -> None:
         prompt_embeds_shape=(4, 5),
     )
     encoding.write(folder, folder)
-    write_empty(folder, torch.ones(4, 5), folder)
+    write_empty(folder, {"prompt_embeds": torch.ones(4, 5)}, folder)
 
 
 def test_latents_are_known_as_such_from_afar(server: ShardServer, tmp_path: Path) -> None:

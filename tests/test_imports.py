@@ -78,10 +78,10 @@ train.callbacks: data.files sampling.* sampling.checkpoints sampling.export samp
     sampling.prompts sampling.runtime train.* train.config train.records
 train.cluster: data.files sampling.runtime train.* train.config train.records
 train.config: data.* data.files sampling.* sampling.runtime train.*
-train.encode: data.* data.files data.images data.index data.shards data.work sampling.*
+train.encode: data.* data.files data.images data.index data.order data.shards data.work sampling.*
     sampling.checkpoints sampling.runtime train.records
-train.records: data.* data.files data.images data.shards sampling.* sampling.checkpoints
-    sampling.pixels sampling.runtime train.config
+train.records: data.* data.files data.images data.order data.shards sampling.*
+    sampling.checkpoints sampling.pixels sampling.runtime train.config
 """
 """What each room imports; NAME.* are the modules of a folder that holds rooms."""
 # Distributions that are not called what they are imported as.

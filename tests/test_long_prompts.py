@@ -1,22 +1,28 @@
 """Texts that are longer than a text encoder reads, in chunks, for one encoder and for two."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from lightning.pytorch.plugins import Precision
 from torch import Tensor
 from torch.testing import assert_close
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling import text_encoding
-from blackpoint.sampling.conditioning import Conditioning
+from blackpoint.sampling.conditioning import Conditioning, joined
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.schedule import NoiseSchedule
-from tests.pixel_models import CLASSES, pixel_model
+from blackpoint.train.callbacks.previews import Previews
+from blackpoint.train.callbacks.watch import Watch
+from blackpoint.train.run import fit
+from tests.pixel_models import CLASSES, pixel_model, pixel_train_config
 from tests.tiny_pipeline import NUM_TOKENS
+from tests.tiny_run import tiny_config, tiny_tuner
 from tests.tiny_sdxl import assembled, make_tiny_sdxl
 
 ROOM = NUM_TOKENS - 2
@@ -140,3 +146,46 @@ def test_stable_diffusion_is_encoded_as_before_chunks(pipeline: Path) -> None:
     found = model.encode_prompts(texts)
     assert isinstance(found, Conditioning) and found.pooled is None
     assert torch.equal(found.prompt_embeds, expected)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_training_reads_as_many_tokens_and_its_previews_do(
+    kind: str, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pipeline if kind == "sd" else make_tiny_sdxl(tmp_path / "sdxl")
+    tuner = tiny_tuner(folder, **{"data.max_tokens": 2 * ROOM, "preview.num_steps": 1})
+    texts = [" ".join(LONG), "", "a one"]
+    found = tuner.embed(texts)
+    expected = [tuner.model.encode_prompts([text], max_tokens=2 * ROOM) for text in texts]
+    assert_close(vars(found), vars(joined(expected)), rtol=0, atol=0)
+    assert found.prompt_embeds.shape[1] == 2 * NUM_TOKENS
+
+    asked: list[int | None] = []
+    encode = DiffusionModel.encode_prompts
+
+    def recorded(
+        model: DiffusionModel, prompts: Any, clip_skip: int = 0, max_tokens: int | None = None
+    ) -> Conditioning:
+        asked.append(max_tokens)
+        return encode(model, prompts, clip_skip, max_tokens)
+
+    monkeypatch.setattr(DiffusionModel, "encode_prompts", recorded)
+    previews = Previews(tmp_path, tuner.config.preview, Watch(1, 4), None)
+    trainer = SimpleNamespace(precision_plugin=Precision())
+    assert torch.isfinite(previews._sample(trainer, tuner)).all()  # type: ignore[arg-type]
+    assert asked and set(asked) == {2 * ROOM}
+
+
+def test_a_length_that_training_cannot_have_is_refused(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    class_config = pixel_train_config(tmp_path / "a", shards, "class", **{"data.max_tokens": 14})
+    sd_config = tiny_config(tmp_path / "b", pipeline, shards, **{"data.max_tokens": ROOM + 1})
+    expected = {
+        "data.max_tokens=14: this model has no text encoder; set data.max_tokens=": class_config,
+        f"data.max_tokens={ROOM + 1} must be a multiple of {ROOM}": sd_config,
+    }
+    for message, config in expected.items():
+        with pytest.raises(UserError, match=message):
+            fit(config)
+        assert not Path(config.run_dir).exists()

@@ -1,4 +1,4 @@
-"""The verbs on a tiny SDXL: sample, search with an inverting verifier, evaluate; not encode."""
+"""The verbs on a tiny SDXL: sample, search with an inverting verifier, evaluate."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,11 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch.testing import assert_close
 
-from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.run import search_to_folder
 from blackpoint.scripts.cli import main
 from blackpoint.scripts.config import load
-from blackpoint.train.encode.config import EncodeConfig
-from blackpoint.train.encode.encode import encode
 from tests.evaluations import arguments, evaluate, write_prompts
 from tests.test_sdxl_model import ZERO_SNR
 from tests.tiny_sdxl import make_tiny_sdxl
@@ -74,10 +71,3 @@ def test_an_evaluation_measures_it(folder: Path, tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path / "prompts.jsonl")
     summary = evaluate(arguments(folder, prompts, tmp_path / "out"))
     assert len(summary.metrics) > 3
-
-
-def test_latents_of_it_are_refused(folder: Path, shards: Path, tmp_path: Path) -> None:
-    options = [f"source={shards}", f"checkpoint={folder}", f"output={tmp_path / 'latents'}"]
-    with pytest.raises(UserError, match="pooled embeddings and sizes of pictures no shard"):
-        encode(load(EncodeConfig, [*options, "resolution=16"]))
-    assert not (tmp_path / "latents").exists()

@@ -178,7 +178,7 @@ class FineTuner(LightningModule):
         size = 1 if self.device.type == "cpu" else max(len(new), 1)
         for start in range(0, len(new), size):
             chunk = new[start : start + size]
-            rows = self.model.encode_prompts(chunk)
+            rows = self.model.encode_prompts(chunk, max_tokens=self.config.data.max_tokens)
             # Copies: a slice would keep the whole chunk in memory.
             embeds |= {c: rows[torch.tensor([row])] for row, c in enumerate(chunk)}
         for caption in captions:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from blackpoint.data.files.errors import UserError
 from blackpoint.data.module import CaptionedImages
 from blackpoint.sampling.export.placement import moved_into_place
 from blackpoint.sampling.model import DiffusionModel
@@ -19,7 +18,11 @@ from blackpoint.train.dropout import dropout_levels
 from blackpoint.train.lora import check_layers
 from blackpoint.train.loss import check_scales
 from blackpoint.train.pixel_model import build_pixel_model
-from blackpoint.train.records.checkpoint_size import check_side
+from blackpoint.train.records.checkpoint_size import (
+    check_buckets,
+    check_max_tokens,
+    check_side,
+)
 from blackpoint.train.records.first_process import note
 from blackpoint.train.target_process import fine_tuned_process
 
@@ -50,6 +53,7 @@ def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     if reason := model.process.not_exported():
         note(f"{reason}; sample the checkpoints of {config.run_dir} with allow_unsound=true")
     check_side(model, "data.resolution", config.data.resolution)
+    check_max_tokens(model, "data.max_tokens", config.data.max_tokens)
     side = config.data.resolution // model.downsampling_factor
     dropout_levels(model.unet, config.dropout, side)  # raises
     check_layers(model.unet, config.lora)
@@ -72,14 +76,9 @@ def check_sizes(
     model: DiffusionModel, images: CaptionedImages, pool_factors: Sequence[int]
 ) -> None:
     """Raises UserError for a size that the UNet cannot halve evenly or the loss cannot pool."""
+    check_buckets(model, images.config.buckets, images.sizes())
     for width, height in images.sizes():
-        try:
-            _, *sides = model.latent_shape(height, width)
-        except UserError as error:
-            raise UserError(
-                f"data.buckets.step_px={images.config.buckets.step_px} makes images of {width} x "
-                f"{height} px, but {error}; set step_px to that"
-            ) from None
+        _, *sides = model.latent_shape(height, width)
         check_scales(pool_factors, *sides)
 
 

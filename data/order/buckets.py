@@ -12,7 +12,8 @@ at a tie to the larger bucket, then to the narrower one.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,9 +27,11 @@ Size = tuple[int, int]  # width, height, in pixels
 class BucketsConfig:
     """Batches of images of like aspect, cut to rectangles of about resolution^2 pixels."""
 
+    SECTION: ClassVar[str] = "data."
+
     enabled: bool = False
     """Cut images to the rectangle that loses least of them, not to a square; every batch is of one
-    size. For shards of images, not of latents."""
+    size. Latents are encoded in the buckets that training takes."""
     step_px: int = 64
     """Sides are multiples of this; the UNet of Stable Diffusion asks for multiples of 64."""
     min_side_px: int | None = None
@@ -40,7 +43,12 @@ class BucketsConfig:
 
     def __post_init__(self) -> None:
         limits = {"step_px": ">= 1", "min_side_px": ">= 1", "max_side_px": ">= 1"}
-        check_ranges(self, "data.buckets.", **limits, max_aspect=">= 1")
+        check_ranges(self, f"{self.SECTION}buckets.", **limits, max_aspect=">= 1")
+
+    def record(self) -> dict[str, Any] | None:
+        """Returns what decides the sizes, for json; None for squares."""
+        settings = asdict(self)
+        return settings if settings.pop("enabled") else None
 
 
 @dataclass(frozen=True)
@@ -100,9 +108,10 @@ def bucket_table(config: BucketsConfig, resolution: int, max_upscale: float | No
             sizes |= {(side, other), (other, side)}
     if not sizes:
         raise UserError(
-            f"data.buckets: no multiples of step_px={step} from {shortest:g} to {longest:g} px "
-            f"(min_side_px, max_side_px; max_aspect={config.max_aspect}) make a rectangle of at "
-            f"most data.resolution={resolution} squared; lower step_px or widen the limits"
+            f"{config.SECTION}buckets: no multiples of step_px={step} from {shortest:g} to "
+            f"{longest:g} px (min_side_px, max_side_px; max_aspect={config.max_aspect}) make a "
+            f"rectangle of at most {config.SECTION}resolution={resolution} squared; lower step_px "
+            "or widen the limits"
         )
     ordered = sorted(sizes, key=lambda size: (-size[0] * size[1], size))
     return Buckets(tuple(ordered), max_upscale)

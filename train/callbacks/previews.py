@@ -65,6 +65,7 @@ class Previews(EverySteps):
                 height=module.config.data.resolution,
                 width=module.config.data.resolution,
                 allow_unsound=module.config.allow_unsound,
+                max_tokens=module.config.data.max_tokens,
             )
             module.model.unet.train()
         return images

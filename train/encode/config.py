@@ -1,15 +1,23 @@
 """The configuration of `blackpoint data encode`; free of torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from omegaconf import MISSING
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.data.files.rules import check_ranges
+from blackpoint.data.order.buckets import BucketsConfig, bucket_table
 from blackpoint.data.shards.options import ShardOptions
 from blackpoint.sampling.choices import Dtype, LoraFile, SingleFileConfig, Tf32
+
+
+@dataclass
+class EncodeBucketsConfig(BucketsConfig):
+    """Images cut to rectangles of about resolution^2 pixels, and encoded by themselves."""
+
+    SECTION: ClassVar[str] = ""
 
 
 @dataclass
@@ -34,9 +42,15 @@ class EncodeConfig(ShardOptions):
     resolution: int = 0
     """Side of the square images, in pixels; training must use the same data.resolution. 0: the size
     that the checkpoint was made for."""
+    buckets: EncodeBucketsConfig = field(default_factory=EncodeBucketsConfig)
+    """Aspect-ratio buckets; training must use the same data.buckets."""
+    max_tokens: int | None = None
+    """Tokens of a caption that are encoded, a multiple of what the text encoder reads at once (75
+    for SD and SDXL: 75, 150, 225), in chunks of so many; null: one chunk. Training must use the
+    same data.max_tokens."""
     crop: str = "center"
-    """Where the square is cut from the longer side. Only center: latents are made once, so random
-    crops and flips need training from the images."""
+    """Where the square, or the bucket's rectangle, is cut from the image. Only center: latents are
+    made once, so random crops and flips need training from the images."""
     batch_size: int = 8
     """Images that a process encodes at once; more need more memory."""
     dtype: Dtype = "float16"
@@ -61,7 +75,9 @@ class EncodeConfig(ShardOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, "", batch_size=">= 1", samples_per_shard=">= 1", resolution=">= 0")
-        check_ranges(self, "", num_workers=">= 0", num_processes=">= 0")
+        check_ranges(self, "", num_workers=">= 0", num_processes=">= 0", max_tokens=">= 1")
+        if self.buckets.enabled and self.resolution:
+            bucket_table(self.buckets, self.resolution, None)
         if self.crop != "center":
             raise UserError(
                 f"crop={self.crop}: latents are made once, so each image has one view; "

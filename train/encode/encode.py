@@ -4,7 +4,7 @@
 
 What is stored is the posterior, not a draw from it: training draws its own noise at every visit, so
 that it computes from the cache what it would compute from the images (data/latents.py has the
-format). A cache holds one view of each image: center crop, not flipped.
+format). A cache holds one view of each image: center crop, not flipped, of a square or a bucket.
 
 Any number of processes, of any launcher and on any machines that share the disk, encode together,
 each a shard at a time (train/encode/shards.py). Finished shards outlive whatever stops the others.
@@ -31,6 +31,7 @@ from blackpoint.data.index.index import INDEX_FOLDER, Index, IndexWriter, has_in
 from blackpoint.data.index.shard_set import index_shards, indexing_command, open_shards
 from blackpoint.data.index.verify import compare_bytes, verify
 from blackpoint.data.latents import DEFAULT_FORMATS, Encoding, read_empty
+from blackpoint.data.order.buckets import bucket_table
 from blackpoint.data.reader import Reader
 from blackpoint.data.shards.listing import is_encoded
 from blackpoint.data.shards.shard_digest import file_stamp
@@ -46,7 +47,11 @@ from blackpoint.train.encode.config import EncodeConfig
 from blackpoint.train.encode.settings import begun_decoder, settled, sized, tell, warn_of_enlarged
 from blackpoint.train.encode.shards import EncodeRules, Share, encode_share
 from blackpoint.train.encode.tasks import process_devices
-from blackpoint.train.records.checkpoint_size import check_side
+from blackpoint.train.records.checkpoint_size import (
+    check_buckets,
+    check_max_tokens,
+    check_side,
+)
 
 COUNT_EVERY_S = 1.0
 
@@ -151,6 +156,9 @@ def open_source(config: EncodeConfig, task: Task) -> Reader:
         shards = open_shards(config.source, "source", config, in_order=True)
     for note in verify(shards):
         tell(note)
+    buckets = None
+    if config.buckets.enabled:
+        buckets = bucket_table(config.buckets, config.resolution, None)
     return Reader(
         Index(shards.folder, shards.kept),
         shards.paths,
@@ -159,6 +167,7 @@ def open_source(config: EncodeConfig, task: Task) -> Reader:
         crop="center",
         max_image_pixels=config.max_image_pixels,
         remote=shards.remote,
+        buckets=buckets,
         decoder=begun_decoder(Path(config.output)),
     )
 
@@ -215,12 +224,9 @@ def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encod
             f"checkpoint={config.checkpoint} is a pixel-space model, which has no autoencoder: "
             "train it on the shards of images themselves"
         )
-    if model.is_xl:
-        raise UserError(
-            f"checkpoint={config.checkpoint} is a Stable Diffusion XL, whose pooled embeddings and "
-            "sizes of pictures no shard of latents holds; give a Stable Diffusion 1.x or 2.x"
-        )
     channels, height, width = check_side(model, "resolution", config.resolution)
+    check_buckets(model, config.buckets, reader.buckets.sizes if reader.buckets else ())
+    check_max_tokens(model, "max_tokens", config.max_tokens)
     assert model.pipeline is not None
     return Encoding(
         source=config.source,
@@ -240,6 +246,8 @@ def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encod
         moments_shape=(2 * channels, height, width),
         scaling_factor=model.scaling_factor,
         decoder=reader.decoder,
+        buckets=config.buckets.record(),
+        max_tokens=config.max_tokens,
     )
 
 
@@ -322,8 +330,13 @@ def _finish(rules: EncodeRules) -> None:
                 content = shard_content_of(part, partial.shards / name, records)
                 index.append(name, records, content)
             index.close()
-        shape = tuple(read_empty(partial.shards).shape)
-        encoding = dataclasses.replace(rules.encoding, prompt_embeds_shape=shape)
+        empty = read_empty(partial.shards)
+        shapes = {name: tuple(tensor.shape) for name, tensor in empty.items()}
+        encoding = dataclasses.replace(
+            rules.encoding,
+            prompt_embeds_shape=shapes["prompt_embeds"],
+            pooled_shape=shapes.get("pooled", ()),
+        )
         with scratch_folder(partial.working) as working:
             encoding.write(partial.shards, working)
     partial.finish()

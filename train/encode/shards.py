@@ -136,7 +136,7 @@ def _encoder(config: EncodeConfig, device: str) -> SampleEncoder:
         undecided="epsilon",
     )
     model.load_encoders()
-    return SampleEncoder(model, getattr(torch, config.dtype))
+    return SampleEncoder(model, getattr(torch, config.dtype), config.max_tokens)
 
 
 def _make(
@@ -151,7 +151,8 @@ def _make(
     partial = rules.partial
     if number == rules.num_shards:
         with disk_writes():
-            write_empty(partial.shards, encoder.embed([""])[0], working)
+            (empty,) = encoder.embed([("",)])
+            write_empty(partial.shards, empty, working)
         return
     config, samples = rules.config, rules.samples(number)
     batches = DataLoader(

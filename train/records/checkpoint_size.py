@@ -1,15 +1,19 @@
-"""The size of images that a checkpoint was made for, read from its configs alone."""
+"""What a checkpoint was made for, the size of images and of texts, read from its configs alone."""
+
+from collections.abc import Iterable
 
 import torch
 from diffusers import AutoencoderKL
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.order.buckets import BucketsConfig, Size
 from blackpoint.sampling.checkpoints.architecture import sample_size_of
 from blackpoint.sampling.checkpoints.loading import Part
 from blackpoint.sampling.checkpoints.resolve import resolve
 from blackpoint.sampling.choices import PLAIN, SingleFileConfig
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.pixels.folder import PixelForm
+from blackpoint.sampling.text_encoding import chunks_of
 
 
 def checkpoint_size(checkpoint: str, field: str, single_file: SingleFileConfig = PLAIN) -> int:
@@ -39,3 +43,23 @@ def check_side(model: DiffusionModel, field: str, side: int) -> tuple[int, ...]:
         return model.latent_shape(side, side)
     except UserError as error:
         raise UserError(f"{field}={side}: {error}") from None
+
+
+def check_buckets(model: DiffusionModel, buckets: BucketsConfig, sizes: Iterable[Size]) -> None:
+    """Raises UserError for a (width, height) of theirs that the UNet cannot take."""
+    for width, height in sizes:
+        try:
+            model.latent_shape(height, width)
+        except UserError as error:
+            raise UserError(
+                f"{buckets.SECTION}buckets.step_px={buckets.step_px} makes images of {width} x "
+                f"{height} px, but {error}; set step_px to that"
+            ) from None
+
+
+def check_max_tokens(model: DiffusionModel, field: str, max_tokens: int | None) -> None:
+    """Raises UserError, which names the field, for a length that the model's texts can't have."""
+    if max_tokens is not None and model.tokenizer is None:
+        raise UserError(f"{field}={max_tokens}: this model has no text encoder; set {field}=null")
+    if max_tokens is not None:
+        chunks_of(max_tokens, model.tokenizer, field)

@@ -125,6 +125,13 @@ def check_encodings(
                 f"{where}: holds latents, and a pixel-space model is trained on images; name the "
                 f"shards that they were encoded from ({encoding.source})"
             )
+        if model.is_xl and not encoding.pooled_shape:
+            raise UserError(
+                f"{where}: holds latents without the pooled embeddings and sizes of pictures that "
+                f"checkpoint={model.source}, a Stable Diffusion XL, is told; encode the images for "
+                f"it: blackpoint data encode source={encoding.source} checkpoint={model.source} "
+                f"output=... resolution={encoding.resolution}"
+            )
         for part, stored in ((VAE, encoding.vae), (TEXT_ENCODER, encoding.text_encoder)):
             digest = base[part]["digest"]
             if stored != digest:
