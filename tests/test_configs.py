@@ -35,6 +35,8 @@ TRAINING = {
     "sd15_zero_snr_lora",
     "sd21_zero_snr",
     "sd21_768_shift",
+    "sdxl_zero_snr",
+    "sdxl_zero_snr_lora",
     "pixel_256",
     "pixel_512",
 } | {f"tiny_{name}" for name in ("zero_snr", "zero_snr_lora", "control", "longer", "pixel")}
