@@ -45,6 +45,7 @@ FIXED = (
     "data.max_upscale",
     "data.crop",
     "data.flip",
+    "data.max_tokens",
     "data.caption_dropout",
     "data.max_image_pixels",
     "schedule.*",
