@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "sampling", "train", "scripts")
 MOST_MODULES, MOST_LINES = 15, 350
-MOST_PRODUCT_LINES, MOST_CODE_LINES = 38_219, 44_618
+MOST_PRODUCT_LINES, MOST_CODE_LINES = 38_234, 44_633
 PROOF = ("scripts.miniature", "scripts.studies", "scripts.bench", "scripts.measurements")
 """Rooms that prove what the product says; the product never imports them."""
 ROOMS = """\
@@ -38,7 +38,8 @@ sampling.evaluation.*: data.files sampling.* sampling.checkpoints sampling.evalu
 sampling.evaluation.metrics: data.files data.images sampling.* sampling.checkpoints
     sampling.evaluation.* sampling.pixels sampling.prompts sampling.statistics
     sampling.verifiers.* sampling.verifiers.models
-sampling.export: data.files sampling.* sampling.checkpoints sampling.lora sampling.pixels
+sampling.export: data.files data.images sampling.* sampling.checkpoints sampling.lora
+    sampling.pixels
 sampling.lora: data.files
 sampling.pixels: data.files data.images
 sampling.prompts: data.files

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 from diffusers import DDIMScheduler
+from safetensors.torch import load_file
 
 from blackpoint.data.files.errors import RunFailed
 from blackpoint.sampling.checkpoints.fingerprint import sampling_digest
 from blackpoint.sampling.checkpoints.saving import STABLE_DIFFUSION_XL
 from blackpoint.sampling.export.export import export
 from blackpoint.sampling.model import DiffusionModel
+from blackpoint.train.run import fit
 from tests.test_sdxl_model import ZERO_SNR
+from tests.tiny_run import tiny_config
 from tests.tiny_sdxl import make_tiny_sdxl
 
 
@@ -49,3 +52,16 @@ def test_an_empty_prompt_that_is_zeros_there_is_found(
     with pytest.raises(RunFailed, match="DDIM.* latents differ by"):
         export(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_leaves_files_for_each_client(shards: Path, tmp_path: Path) -> None:
+    """Its exports compare what they wrote with peft and diffusers; kohya's names are LDM's."""
+    base = make_tiny_sdxl(tmp_path / "sdxl")
+    values = {"lora.rank": 2, "trainer.max_steps": 1, "trainer.validate_every_steps": 0}
+    run_dir = tmp_path / "run"
+    assert fit(tiny_config(run_dir, base, shards, **values)) == 0
+    assert DiffusionModel.load(run_dir / "export").is_xl
+    names = load_file(run_dir / "export_lora" / "export_lora.safetensors")
+    assert all(name.startswith("lora_unet_") for name in names)
+    assert any(name.startswith("lora_unet_input_blocks_3_1_transformer_blocks_0") for name in names)

@@ -15,16 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save
 from torch import Tensor
 
 from blackpoint.data.files.dotted import value_at
 from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.data.files.yaml_text import read_yaml_file
+from blackpoint.data.images.picture_size import PictureSize
 from blackpoint.sampling.checkpoints.ldm_keys import unet_modules
 from blackpoint.sampling.checkpoints.resolve import last_checkpoint, read_lightning, resolve
 from blackpoint.sampling.choices import Dtype, Weights
+from blackpoint.sampling.export.clients import of_xl
 from blackpoint.sampling.export.lora_card import LoraRun, kohya_metadata, lora_card, with_hashes
 from blackpoint.sampling.export.model_card import RUN_KEYS
 from blackpoint.sampling.export.placement import moved_into_place, require_empty
@@ -102,7 +108,7 @@ def _load(checkpoint: str | Path, weights: Weights, name: str) -> tuple[LoraRun,
     run = LoraRun(
         lora=resolved.lora,
         base=str(values.pop("checkpoint") or base),
-        base_process=Process.of_checkpoint(base, scheduler),
+        base_process=Process.of_checkpoint(base, scheduler, model.is_xl),
         process=model.process,
         spec=modelspec(model, name),
         step=stored.get("global_step"),
@@ -225,12 +231,20 @@ def _dtype_of(lora: Lora) -> torch.dtype:
     return next(iter(lora.modules.values())).up.dtype
 
 
-def _inputs(unet: UNet2DConditionModel) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """Draws what the UNet takes, for SDXL the pooled text and the sizes of a picture too."""
     generator = torch.Generator().manual_seed(SEED)
     side = min(int(unet.config.sample_size), MOST_LATENT_SIZE)
     x = torch.randn(1, int(unet.config.in_channels), side, side, generator=generator)
     text = torch.randn(1, NUM_TOKENS, int(unet.config.cross_attention_dim), generator=generator)
-    return x, torch.tensor([999]), text
+    inputs = {"sample": x, "timestep": torch.tensor([999]), "encoder_hidden_states": text}
+    if not of_xl(unet.config):
+        return inputs
+    sizes = torch.tensor([PictureSize.whole(8 * side, 8 * side)])
+    width = unet.config.projection_class_embeddings_input_dim
+    width -= sizes.shape[1] * unet.config.addition_time_embed_dim
+    pooled = torch.randn(1, width, generator=generator)
+    return inputs | {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
 
 
 def _with_peft(lora: Lora, unet: UNet2DConditionModel, inputs: Any) -> Tensor:
@@ -251,18 +265,19 @@ def _with_peft(lora: Lora, unet: UNet2DConditionModel, inputs: Any) -> Tensor:
         state[f"{name}.lora_A.weight"] = module.down.float()
         state[f"{name}.lora_B.weight"] = module.up.float()
     peft.set_peft_model_state_dict(unet, state, "trained")
-    output: Tensor = unet(*inputs).sample
+    output: Tensor = unet(**inputs).sample
     unet.unload_lora()
     return output
 
 
 def _with_diffusers(unet: UNet2DConditionModel, folder: Path, inputs: Any) -> Tensor:
-    """As StableDiffusionPipeline.load_lora_weights, without the other parts of a pipeline."""
-    state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+    """As load_lora_weights of the pipeline, without its other parts."""
+    kind = StableDiffusionXLPipeline if of_xl(unet.config) else StableDiffusionPipeline
+    state, alphas, metadata = kind.lora_state_dict(
         folder, weight_name=DIFFUSERS, local_files_only=True, return_lora_metadata=True
     )
-    StableDiffusionPipeline.load_lora_into_unet(state, alphas, unet, "file", metadata=metadata)
-    output: Tensor = unet(*inputs).sample
+    kind.load_lora_into_unet(state, alphas, unet, "file", metadata=metadata)
+    output: Tensor = unet(**inputs).sample
     unet.unload_lora()
     return output
 
@@ -271,5 +286,5 @@ def _merged(lora: Lora, unet: UNet2DConditionModel, inputs: Any) -> Tensor:
     merged = MergedWeights("unet", unet.state_dict(), [(lora, 1.0)])
     for name in merged.changed:
         unet.load_state_dict({name: merged[name]}, strict=False)
-    output: Tensor = unet(*inputs).sample
+    output: Tensor = unet(**inputs).sample
     return output
