@@ -21,7 +21,7 @@ CONFIGS: dict[str, type] = {
 NO_PATHS = {
     "module", "label", "file_column", "caption_column", "image_column", "image_key", "caption_key",
     "sampler", "project", "name",
-    "negative_prompt", "device", "crop", "baseline", "variant",
+    "negative_prompt", "device", "crop", "baseline", "variant", "targets",
 }  # fmt: skip
 """Words of text fields that are neither a choice nor a path."""
 

@@ -114,7 +114,7 @@ def test_cells_share_a_training(tmp_path: Path) -> None:
         ({"grid": {"num_steps": [1]}}, "did you mean evaluate.num_steps?"),
         ({"arms": {"a": {"evalute.seed": 1}}}, "did you mean evaluate.seed?"),
         ({"grid": {"evaluate.num_steps": []}}, "must be a list of one value or more"),
-        ({"grid": {"evaluate.num_steps": [2, 0]}}, "num_steps=0 must be at least 1"),
+        ({"grid": {"evaluate.num_steps": [2, 0]}}, "num_steps=0 is out of range; it must be >= 1"),
         ({"grid": {"evaluate.num_steps": [2, 2]}}, "are the same"),
         ({"grid": {"evaluate.batch_size": [1, 2]}}, "changes no image"),
         ({"arms": {"a": 3}}, "must be a mapping"),
