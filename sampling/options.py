@@ -26,6 +26,7 @@ from blackpoint.sampling.samplers import SamplerName, check_sampler
 
 if TYPE_CHECKING:
     from blackpoint.sampling.guidance import Guidance
+    from blackpoint.sampling.model import DiffusionModel
 
 
 @dataclass
@@ -89,6 +90,28 @@ class SamplingOptions:
     batch_size: int = 16
     """Images sampled at once; changes them only by rounding."""
 
+    def sampling_options(self) -> dict[str, Any]:
+        """Returns the arguments of DiffusionModel.sample that these fields are."""
+        names = (
+            *("num_steps", "guidance_scale", "guidance_rescale", "sampler", "eta", "height"),
+            *("width", "negative_prompt", "batch_size", "clip_skip", "max_tokens"),
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def load_model(self, device: Any, dtype: Any) -> "DiffusionModel":
+        """Loads the checkpoint by what these fields say of it; raises as DiffusionModel.load."""
+        from blackpoint.sampling.model import DiffusionModel
+
+        return DiffusionModel.load(
+            self.checkpoint,
+            device,
+            dtype,
+            self.weights,
+            variant=self.variant,
+            single_file=self.single_file,
+            loras=self.lora,
+        )
+
 
 @dataclass
 class SampleConfig(SamplingOptions):
@@ -125,13 +148,8 @@ class SampleConfig(SamplingOptions):
 
     def sampling_options(self) -> dict[str, Any]:
         """Returns the arguments of DiffusionModel.sample beside prompts and seeds."""
-        names = (
-            *("num_steps", "guidance_scale", "guidance_rescale", "sampler", "eta", "height"),
-            *("width", "negative_prompt", "batch_size", "allow_unsound", "clip_skip"),
-            "max_tokens",
-        )
-        options = {name: getattr(self, name) for name in names}
-        return options | {"guidance_interval": self.guidance().interval}
+        own = {"allow_unsound": self.allow_unsound, "guidance_interval": self.guidance().interval}
+        return super().sampling_options() | own
 
     def guidance(self) -> "Guidance":
         """Returns the guidance that these fields ask for; raises UserError where they cannot be."""

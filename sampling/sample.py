@@ -92,16 +92,7 @@ def _load(config: SampleConfig, record: SampleRecord) -> tuple[DiffusionModel, s
     device = find_device(config.device)
     formats = record.settled_formats(device, partial(log.warning, "note: %s"))
     set_tf32(formats["tf32"])
-    dtype = getattr(torch, formats["dtype"])
-    model = DiffusionModel.load(
-        config.checkpoint,
-        device,
-        dtype,
-        config.weights,
-        variant=config.variant,
-        single_file=config.single_file,
-        loras=config.lora,
-    )
+    model = config.load_model(device, getattr(torch, formats["dtype"]))
     digest = sampling_digest(model)
     record.check_checkpoint(digest)
     return model, digest

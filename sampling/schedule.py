@@ -160,6 +160,11 @@ class NoiseSchedule:
     def is_zero_terminal_snr(self) -> bool:
         return self.alpha_bar[-1].item() == 0
 
+    def is_close(self, other: "NoiseSchedule") -> bool:
+        """Whether both have the same noise but for float32's rounding of alpha_bar, 1e-5."""
+        ours, theirs = self.alpha_bar, other.alpha_bar
+        return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-5, atol=1e-9)
+
     def zero_terminal_snr(self) -> "NoiseSchedule":
         """Rescales to zero terminal SNR (Lin et al. 2023, Algorithm 1): alpha[T-1] is exactly 0."""
         if self.is_zero_terminal_snr:

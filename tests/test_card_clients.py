@@ -15,11 +15,10 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
 from blackpoint.sampling.checkpoints.ldm_keys import to_ldm
+from blackpoint.sampling.checkpoints.prediction_evidence import STATISTIC, V_STATISTIC
 from blackpoint.sampling.export.client_report import clients_table, file_report
 from blackpoint.sampling.export.clients import (
     CLIENTS,
-    STATISTIC_KEY,
-    V_STATISTIC,
     Architecture,
     client_facts,
     client_notes,
@@ -64,7 +63,7 @@ def written_file(process, architecture):
     tensors = dict(weights_of(name))
     spread = architecture.statistic or 0.0
     if architecture.kind != "SDXL":
-        tensors[STATISTIC_KEY] = torch.tensor([spread, -spread]).repeat(160)
+        tensors[STATISTIC] = torch.tensor([spread, -spread]).repeat(160)
     if architecture.kind == "SD 2":
         key = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
         tensors[key] = torch.empty(3072, 1024, device="meta")
@@ -88,7 +87,7 @@ def by_comfyui(file, yaml):
     assert (f"{UNET}label_emb.0.0.weight" in file) == (context == 2048)  # adm_in_channels 2816
     assert file[f"{UNET}input_blocks.0.0.weight"].shape[0] == 320
     if context == 1024:
-        is_v = torch.std(file[STATISTIC_KEY], unbiased=False) > 0.09
+        is_v = torch.std(file[STATISTIC], unbiased=False) > 0.09
         return ("v" if is_v else "eps"), False
     if context == 2048 and "v_pred" in file:
         return "v", "ztsnr" in file
@@ -273,7 +272,7 @@ def test_the_architecture_is_read_from_the_unet(name, kind):
         assert found.statistic == pytest.approx(0.1, abs=1e-4)
         assert "statistic" in signs_of(V, found)
         # the bias that clients look at is this one under the name that files have
-        written = to_ldm("unet", unet.config, unet.state_dict())[STATISTIC_KEY]
+        written = to_ldm("unet", unet.config, unet.state_dict())[STATISTIC]
         assert torch.equal(written, norm.bias)
     assert Architecture.of(unet).kind == kind
     assert Architecture.of(unet, in_pixels=True) == Architecture("pixel")

@@ -15,13 +15,14 @@ from diffusers.loaders.single_file_utils import (
 from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from blackpoint.data.files.dotted import renamed
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.ldm_keys import (
     ema_name,
     from_ldm,
     published_text_name,
     to_ldm,
-    unet_module_name,
+    unet_modules,
 )
 from blackpoint.scripts.measurements.make_random_base import ARCHITECTURES, build_on_meta
 
@@ -247,15 +248,17 @@ def test_reading_takes_views():
 
 
 def test_modules_have_the_names_that_lora_files_of_sdxl_use():
+    config = SDXL_UNET | {"layers_per_block": 2}
+
     def name(module):
-        return unet_module_name(module, SDXL_UNET | {"layers_per_block": 2})
+        return renamed([module], unet_modules(config))[module]
 
     attention = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     assert name(attention) == "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
     assert name("up_blocks.1.upsamplers.0.conv") == "output_blocks.5.2.conv"
     assert name("mid_block.resnets.1.time_emb_proj") == "middle_block.2.emb_layers.1"
     with pytest.raises(UserError, match=r"no module of Stable Diffusion's, such as down_blocks\.7"):
-        name("down_blocks.7.resnets.0.conv1")
+        to_ldm("unet", config, {"down_blocks.7.resnets.0.conv1": torch.zeros(1)})
 
 
 def test_averages_have_keys_without_dots():

@@ -1,6 +1,6 @@
 """Nested settings as dotted keys."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -35,3 +35,18 @@ def value_at(tree: Mapping[str, Any], key: str) -> Any:
     for word in key.split("."):
         value = value.get(word) if isinstance(value, Mapping) else None
     return value
+
+
+def renamed(names: Iterable[str], table: Mapping[str, str]) -> dict[str, str]:
+    """Maps each dotted name to the one with its first steps as `table` calls them.
+
+    Names that begin with none of its keys, which never lie in one another, are left out.
+    """
+    result = {}
+    for name in names:
+        steps = name.split(".")
+        heads = (".".join(steps[:n]) for n in range(1, len(steps) + 1))
+        head = next((head for head in heads if head in table), None)
+        if head is not None:
+            result[name] = table[head] + name[len(head) :]
+    return result

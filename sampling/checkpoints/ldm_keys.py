@@ -12,12 +12,13 @@ drops from the modules.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from blackpoint.data.files.dotted import renamed
 from blackpoint.data.files.errors import UserError
 
 Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
@@ -164,14 +165,6 @@ def unet_modules(config: Config) -> dict[str, str]:
     return table
 
 
-def unet_module_name(module: str, config: Config) -> str:
-    """Returns LDM's name of a module of diffusers' UNet, without prefix, as kohya's SDXL LoRAs use.
-
-    Raises UserError for one that has none.
-    """
-    return _renamed("unet", unet_modules(config), [module])[module]
-
-
 def vae_modules(config: Config) -> dict[str, str]:
     """Maps modules of diffusers' AutoencoderKL to LDM's."""
     levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
@@ -264,18 +257,10 @@ def _inverse(table: Mapping[str, str]) -> dict[str, str]:
     return {new: name for name, new in table.items()}
 
 
-def _renamed(part: Part, table: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """Maps names to what they are called by `table`, whose modules never lie in one another."""
-    result, unknown = {}, []
-    for name in names:
-        steps = name.split(".")
-        heads = (".".join(steps[:n]) for n in range(1, len(steps) + 1))
-        head = next((head for head in heads if head in table), None)
-        if head is None:
-            unknown.append(name)
-        else:
-            result[name] = table[head] + name[len(head) :]
-    if unknown:
+def _renamed(part: Part, table: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
+    """Maps names to what they are called by `table`; UserError where one has no name there."""
+    result = renamed(names, table)
+    if unknown := [name for name in names if name not in result]:
         raise UserError(
             f"{part}: {len(unknown)} weights are of no module of Stable Diffusion's, such as "
             f"{unknown[0]}; single files are read and written of plain text-to-image models alone"

@@ -120,16 +120,7 @@ class ImageGenerator:
         folder's images are of."""
         if self._model is None:
             config = self._config
-            dtype = getattr(torch, config.dtype)
-            model = DiffusionModel.load(
-                config.checkpoint,
-                self.device,
-                dtype,
-                config.weights,
-                variant=config.variant,
-                single_file=config.single_file,
-                loras=config.lora,
-            )
+            model = config.load_model(self.device, getattr(torch, config.dtype))
             # A LoRA may be of the text encoder, which an evaluation's digest else leaves out.
             digest = sampling_digest(model) if config.lora else model_digest(model)
             if self._settings.get("weights_digest") not in (None, digest):
@@ -151,12 +142,7 @@ class ImageGenerator:
         """Generates the images of a batch, (N, 3, H, W) uint8; after the first, evaluation.json is
         there."""
         config = self._config
-        names = (
-            *("num_steps", "guidance_scale", "guidance_rescale", "sampler", "eta", "height"),
-            *("width", "negative_prompt", "batch_size", "allow_unsound", "clip_skip"),
-            "max_tokens",
-        )
-        options = {name: getattr(config, name) for name in names}
+        options = config.sampling_options() | {"allow_unsound": config.allow_unsound}
         texts, seeds = [job.prompt.text for job in jobs], [job.seed for job in jobs]
         images = self.model.sample(texts, seeds, **options)
         pixels = eight_bit(images).contiguous()

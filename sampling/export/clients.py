@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from blackpoint.sampling.checkpoints.prediction_evidence import V_STATISTIC
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.schedule import NoiseSchedule
 
@@ -22,9 +23,6 @@ Sign = Literal["yaml", "statistic", "v_pred", "ztsnr", "base"]
 """What tells a client: NAME.yaml, the spread of one bias, an empty tensor of that name, or nothing
 but that it is an SD 2."""
 
-V_STATISTIC = 0.09
-"""ComfyUI and Forge take an SD 2 UNet for v-prediction above this."""
-STATISTIC_KEY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 KINDS: dict[tuple[Any, int], Kind] = {(768, 320): "SD 1", (1024, 320): "SD 2", (2048, 320): "SDXL"}
 """By the width of the context and of the first block."""
 LDM_TYPES = {"epsilon": "eps", "v_prediction": "v"}
@@ -174,7 +172,7 @@ class Architecture:
         kind: Kind = KINDS.get(size, "unknown")
         if kind != "SD 2":
             return cls(kind, is_xl=of_xl(unet.config))
-        bias = unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1.bias  # STATISTIC_KEY
+        bias = unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1.bias  # STATISTIC
         return cls(kind, torch.std(bias.detach().float(), unbiased=False).item())
 
     @property
@@ -297,9 +295,4 @@ def has_sd_betas(process: Process) -> bool:
     Other clients have these two in their code and no others.
     """
     published = NoiseSchedule.scaled_linear()
-    ours = process.schedule.alpha_bar
-    return any(
-        ours.shape == schedule.alpha_bar.shape
-        and torch.allclose(ours, schedule.alpha_bar, rtol=1e-5, atol=1e-9)
-        for schedule in (published, published.zero_terminal_snr())
-    )
+    return any(map(process.schedule.is_close, (published, published.zero_terminal_snr())))

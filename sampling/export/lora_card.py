@@ -54,7 +54,7 @@ class LoraRun:
             kinds = {True: "zero", False: "non-zero"}
             before, after = (kinds[p.schedule.is_zero_terminal_snr] for p in (then, now))
             changes.append(f"{before} -> {after} terminal SNR")
-        elif not then.schedule.alpha_bar.allclose(now.schedule.alpha_bar, rtol=1e-5, atol=1e-9):
+        elif not then.schedule.is_close(now.schedule):
             changes.append("betas")
         return changes
 

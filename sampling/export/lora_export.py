@@ -23,11 +23,12 @@ from diffusers import (
 from safetensors.torch import save
 from torch import Tensor
 
-from blackpoint.data.files.dotted import value_at
+from blackpoint.data.files.dotted import renamed, value_at
 from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.data.files.yaml_text import read_yaml_file
 from blackpoint.data.images.picture_size import PictureSize
 from blackpoint.sampling.checkpoints.ldm_keys import unet_modules
+from blackpoint.sampling.checkpoints.merged import check_bases
 from blackpoint.sampling.checkpoints.resolve import last_checkpoint, read_lightning, resolve
 from blackpoint.sampling.choices import Dtype, Weights
 from blackpoint.sampling.export.clients import of_xl
@@ -37,7 +38,7 @@ from blackpoint.sampling.export.placement import moved_into_place, require_empty
 from blackpoint.sampling.export.single_file import modelspec
 from blackpoint.sampling.lora.adapters import Lora, MergedWeights
 from blackpoint.sampling.lora.files import DIFFUSERS, read_lora
-from blackpoint.sampling.lora.keys import ADAPTER_METADATA, kohya_name, ldm_names, matched
+from blackpoint.sampling.lora.keys import ADAPTER_METADATA, kohya_name, matched
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.process import Process
 
@@ -98,7 +99,8 @@ def _load(checkpoint: str | Path, weights: Weights, name: str) -> tuple[LoraRun,
         )
     stored = read_lightning(newest)
     base = stored["blackpoint"]["base"]
-    model = DiffusionModel.load(newest, weights=weights)
+    model = DiffusionModel.load(newest, weights=weights, with_unet=False)  # it would be merged
+    check_bases(resolved, model.process)
     config = run_dir / "config.yaml"
     settings = read_yaml_file(config) if config.is_file() else {}
     values = {key: value_at(settings, key) for key in (*RUN_KEYS, "checkpoint")}
@@ -170,8 +172,8 @@ def _is_plain(value: Any) -> bool:
 def kohya_tensors(lora: Lora, unet: Any) -> dict[str, Tensor]:
     """Returns the tensors of kohya's file; SDXL's modules have LDM's names, as kohya trains it."""
     ldm: dict[str, str] = {}
-    if unet.config.addition_embed_type is not None:
-        ldm = ldm_names(lora.of("unet"), unet_modules(unet.config))
+    if of_xl(unet.config):
+        ldm = renamed(lora.of("unet"), unet_modules(unet.config))
     tensors = {}
     for name, module in lora.modules.items():
         inner = name.removeprefix(UNET)

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.ldm_keys import Part, is_open_clip, to_ldm
+from blackpoint.sampling.checkpoints.prediction_evidence import V_STATISTIC
 from blackpoint.sampling.export.carried import check_carried
 from blackpoint.sampling.export.client_report import file_report
-from blackpoint.sampling.export.clients import LDM_TYPES, V_STATISTIC, Architecture, of_xl
+from blackpoint.sampling.export.clients import LDM_TYPES, Architecture, of_xl
 from blackpoint.sampling.export.ldm_config import ldm_yaml
 from blackpoint.sampling.export.placement import files_moved_into_place, require_absent
 from blackpoint.sampling.export.tensor_file import write_tensors

@@ -16,11 +16,12 @@ is the rank.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from blackpoint.data.files.dotted import renamed
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.lora.adapters import Lora, LoraModule, Shapes, is_finite
 
@@ -149,21 +150,9 @@ def spellings(shapes: Mapping[str, Shapes], ldm_blocks: Mapping[str, str]) -> di
         table |= {_flat(name): f"{part}.{name}" for name in names}
         table |= {_flat(name.removeprefix("text_model.")): f"{part}.{name}" for name in names}
         if part == "unet":
-            ldm = ldm_names(names, ldm_blocks)
+            ldm = renamed(names, ldm_blocks)
             table |= {_flat(f"unet.{ldm[name]}"): f"unet.{name}" for name in names if name in ldm}
     return table
-
-
-def ldm_names(modules: Iterable[str], blocks: Mapping[str, str]) -> dict[str, str]:
-    """Maps modules of the UNet to their names in single files, those that have one."""
-    names = {}
-    for module in modules:
-        steps = module.split(".")
-        heads = (".".join(steps[:n]) for n in range(1, len(steps) + 1))
-        head = next((head for head in heads if head in blocks), None)
-        if head is not None:
-            names[module] = blocks[head] + module[len(head) :]
-    return names
 
 
 def kohya_name(module: str) -> str:

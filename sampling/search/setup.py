@@ -79,16 +79,7 @@ def load_judges(
 
 def load_model(config: SearchConfig, device: torch.device) -> DiffusionModel:
     """Loads the model and prepares its UNet for speed."""
-    dtype = getattr(torch, config.dtype)
-    model = DiffusionModel.load(
-        config.checkpoint,
-        device,
-        dtype,
-        config.weights,
-        variant=config.variant,
-        single_file=config.single_file,
-        loras=config.lora,
-    )
+    model = config.load_model(device, getattr(torch, config.dtype))
     model.process.check_sound()
     choice = prepare_unet(model.unet, config.attention, config.channels_last, config.compile)
     if choice:
