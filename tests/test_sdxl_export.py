@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import DDIMScheduler
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from blackpoint.data.files.errors import RunFailed
@@ -62,6 +63,11 @@ def test_a_run_of_adapters_leaves_files_for_each_client(shards: Path, tmp_path: 
     run_dir = tmp_path / "run"
     assert fit(tiny_config(run_dir, base, shards, **values)) == 0
     assert DiffusionModel.load(run_dir / "export").is_xl
-    names = load_file(run_dir / "export_lora" / "export_lora.safetensors")
+    file = run_dir / "export_lora" / "export_lora.safetensors"
+    with safe_open(file, framework="pt") as header:
+        assert header.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
+    card = (run_dir / "export_lora" / "README.md").read_text()
+    assert f'StableDiffusionXLPipeline.from_pretrained("{base}")' in card
+    names = load_file(file)
     assert all(name.startswith("lora_unet_") for name in names)
     assert any(name.startswith("lora_unet_input_blocks_3_1_transformer_blocks_0") for name in names)

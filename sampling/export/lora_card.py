@@ -24,6 +24,7 @@ BASE_VERSIONS = {
     "stable-diffusion-v1": "sd_v1",
     "stable-diffusion-v2-512": "sd_v2",
     "stable-diffusion-v2-768-v": "sd_v2_v",
+    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
 }
 """kohya's names of ModelSpec's architectures."""
 
@@ -133,6 +134,9 @@ def lora_card(run: LoraRun, name: str) -> str:
     note = client_note(run)
     scheduler = process.to_diffusers()["_class_name"]
     rescale = ", guidance_rescale=0.7" if process.schedule.is_zero_terminal_snr else ""
+    is_xl = "-xl-" in run.spec.get("modelspec.architecture", "")
+    pipeline = f"StableDiffusion{'XL' * is_xl}Pipeline"
+    checker = "" if is_xl else ", safety_checker=None"
     warning = f"**{textwrap.fill(note, 96, break_on_hyphens=False)}**\n\n" if note else ""
     return f"""# A LoRA for Stable Diffusion, exported by blackpoint
 
@@ -151,9 +155,9 @@ ComfyUI drops the attention of a file in diffusers' names, with no more than lin
 
 ```python
 import torch
-from diffusers import {scheduler}, StableDiffusionPipeline
+from diffusers import {scheduler}, {pipeline}
 
-pipe = StableDiffusionPipeline.from_pretrained("{run.base}", safety_checker=None)
+pipe = {pipeline}.from_pretrained("{run.base}"{checker})
 pipe.load_lora_weights("path/to/this/folder")
 pipe.scheduler = {scheduler}.from_pretrained("path/to/this/folder")
 generator = torch.Generator("cpu").manual_seed(0)
