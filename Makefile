@@ -67,3 +67,4 @@ black-point: $(INSTALLED)
 full-architecture: $(INSTALLED)
 	$(BIN)/python -m blackpoint.scripts.measurements.full_architecture architecture=sd15
 	$(BIN)/python -m blackpoint.scripts.measurements.full_architecture architecture=sd21_base
+	$(BIN)/python -m blackpoint.scripts.measurements.full_architecture architecture=sdxl

@@ -6,7 +6,7 @@ order does not depend on W.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -15,6 +15,9 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.mixed_reader import MixedReader
 from blackpoint.data.order.buckets import Size
 from blackpoint.data.reader import Place, Reader
+
+Draw = Callable[[dict[str, Any]], Any]
+"""What is drawn for the samples of a batch, as a function of it."""
 
 
 def slice_size(batch_size: int, world_size: int) -> int:
@@ -37,9 +40,11 @@ class TrainingBatches(IterableDataset):
         start_sample: int,
         rank: int,
         world_size: int,
+        draw: Draw | None = None,
     ) -> None:
         self.reader = reader
         self.batch_size = batch_size
+        self.draw = draw
         self.slice_size = slice_size(batch_size, world_size)
         self.start = start_sample + rank * self.slice_size
 
@@ -47,7 +52,8 @@ class TrainingBatches(IterableDataset):
         worker, num_workers = _worker()
         for number in itertools.count(worker, num_workers):
             first = self.start + number * self.batch_size
-            yield self.reader.batch(range(first, first + self.slice_size))
+            batch = self.reader.batch(range(first, first + self.slice_size))
+            yield batch if self.draw is None else batch | {"draws": self.draw(batch)}
 
 
 class ValidationBatches(IterableDataset):

@@ -51,8 +51,9 @@ class DataConfig(ShardOptions):
     with the same."""
     caption_dropout: float = 0.1
     """Share of training captions replaced by "", which guidance needs, 0 to 1."""
-    num_workers: int = 4
-    """Processes that decode images; 0 decodes in the training process."""
+    num_workers: int | None = None
+    """Processes that decode images; 0 decodes in the training process. Not set: 4, or one for each
+    core that the process may use where those are fewer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

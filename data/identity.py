@@ -9,6 +9,7 @@ decoder so that a run goes on with the one that it began with.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from blackpoint.data.index.contents import ORIGINALS
 from blackpoint.data.shards.listing import EMPTY_FILE, is_encoded
 from blackpoint.data.shards.shard_digest import file_digest, samples_digest
 
@@ -27,6 +28,8 @@ def identity(reader: "Reader") -> dict[str, Any]:
     for name in sorted(path.name for path in reader.shards):
         digests = index.digests.get(name)
         samples = digests.samples if digests else samples_digest(index.rows(name), index.keys.field)
+        if reader.has_original_sizes:
+            samples += f" {ORIGINALS}"
         first = reader.offset + index.shard_samples[name].start
         rows.append([name, first, digests.whole if digests else "", samples])
     empty = None
@@ -55,7 +58,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             content = "other content in"
             if all(old[2] == new[2] != "" for old, new in others):
                 content = (
-                    "an index that was made anew and numbers samples otherwise (put the earlier "
+                    "an index that was made anew and numbers samples otherwise, or has other "
+                    "original sizes (put the earlier "
                     "index/ back beside the same shards) of"
                 )
             changes.append(f"{field}: {content} {what}, of {len(here['shards'])} shards")

@@ -20,13 +20,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 
 from blackpoint.data.bad_samples import NUM_LISTED, BadSample, refusal, too_many
-from blackpoint.data.batches import TrainingBatches, ValidationBatches, slice_size
+from blackpoint.data.batches import Draw, TrainingBatches, ValidationBatches, slice_size
 from blackpoint.data.config import DataConfig
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.notes import first
 from blackpoint.data.files.signals import leave_signals_to_parent
 from blackpoint.data.identity import identity
-from blackpoint.data.images.decode import DECODER_VERSION
+from blackpoint.data.images.picture_size import READER_VERSION
 from blackpoint.data.index.index import INDEX_FOLDER, Index, has_index
 from blackpoint.data.index.shard_set import ShardSet, index_shards, indexing_command, open_shards
 from blackpoint.data.index.verify import verify
@@ -39,6 +39,7 @@ from blackpoint.data.order.sorted_samples import sorted_samples
 from blackpoint.data.reader import Reader
 from blackpoint.data.shards.listing import is_encoded
 from blackpoint.data.summary import bucket_rows, summary_lines
+from blackpoint.data.work.workers import loader_workers
 
 VALIDATION = "data.validation_shards"
 
@@ -60,7 +61,7 @@ class CaptionedImages(LightningDataModule):
         seed: int,
         batch_size: int,
         start_sample: int | None = None,
-        decoder: int = DECODER_VERSION,
+        decoder: int = READER_VERSION,
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -72,6 +73,8 @@ class CaptionedImages(LightningDataModule):
         self.decoder = decoder
         self.bad_samples: dict[int, BadSample] = {}
         """Training samples that proved unusable, by index: read but replaced."""
+        self.draw: Draw | None = None
+        """What training batches have as "draws", made where they are read."""
         self._is_prepared = False
         self._readers: dict[str, Reader] = {}
         self._training: Reader | MixedReader | None = None
@@ -132,9 +135,14 @@ class CaptionedImages(LightningDataModule):
             self.setup("fit")
         assert self._training is not None
         batches = TrainingBatches(
-            self._training, self.batch_size, self._start(), self._rank, self._world_size
+            self._training,
+            self.batch_size,
+            self._start(),
+            self._rank,
+            self._world_size,
+            self.draw,
         )
-        return self._loader(batches, self.config.num_workers)
+        return self._loader(batches, self._num_workers)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Returns the loader of the fixed validation samples; none without validation shards."""
@@ -149,7 +157,7 @@ class CaptionedImages(LightningDataModule):
             self._rank,
             self._world_size,
         )
-        return self._loader(batches, min(self.config.num_workers, len(batches), 2))
+        return self._loader(batches, min(self._num_workers, len(batches), 2))
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> Any:
         """Counts and names the samples that were replaced; stops above the share."""
@@ -192,6 +200,12 @@ class CaptionedImages(LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """Returns the identity of the data, by field: data/identity.py."""
         return {name.partition("=")[0]: identity(reader) for name, reader in self.readers().items()}
+
+    @property
+    def num_training_images(self) -> int:
+        """Samples of an epoch, those of all data sets of a mixture."""
+        assert self._training is not None, "setup comes first"
+        return len(self._training)
 
     def summary(self) -> list[str]:
         """Returns lines for the user: data/summary.py."""
@@ -278,6 +292,11 @@ class CaptionedImages(LightningDataModule):
                 f"batch_size={self.batch_size}"
             )
         return start
+
+    @property
+    def _num_workers(self) -> int:
+        here = self.trainer.num_devices if self.trainer else 1
+        return loader_workers(self.config.num_workers, here)
 
     @property
     def _rank(self) -> int:

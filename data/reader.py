@@ -25,8 +25,8 @@ from torch import Tensor
 from blackpoint.data.bad_samples import BadSample, listing
 from blackpoint.data.caption_text import Captions, json_captions, text_captions
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.images.decode import DECODER_VERSION, MAX_IMAGE_PIXELS, BadImage, decode
-from blackpoint.data.images.picture_size import PictureSize
+from blackpoint.data.images.decode import MAX_IMAGE_PIXELS, BadImage, decode
+from blackpoint.data.images.picture_size import READER_VERSION, PictureSize
 from blackpoint.data.index.index import Index
 from blackpoint.data.order.buckets import Buckets, Size, bucket_of
 from blackpoint.data.order.order import BucketOrder, Place
@@ -70,8 +70,8 @@ class Reader:
     """Sizes that images are cut to where there is no order; None: the square."""
     name: str = ""
     offset: int = 0
-    decoder: int = DECODER_VERSION
-    """Version of the decoder: data/images/decode.py."""
+    decoder: int = READER_VERSION
+    """Version of the decoder, and of sizes: data/images/picture_size.py."""
     _files: dict[int, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +88,11 @@ class Reader:
 
     def __len__(self) -> int:
         return self._totals[-1]
+
+    @property
+    def has_original_sizes(self) -> bool:
+        """Whether sizes are given that pictures had before they were stored."""
+        return self.decoder >= READER_VERSION and self.index.has_original_sizes
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}
@@ -165,6 +170,8 @@ class Reader:
         assert size is not None, "what is left out is not read"
         pixels = transform(image, size, crop.crop_x, crop.crop_y, flip)
         view_size = picture_size(*image.size, size, crop.crop_x, crop.crop_y, flip)
+        if self.has_original_sizes and (before := self.index.original_size(index - self.offset)):
+            view_size = view_size._replace(original_width=before[0], original_height=before[1])
         return View(pixels, view_size), captions
 
     def caption_index(self, epoch: int, index: int, training: bool, count: int) -> int | None:

@@ -28,6 +28,8 @@ RECORD = np.dtype(
         ("caption_form", "<u2"),
     ]
 )
+ORIGINAL = np.dtype("<u4")
+UNKNOWN = (0, 0)
 
 
 class Span(NamedTuple):
@@ -38,17 +40,22 @@ class Span(NamedTuple):
 
 
 class ShardRecords:
-    """The records and keys of one shard, as they are collected; small to send between processes.
+    """The records, keys and original sizes of one shard, as they are collected.
 
     Offsets of keys count from the shard's first key; IndexWriter.append moves them.
     """
 
     def __init__(
-        self, records: bytes = b"", keys: bytes = b"", luminance_weights: str = REC_601
+        self,
+        records: bytes = b"",
+        keys: bytes = b"",
+        luminance_weights: str = REC_601,
+        originals: bytes = b"",
     ) -> None:
         self.luminance_weights = luminance_weights
         self._records = bytearray(records)
         self._keys = bytearray(keys)
+        self._originals = bytearray(originals)
 
     def __len__(self) -> int:
         return len(self._records) // RECORD.itemsize
@@ -62,14 +69,19 @@ class ShardRecords:
         height: int,
         luminance: float,
         caption_form: int = TEXT,
+        original: tuple[int, int] = UNKNOWN,
     ) -> None:
-        """Appends a sample; width and height in pixels, luminance 0 to 1."""
+        """Appends a sample; width and height in pixels, luminance 0 to 1.
+
+        `original` are the width and height before it was stored, where they are known.
+        """
         key_bytes = key.encode("utf-8", "backslashreplace")
         places = (0, image.size, image.offset, caption.offset, caption.size)
         measures = (width, height, luminance)
         row = (*places, *measures, len(self._keys), len(key_bytes), caption_form)
         self._records += np.array(row, RECORD).tobytes()
         self._keys += key_bytes
+        self._originals += np.array(original, ORIGINAL).tobytes()
 
     @property
     def records(self) -> np.ndarray:
@@ -80,3 +92,8 @@ class ShardRecords:
     def keys(self) -> bytes:
         """The keys, UTF-8, one after the other."""
         return bytes(self._keys)
+
+    @property
+    def originals(self) -> bytes:
+        """ORIGINAL (number of samples, 2), widths and heights; empty where none is known."""
+        return bytes(self._originals) if any(self._originals) else b""

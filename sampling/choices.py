@@ -13,10 +13,13 @@ MAX_SEED = 2**64 - 1
 """torch.Generator takes no larger one."""
 
 PredictionType = Literal["v_prediction", "epsilon", "sample"]  # named as in diffusers
+TextProjection = Literal["transposed", "as_is"]
 Spacing = Literal["trailing", "leading", "linspace"]
 Attention = Literal["auto", "xformers", "sdpa"]
+Offload = Literal["none", "model", "sequential"]  # named as in diffusers
 Dtype = Literal["float32", "float16", "bfloat16"]
 AutoDtype = Literal["auto", "float32", "float16", "bfloat16"]  # sampling/runtime/precision.py
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]  # named as in torch
 Tf32 = Literal["auto", True, False]  # the true and false of YAML
 PLAIN_FORMATS: dict[str, Any] = {"dtype": "float32", "encoder_dtype": "float32", "tf32": False}
 """What `auto` takes where a GPU offers nothing else, and what results without a record of number
@@ -44,6 +47,10 @@ class SingleFileConfig:
     tokenizer: PathText | None = None
     """Tokenizer for a single file whose text encoder has another vocabulary than CLIP's: a folder
     with tokenizer.json, or with vocab.json and merges.txt."""
+    text_projection: TextProjection | None = None
+    """How a single file of SDXL holds the projection of its second text encoder: transposed, as
+    published (null), or as_is, as a folder has it and OneTrainer writes it. Its shape does not
+    tell; the wrong one gives a plausible model with another pooled embedding."""
 
 
 PLAIN = SingleFileConfig()

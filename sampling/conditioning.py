@@ -15,6 +15,7 @@ from torch import Tensor
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.images.picture_size import PictureSize
+from blackpoint.sampling.runtime.transfer import sent
 
 NO_TEXT_WIDTH = 1
 
@@ -38,6 +39,10 @@ class Conditioning:
 
     def __getitem__(self, rows: slice | Tensor) -> "Conditioning":
         return self._map(lambda part: part[rows])
+
+    def followed_by(self, others: Sequence["Conditioning"]) -> "Conditioning":
+        """Returns these rows and then those of the others."""
+        return joined([self, *others])
 
     def to(self, target: torch.dtype | torch.device) -> "Conditioning":
         """Returns it with embeddings of another number format, or all of it on another device.
@@ -100,5 +105,5 @@ def encode_classes(
     embeds = torch.zeros(len(prompts), 1, NO_TEXT_WIDTH, device=device)
     if not classes:
         return Conditioning(embeds)
-    rows = torch.tensor([labels[prompt] for prompt in prompts], dtype=torch.long, device=device)
-    return Conditioning(embeds, class_labels=rows)
+    rows = torch.tensor([labels[prompt] for prompt in prompts], dtype=torch.long)
+    return Conditioning(embeds, class_labels=sent(rows, device))

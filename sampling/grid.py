@@ -25,15 +25,19 @@ class Prediction(NamedTuple):
     eps: Tensor
 
 
-Denoise = Callable[[Tensor, int], Prediction]  # (x_t, t) -> x0 and eps
+Denoise = Callable[[Tensor, Any], Prediction]  # (x_t, timestep of the grid) -> x0 and eps
 StepNoise = Callable[[int], Tensor]  # step index -> unit noise like x
 
 
 @dataclass(frozen=True)
 class SamplingGrid:
-    """The noise levels of a run: S timesteps and, as level S, where it ends (`of`)."""
+    """The noise levels of a run: S timesteps and, as level S, where it ends (`of`).
 
-    timesteps: tuple[int, ...]
+    alpha^2 + sigma^2 is 1 for diffusion, and alpha + sigma for flow matching. A timestep means
+    something to the model that the grid is of, and to nobody else.
+    """
+
+    timesteps: tuple[Any, ...]
     alpha: tuple[float, ...]  # S + 1 values
     sigma: tuple[float, ...]  # S + 1 values
 
@@ -59,6 +63,13 @@ class SamplingGrid:
     def level(self, step: int) -> tuple[float, float]:
         """Returns (alpha, sigma) of level `step`."""
         return self.alpha[step], self.sigma[step]
+
+    def log_snr(self, step: int) -> float:
+        """Returns log(alpha^2 / sigma^2) of level `step`, which may be infinite."""
+        alpha, sigma = self.level(step)
+        if alpha == 0 or sigma == 0:
+            return -math.inf if alpha == 0 else math.inf
+        return 2 * (math.log(alpha) - math.log(sigma))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blackpoint.sampling.grid import Denoise, Prediction, SamplingGrid
-from blackpoint.sampling.process import Process
+from blackpoint.sampling.pipelines.painter import Levels
 
 Method = Literal["ddim", "fixed_point", "anderson", "renoise"]
 Latents = Float[Tensor, "b c h w"]
@@ -52,7 +52,7 @@ class Inverter:
     predicts_eps: bool = False
     """Whether the network predicts eps, so that the eps form is taken throughout."""
 
-    def of(self, process: Process) -> "Inverter":
+    def of(self, process: Levels) -> "Inverter":
         """Returns the inverter for a model's process."""
         return replace(self, predicts_eps=process.prediction_type == "epsilon")
 

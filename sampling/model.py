@@ -7,7 +7,6 @@ and a text encoder only if it understands text.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +21,40 @@ from blackpoint.data.files.signals import stop_if_asked
 from blackpoint.sampling.checkpoints import loading
 from blackpoint.sampling.checkpoints.architecture import check_architecture, sample_size_of
 from blackpoint.sampling.checkpoints.encoders import Encoders, dtype_of
+from blackpoint.sampling.checkpoints.fingerprint import model_digest, sampling_digest
 from blackpoint.sampling.checkpoints.merged import check_bases, with_loras
 from blackpoint.sampling.checkpoints.resolve import resolve
 from blackpoint.sampling.checkpoints.saving import save_model
-from blackpoint.sampling.choices import PLAIN, LoraFile, PredictionType, SingleFileConfig, Weights
+from blackpoint.sampling.choices import (
+    PLAIN,
+    Attention,
+    LoraFile,
+    PredictionType,
+    SingleFileConfig,
+    Weights,
+)
 from blackpoint.sampling.conditioning import Conditioning, encode_classes, joined
-from blackpoint.sampling.grid import Denoise, Prediction, SampleState
+from blackpoint.sampling.grid import Denoise, Prediction
 from blackpoint.sampling.guidance import NO_GUIDANCE, Guidance, guided_output
-from blackpoint.sampling.noise import initial_noise, step_noise
+from blackpoint.sampling.noise import initial_noise
+from blackpoint.sampling.pipelines.painter import Painter
 from blackpoint.sampling.pixels.folder import PixelForm
 from blackpoint.sampling.pixels.pixel_codec import IMAGE_CHANNELS
 from blackpoint.sampling.process import Process
-from blackpoint.sampling.samplers import check_sampler, run
+from blackpoint.sampling.runtime.speed import prepare_unet
 from blackpoint.sampling.text_encoding import encode_text
 
 
-class DiffusionModel:
+class DiffusionModel(Painter):
     """A loaded model: no Module itself, so that a trainer can own the UNet alone.
 
     `pixels` is set for models in pixel space, which have no VAE; `text_encoder` and `tokenizer` are
     None for those that know classes, or nothing at all. SDXL has a second of each.
     """
+
+    process: Process
+    base_process: Process | None = None
+    """What a training starts from: the process of its checkpoint, if that is sound."""
 
     def __init__(
         self,
@@ -65,9 +77,9 @@ class DiffusionModel:
         self.pixels = pixels
         self._device = unet.device
         parts = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
-        self._encoders = Encoders(parts)
-        self.vae_scale = self._encoders.vae_scale
-        self.scaling_factor = self._encoders.scaling_factor
+        self._encoders = encoders = Encoders(parts)
+        self.vae_scale, self.vae_is_float32 = encoders.vae_scale, encoders.vae_is_float32
+        self.scaling_factor = encoders.scaling_factor
         self.unet.requires_grad_(False).eval()
 
     @classmethod
@@ -206,6 +218,39 @@ class DiffusionModel:
         channels = IMAGE_CHANNELS if self.pixels else int(self.unet.config.in_channels)
         return channels, height // self.vae_scale, width // self.vae_scale
 
+    def noise(
+        self, seeds: Sequence[int], height: int | None = None, width: int | None = None
+    ) -> Tensor:
+        """Draws unit noise, (N, C, H/f, W/f), as diffusers does: float32 on the CPU."""
+        return initial_noise(seeds, self.latent_shape(height, width))
+
+    def rows_at(self, t: int, guidance: Guidance) -> tuple[int, int]:
+        """Returns the rows of the UNet that a sample takes at t, and those of the empty prompt."""
+        return 1, int(guidance.is_on(t))
+
+    def prepare(
+        self, attention: Attention = "auto", channels_last: bool = False, compiled: bool = False
+    ) -> str | None:
+        """Sets speed options of the UNet; returns what there is to say of them."""
+        return prepare_unet(self.unet, attention, channels_last, compiled)
+
+    def check_prompts(
+        self, prompts: Sequence[str], clip_skip: int = 0, max_tokens: int | None = None
+    ) -> None:
+        """Raises UserError for unknown classes, and for layers or tokens that no encoder has."""
+        if clip_skip or max_tokens is not None:
+            self.encode_prompts([""], clip_skip, max_tokens)
+        if self.tokenizer is None:
+            self.encode_prompts(prompts)
+
+    def count_rows(self, tell: Callable[[int], None]) -> None:
+        """Has `tell` told, from here on, the rows of every evaluation of the UNet."""
+        self.unet.register_forward_pre_hook(lambda _, arguments: tell(len(arguments[0])))
+
+    def digest(self, of_encoders: bool = True) -> str:
+        """Returns the digest of all that decides its images, of a model that was loaded."""
+        return sampling_digest(self) if of_encoders else model_digest(self)
+
     @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], clip_skip: int = 0, max_tokens: int | None = None
@@ -293,58 +338,3 @@ class DiffusionModel:
             return read(guided_output(predict, x_t, t, conditioning, both, guidance), x_t, t)
 
         return denoise
-
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: str | Sequence[str],
-        seeds: Sequence[int],
-        num_steps: int = 25,
-        guidance_scale: float = 7.5,
-        guidance_rescale: float = 0.7,
-        sampler: str = "ddim",
-        eta: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        negative_prompt: str = "",
-        guidance_interval: tuple[int, int] | None = None,
-        batch_size: int = 16,
-        allow_unsound: bool = False,
-        clip_skip: int = 0,
-        max_tokens: int | None = None,
-        on_batch: Callable[[int], None] | None = None,
-    ) -> Float[Tensor, "n 3 h w"]:
-        """Samples one image a (prompt, seed) pair; returns (N, 3, H, W) float32 in [0, 1] on CPU.
-
-        One prompt goes with any number of seeds. Seed N starts from the latent that
-        `torch.Generator("cpu").manual_seed(N)` draws in diffusers. `clip_skip` is of the prompts,
-        as in diffusers, `max_tokens` of the negative one too (text_encoding.py). `on_batch` is told
-        the number of images that each batch finished.
-        """
-        prompts = [prompts] * len(seeds) if isinstance(prompts, str) else list(prompts)
-        if len(prompts) != len(seeds):
-            raise UserError(f"{len(prompts)} prompts and {len(seeds)} seeds do not pair up")
-        check_sampler(sampler, eta)
-        self.process.check_sound(allow_unsound)
-        shape = self.latent_shape(height, width)
-        grid = self.process.grid(num_steps, sampler)
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
-        if self.is_unconditional:
-            guidance = NO_GUIDANCE  # both branches would be the same
-        empty = self.encode_prompts([negative_prompt], max_tokens=max_tokens)
-        conditioning = self.encode_prompts(prompts, clip_skip, max_tokens)
-
-        def sample_batch(rows: slice) -> Tensor:
-            batch_seeds = list(seeds[rows])
-            state = SampleState(initial_noise(batch_seeds, shape).to(self.device))
-            unconditional = empty[torch.zeros(len(batch_seeds), dtype=torch.long)]
-            denoise = self.denoiser(conditioning[rows], unconditional, guidance)
-            noise = partial(step_noise, batch_seeds, shape=shape)
-            final = run(sampler, denoise, grid, state, eta=eta, noise=noise)
-            if on_batch is not None:
-                on_batch(len(batch_seeds))
-            return self.decode(final.x).cpu()
-
-        starts = range(0, len(seeds), batch_size)
-        images = [sample_batch(slice(start, start + batch_size)) for start in starts]
-        return torch.cat(images) if images else torch.empty(0, 3, *shape[1:])

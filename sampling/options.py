@@ -12,9 +12,11 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.data.files.rules import require
 from blackpoint.sampling.choices import (
+    PLAIN,
     Attention,
     AutoDtype,
     LoraFile,
+    Offload,
     Prompts,
     SingleFileConfig,
     Spacing,
@@ -26,7 +28,10 @@ from blackpoint.sampling.samplers import SamplerName, check_sampler
 
 if TYPE_CHECKING:
     from blackpoint.sampling.guidance import Guidance
-    from blackpoint.sampling.model import DiffusionModel
+    from blackpoint.sampling.pipelines.painter import Painter
+
+ROUNDING_KEYS = ("output", "batch_size", "device", "attention", "channels_last", "offload")
+"""Keys that change images by rounding alone, or not at all, in every verb that samples."""
 
 
 @dataclass
@@ -34,7 +39,8 @@ class SamplingOptions:
     """Checkpoint, sampler, guidance, device: keys that sample, search and evaluate share."""
 
     checkpoint: PathText = MISSING
-    """Checkpoint to sample: a folder, hub id, run directory, .ckpt or single .safetensors file."""
+    """Checkpoint to sample: a folder, hub id, run directory, .ckpt or single .safetensors file; or
+    any text-to-image pipeline of diffusers, as a folder or hub id (docs/pipelines.md)."""
     prompts: Prompts = MISSING
     """A prompt, a list of them (["a cat", "a dog"]), or a file: .txt (one per line), .jsonl, .csv,
     .tsv or .parquet."""
@@ -49,7 +55,8 @@ class SamplingOptions:
     eta: float | None = None
     """Share of fresh noise in a step of ddim: 0 (also if not set) is deterministic, 1 ancestral."""
     guidance_scale: float = 7.5
-    """Classifier-free guidance scale; 1 is off, and halves the NFE per step."""
+    """Classifier-free guidance scale; 1 is off, and halves the NFE per step. 0, which is off in
+    diffusers, generates without the prompt here."""
     guidance_rescale: float = 0.7
     """Strength of the rescale of the guided output's standard deviation, 0 to 1."""
     negative_prompt: str = ""
@@ -83,6 +90,12 @@ class SamplingOptions:
     GPU of compute capability 8.0 or newer, and nowhere else."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda, cuda:1, ..."""
+    pipeline: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the call of a pipeline other than Stable Diffusion 1.x, 2.x and XL, such as
+    pipeline.max_sequence_length=256 (docs/pipelines.md)."""
+    offload: Offload = "none"
+    """Keep the parts of such a pipeline in the CPU's memory and move them to the GPU as they are
+    needed, part by part (model) or layer by layer (sequential)."""
     attention: Attention = "auto"
     """Attention kernel of the UNet: auto takes xformers where it runs, else sdpa (torch's own)."""
     channels_last: bool = False
@@ -98,18 +111,55 @@ class SamplingOptions:
         )
         return {name: getattr(self, name) for name in names}
 
-    def load_model(self, device: Any, dtype: Any) -> "DiffusionModel":
-        """Loads the checkpoint by what these fields say of it; raises as DiffusionModel.load."""
+    def load_model(self, device: Any, dtype: Any, with_unet: bool = True) -> "Painter":
+        """Loads the checkpoint by what these fields say of it: a DiffusionModel, or any other
+        pipeline, which is always loaded whole. Raises UserError as their loaders do."""
         from blackpoint.sampling.model import DiffusionModel
+        from blackpoint.sampling.pipelines.load import index_of, is_other_pipeline
 
+        index = index_of(self.checkpoint)
+        if index is not None and is_other_pipeline(index):
+            return self._load_pipeline(index, device, dtype)
+        for name, value in (("pipeline", self.pipeline), ("offload", self.offload)):
+            if value not in ({}, "none"):
+                raise UserError(
+                    f"{name}={value} goes with pipelines other than Stable Diffusion 1.x, 2.x and "
+                    f"XL, and checkpoint={self.checkpoint} is none; leave it out"
+                )
         return DiffusionModel.load(
             self.checkpoint,
             device,
             dtype,
             self.weights,
+            with_unet,
             variant=self.variant,
             single_file=self.single_file,
             loras=self.lora,
+        )
+
+    def _load_pipeline(self, index: dict[str, Any], device: Any, dtype: Any) -> "Painter":
+        from blackpoint.sampling.guidance import Guidance
+        from blackpoint.sampling.pipelines.load import load_pipeline
+
+        for name, value in (("lora", self.lora), ("single_file", self.single_file != PLAIN)):
+            if value:
+                raise UserError(
+                    f"{name} goes with Stable Diffusion 1.x, 2.x and XL, and checkpoint="
+                    f"{self.checkpoint} is a {index['_class_name']}; leave it out"
+                )
+        return load_pipeline(
+            self.checkpoint,
+            index,
+            device,
+            dtype,
+            self.variant,
+            self.offload,
+            self.num_steps,
+            Guidance(self.guidance_scale, self.guidance_rescale),
+            height=self.height,
+            width=self.width,
+            negative_prompt=self.negative_prompt,
+            arguments=self.pipeline,
         )
 
 

@@ -45,6 +45,11 @@ class Process:
     """Whether the leading or linspace list of S timesteps of a multistep sampler is one of S + 1
     without the cleanest, as such solvers of diffusers (DPM++, UniPC, DEIS, SA) make it."""
 
+    @property
+    def noisiest(self) -> int:
+        """The last timestep, T - 1."""
+        return self.schedule.num_steps - 1
+
     def incompatibility(self) -> str | None:
         """Names a conflict with zero terminal SNR, with the remedy; None without one."""
         if not self.schedule.is_zero_terminal_snr:

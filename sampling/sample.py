@@ -17,13 +17,12 @@ from blackpoint.data.files.signals import stop_if_asked
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.images.decode import BadImage
 from blackpoint.data.images.pictures import open_picture
-from blackpoint.sampling.checkpoints.fingerprint import sampling_digest
-from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.options import SampleConfig
+from blackpoint.sampling.pipelines.painter import Painter
 from blackpoint.sampling.prompts.prompt_set import read_prompts
-from blackpoint.sampling.runtime.pictures import caption_grid, to_picture, write_png
+from blackpoint.sampling.runtime.picture_grid import caption_grid
+from blackpoint.sampling.runtime.pictures import to_picture, write_png
 from blackpoint.sampling.runtime.precision import set_tf32
-from blackpoint.sampling.runtime.speed import prepare_unet
 from blackpoint.sampling.runtime.tasks import Task
 from blackpoint.sampling.sample_record import SampleRecord
 
@@ -87,22 +86,22 @@ def _open(path: Path) -> Image.Image:
         ) from error
 
 
-def _load(config: SampleConfig, record: SampleRecord) -> tuple[DiffusionModel, str]:
+def _load(config: SampleConfig, record: SampleRecord) -> tuple[Painter, str]:
     """Loads the checkpoint; returns it with its digest, which is that of the images there."""
     device = find_device(config.device)
     formats = record.settled_formats(device, partial(log.warning, "note: %s"))
     set_tf32(formats["tf32"])
     model = config.load_model(device, getattr(torch, formats["dtype"]))
-    digest = sampling_digest(model)
+    digest = model.digest()
     record.check_checkpoint(digest)
     return model, digest
 
 
-def _prepare(model: DiffusionModel, config: SampleConfig) -> None:
+def _prepare(model: Painter, config: SampleConfig) -> None:
     """Sets the requested timesteps and speed options on the model, and logs their notes."""
     for note in (
         model.process.respacing_note(config.timestep_spacing),
-        prepare_unet(model.unet, config.attention, config.channels_last, config.compile),
+        model.prepare(config.attention, config.channels_last, config.compile),
     ):
         if note:
             log.warning("note: %s", note)
@@ -111,7 +110,7 @@ def _prepare(model: DiffusionModel, config: SampleConfig) -> None:
 
 def _sample(
     config: SampleConfig,
-    model: DiffusionModel,
+    model: Painter,
     digest: str,
     record: SampleRecord,
     prompts: list[str],

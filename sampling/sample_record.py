@@ -17,12 +17,12 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_new
 from blackpoint.sampling.choices import recorded_formats
 from blackpoint.sampling.export.placement import require_empty
-from blackpoint.sampling.options import SampleConfig
+from blackpoint.sampling.options import ROUNDING_KEYS, SampleConfig
 from blackpoint.sampling.runtime.precision import settle
 
 RECORD, FORMATS, CONTENT = "sample.json", ("dtype", "tf32"), "checkpoint_digest"
 DIGEST_BYTES = 12
-RESULT_INVARIANT_KEYS = ("output", "batch_size", "device", "attention", "channels_last", "compile")
+RESULT_INVARIANT_KEYS = (*ROUNDING_KEYS, "compile")
 """Keys that change images only by rounding, or not at all."""
 RESOLVED = ("seed", "num_images", "prompts")
 """Keys that are kept in resolved form: the seeds, and a digest of the texts."""

@@ -6,10 +6,14 @@ one step, so a run can stop at any level, preview, add noise and go on. With x0 
 network's reading of x_t:
 
     DDIM (Song et al. 2021):  x_u = alpha_u x0 + sqrt(sigma_u^2 - s^2) eps + s z,
-                              s = eta (sigma_u / sigma_t) sqrt(1 - alpha_t^2 / alpha_u^2)
-    Heun in the angle:        phi = atan2(sigma, alpha), dx / dphi = v = alpha eps - sigma x0
+                              s = eta (sigma_u / sigma_t) sqrt(sigma_t^2 - r^2),
+                              r = alpha_t sigma_u / alpha_u
+    Heun in the angle:        phi = atan2(sigma, alpha), dy / dphi = (alpha eps - sigma x0) / rho,
+                              y = x / rho, rho = sqrt(alpha^2 + sigma^2)
     DPM++ 2M (Lu et al. 2022): x_u = r x_t + (alpha_u - alpha_t r) D,  r = sigma_u / sigma_t
 
+They hold for any (alpha, sigma): rho is 1 for diffusion, where s is the published eta (sigma_u /
+sigma_t) sqrt(1 - alpha_t^2 / alpha_u^2); (1 - t, t) is flow matching, whose Euler step is DDIM's.
 Euler is DDIM with eta 0, Euler ancestral is DDIM with eta 1, on a grid that ends at clean data.
 `SAMPLERS` is the table of them; what a sampler can do is declared there (`Sampler`).
 """
@@ -79,7 +83,8 @@ def ddim_step(
     """Takes one DDIM step; eta 0 is deterministic, eta 1 ancestral. One evaluation."""
     (alpha_t, sigma_t), (alpha_u, sigma_u) = grid.level(state.step), grid.level(state.step + 1)
     x0, eps = denoise(state.x, grid.timesteps[state.step])
-    fresh = eta * (sigma_u / sigma_t) * math.sqrt(max(0.0, 1 - (alpha_t / alpha_u) ** 2))
+    spread = math.sqrt(max(0.0, sigma_t**2 - (alpha_t * sigma_u / alpha_u) ** 2))
+    fresh = eta * (sigma_u / sigma_t) * spread
     x = alpha_u * x0 + math.sqrt(max(0.0, sigma_u**2 - fresh**2)) * eps
     if fresh > 0:
         assert noise is not None
@@ -98,11 +103,13 @@ def heun_step(
     x0, eps = denoise(state.x, grid.timesteps[state.step])
     if sigma_u == 0:
         return SampleState(x0, state.step + 1, x0)
+    rho_t, rho_u = math.hypot(alpha_t, sigma_t), math.hypot(alpha_u, sigma_u)
     angle = math.atan2(sigma_u, alpha_u) - math.atan2(sigma_t, alpha_t)
-    v = alpha_t * eps - sigma_t * x0
-    x0_next, eps_next = denoise(state.x + angle * v, grid.timesteps[state.step + 1])
-    v_next = alpha_u * eps_next - sigma_u * x0_next
-    return SampleState(state.x + angle / 2 * (v + v_next), state.step + 1, x0)
+    y = state.x / rho_t
+    v = (alpha_t * eps - sigma_t * x0) / rho_t
+    x0_next, eps_next = denoise(rho_u * (y + angle * v), grid.timesteps[state.step + 1])
+    v_next = (alpha_u * eps_next - sigma_u * x0_next) / rho_u
+    return SampleState(rho_u * (y + angle / 2 * (v + v_next)), state.step + 1, x0)
 
 
 def dpmpp_2m_step(

@@ -213,14 +213,16 @@ class NoiseSchedule:
         bar = self.alpha_bar.clone()
         bar[-1] = value
         stand_in = copy.copy(self)
-        object.__setattr__(stand_in, "alpha_bar", bar)
+        stand_in.__dict__.update(alpha_bar=bar, _tables={})
         return stand_in
 
     def at(self, t: Int[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """Returns (alpha_t, sigma_t) in float32, on the device of `t`."""
-        index = t.cpu()
-        alpha, sigma = self.alpha[index].float(), self.sigma[index].float()
-        return alpha.to(t.device), sigma.to(t.device)
+        """Returns (alpha_t, sigma_t) in float32, on the device of `t`, by tables kept there."""
+        tables = self.__dict__.setdefault("_tables", {})
+        if t.device not in tables:
+            tables[t.device] = torch.stack([self.alpha, self.sigma]).float().to(t.device)
+        alpha, sigma = tables[t.device][:, t]
+        return alpha, sigma
 
     def timesteps(self, num_steps: int, spacing: Spacing, steps_offset: int = 1) -> list[int]:
         """Returns the sampling timesteps, noisiest first; 1 <= num_steps <= T."""

@@ -23,6 +23,7 @@ import torch
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.notes import first
 from blackpoint.sampling.conditioning import Conditioning, joined
+from blackpoint.sampling.runtime.transfer import sent
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +68,8 @@ def encode_text(
             for i in range(0, len(distinct), size)
         ]
     row_of = {text: row for row, text in enumerate(distinct)}
-    rows = torch.tensor([row_of[text] for text in prompts], device=device)
-    return joined(batches)[rows].to(torch.float32)
+    rows = torch.tensor([row_of[text] for text in prompts])
+    return joined(batches)[sent(rows, device)].to(torch.float32)
 
 
 def chunks_of(max_tokens: int | None, tokenizer: Any, field: str = "max_tokens") -> int:
@@ -97,10 +98,10 @@ def _encode(
     for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
         tokens = _tokens(tokenizer, texts, num_chunks, tells_cuts=tokenizer is tokenizers[0])
         uses_mask = getattr(encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(device) if uses_mask else None
+        mask = sent(tokens.attention_mask, device) if uses_mask else None
         keeps_all = is_xl or clip_skip > 0
         encoded = encoder(
-            tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=keeps_all
+            sent(tokens.input_ids, device), attention_mask=mask, output_hidden_states=keeps_all
         )
         if is_xl:
             states = encoded.hidden_states[-(clip_skip + 2)]

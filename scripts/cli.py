@@ -7,6 +7,8 @@ Exit status: 0 done, 2 the user's input is wrong, 75 stopped early but resumable
 import difflib
 import importlib
 import importlib.metadata
+import itertools
+import logging
 import os
 import sys
 import traceback
@@ -15,11 +17,15 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from blackpoint.data.files.errors import NOT_WRITABLE, Resumable, RunFailed, UserError
-from blackpoint.data.files.notes import tell_counts
+from blackpoint.data.files.notes import for_terminal, tell_counts
 from blackpoint.data.files.signals import RESUMABLE_STATUS, Stopped, listen
 
 # verb: (module with config_class() and run(config) -> int, purpose)
 VERBS: dict[str, tuple[str, str]] = {
+    "init": (
+        "blackpoint.scripts.init.init",
+        "Writes a config for your photos, checkpoint and card; tells memory, epochs and time.",
+    ),
     "train": (
         "blackpoint.scripts.verbs.train",
         "Fine-tunes a Stable Diffusion UNet to zero terminal SNR and v-prediction by default.",
@@ -63,6 +69,18 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": (
         "blackpoint.scripts.verbs.report",
         "Writes one self-contained HTML page about a run, an evaluation, a search or a sweep.",
+    ),
+    "show": (
+        "blackpoint.scripts.verbs.show",
+        "Serves a local page: a checkpoint beside its base, luminance, live searches.",
+    ),
+    "prefetch": (
+        "blackpoint.scripts.prefetch.prefetch",
+        "Fills a folder with all of the hub that a config needs, for nodes without network.",
+    ),
+    "doctor": (
+        "blackpoint.scripts.verbs.doctor",
+        "Looks at this installation and machine: what works, what does not, and the remedy.",
     ),
 }
 
@@ -136,6 +154,7 @@ def usage() -> str:
             *verbs,
             "",
             "blackpoint VERB --help         every key of the verb: type, default, meaning",
+            "blackpoint VERB --help SECTION the keys of one section, such as data",
             "blackpoint VERB --print-config the resolved config, without running it",
             "blackpoint --version",
             "",
@@ -148,20 +167,26 @@ def _dispatch(arguments: list[str]) -> int:
         print(usage(), end="")
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(f"blackpoint {importlib.metadata.version('blackpoint')}")
+        from blackpoint.train.records.environment import git_state
+
+        commit = git_state()["git_commit"]
+        version = importlib.metadata.version("blackpoint")
+        print(f"blackpoint {version}" + (f", commit {commit}" if commit else ""))
         return 0
     verb, rest = _split_verb(arguments)
     if verb is None:
         return 0
     flags = {argument for argument in rest if argument in ("-h", "--help", "--print-config")}
-    rest = [argument for argument in rest if argument not in flags]
+    section = _section(rest)
+    rest = [argument for argument in rest if argument not in (*flags, section)]
     _quiet_libraries()
     module_name, verb_purpose = VERBS[verb]
     module = importlib.import_module(module_name)
+    rest = getattr(module, "arguments", list)(rest)
     if flags - {"--print-config"}:
         from blackpoint.scripts.config_fields import describe
 
-        print(describe(chosen_config_class(module, rest), verb, verb_purpose), end="")
+        print(describe(chosen_config_class(module, rest), verb, verb_purpose, section), end="")
         return 0
     from blackpoint.scripts.config import check_outputs, load, to_yaml
 
@@ -170,7 +195,22 @@ def _dispatch(arguments: list[str]) -> int:
         print(to_yaml(config), end="")
         return 0
     check_outputs(config)
-    return int(module.run(config) or 0)
+    try:
+        status = int(module.run(config) or 0)
+        if not status:
+            from blackpoint.scripts.next_steps import next_steps
+
+            for line in next_steps(verb, config, rest):
+                print(line, file=sys.stderr, flush=True)
+        return status
+    except (Resumable, RunFailed):
+        raise
+    except (MemoryError, RuntimeError) as error:
+        from blackpoint.scripts.out_of_memory import is_out_of_memory, out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed(out_of_memory(config, error)) from error
 
 
 def chosen_config_class(module: ModuleType, arguments: list[str]) -> type:
@@ -196,17 +236,27 @@ def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
     raise UserError(f"`{given}` is not a verb; {remedy}")
 
 
+def _section(arguments: Sequence[str]) -> str:
+    """Returns the word behind --help; "" where there is none, or what a verb takes."""
+    for flag, word in itertools.pairwise(arguments):
+        if flag in ("-h", "--help") and not word.startswith("-") and "=" not in word:
+            return "" if word.endswith((".yaml", ".yml")) else word
+    return ""
+
+
 def _quiet_libraries() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if not sys.stderr.isatty():  # a log file keeps our bars only
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # diffusers imports it where it is installed; what it then warns of is for 4-bit inference.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
 
 
 def _complain(message: str) -> None:
-    print(f"blackpoint: {message}", file=sys.stderr, flush=True)
+    print(f"blackpoint: {for_terminal(message)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,11 @@ def _assign(
                 _open_sections(config, known, path)
                 _assign(config, texts, config_class, value, f"{path}.", origin)
                 continue
+        mapping = known.get(path.rpartition(".")[0])
+        if mapping and isinstance(value, dict) and nested_class(item_hint(mapping.hint)):
+            _open_sections(config, known, path)
+            _assign(config, texts, config_class, value, f"{path}.", origin)
+            continue
         _open_sections(config, known, path.rpartition(".")[0])
         # ??? in a file stands for a key that is still to be given.
         open_still = value == MISSING and origin != COMMAND_LINE

@@ -9,7 +9,7 @@ import functools
 import re
 import textwrap
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import docstring_parser
 from omegaconf import MISSING
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import Holds
 
 HELP_WIDTH = 100
@@ -195,8 +196,22 @@ def nearest(path: str, known: Sequence[str]) -> str | None:
     return by_last[part[0]] if part else None
 
 
-def describe(config_class: type, verb: str, verb_purpose: str) -> str:
-    """Writes the help text of a verb: usage, then each field with type, default and meaning."""
+def describe(config_class: type, verb: str, verb_purpose: str, section: str = "") -> str:
+    """Writes the help text of a verb: usage, then each field with type, default and meaning, those
+    that must be given first; or those of a section or key alone.
+
+    Raises UserError for a section that there is none of.
+    """
+    known = fields_of(config_class)
+    if section:
+        chosen = [p for p in known if p == section or p.startswith(f"{section}.")]
+        if not chosen:
+            close = nearest(section, list(known)) or ", ".join(sections_of(config_class))
+            raise UserError(f"--help {section}: `{verb}` has no such section or key; see {close}")
+        return "\n".join(_described([known[path] for path in chosen])).lstrip("\n") + "\n"
+    required = [field for field in known.values() if field.default == MISSING]
+    sections = ", ".join(sections_of(config_class))
+    shown = f"--help SECTION shows one alone: {sections}." if sections else ""
     lines = [
         f"usage: blackpoint {verb} [CONFIG.yaml] [key=value ...]",
         "",
@@ -214,9 +229,23 @@ def describe(config_class: type, verb: str, verb_purpose: str) -> str:
             " the current directory, and ~, $NAME and ${NAME} in paths are expanded.",
             HELP_WIDTH,
         ),
+        *textwrap.wrap(shown, HELP_WIDTH),
         "",
+        *(["required:", *_described(required), "", "others:"] if required else []),
+        *_described([field for field in known.values() if field not in required]),
     ]
-    for field in fields_of(config_class).values():
+    return "\n".join(lines) + "\n"
+
+
+def sections_of(config_class: type) -> list[str]:
+    """Returns the names of the top sections of a config."""
+    known = fields_of(config_class).values()
+    return [f.path for f in known if "." not in f.path and nested_class(f.hint) is not None]
+
+
+def _described(fields: Iterable[Field]) -> list[str]:
+    lines: list[str] = []
+    for field in fields:
         section, item = nested_class(field.hint), nested_class(item_hint(field.hint))
         if section is not None:
             meaning = field.meaning or purpose(section)
@@ -227,7 +256,7 @@ def describe(config_class: type, verb: str, verb_purpose: str) -> str:
         below = ".NAME." if container_of(field.hint) is dict else "[]."
         for inner in fields_of(item, f"{field.path}{below}").values() if item else ():
             lines += _describe_field(inner)
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _describe_field(field: Field) -> list[str]:

@@ -40,6 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not __import__("torch").cuda.is_available():
+        pytest.skip("there is no GPU (CUDA) here")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
     """Collects garbage from here on, but not among what was imported: a quarter of a second."""
@@ -53,6 +58,13 @@ def _fresh_notes() -> None:
     from blackpoint.data.files.notes import forget
 
     forget()
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher() -> Iterator[None]:
+    """What Lightning tells its processes would make a later test's take themselves for one."""
+    yield
+    assert not {"LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
 
 
 @pytest.fixture(scope="session")

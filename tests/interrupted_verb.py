@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,13 @@ def interrupted(
         )
 
 
-def interrupt_at_change(number: int, count: int, counter: str, folder: str) -> None:
+def interrupt_at_change(
+    number: int, count: int, counter: str, folder: str, delay_s: float = 0.0
+) -> None:
     """Sends the signal to the processes of this one's group, just before the change is made.
 
-    The file `counter` gets a byte for each change.
+    The file `counter` gets a byte for each change. `delay_s`: so long after that moment, while the
+    change goes on.
     """
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -63,7 +67,14 @@ def interrupt_at_change(number: int, count: int, counter: str, folder: str) -> N
         if event == "open" and isinstance(arguments[2], int):
             is_change = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
         if is_change and str(arguments[0]).startswith(folder) and _added(counter) == count:
-            _send(number)
+            if not delay_s:
+                _send(number)
+            elif not os.fork():
+                try:
+                    time.sleep(delay_s)
+                    _send(number)
+                finally:
+                    os._exit(0)
 
     sys.addaudithook(hook)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from blackpoint.sampling.conditioning import Conditioning
 from blackpoint.sampling.grid import SampleState
 from blackpoint.sampling.guidance import NO_GUIDANCE, Guidance
+from blackpoint.sampling.noise import initial_noise
 from blackpoint.sampling.options import SamplingOptions
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.samplers import run
@@ -31,8 +32,16 @@ class GaussianModel:
         self.shape, self.rows, self.decoded = shape, 0, 0
         self.process, self.device = Process(ZERO_SNR), torch.device("cpu")
 
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        return self.shape
+    one_prompt_per_batch = False
+
+    def noise(self, seeds: Any, height: int | None = None, width: int | None = None) -> Tensor:
+        return initial_noise(seeds, self.shape)
+
+    def rows_at(self, t: int, guidance: Guidance) -> tuple[int, int]:
+        return 1, int(guidance.is_on(t))
+
+    def grid_order(self, latents: Tensor) -> None:
+        return None
 
     def encode_prompts(self, prompts: list[str], *_: Any, **__: Any) -> Conditioning:
         return Conditioning(torch.zeros(len(prompts), 1, 1))

@@ -5,12 +5,14 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TypeVar
 
 from tests.waiting import PATIENCE_S
 
+ServerT = TypeVar("ServerT", bound=ThreadingHTTPServer)
 Fault = Callable[["Handler", bytes], bool]
 """Answers a GET of what is left to send in its own way; False: as if there were no fault."""
 
@@ -167,9 +169,8 @@ def answers(status: int) -> Fault:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[ShardServer]:
+def answering(server: ServerT) -> Iterator[ServerT]:
     """Runs a server in a thread of this process."""
-    server = ShardServer(folder)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -178,3 +179,8 @@ def serving(folder: Path) -> Iterator[ShardServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def serving(folder: Path) -> AbstractContextManager[ShardServer]:
+    """Runs a server of shards in a thread of this process."""
+    return answering(ShardServer(folder))

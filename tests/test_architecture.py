@@ -88,6 +88,9 @@ UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.js
         (TEXT, {"num_hidden_layers": "2"}, "num_hidden_layers='2'.*text_encoder/config.*whole"),
         (TEXT, {"hidden_size": 1024}, "width 32.*text encoder makes 1024"),
         (TEXT, {"model_type": "t5"}, "text_encoder is of model_type t5"),
+        (TEXT, {"num_hidden_layers": 10**7}, "num_hidden_layers=10000000.*at most 1000"),
+        (UNET, {"layers_per_block": [2, 10**7]}, "layers_per_block=.*at most 1000"),
+        (VAE, {"layers_per_block": 10**7}, "layers_per_block=.*vae/config.json must be at most"),
     ],
 )
 def test_what_is_no_text_to_image_model_is_named(

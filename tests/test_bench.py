@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.scripts.bench import draws as bench_draws
 from blackpoint.scripts.bench import memory as bench_memory
 from blackpoint.scripts.bench import reader as bench_reader
 from blackpoint.scripts.bench.bench import PARTS, BenchConfig, main, table
@@ -110,3 +111,14 @@ def test_quick_bench_writes_the_table_and_every_raw_second(
     assert again == parts
     with pytest.raises(UserError, match="is none of training, captions"):
         main([f"config={config}", f"output={output}", "parts=[all]"])
+
+
+def test_draws_are_timed_in_the_step_and_from_a_reader(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_draws, "CASES", {"tiny": (2, 8)})
+    monkeypatch.setattr("sys.argv", ["draws", "num_batches=2"])
+    bench_draws.main()
+    header, _, line = capsys.readouterr().out.strip().splitlines()[-3:]
+    assert "| tiny: 2 x 4 x 8 x 8 |" in line
+    assert line.count("|") == header.count("|") == 5

@@ -15,6 +15,7 @@ from blackpoint.data.files.errors import Resumable, RunFailed, UserError
 from blackpoint.scripts import cli
 from blackpoint.scripts.config import load
 from blackpoint.scripts.config_fields import fields_of, nested_class
+from blackpoint.train.records.environment import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -191,3 +192,16 @@ def test_every_field_of_every_verb_has_a_meaning(
     assert not blank, "write a docstring under each of these fields"
     assert cli.main([*verb.split(), "--help"]) == 0
     assert f"usage: blackpoint {verb} [CONFIG.yaml]" in capsys.readouterr().out
+
+
+def test_an_installed_package_does_not_take_the_commit_of_the_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / ".venv" / "environment.py"
+    site.parent.mkdir()
+    site.touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    for command in ("init", "commit --allow-empty --message=theirs"):
+        subprocess.run([*git, *command.split()], check=True, capture_output=True)
+    monkeypatch.setattr("blackpoint.train.records.environment.HERE", site)
+    assert set(git_state().values()) == {None}

@@ -19,7 +19,7 @@ from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.noise import derive_seed
 from blackpoint.sampling.runtime.speed import prepare_unet
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.draws import draw
+from blackpoint.train.draws import draw, dropout_seeds
 from blackpoint.train.dropout import SampleDropout, SampleSeeds, keep_mask
 from blackpoint.train.module import FineTuner
 from tests.pixel_models import CLASSES, UVIT, pixel_model, pixel_train_config
@@ -78,7 +78,7 @@ def step(tuner: FineTuner, height: int, width: int, size: int = 2) -> None:
     batch = {"image": images, "caption": captions}
     draws = draw(0, [0] * size, list(range(size)), tuner.latent_shape(batch), 1000)
     if tuner.dropout_seeds is not None:
-        tuner.dropout_seeds.set(0, [0] * size, list(range(size)), "cpu")
+        tuner.dropout_seeds.of_batch = dropout_seeds(0, [0] * size, list(range(size)))
     low = tuner.config.trainer.precision == "bf16-mixed"
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         tuner.losses(batch, draws).sum().backward()
@@ -152,7 +152,7 @@ def test_compiled_masks_are_those_of_the_eager_ones() -> None:
 def test_a_layers_mask_is_that_of_its_number_and_the_samples_seed() -> None:
     """What runs that began earlier have dropped: a fixed value pins it."""
     seeds = SampleSeeds()
-    seeds.set(3, [0, 1], [4, 5], "cpu")
+    seeds.of_batch = dropout_seeds(3, [0, 1], [4, 5])
     layer = SampleDropout(0.25, 7, seeds).train()
     x = torch.ones(2, 6, 4)
     assert seeds.of_batch is not None

@@ -308,6 +308,21 @@ def test_missing_in_a_section_and_help_without_docstrings() -> None:
     assert "shards_of: Where images come from." in describe(NestedConfig, "toy", "Plays.")
 
 
+def test_help_of_a_section_shows_it_alone() -> None:
+    text = describe(RunConfig, "train", "Trains.", "optimizer")
+    assert text.startswith("optimizer: ") and "optimizer.betas" in text
+    assert "run_dir" not in text and "usage" not in text
+    assert describe(RunConfig, "train", "Trains.", "optimizer.betas").count("\n") <= 2
+    with pytest.raises(UserError, match="--help optimiser: `train` has no such .*see optimizer"):
+        describe(RunConfig, "train", "Trains.", "optimiser")
+
+
+def test_what_is_required_comes_first_in_the_help() -> None:
+    text = describe(RunConfig, "train", "Trains.")
+    assert text.index("required:") < text.index("run_dir  (str; required)") < text.index("others:")
+    assert text.count("  run_dir  (") == 1
+
+
 def test_a_required_mapping_takes_its_entries_one_by_one() -> None:
     @dataclass
     class Named:
@@ -317,3 +332,19 @@ def test_a_required_mapping_takes_its_entries_one_by_one() -> None:
     assert loaded.folders == {"first": "a", "second": "b"}
     with pytest.raises(UserError, match="required and not set"):
         load(Named, [])
+
+
+def test_an_entry_of_a_mapping_of_sections_is_given_as_a_whole(tmp_path: Path) -> None:
+    """From a file or the command line, beside its single keys."""
+
+    @dataclass
+    class Crops:
+        crops: dict[str, CropConfig] = field(default_factory=dict)
+
+    path = tmp_path / "crops.yaml"
+    path.write_text("crops.first:\n  size_px: 5\n")
+    loaded = load(Crops, [str(path), "crops.second={size_px: 6}", "crops.third={}"]).crops
+    assert loaded == {"first": CropConfig(5), "second": CropConfig(6), "third": CropConfig()}
+    assert load(Crops, [str(path), "crops.first.size_px=7"]).crops == {"first": CropConfig(7)}
+    with pytest.raises(UserError, match=r"crops\.first\.sise_px.*size_px"):
+        load(Crops, ["crops.first={sise_px: 5}"])

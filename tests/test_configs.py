@@ -30,13 +30,10 @@ from blackpoint.train.target_process import fine_tuned_process
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 TRAINING = {
-    "sd15_zero_snr",
-    "sd15_zero_snr_24gb",
-    "sd15_zero_snr_lora",
-    "sd21_zero_snr",
+    *(f"sd15_zero_snr{end}" for end in ("", "_24gb", "_48gb", "_80gb", "_lora")),
+    *(f"sd21_zero_snr{end}" for end in ("", "_24gb", "_48gb", "_80gb")),
+    *(f"sdxl_zero_snr{end}" for end in ("", "_24gb", "_48gb", "_80gb", "_lora")),
     "sd21_768_shift",
-    "sdxl_zero_snr",
-    "sdxl_zero_snr_lora",
     "pixel_256",
     "pixel_512",
 } | {f"tiny_{name}" for name in ("zero_snr", "zero_snr_lora", "control", "longer", "pixel")}

@@ -29,6 +29,7 @@ from tests.damaged_data import (
     odd_samples,
     write_tar,
 )
+from tests.tiny_run import make_tiny_shards
 
 SEED = 20
 ODD = odd_samples(SEED)
@@ -263,3 +264,10 @@ def test_every_good_image_decodes_upright_rgb() -> None:
         if not sample.reason:
             picture = decode(sample.image)
             assert picture.mode == "RGB" and min(picture.size) >= 1
+
+
+def test_an_index_whose_keys_are_no_text_is_named_with_the_remedy(tmp_path: Path) -> None:
+    keys = make_tiny_shards(tmp_path, 3) / "index" / "keys.bin"
+    keys.write_bytes(b"\xff" * len(keys.read_bytes()))
+    with pytest.raises(UserError, match=r"keys.bin: .* sample 1 is no UTF-8; remove its folder"):
+        Index(tmp_path / "shards").key(1)

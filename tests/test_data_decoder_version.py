@@ -9,7 +9,8 @@ import pytest
 
 import blackpoint.train.run
 from blackpoint.data.files.errors import RunFailed
-from blackpoint.data.images.decode import DECODER_VERSION, STORED_COLORS
+from blackpoint.data.images.decode import STORED_COLORS
+from blackpoint.data.images.picture_size import READER_VERSION
 from blackpoint.data.index.index import Index
 from blackpoint.data.latents import Encoding
 from blackpoint.data.module import CaptionedImages
@@ -42,7 +43,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def earlier_decoder(patch: pytest.MonkeyPatch) -> None:
     """Makes new runs and encodings those of the version before."""
     for module in ("blackpoint.train.records.run_directory", "blackpoint.train.encode.settings"):
-        patch.setattr(f"{module}.DECODER_VERSION", STORED_COLORS)
+        patch.setattr(f"{module}.READER_VERSION", STORED_COLORS)
 
 
 def forget_decoder(run_dir: Path) -> None:
@@ -64,7 +65,7 @@ def test_a_training_image_is_in_srgb_unless_the_run_began_otherwise(
 ) -> None:
     config = tiny_config(tmp_path / "run", tmp_path, wide).data
     pixels = {}
-    for version in (STORED_COLORS, DECODER_VERSION):
+    for version in (STORED_COLORS, READER_VERSION):
         images = CaptionedImages(config, seed=0, batch_size=2, decoder=version)
         images.setup("fit")
         (reader,) = images.readers().values()
@@ -72,20 +73,20 @@ def test_a_training_image_is_in_srgb_unless_the_run_began_otherwise(
         assert any(NOTE in line for line in images.summary()) == (version == STORED_COLORS)
         assert images.identity()["data.shards"]["decoder"] == version
     np.testing.assert_array_equal(pixels[STORED_COLORS], picture(0, (16, 16)))
-    assert (pixels[DECODER_VERSION] != pixels[STORED_COLORS]).any()
+    assert (pixels[READER_VERSION] != pixels[STORED_COLORS]).any()
 
 
 def test_the_decoder_of_a_run_is_the_recorded_one(tmp_path: Path) -> None:
-    assert RunRecord.read(tmp_path).decoder == DECODER_VERSION
+    assert RunRecord.read(tmp_path).decoder == READER_VERSION
     (tmp_path / "config.yaml").write_text("seed: 0")
     assert RunRecord.read(tmp_path).decoder == STORED_COLORS
-    for version in (STORED_COLORS, DECODER_VERSION):
+    for version in (STORED_COLORS, READER_VERSION):
         write_identity(tmp_path, data={"data.shards": {"shards": [], "decoder": version}})
         assert RunRecord.read(tmp_path).decoder == version
     (tmp_path / "identity.json").unlink()
     assert RunRecord.read(tmp_path).decoder == STORED_COLORS
-    (tmp_path / "environment.json").write_text(f'{{"starts": [{{"decoder": {DECODER_VERSION}}}]}}')
-    assert RunRecord.read(tmp_path).decoder == DECODER_VERSION
+    (tmp_path / "environment.json").write_text(f'{{"starts": [{{"decoder": {READER_VERSION}}}]}}')
+    assert RunRecord.read(tmp_path).decoder == READER_VERSION
 
 
 @pytest.mark.slow
@@ -109,7 +110,7 @@ def test_a_run_from_before_goes_on_as_it_was(
             blackpoint.train.run.fit(config)
     forget_decoder(tmp_path / "run")
     assert RunRecord.read(tmp_path / "run").decoder == STORED_COLORS
-    assert RunRecord.read(tmp_path / "new").decoder == DECODER_VERSION
+    assert RunRecord.read(tmp_path / "new").decoder == READER_VERSION
     capfd.readouterr()
     assert blackpoint.train.run.fit(config) == 0
     assert NOTE in capfd.readouterr().err
@@ -118,7 +119,7 @@ def test_a_run_from_before_goes_on_as_it_was(
     assert recorded["data.shards"]["decoder"] == STORED_COLORS
     blackpoint.train.run.fit(tiny_config(tmp_path / "new", pipeline, wide))
     assert NOTE not in capfd.readouterr().err
-    assert RunRecord.read(tmp_path / "new").decoder == DECODER_VERSION
+    assert RunRecord.read(tmp_path / "new").decoder == READER_VERSION
 
 
 def test_latents_from_before_are_finished_as_they_were_begun(
@@ -149,6 +150,6 @@ def test_latents_from_before_are_finished_as_they_were_begun(
     assert tree(whole) == before
     encoded(wide, pipeline, tmp_path / "new")
     assert NOTE not in capfd.readouterr().err
-    assert Encoding.read(tmp_path / "new").decoder == DECODER_VERSION
+    assert Encoding.read(tmp_path / "new").decoder == READER_VERSION
     shard = "shard-000000.tar"
     assert (tmp_path / "new" / shard).read_bytes() != (whole / shard).read_bytes()

@@ -211,7 +211,7 @@ def test_avif_is_decoded_upright(orientation: int) -> None:
 
 def test_avif_that_pillow_lacks_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     content = encoded(picture(0), "AVIF")
-    monkeypatch.setattr(decoder, "_formats", lambda: ("JPEG", "PNG"))
+    monkeypatch.setattr(decoder, "known_formats", lambda: ("JPEG", "PNG"))
     with pytest.raises(BadImage, match=r"AVIF.*install pillow>=11\.3"):
         decode(content)
 

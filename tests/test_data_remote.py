@@ -136,7 +136,7 @@ def test_what_does_not_pass_names_the_url_and_the_remedy(
     assert "secret" not in str(error.value)
     with pytest.raises(UserError, match="no such kind of URL"):
         fetch("nowhere://x/a.tar", tmp_path / "a")
-    with pytest.raises(UserError, match=r"s3:// needs a package .* pip install 'blackpoint\[remo"):
+    with pytest.raises(UserError, match=r"s3:// needs a package .* pip install -e '\.\[remo"):
         fetch("s3://bucket/a.tar", tmp_path / "a")
 
 

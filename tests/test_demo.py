@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.report.results import Cell, Results, Value, read_results
 from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.scripts.miniature import demo_steps
 from blackpoint.scripts.miniature.demo import run
 from blackpoint.scripts.miniature.demo_config import DemoConfig
-from blackpoint.scripts.miniature.demo_steps import EXPECTED, outcome
+from blackpoint.scripts.miniature.demo_steps import EXPECTED, OPEN, first_picture, outcome
 from blackpoint.scripts.miniature.digit_readers import DigitPerceptron, DigitReader, save_weights
 from tests.tiny_pipeline import make_tiny_pipeline
 
@@ -66,6 +69,10 @@ def test_demo_does_every_step_once(
     assert "there already" not in first
     assert f"report: {run_dir / 'report.html'}" in first
     assert (run_dir / "export" / "model_index.json").is_file()
+    with Image.open(run_dir / "before_after.png") as picture:
+        assert picture.size[0] > picture.size[1]
+    told = first.index("before and after: ")
+    assert first.index("fine-tune to") < told < first.index("sample and measure")
     cells = {cell.name for cell in read_results(run_dir / "evaluation").cells}
     assert len(cells) == 4
     page = (run_dir / "report.html").read_text(encoding="utf-8")
@@ -76,23 +83,58 @@ def test_demo_does_every_step_once(
     second = capsys.readouterr().out
     assert (
         second.count("there already") == 5
-    )  # two packs, the base's samples, the fine-tune, the search
+    )  # two packs, the fine-tune, the first picture, the search
     results = read_results(run_dir / "evaluation")
     assert {cell.name for cell in results.cells} > cells
-    assert {cell.arm for cell in results.cells if cell.values} == {"base", "fine-tuned", "control"}
+    arms = {cell.arm for cell in results.cells if cell.values}
+    assert arms == {name + end for name in ("base", "fine-tuned", "control") for end in ("", OPEN)}
     timings = json.loads((run_dir / "timings.json").read_text())
     assert len(timings) == 8
 
 
+def test_the_first_picture_waits_for_a_whole_preview(
+    config: DemoConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(config.run_dir)
+    path, previews = run_dir / "before_after.png", run_dir / "previews"
+    compose = first_picture(config, 0.0)
+    compose()
+    previews.mkdir()
+    preview = previews / "step_00000003.png"
+    Image.effect_noise((332, 150), 50).save(previews / "step_00000000.png")  # the base's
+    compose()
+    Image.effect_noise((332, 150), 50).save(preview)
+    content = preview.read_bytes()
+    for size in (0, len(content) // 2):
+        preview.write_bytes(content[:size])
+        compose()
+    assert not path.exists() and "before and after" not in capsys.readouterr().out
+    preview.write_bytes(content)
+    compose()
+    compose()
+    assert capsys.readouterr().out.count(f"before and after: {path.resolve()}") == 1
+    with Image.open(path) as picture:
+        assert picture.width > 332
+
+
+def test_who_waits_for_training_is_called_and_takes_its_status(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, calls = "raise SystemExit(75)", list[str]()
+    monkeypatch.setattr(demo_steps, "verb_command", lambda *_: [sys.executable, "-c", code])
+    with pytest.raises(SystemExit) as stopped:
+        demo_steps.train_in_processes([], lambda: calls.append("called"))
+    assert stopped.value.code == 75 and calls
+
+
 def test_what_was_measured_stands_beside_what_is_expected() -> None:
-    header = "checkpoint guidance measured [95 % interval] expected of all captions"
+    header = "checkpoint measured [95 % interval] expected of all captions"
     assert outcome(Results("", [])).split() == header.split()
     value = Value(Estimate(0.01, 0.0, 0.02, 40), "")
-    guidance = {"evaluate.guidance_scale": 3.0}
-    cell = Cell("", "fine-tuned", guidance, values={"luminance, black": value})
-    line = "luminance, black fine-tuned 3 0.01 [0, 0.02] at most .05"
+    cell = Cell("", "fine-tuned", values={"luminance, black": value})
+    line = "luminance, black fine-tuned 0.01 [0, 0.02] at most .05"
     assert outcome(Results("", [cell])).splitlines()[1].split() == line.split()
-    assert all("fine-tuned" in expected for expected in EXPECTED.values())
+    assert all(any("fine-tuned" in arm for arm in by_arm) for by_arm in EXPECTED.values())
 
 
 def test_a_demo_of_one_image_is_refused() -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from blackpoint.sampling.evaluation.config import MetricsConfig, not_asked
 from blackpoint.sampling.evaluation.rows import finished_keys, read_images, read_rows, write_rows
 from blackpoint.sampling.evaluation.summary import read_summary
 from blackpoint.sampling.report.results import read_results
 from blackpoint.scripts.cli import main
+from blackpoint.scripts.config import load
 from tests.evaluations import (
     PROMPTS,
     arguments,
@@ -295,3 +297,14 @@ def test_the_brightness_suite_reads(pipeline: Path, tmp_path: Path) -> None:
     groups = {each.group for each in found.metrics if each.name == "luminance error"}
     assert {"", "solid", "night", "snow"} <= groups
     assert torch.isfinite(torch.tensor(metric(found, "luminance error").estimate.value))
+
+
+def test_usual_metrics_that_are_not_asked_for_are_named_with_what_to_set() -> None:
+    config = MetricsConfig(checkpoint="c", prompts="a", output="o")
+    lines = {line.partition(":")[0]: line for line in not_asked(config, [])}
+    assert "prompts=configs/prompts/brightness.jsonl" in lines.pop("luminance error")
+    assert list(lines) == ["FID, KID, precision, recall", "IS", "CLIP score", "GenEval"]
+    settings = [word for line in lines.values() for word in line.split() if "=" in word]
+    arguments = [word.rstrip(",") for word in settings]
+    asked = load(MetricsConfig, ["checkpoint=c", "prompts=a", "output=o", *arguments])
+    assert not [*not_asked(asked, ["luminance error"])]

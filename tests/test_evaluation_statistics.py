@@ -78,6 +78,21 @@ def test_std_ratio_covers_the_true_ratio() -> None:
     assert statistics.std([0.0, 1.0]).value == pytest.approx(0.5**0.5)
 
 
+def test_a_ratio_of_means_is_paired_and_covers_the_true_one() -> None:
+    rng = np.random.default_rng(3)
+    covered = 0
+    for _ in range(100):
+        gain = rng.normal(2, 1, 80)
+        found = statistics.mean_ratio(0.7 * gain + rng.normal(0, 0.3, 80), gain)
+        covered += found.low <= 0.7 <= found.high
+        assert found.high - found.low < 0.2  # unpaired it would be about .3
+    assert covered >= 86  # as above
+    exact = statistics.mean_ratio(0.5 * gain, gain)
+    assert (exact.value, exact.low, exact.high) == pytest.approx((0.5, 0.5, 0.5))
+    with pytest.raises(UserError, match="mean is 0"):
+        statistics.mean_ratio([1.0, 2.0], [1.0, -1.0])
+
+
 def test_constant_values_have_a_point_interval() -> None:
     found = statistics.std_ratio([0.5] * 10, [0.0, 1.0] * 10)
     assert (found.value, found.low, found.high) == (0, 0, 0)

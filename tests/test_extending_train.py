@@ -38,7 +38,7 @@ def add_to_table(path: Path, table: str, line: str, new_file: str) -> None:
     if (module := "blackpoint." + new_file.removesuffix(".py").replace("/", ".")) not in line:
         head, start, rest = source.partition("\nimport ")
         source = f"{head}\nfrom {module} import {name}{start}{rest}"
-    pattern = re.compile(rf"^{table}\b.*? = ([{{(].*?)([}})])$", re.MULTILINE | re.DOTALL)
+    pattern = re.compile(rf"^{table}\b[^\n]*? = ([{{(].*?)([}})])$", re.MULTILINE | re.DOTALL)
     match = pattern.search(source)
     assert match is not None, f"{path} has no table {table}"
     entries = match[1].rstrip().rstrip(",")

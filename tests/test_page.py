@@ -144,3 +144,14 @@ def test_a_page_says_the_same_as_html_and_as_markdown() -> None:
     )
     assert "![Curve](curve.svg)\n\nfalls" in text and text.endswith("- seed: 1\n")
     assert "left out" not in text
+
+
+def test_a_table_for_a_terminal_has_its_columns_under_one_another() -> None:
+    table = Table.of({"part": "", "GB": ".2f"}, [("weights", 3.4), ("a longer name", 12.0)])
+    assert table.text().splitlines() == [
+        "part              GB",
+        "-------------  -----",
+        "weights         3.40",
+        "a longer name  12.00",
+    ]
+    assert Table([], {"a": "", "b": ""}).text() == "a  b\n-  -\n"

@@ -138,10 +138,13 @@ def test_places_that_cannot_be_made_are_refused_at_once(
     (tmp_path / "file").write_text("x")
     config_class = CONFIGS[verb]
     outputs = [p for p, field in fields_of(config_class).items() if holds(field.hint, Holds.OUTPUT)]
+    if verb == "doctor":  # writes nothing
+        return
     assert len(outputs) == 1, verb
     module = importlib.import_module(VERBS[verb][0])
     monkeypatch.setattr(module, "run", lambda config: pytest.fail("entered"))
     given = {
+        "init": ["source=s", "checkpoint=c"],
         "train": ["checkpoint=c", "data.shards=s"],
         "sample": ["checkpoint=c", "prompts=a"],
         "search": ["checkpoint=c", "prompts=a", "budget_nfe=9", "verifiers.a.kind=luminance"],
@@ -152,6 +155,8 @@ def test_places_that_cannot_be_made_are_refused_at_once(
         "data encode": ["source=s", "checkpoint=c"],
         "data check": ["shards=s"],
         "report": ["run_dir=r"],
+        "show": ["checkpoint=c"],
+        "prefetch": ["config=c"],
     }
     for place, reason in (
         (tmp_path / "file" / "below", "file is a file, and nothing can lie below it"),

@@ -112,6 +112,7 @@ def test_a_base_made_for_the_run_keeps_its_text_encoder_in_float32(
     assert text_encoder_digest(base) == text_encoder_digest(plain)  # of values in float32
 
 
+@pytest.mark.slow
 def test_a_run_records_what_auto_took_and_goes_on_in_nothing_else(
     pipeline: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

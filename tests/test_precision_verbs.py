@@ -222,6 +222,7 @@ def test_a_cache_without_a_record_keeps_its_key_and_goes_on_in_float32(
     assert Encoding.read(output).key == Encoding.read(tmp_path / "before").key
 
 
+@pytest.mark.slow
 def test_a_cell_that_would_go_on_in_other_formats_fails_with_the_reason(
     pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

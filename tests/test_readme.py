@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from blackpoint.scripts.cli import VERBS, chosen_config_class
+from blackpoint.scripts.config import load
 from blackpoint.scripts.config_fields import hint_at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,21 @@ def test_commands_name_verbs_keys_modules_and_configs_that_exist(
     assert sum(bool(verb_call(words)) for _, words in commands) > 50, "commands are found"
     missing = [(page, problem) for page, words in commands for problem in problems(words)]
     assert not missing
+
+
+def test_commands_that_a_newcomer_pastes_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every value is of its field's type and within its bounds, and no required key is missing."""
+    monkeypatch.chdir(ROOT)
+    loaded = 0
+    for page in ("README.md", "docs/tutorial.md", "docs/troubleshooting.md"):
+        for call in map(verb_call, commands_of(PAGES[page])):
+            verb = next((v for v in (" ".join(call[:2]), *call[:1]) if v in VERBS), "")
+            arguments = call[len(verb.split()) :]
+            if not verb or not arguments or "CONFIG.yaml" in arguments:
+                continue  # a mention
+            load(config_class_of(verb, *arguments), arguments)
+            loaded += 1
+    assert loaded > 40, "commands are found"
 
 
 def test_links_and_paths_exist() -> None:

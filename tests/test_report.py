@@ -12,8 +12,10 @@ from PIL import Image
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.prompts.brightness_target import prompt_slugs
 from blackpoint.sampling.report import training_plots as run_plots
-from blackpoint.sampling.report.page import WIDEST_PX, embedded
-from blackpoint.sampling.report.training_page import at_a_glance, chosen_grids, run_figures
+from blackpoint.sampling.report.page import WIDEST_PX, Gallery, embedded
+from blackpoint.sampling.report.results import read_results
+from blackpoint.sampling.report.results_page import page_of
+from blackpoint.sampling.report.training_page import at_a_glance, previews, run_figures
 from blackpoint.sampling.report.training_series import (
     NUM_STRETCHES,
     bin_label,
@@ -22,10 +24,12 @@ from blackpoint.sampling.report.training_series import (
     preview_luminance,
     smoothed,
 )
+from blackpoint.sampling.runtime.picture_grid import caption_grid, pictures_of_grid
 from blackpoint.scripts.verbs import report_content
 from blackpoint.scripts.verbs.report_config import ReportConfig
 from blackpoint.scripts.verbs.report_content import write
 from tests.test_results import made_up
+from tests.test_results_reading import WINNER, write_search
 
 
 def make_run(run_dir: Path) -> Path:
@@ -198,9 +202,64 @@ def test_wide_grids_are_embedded_smaller(tmp_path: Path) -> None:
     Image.new("RGB", (WIDEST_PX + 1, 100)).save(tmp_path / "step_00000001.png")
     assert embedded(tmp_path / "step_00000001.png").startswith("data:image/jpeg;base64,")
     for step in range(2, 30):
-        (tmp_path / f"step_{step:08d}.png").touch()
-    labels = [label for label, _ in chosen_grids(tmp_path)]
-    assert labels == ["step 1", "step 8", "step 15", "step 22", "step 29"]
+        Image.new("RGB", (20, 10)).save(tmp_path / f"step_{step:08d}.png")
+    labels = [figure.note for figure in previews(tmp_path, ["a", "b"], 1)]
+    assert labels == ["step 1", "step 7", "step 12", "step 18", "step 23", "step 29"]
+
+
+@pytest.mark.parametrize("side", [8, 64, 200])
+def test_previews_are_lines_of_their_steps(tmp_path: Path, side: int) -> None:
+    prompts = ["a red three on a black background, with a caption of several lines", "a cat"]
+    for step in (0, 10, 20):
+        level = step * 10
+        rows = [
+            [Image.new("RGB", (side, side), (level, n, row)) for n in (40, 90)] for row in (0, 200)
+        ]
+        grid = caption_grid(prompts, rows, [f"step {step}, seed {seed}" for seed in (0, 1)])
+        grid.save(tmp_path / f"step_{step:08d}.png")
+        cut = pictures_of_grid(grid, 2, 2)
+        assert cut is not None
+        colors = [[picture.getcolors() for picture in row] for row in cut]
+        area = cut[0][0].width ** 2
+        assert colors == [[[(area, (level, n, row))] for n in (40, 90)] for row in (0, 200)]
+        assert pictures_of_grid(grid, 3, 2) is None
+        assert pictures_of_grid(grid, 2, 3) is None
+    [gallery] = previews(tmp_path, prompts, 2)
+    assert isinstance(gallery, Gallery) and gallery.captions == ["step 0", "step 10", "step 20"]
+    assert [name for name, _ in gallery.content][2:] == ["a cat, seed 0", "a cat, seed 1"]
+    assert all(len(pictures) == 3 for _, pictures in gallery.content)
+
+
+def test_a_caption_that_does_not_fit_says_so() -> None:
+    picture = Image.new("RGB", (128, 128))
+    whole, cut = (caption_grid(["word " * n], [[picture]], ["t"]) for n in (30, 300))
+    box = (0, 0, 200, whole.height)
+    assert whole.crop(box).tobytes() != cut.crop(box).tobytes()
+    assert (
+        caption_grid(["word " * 400], [[picture]], ["t"]).crop(box).tobytes()
+        == cut.crop(box).tobytes()
+    )
+
+
+def test_the_page_of_a_run_under_way_is_written_and_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until its last step: then it stays."""
+    run_dir = write_run(tmp_path / "run")
+    pages, page = [], run_dir / "report.html"
+
+    def goes_on(seconds: float) -> None:
+        pages.append(page.read_text(encoding="utf-8"))
+        rows = (run_dir / "metrics.csv").read_text().rpartition("\n")[0]
+        (run_dir / "metrics.csv").write_text(f"{rows}\n900,train/loss,0.1\n")
+
+    monkeypatch.setattr(report_content, "sleep", goes_on)
+    write(ReportConfig(str(run_dir), every_s=30))
+    refreshed = '<meta http-equiv="refresh" content="30">'
+    assert len(pages) == 1 and refreshed in pages[0]
+    assert "900 of 900" in page.read_text() and "refresh" not in page.read_text()
+    write(ReportConfig(str(write_run(tmp_path / "other"))))
+    assert "http-equiv" not in (tmp_path / "other" / "report.html").read_text()
 
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
@@ -237,10 +296,30 @@ def test_what_is_not_there_is_not_drawn() -> None:
 def test_a_page_says_of_what_its_losses_are_where_the_network_predicts_no_v() -> None:
     rows = {"train/loss": [(1, 0.2)], "validation/loss": [(1, 0.9)]}
     assert at_a_glance(rows)["validation loss"] == "0.9"
-    assert not any("own output" in figure.note for figure in run_figures(rows))
+    assert not any("own output" in part.note for part in run_figures(rows))
     rows["validation/epsilon_loss"] = [(1, 0.3)]
     assert at_a_glance(rows)["validation loss, of v"] == "0.9"
+    rows = {name: [*series, (2, 0.1)] for name, series in rows.items()}
     assert "Both are of the network's own output" in run_figures(rows)[0].note
+
+
+def test_metrics_of_one_row_are_numbers() -> None:
+    rows = {"train/loss": [(1, 0.2)], "train/learning_rate": [(1, 1e-5), (2, 1e-5)]}
+    figure, single = run_figures(rows)
+    assert figure.title == "Gradient and learning rate"
+    assert single.content == {"train/loss": "0.2 at step 1"}
+
+
+def test_what_a_run_is_of_comes_first(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    config = "checkpoint: some/base\ndata: {shards: some/shards, resolution: 64}\n"
+    (run_dir / "config.yaml").write_text(config)
+    environment = {"command": "blackpoint train", "starts": [{"images_per_step": 16}]}
+    (run_dir / "environment.json").write_text(json.dumps(environment))
+    text = write(ReportConfig(str(run_dir))).read_text(encoding="utf-8")
+    words = ("some/base", "some/shards; 64 px; 16 images per step", "blackpoint train")
+    places = [text.index(word) for word in (*words, "Previews", "optimizer steps", "<svg")]
+    assert places == sorted(places)
 
 
 def test_any_prompt_can_be_drawn() -> None:
@@ -255,3 +334,15 @@ def test_ranges_of_snr_are_named_and_ordered_by_noise() -> None:
     assert bin_label("validation/loss_terminal") == "terminal"
     names = ["loss_log_snr_6_inf", "loss_log_snr_-2_0", "loss_log_snr_-inf_-6", "loss_terminal"]
     assert sorted(reversed(names), key=bin_order) == names
+
+
+def test_an_alarm_that_could_not_tell_is_not_called_silent(tmp_path: Path) -> None:
+    for notes, said in (
+        ([], "No search has raised the hacking alarm."),
+        (["dark: 1 prompt is too few"], "The hacking alarm could not tell: dark: 1 prompt is too"),
+    ):
+        folder = tmp_path / str(len(notes))
+        write_search(folder, WINNER)
+        (folder / "hacking.json").write_text(json.dumps([{"findings": [], "notes": notes}]))
+        (folder / "search.json").write_text(json.dumps({"algorithm": "paths"}))
+        assert said in page_of(read_results(folder), [], {}).html()

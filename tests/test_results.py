@@ -4,8 +4,7 @@ import csv
 import io
 import json
 import math
-import shutil
-import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blackpoint.sampling.report.results import Cell, Picture, Results, Value, read_results
+from blackpoint.sampling.report.results import Cell, Picture, Results, Value
 from blackpoint.sampling.report.results_page import page_of, tables_of, write_results
 from blackpoint.sampling.report.results_plots import scaling_curves, series_of
 from blackpoint.sampling.report.results_tables import (
@@ -25,9 +24,8 @@ from blackpoint.sampling.report.results_tables import (
 from blackpoint.sampling.statistics.estimates import Estimate
 from blackpoint.sampling.statistics.table import Place, Table
 from blackpoint.scripts.cli import main
-from tests.waiting import PATIENCE_S
+from tests import browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NUM_PROMPTS = 30
 
 
@@ -135,6 +133,25 @@ def test_the_matrix_says_who_beats_whom_with_a_correction(tmp_path: Path) -> Non
     assert win_matrix(made_up(tmp_path), "FID") is None
 
 
+def test_the_matrix_has_win_rates_of_what_is_no_tie_with_wilsons_interval() -> None:
+    """57 of 100, and 5 ties: Wilson's interval of 57 / 100 is [47.2, 66.3] (Brown et al. 2001)."""
+
+    def cell(name: str, wins: int) -> Cell:
+        scores = {(n, "p", 0): 1.0 if n < wins else -float(n < 100) for n in range(105)}
+        return Cell(name, name, values={"HPSv2": Value(Estimate(0, 0, 0, 105), "higher")},
+                    paired={"HPSv2": scores})  # fmt: skip
+
+    plain = {key: 0.0 for key in cell("", 0).paired["HPSv2"]}
+    baseline = replace(cell("one image", 0), paired={"HPSv2": plain})
+    table = win_matrix(Results("qi", [baseline, cell("noise selection", 57)]), "HPSv2")
+    assert table is not None
+    assert table.rows[1]["one image"].value == "57 : 43"
+    assert table.rows[1]["one image"].detail == "57.0% [47.2, 66.3], p 0.19"
+    assert table.rows[0]["noise selection"].detail == "43.0% [33.7, 52.8], p 0.19"
+    same = win_matrix(Results("qi", [baseline, replace(baseline, name="b", arm="b")]), "HPSv2")
+    assert same is not None and same.rows[1]["one image"].detail == "p 1"
+
+
 def test_tables_are_written_with_their_intervals(tmp_path: Path) -> None:
     table = cells_table(made_up(tmp_path))
     rows = list(csv.DictReader(io.StringIO(table.csv())))
@@ -164,6 +181,7 @@ def test_the_page_refers_to_nothing_outside_and_escapes_what_it_shows(tmp_path: 
         assert word not in outside, word
 
 
+COMPARED = [False, "uncover worse:", "inset(0px 75% 0px 0px)"]
 PROBE = """
 <script>
 window.errors = [];
@@ -197,10 +215,24 @@ window.addEventListener("load", async () => {
   document.querySelector(".gallery img").click();
   const zoom = document.getElementById("zoom");
   const zoomed = zoom.open && zoom.querySelector("img").naturalWidth > 0;
-  const caption = zoom.querySelector("figcaption").textContent;
+  const caption = () => zoom.querySelector("p").textContent;
+  const captions = [caption()];
+  const before = zoom.querySelector(".before");
+  const press = (key) => zoom.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const alone = before.hidden;
+  for (const key of ["ArrowRight", "ArrowDown", "ArrowDown", "ArrowLeft", "ArrowLeft"]) {
+    press(key);
+    captions.push(caption());
+  }
+  const slider = zoom.querySelector("input");
+  slider.value = 25;
+  slider.dispatchEvent(new Event("input"));
+  const uncovered = zoom.querySelector("span").textContent.slice(0, 14);
+  const compared = [before.hidden, uncovered, before.style.clipPath];
   zoom.click();
   const broken = [...document.images].filter((i) => i.src && i.naturalWidth === 0).length;
-  const answer = { up, down, chosen, searched, zoomed, caption, closed: !zoom.open, broken,
+  const answer = { up, down, chosen, searched, zoomed, captions, alone, compared, broken,
+    closed: !zoom.open,
     pictures: document.querySelectorAll(".gallery img").length, errors,
     plots: document.querySelectorAll("svg").length };
   document.body.innerHTML = "";
@@ -213,7 +245,7 @@ window.addEventListener("load", async () => {
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@browser.needs_chromium
 def test_a_browser_sorts_filters_and_enlarges_without_errors(tmp_path: Path) -> None:
     results = made_up(tmp_path)
     [path, *_] = write_results(tmp_path / "report.html", results, {})
@@ -221,16 +253,7 @@ def test_a_browser_sorts_filters_and_enlarges_without_errors(tmp_path: Path) -> 
     probed = text.replace("<head>", "<head>" + PROBE).replace("</body>", CLICKS + "</body>")
     page = tmp_path / "probed.html"
     page.write_text(probed, encoding="utf-8")
-    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --disable-quic"
-    options += " --disable-background-networking --disable-component-update --enable-logging=stderr"
-    options += f" --user-data-dir={tmp_path / 'profile'} --virtual-time-budget=20000 --dump-dom"
-    done = subprocess.run(
-        [str(CHROMIUM), *options.split(), page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    done = browser.loaded(page, tmp_path / "profile")
     assert "CONSOLE" not in done.stderr, done.stderr
     answer = json.loads(
         done.stdout.partition('<pre id="answer">')[2]
@@ -243,76 +266,13 @@ def test_a_browser_sorts_filters_and_enlarges_without_errors(tmp_path: Path) -> 
     assert [float(v) for v in answer["down"] if v] == numbers[::-1]
     assert answer["up"][-1] == answer["down"][-1] == ""  # what has no number comes last
     assert answer["chosen"] == "3 of 10" and answer["searched"] == "1 of 10"
-    assert answer["zoomed"] and answer["closed"] and answer["caption"].startswith("worse: prompt")
+    assert answer["zoomed"] and answer["closed"]
+    places = [(text.partition(":")[0], text.partition("<")[2][0]) for text in answer["captions"]]
+    walk = [("worse", 0), ("worse", 1), ("better, 8", 1), ("better, 16", 1), ("better, 16", 0)]
+    assert places == [(arm, str(prompt)) for arm, prompt in [*walk, walk[-1]]]  # the last: no more
+    assert answer["alone"] and answer["compared"] == COMPARED
     assert answer["broken"] == 0 and answer["pictures"] == 3 * 8 and answer["plots"] >= 2
     assert answer["errors"] == []
-
-
-def test_what_cannot_be_read_is_named(tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "sweep.json").write_text(json.dumps({"version": 0, "cells": []}))
-    assert main(["report", f"run_dir={tmp_path}"]) == 2
-    assert "another version" in capsys.readouterr().err
-    cell = {"name": "a", "arm": "", "varied": {}, "folder": "cells/a", "training": "a-1"}
-    for section, said in (({"evaluate": {"seed": 0}}, "no cell of the sweep is done"), ({}, "a-1")):
-        content = {"version": 1, "cells": [cell | section]}
-        (tmp_path / "sweep.json").write_text(json.dumps(content))
-        assert main(["report", f"run_dir={tmp_path}"]) == 2
-        assert said in capsys.readouterr().err
-    assert main(["report", f"run_dir={tmp_path / 'absent'}"]) == 2
-
-
-def write_search(folder: Path, row: dict[str, Any]) -> None:
-    folder.mkdir(parents=True)
-    (folder / "winners.jsonl").write_text(json.dumps(row) + "\n")
-    (folder / "hacking.json").write_text("[]")
-
-
-WINNER = {
-    "prompt_index": 0,
-    "prompt": "a cat",
-    "held_out": {},
-    "scores": {"dark": 1.0},
-    "image": "x",
-    "nfe": 3,
-}
-
-
-def write_sweep(folder: Path, *cells: dict[str, Any], record: dict[str, Any]) -> None:
-    rows = [{"name": n, "arm": n, "varied": {}, "folder": f"cells/{n}"} for n in ("one", "two")]
-    for row in rows[: len(cells)]:
-        path = folder / str(row["folder"]) / "cell.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"state": "done"} | record))
-    content = [row | cell for row, cell in zip(rows, cells, strict=False)]
-    (folder / "sweep.json").write_text(json.dumps({"version": 1, "cells": content}))
-
-
-def test_a_cell_of_another_version_is_named_and_the_others_are_shown(tmp_path: Path) -> None:
-    write_search(tmp_path / "cells" / "one" / "search", WINNER)
-    write_search(tmp_path / "cells" / "two" / "search", {"prompt_index": 0})
-    write_sweep(tmp_path, {"search": {"seed": 0}}, {"search": {"seed": 0}}, record={})
-    found = read_results(tmp_path)
-    assert [cell.state for cell in found.cells] == ["done", "not readable"]
-
-
-def test_a_cell_that_evaluates_and_searches_has_two_lines(tmp_path: Path) -> None:
-    write_search(tmp_path / "cells" / "one" / "search", WINNER)
-    both = {"evaluate": {"seed": 0}, "search": {"seed": 0}}
-    write_sweep(tmp_path, both, record={"digest": ""})
-    evaluation, search = read_results(tmp_path).cells
-    assert (evaluation.name, evaluation.nfe) == (
-        "one evaluate",
-        pytest.approx(math.nan, nan_ok=True),
-    )
-    assert search.nfe == 3 and search.setting == "one, verb search" and search.values
-
-
-def test_a_cell_measured_with_other_settings_is_called_stale(tmp_path: Path) -> None:
-    write_search(tmp_path / "cells" / "one" / "search", WINNER)
-    for digest, state in (("a", "done"), ("b", "stale")):
-        write_sweep(tmp_path, {"search": {"seed": 0}, "digest": "a"}, record={"digest": digest})
-        [cell] = read_results(tmp_path).cells
-        assert cell.state == state and cell.values
 
 
 def cell_of(arm: str, value: float, seeds: dict[str, int], prompt: str = "a cat") -> Cell:

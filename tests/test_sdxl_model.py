@@ -169,7 +169,7 @@ def test_leading_timesteps_begin_where_the_stock_pipeline_begins(
     assert DiffusionModel.load(tmp_path / "saved").process.timesteps(4) == [750, 500, 250, 0]
 
 
-@pytest.mark.parametrize("num_steps", [1, 4])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4])
 def test_turbo_is_sampled_as_by_the_stock_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int
 ) -> None:
@@ -278,7 +278,7 @@ def test_a_projection_of_another_shape_than_its_config_is_refused(
     weights = load_file(file)
     weights["text_projection.weight"] = weights["text_projection.weight"].T.contiguous()
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(UserError, match="text_encoder_2: 1 of another shape.*text_projection"):
+    with pytest.raises(UserError, match=r"such as text_projection.weight: \[48, 24\] in the file"):
         DiffusionModel.load(copy).load_encoders()
 
 

@@ -41,6 +41,7 @@ from blackpoint.sampling.export.carried import check_carried
 from blackpoint.sampling.export.export import export
 from blackpoint.sampling.export.ldm_config import ldm_yaml
 from blackpoint.sampling.export.single_file import single_file_tensors
+from blackpoint.sampling.export.verify import stock_pipeline_of_file
 from blackpoint.sampling.export.verify_file import tensor_digests
 from blackpoint.sampling.model import DiffusionModel
 from tests.test_ldm_keys import SDXL_UNET
@@ -92,6 +93,7 @@ def test_a_file_has_the_digest_of_the_folder(models: tuple[DiffusionModel, Diffu
     assert sampling_digest(models[0]) == sampling_digest(models[1])
 
 
+@pytest.mark.slow
 def test_diffusers_reads_the_projection_the_same_way_round(
     folder: Path, file: Path, models: tuple[DiffusionModel, DiffusionModel]
 ) -> None:
@@ -108,6 +110,14 @@ def test_diffusers_reads_the_projection_the_same_way_round(
     stock.text_encoder_2.text_projection.weight = torch.nn.Parameter(weight.T.contiguous())
     _, _, turned, _ = stock.encode_prompt(PROMPT, do_classifier_free_guidance=False)
     assert (ours - turned).abs().max() > 1e-2
+
+
+def test_diffusers_reads_each_part_in_the_format_of_the_file(folder: Path, tmp_path: Path) -> None:
+    """The default, float16, and the autoencoder in float32, as SDXL's overflows in float16."""
+    path = export(folder, tmp_path / "x.safetensors", verify=False)
+    written = DiffusionModel.load(path, dtype=torch.float16)
+    assert (written.unet.dtype, written.vae.dtype) == (torch.float16, torch.float32)
+    assert tensor_digests(stock_pipeline_of_file(path, folder, True)) == tensor_digests(written)
 
 
 @pytest.mark.slow
@@ -268,6 +278,7 @@ NOT_CARRIED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOT_CARRIED)
 def test_what_no_file_carries_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
     file_name, entries, message = NOT_CARRIED[name]

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.testing import assert_close
 
 from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.guidance import Guidance
-from blackpoint.sampling.noise import seeded_noise
+from blackpoint.sampling.noise import initial_noise, seeded_noise
+from blackpoint.sampling.search.algorithms.draft import DraftConfig, draft
 from blackpoint.sampling.search.algorithms.fk_steering import (
     FkSteeringConfig,
     fk_steering,
@@ -23,13 +25,13 @@ from blackpoint.sampling.search.algorithms.fk_steering import (
 from blackpoint.sampling.search.algorithms.halving import (
     HalvingConfig,
     halving,
-    measured_kendall,
     walk,
 )
 from blackpoint.sampling.search.algorithms.paths import PathsConfig, paths
 from blackpoint.sampling.search.algorithms.random_search import RandomSearchConfig, random_search
 from blackpoint.sampling.search.algorithms.zero_order import ZeroOrderConfig, zero_order
-from blackpoint.sampling.search.problem import Neighbour, Problem, Search, Seeded
+from blackpoint.sampling.search.calibration import measured_taus
+from blackpoint.sampling.search.problem import Correlation, Neighbour, Problem, Search, Seeded
 from tests.search_problems import SHAPE, GaussianModel, linear, pixel_law, runner, scores_of, search
 
 
@@ -49,6 +51,10 @@ def halves(problem: Problem) -> Search:
     return halving(problem, HalvingConfig())
 
 
+def drafts(problem: Problem) -> Search:
+    return draft(problem, DraftConfig(share_new=0.6))
+
+
 def particles(problem: Problem) -> Search:
     return fk_steering(problem, FkSteeringConfig(resample_every_steps=3))
 
@@ -58,6 +64,7 @@ ALGORITHMS = {
     "zero_order": (two_neighbours, {}),
     "paths": (two_paths, {}),
     "halving": (halves, {}),
+    "draft": (drafts, {}),
     "fk": (particles, {"sampler": "euler_ancestral"}),
 }
 GRID = np.linspace(-6, 6, 241)
@@ -71,6 +78,7 @@ def expected_maximum(n: int) -> float:
     return integrate.quad(density, -10, 10)[0]
 
 
+@pytest.mark.slow
 def test_best_of_n_gains_what_the_largest_of_n_normals_is(tmp_path: Path) -> None:
     one = runner(600)
     mean, spread = pixel_law(one)
@@ -112,8 +120,9 @@ def test_a_zero_order_round_gains_what_its_geometry_says(tmp_path: Path) -> None
 def test_a_neighbour_keeps_the_norm_and_has_the_cosine() -> None:
     pivot = Seeded(3)
     near = Neighbour(Neighbour(pivot, 4, 0.95), 5, 0.8)
-    x, y = near.parent.noise((4, 8, 8)).flatten(), near.noise((4, 8, 8)).flatten()
-    assert_close(y.norm(), pivot.noise((4, 8, 8)).norm(), rtol=1e-5, atol=0)
+    draw = partial(initial_noise, shape=(4, 8, 8))
+    x, y = near.parent.noise(draw).flatten(), near.noise(draw).flatten()
+    assert_close(y.norm(), pivot.noise(draw).norm(), rtol=1e-5, atol=0)
     assert_close(torch.cosine_similarity(x, y, dim=0), torch.tensor(0.8), rtol=1e-5, atol=0)
 
 
@@ -223,7 +232,7 @@ def test_halving_starts_more_noises_than_best_of_n_and_prunes_only_where_it_may(
     one = runner(1)
     problem = Problem(0, 0, one.grid, one.cost, 160)
     assert len(next(halving(problem, HalvingConfig()))) > 160 // 10
-    measured = {2: 0.1, 5: 0.6, 8: 0.2}
+    measured = {level: Correlation(tau, tau) for level, tau in {2: 0.1, 5: 0.6, 8: 0.2}.items()}
     config = HalvingConfig(levels=[0.2, 0.5, 0.8])
     first = next(halving(replace(problem, kendall=measured), config))
     assert {trial.stop for trial in first} == {5}
@@ -233,13 +242,15 @@ def test_halving_starts_more_noises_than_best_of_n_and_prunes_only_where_it_may(
 
 def test_the_rank_correlation_is_measured_on_whole_runs(tmp_path: Path) -> None:
     """The ideal denoiser's preview of a pixel rises with its end, so every level tells it all."""
-    search(runner(2), tmp_path, lambda problem: walk(problem, [3, 7], 6, 1.0), 60)
+    search(runner(2), tmp_path, lambda problem: walk(problem, {3: 1.0, 7: 1.0}, 6), 60)
     rows = [json.loads(line) for line in (tmp_path / "candidates.jsonl").open()]
     assert len(rows) == 2 * 6 * 3
-    assert measured_kendall(rows, scores_of) == pytest.approx({3: 1.0, 7: 1.0})
+    taus = measured_taus(rows, scores_of)
+    assert {look: len(each) for look, each in taus.items()} == {3: 2, 7: 2}
+    assert min(map(min, taus.values())) == pytest.approx(1.0)
     for row in rows:
         row["score"] = row["candidate"] % 3 if row["goal"] == "final" else 0.0
-    assert measured_kendall(rows, scores_of) == {}
+    assert measured_taus(rows, scores_of) == {}
 
 
 def test_a_budget_below_one_image_is_refused(tmp_path: Path) -> None:
@@ -257,6 +268,7 @@ def test_systematic_resampling_keeps_expected_counts() -> None:
         assert (np.abs(got - 4 * np.array(weights)) < 1).all() and parents == sorted(parents)
 
 
+@pytest.mark.slow
 def test_steering_tilts_a_gaussian(tmp_path: Path) -> None:
     """exp(lambda x) moves the mean of N(m, s^2) by lambda s^2 and leaves its spread."""
     strength, count = 1.5, 200
@@ -317,4 +329,4 @@ def test_settings_out_of_range_are_refused(make: Any, expected: str) -> None:
 
 
 def test_shapes_are_those_of_the_model() -> None:
-    assert GaussianModel().latent_shape() == SHAPE
+    assert GaussianModel().noise([0]).shape == (1, *SHAPE)

@@ -1,6 +1,7 @@
 """What a search says of its own winners: plain images, held-out verifiers, diversity, the alarm."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.report.page import Gallery, Section
 from blackpoint.sampling.report.search_page import search_section
 from blackpoint.sampling.runtime.tracking import WandbConfig
+from blackpoint.sampling.search import judge
+from blackpoint.sampling.search.algorithms.fk_steering import FkSteeringConfig
 from blackpoint.sampling.search.calibration import find_batch_size
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.run import search_to_folder
@@ -35,7 +38,7 @@ def numbers(section: Section) -> list[Any]:
     return [row for part in section.content if isinstance(part, Table) for row in part.rows]
 
 
-def search(pipeline: Path, output: Path, **changes: Any) -> list[str]:
+def search_config(pipeline: Path, output: Path, **changes: Any) -> SearchConfig:
     settings: dict[str, Any] = {
         "checkpoint": str(pipeline),
         "prompts": PROMPTS,
@@ -46,13 +49,18 @@ def search(pipeline: Path, output: Path, **changes: Any) -> list[str]:
         "verifiers": {"dark": DARK},
         "held_out": {"bright": BRIGHT},
     }
-    return search_to_folder(SearchConfig(**(settings | changes)))[1]
+    return SearchConfig(**(settings | changes))
+
+
+def search(pipeline: Path, output: Path, **changes: Any) -> list[str]:
+    return search_to_folder(search_config(pipeline, output, **changes))[1]
 
 
 def winners(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "winners.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["random", "paths"])
 def test_a_hacked_verifier_sets_off_the_alarm(
     algorithm: str, pipeline: Path, tmp_path: Path
@@ -109,6 +117,7 @@ class Brightness(torch.nn.Module):
         return torch.stack([light, -light], dim=1)
 
 
+@pytest.mark.slow
 def test_features_of_the_users_own_tell_the_diversity(pipeline: Path, tmp_path: Path) -> None:
     own = ImageModelConfig(module="tests.test_search_judgement:Brightness")
     search(pipeline, tmp_path / "own", diversity=own)
@@ -120,6 +129,7 @@ def test_features_of_the_users_own_tell_the_diversity(pipeline: Path, tmp_path: 
     assert found[0]["value"] != pytest.approx(found[1]["value"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_is_found_changes_no_choice(pipeline: Path, tmp_path: Path) -> None:
     one = runner(1)
     size = find_batch_size(one, 0)
@@ -146,6 +156,7 @@ def test_memory_that_ends_bounds_the_batch_size(monkeypatch: pytest.MonkeyPatch)
     assert find_batch_size(one, 0) == 8
 
 
+@pytest.mark.slow
 def test_draws_belong_to_a_prompt_wherever_a_part_begins(pipeline: Path, tmp_path: Path) -> None:
     search(pipeline, tmp_path / "all")
     search(pipeline, tmp_path / "part", offset=2, limit=2)
@@ -295,3 +306,58 @@ def test_an_oracle_beside_plain_images_is_refused_where_they_come_first(
     oracle = VerifierConfig(kind="oracle", metric="is", **module)
     with pytest.raises(UserError, match="would be scored with another set"):
         search(pipeline, tmp_path / "out", algorithm="paths", verifiers={"set": oracle})
+
+
+TILT: dict[str, Any] = {"algorithm": "tilt", "eta": 1.0, "held_out": {}, "budget_nfe": 8}
+
+
+def test_a_tilt_is_judged_by_a_verifier_that_is_at_hand(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model in the hub's cache first, then luminance, never a kind that is searched."""
+    said: list[str] = []
+    monkeypatch.setattr(judge, "note", said.append)
+    red = {"red": VerifierConfig("custom", module="tests.test_search_tilt:Reddish")}
+    named = [f"a photo on a {tone} background" for tone in ("black", "white", "gray")]
+    search(pipeline, tmp_path / "named", prompts=named, verifiers=red, **TILT)
+    assert all([*row["held_out"]] == ["luminance"] for row in winners(tmp_path / "named"))
+    assert said == ["held_out is not set; luminance judges the winners (as the prompts name it)"]
+    alarms = json.loads((tmp_path / "named" / "hacking.json").read_text())
+    assert alarms and {"red", "luminance", "diversity"} == set(alarms[0]["changes"])
+    monkeypatch.setattr(judge, "in_cache", lambda hub_id: "PickScore" in hub_id)
+    # What was begun goes on with its own judge, whatever the cache holds by now.
+    (tmp_path / "named" / "hacking.json").unlink()
+    search(pipeline, tmp_path / "named", prompts=named, verifiers=red, **TILT)
+
+    def chosen(**changes: Any) -> dict[str, str | None]:
+        given = {"verifiers": red} | TILT | changes
+        asked = search_config(pipeline, tmp_path / "none", **given)
+        found = judge.with_judge(asked, named, tmp_path / "none").held_out
+        return {name: one.checkpoint for name, one in found.items()}
+
+    assert chosen() == {"pick_score": "yuvalkirstain/PickScore_v1"}
+    searched = {"clip": VerifierConfig("pick_score", "folder")}
+    assert chosen(verifiers=searched) == {"luminance": None}
+    assert chosen(algorithm="fk_steering", eta=1.0) == chosen(algorithm="random") == {}
+    steering = {"algorithm": "fk_steering", "fk_steering": FkSteeringConfig(tilt=0.1)}
+    assert chosen(**steering) == {"pick_score": "yuvalkirstain/PickScore_v1"}
+    assert chosen(held_out={"bright": BRIGHT}) == {"bright": None}
+
+
+def test_a_tilt_without_a_judge_says_that_the_alarm_sees_diversity_alone(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(judge, "note", said.append)
+    lines = search(pipeline, tmp_path / "out", **TILT)
+    assert "so the hacking alarm is off but for diversity; name one" in said[0]
+    for row in winners(tmp_path / "out"):
+        assert row["held_out"] == {} and row["score"] > row["baseline"]["scores"]["dark"]
+    [alarm] = json.loads((tmp_path / "out" / "hacking.json").read_text())
+    assert {*alarm["changes"]} == {"dark", "diversity"}
+    costs = lines[0]
+    assert re.fullmatch(
+        r"tilt, per prompt: 8 NFE, 8 decodes and 6 gradients of verifiers in \S+ s", costs
+    )
+    section = search_section(tmp_path / "out")
+    assert section is not None and costs.split(": ")[1] + " per prompt" in section.note

@@ -95,7 +95,7 @@ VERIFIERS = {
 @pytest.mark.parametrize("name", VERIFIERS)
 def test_the_gradient_is_that_of_finite_differences(name: str) -> None:
     one = runner_of(VERIFIERS[name]())
-    noise = torch.stack([seeded_noise(seed, one.shape) for seed in (1, 2)]).double()
+    noise = torch.stack([seeded_noise(seed, one.model.shape) for seed in (1, 2)]).double()
     conditions = one.conditions([0, 1])
 
     def scores(e: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ def test_the_gradient_is_that_of_finite_differences(name: str) -> None:
 def test_with_the_inverse_held_fixed_the_gradient_is_the_cosines_own() -> None:
     verifier = Stability(Inverter("ddim"))
     one = runner_of(verifier)
-    noise = torch.stack([seeded_noise(seed, one.shape) for seed in (1, 2)]).double()
+    noise = torch.stack([seeded_noise(seed, one.model.shape) for seed in (1, 2)]).double()
     found = fixed_inverse(one, verifier, noise, one.conditions([0, 1]))
     x = run("ddim", reader(ZERO_SNR), one.grid, SampleState(noise)).x
     back = invert(reader(ZERO_SNR), one.grid, x, verifier.inverter).x
@@ -158,8 +158,8 @@ def test_the_norm_stays_on_the_sphere(tmp_path: Path) -> None:
     one = runner_of(Brightness())
     found, _ = ascend(one, tmp_path, 10, learning_rate=1e5)
     for each in found:
-        first = each.finals[0].trial.start.noise(one.shape).norm()
-        last = each.finals[-1].trial.start.noise(one.shape)
+        first = each.finals[0].trial.start.noise(one.draw).norm()
+        last = each.finals[-1].trial.start.noise(one.draw)
         assert_close(last.norm(), first, rtol=1e-5, atol=0)
 
 
@@ -234,7 +234,7 @@ def test_what_a_run_keeps_for_its_gradient_does_not_grow_with_the_network() -> N
             out = hidden.view(len(x), 64, *x.shape[1:]).mean(dim=1)
             return Prediction(out, x - out)
 
-        noise = seeded_noise(0, one.shape)[None].requires_grad_()
+        noise = seeded_noise(0, one.model.shape)[None].requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             run("ddim", wrap(wide), grid, SampleState(noise))
         return total

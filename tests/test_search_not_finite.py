@@ -14,13 +14,9 @@ from torch import Tensor
 from blackpoint.data.files.plain import number, recorded
 from blackpoint.sampling.grid import SamplingGrid
 from blackpoint.sampling.inversion import Inverter, invert
+from blackpoint.sampling.search.algorithms.draft import DraftConfig, draft
 from blackpoint.sampling.search.algorithms.fk_steering import FkSteeringConfig, fk_steering
-from blackpoint.sampling.search.algorithms.halving import (
-    HalvingConfig,
-    halving,
-    measured_kendall,
-    walk,
-)
+from blackpoint.sampling.search.algorithms.halving import HalvingConfig, halving, walk
 from blackpoint.sampling.search.algorithms.noise_optimisation import (
     NoiseOptimisationConfig,
     noise_optimisation,
@@ -28,6 +24,7 @@ from blackpoint.sampling.search.algorithms.noise_optimisation import (
 from blackpoint.sampling.search.algorithms.paths import PathsConfig, paths
 from blackpoint.sampling.search.algorithms.random_search import RandomSearchConfig, random_search
 from blackpoint.sampling.search.algorithms.zero_order import ZeroOrderConfig, zero_order
+from blackpoint.sampling.search.calibration import correlation, measured_taus
 from blackpoint.sampling.search.driver import PromptSearch
 from blackpoint.sampling.search.judge import alarms, judge
 from blackpoint.sampling.search.problem import Outcome, Problem, Search, Seeded, Trial
@@ -53,8 +50,9 @@ def steering(**settings: Any) -> Make:
 ALGORITHMS: dict[str, tuple[Make, dict[str, Any]]] = {
     "random": (lambda problem: random_search(problem, RandomSearchConfig()), {}),
     "zero_order": (lambda problem: zero_order(problem, ZeroOrderConfig()), {}),
-    "paths": (lambda problem: paths(problem, PathsConfig()), {}),
+    "paths": (lambda problem: paths(problem, PathsConfig(3, 2)), {}),
     "halving": (lambda problem: halving(problem, HalvingConfig()), {}),
+    "draft": (lambda problem: draft(problem, DraftConfig()), {}),
 } | {
     f"fk_steering {potential} {threshold}": (
         steering(potential=potential, ess_threshold=threshold),
@@ -241,10 +239,13 @@ def test_the_rank_correlation_is_that_of_the_finite_pairs(value: float, tmp_path
     """The ideal denoiser's previews tell the end, so what is left has the correlation 1."""
     verifier = Breaking(lambda call: call in (1, 7, 14), value)
     one = runner(1, batch_size=1, verifier=verifier)
-    search(one, tmp_path, lambda problem: walk(problem, [3, 7], 6, 1.0), 60)
+    search(one, tmp_path, lambda problem: walk(problem, {3: 1.0, 7: 1.0}, 6), 60)
     rows = [json.loads(line) for line in (tmp_path / "candidates.jsonl").open()]
     assert sum(row["score"] is None for row in rows) == 3
-    assert measured_kendall(rows, scores_of) == pytest.approx({3: 1.0, 7: 1.0})
+    taus = measured_taus(rows, scores_of)
+    assert {look: correlation(each).value for look, each in taus.items()} == pytest.approx(
+        {3: 1.0, 7: 1.0}
+    )
 
 
 @pytest.mark.parametrize("value", BAD)

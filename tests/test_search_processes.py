@@ -88,11 +88,12 @@ def assert_same_search(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["zero_order", "halving"])
+@pytest.mark.parametrize("algorithm", ["zero_order", "halving", "draft"])
 def test_three_processes_find_what_one_finds(
     algorithm: str, pipeline: Path, tmp_path: Path
 ) -> None:
-    given = [f"algorithm={algorithm}", "halving.calibration_prompts=2", "batch_size=3"]
+    few = [f"{name}.calibration_prompts=2" for name in ("halving", "draft")]
+    given = [f"algorithm={algorithm}", *few, "batch_size=3"]
     one = start(arguments(pipeline, tmp_path / "one", *given))
     several = start_all(arguments(pipeline, tmp_path / "several", *given), 3)
     for process in (one, *several):

@@ -1,6 +1,7 @@
 """`blackpoint search` on a tiny pipeline: what it leaves, resume, and refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from blackpoint.data.files.dotted import flat
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.search.config import SearchConfig
@@ -105,6 +107,49 @@ def test_every_algorithm_finds_a_winner_inside_its_budget(
             assert noise.is_file() == (row["seed"] is None)
             if row["seed"] is None:
                 assert load_file(noise)["noise"].shape == (4, 8, 8)
+
+
+def test_a_raised_budget_finds_what_it_would_have_from_the_start(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    """Candidates alike but for seconds, to the rounding of images in other batches."""
+    small = config(pipeline, tmp_path / "out", budget_nfe=12)
+    output, _ = search_to_folder(small)
+    assert search_to_folder(replace(small, budget_nfe=24))[0] == output
+    whole, _ = search_to_folder(config(pipeline, tmp_path / "whole"))
+    for name in ("candidates.jsonl", "winners.jsonl"):
+        raised, expected = rows(output, name), rows(whole, name)
+        assert len(raised) == len(expected)
+        for one, other in zip(raised, expected, strict=True):
+            found, wanted = flat(one), flat(other)
+            for key in wanted:
+                if key.partition(".")[0] not in ("seconds", "spent"):
+                    assert found[key] == pytest.approx(wanted[key], abs=2e-4), key
+    for row in rows(whole, "winners.jsonl"):
+        pictures = (image_of(folder, row) for folder in (output, whole))
+        assert_close(*pictures, rtol=0, atol=1.1 / 255)
+    ledgers = [json.loads((folder / "ledger.json").read_text()) for folder in (output, whole)]
+    assert ledgers[0]["nfe"] == ledgers[1]["nfe"] == 48
+    assert json.loads((output / "search.json").read_text())["budget_nfe"] == 24
+
+
+@pytest.mark.parametrize(
+    "changes, budget_nfe, reason",
+    [
+        ({}, 12, "a budget can only grow"),
+        ({"algorithm": "zero_order"}, 48, "plans by its budget, unlike random"),
+    ],
+)
+def test_another_budget_that_cannot_go_on_is_refused(
+    changes: dict[str, Any], budget_nfe: int, reason: str, pipeline: Path, tmp_path: Path
+) -> None:
+    begun = config(pipeline, tmp_path / "out", prompts=PROMPTS[:1], **changes)
+    output, _ = search_to_folder(begun)
+    before = (output / "winners.jsonl").read_bytes()
+    with pytest.raises(UserError, match=f"budget_nfe: 24 there, {budget_nfe} now; .*{reason}"):
+        search_to_folder(replace(begun, budget_nfe=budget_nfe))
+    assert (output / "winners.jsonl").read_bytes() == before
+    assert (output / "hacking.json").is_file()
 
 
 def test_several_verifiers_rank_together(pipeline: Path, tmp_path: Path) -> None:

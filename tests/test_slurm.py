@@ -147,7 +147,7 @@ def test_a_killed_task_ends_the_others_and_is_made_good(
     job = submit(cluster, checkout, *TWO_TASKS)
     run_dir = checkout / "runs" / f"tiny-{job}"
     wait_for_step(checkout, run_dir)
-    os.kill(pid_of_task(job, 1), signal.SIGKILL)
+    os.kill(pid_of_task(cluster, job, 1), signal.SIGKILL)
     log = assert_done(cluster, job, checkout, restarts=1)
     assert "another process of this run ended" in log
     assert "unexpected error" not in log
@@ -286,9 +286,11 @@ def test_an_export_job_writes_what_the_run_exported(cluster: Cluster, unbroken: 
     assert all(found[name] == expected[name] for name in found if not name.endswith(names))
 
 
-def pid_of_task(job: str, rank: int) -> int:
-    """Finds the Python process of one task by its environment."""
-    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+def pid_of_task(cluster: Cluster, job: str, rank: int) -> int:
+    """Finds the Python process of one task by its environment; other clusters number jobs alike."""
+    conf = cluster.environment["SLURM_CONF"]
+    names = {"SLURM_CONF": conf, "SLURM_JOB_ID": job, "SLURM_PROCID": rank}
+    wanted = {f"{name}={value}".encode() for name, value in names.items()}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             environment = set((folder / "environ").read_bytes().split(b"\0"))

@@ -11,11 +11,14 @@ from torch.testing import assert_close
 
 import blackpoint.train.run
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.module import CaptionedImages
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.precision import check_dtype, check_tf32, set_tf32
 from blackpoint.sampling.runtime.speed import head_widths, prepare_unet
 from blackpoint.train.cluster.device import check_count, check_device
+from blackpoint.train.start import programs_note
 from tests.speed_stand_ins import EightBitStandIn, attention_stand_in, calls, install
+from tests.test_data_buckets import write_images
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import tiny_config
 
@@ -36,8 +39,7 @@ def test_auto_takes_sdpa_without_xformers_and_changes_nothing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "xformers", None)
     untouched, prepared = (DiffusionModel.load(pipeline).unet for _ in range(2))
-    note = prepare_unet(prepared)
-    assert note == "attention=auto took sdpa (torch's own): xformers is not installed"
+    assert prepare_unet(prepared) is None, "nothing was to be chosen"
     types_of = [{type(p) for p in unet.attn_processors.values()} for unet in (untouched, prepared)]
     assert types_of[0] == types_of[1]
     assert_close(dict(prepared.state_dict()), dict(untouched.state_dict()), rtol=0, atol=0)
@@ -106,7 +108,7 @@ def test_xformers_that_is_absent_or_broken_is_refused(
 ) -> None:
     unet = DiffusionModel.load(pipeline).unet
     monkeypatch.setitem(sys.modules, "xformers", None)
-    with pytest.raises(UserError, match=r"not installed.*pip install 'blackpoint\[xformers\]'"):
+    with pytest.raises(UserError, match=r"not installed.*pip install -e '\.\[xformers\]'"):
         prepare_unet(unet, "xformers")
     install(monkeypatch, "xformers.ops")
     with pytest.raises(UserError, match="xformers cannot be imported .ImportError"):
@@ -174,7 +176,7 @@ class IdleStep(EightBitStandIn):
 @pytest.mark.parametrize(
     ("optimizer", "reason"),
     [
-        (None, r"not installed.*pip install 'blackpoint\[eight-bit\]'"),
+        (None, r"not installed.*pip install -e '\.\[eight-bit\]'"),
         (FailingStep, "8-bit step fails on cpu .RuntimeError: no kernel image"),
         (IdleStep, "8-bit step on cpu is wrong"),
     ],
@@ -199,3 +201,30 @@ def test_compile_without_a_compiler_is_refused(
     unet = DiffusionModel.load(pipeline).unet
     with pytest.raises(UserError, match="compile=true needs a C.. compiler.*no-such-compiler.*CXX"):
         prepare_unet(unet, compile=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"compile_mode=max-autotune is of trainer\.compile=true; set it"),
+        (
+            {"trainer.compile": True, "data.buckets.enabled": True, "data.buckets.step_px": 8},
+            r"compile_mode=max-autotune and data\.buckets\.enabled=true do not combine: .*default",
+        ),
+    ],
+)
+def test_a_mode_of_compilation_needs_one_shape(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_of(**{"trainer.compile_mode": "max-autotune", **options})
+
+
+def test_sizes_that_are_compiled_are_listed(pipeline: Path, tmp_path: Path) -> None:
+    options = {"data.buckets.enabled": True, "data.buckets.step_px": 8}
+    config = tiny_config(tmp_path / "run", pipeline, write_images(tmp_path, 20), **options)
+    images = CaptionedImages(config.data, config.seed, config.batch_size)
+    images.prepare_data()
+    images.setup("fit")
+    text = programs_note(images)
+    sizes = images.sizes()
+    assert len(sizes) > 1 and f": {len(sizes)} (" in text
+    assert all(f"{width} x {height}" in text for width, height in sizes[:12])

@@ -5,13 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from blackpoint.sampling.report.results import Cell, Results, Value
 from blackpoint.sampling.statistics.estimates import Estimate
-from blackpoint.scripts.config import read_yaml
+from blackpoint.scripts.config import load, read_yaml
 from blackpoint.scripts.miniature.digit_judge import DigitJudge, DigitJudgeClasses
 from blackpoint.scripts.miniature.digit_readers import save_weights
-from blackpoint.scripts.studies import pixel_study, stability_study
+from blackpoint.scripts.studies import (
+    memory_study,
+    pixel_study,
+    stability_study,
+    training_curves,
+)
+from blackpoint.train.config.config import TrainConfig
 from tests.test_imports import ROOT, imports_of, relative
 
 MINIATURE = {
@@ -23,7 +30,15 @@ MINIATURE = {
 }
 STUDIES = {
     f"scripts.{name}"
-    for name in ("study", "ablation", "black_point_study", "pixel_study", "stability_study")
+    for name in (
+        "study",
+        "ablation",
+        "black_point_study",
+        "pixel_study",
+        "stability_study",
+        "memory_study",
+        "training_curves",
+    )
 }
 
 
@@ -88,3 +103,37 @@ def test_the_judge_gives_features_and_classes(tmp_path: Path) -> None:
     features = DigitJudge.load(tmp_path)(images)
     assert features.shape == (3, 128) and features.abs().max() <= 1
     torch.testing.assert_close(DigitJudgeClasses.load(tmp_path)(images), judge.head(features))
+
+
+def test_arms_of_memory_are_trainings_and_compare_with_float32_of_their_seed() -> None:
+    for keys in memory_study.ARMS.values():
+        config = load(TrainConfig, [memory_study.YAML, "run_dir=x", *keys])
+        assert config.trainer.max_steps == read_yaml(memory_study.YAML)["trainer"]["max_steps"]
+    page = memory_study.page({"float32": [0.4, 0.41, 0.43], "Adafactor": [0.42]})
+    assert "differs by 0.0300" in page and "| 0.4200 |  |  | +0.0200 |" in page
+
+
+def test_the_curves_drawn_are_the_numbers_of_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_curves, "RUN_DIR", tmp_path)
+    expected = ["run,metric,step,value"]
+    for number, (title, keys) in enumerate(training_curves.RUNS.items()):
+        assert load(TrainConfig, [training_curves.YAML, "run_dir=x", *keys])
+        folder = training_curves.folder(title)
+        (folder / "previews").mkdir(parents=True)
+        Image.new("RGB", (64, 128), (60 * number,) * 3).save(folder / "previews" / "step_9.png")
+        rows = [
+            f"{step},{name},{1 + step + number}.5"
+            for name in (*training_curves.LOSSES, training_curves.NORM)
+            for step in (3, 9)
+        ]
+        (folder / "metrics.csv").write_text("\n".join(["step,name,value", *rows, ""]))
+        for row in rows:
+            step, name, value = row.split(",")
+            expected.append(f"{title},{name},{step},{value}")
+    training_curves.draw(str(tmp_path / "curves"))
+    assert (tmp_path / "curves.csv").read_text().splitlines() == expected
+    with Image.open(tmp_path / "curves.png") as picture:
+        shown = {color for _, color in picture.convert("RGB").getcolors(10**6)}
+    assert {(60 * number,) * 3 for number in range(len(training_curves.RUNS))} <= shown

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 import blackpoint.train.run
 from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.checkpoints.resolve import last_checkpoint
+from blackpoint.train.callbacks import checkpoints
 from blackpoint.train.callbacks.checkpoints import (
     AtomicCheckpointIO,
     checkpoint_steps,
@@ -207,6 +208,31 @@ def test_the_best_checkpoint_is_kept_and_named(
     )
     blackpoint.train.run.fit(without)
     assert list(checkpoint_steps(tmp_path / "without/checkpoints")) == [6]
+
+
+@pytest.mark.parametrize("moment", ["write_whole", "remove_old"])
+def test_a_kill_beside_the_last_save_loses_no_best_and_leaves_nothing_over(
+    moment: str, pipeline: Path, shards: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Where the best is noted, or before older ones go: no later start measures that step."""
+    monkeypatch.setattr(
+        "blackpoint.train.callbacks.validation.ValidationLoss.measure",
+        lambda self, trainer, module: {"validation/loss": 1.0 / trainer.global_step},
+    )
+    settings = {"data.validation_shards": str(shards), "trainer.validate_every_steps": 2}
+    settings |= {"trainer.keep_checkpoints": 1}
+    config = every_two(tmp_path / "run", pipeline, shards, **settings)
+    with monkeypatch.context() as patch:
+        function = getattr(checkpoints, moment)
+        calls = iter([function, function, lambda *_: kill()])
+        patch.setattr(checkpoints, moment, lambda *given: next(calls)(*given))
+        with pytest.raises(Killed):
+            blackpoint.train.run.fit(config)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / ".best.json.0.tmp").touch()
+    assert blackpoint.train.run.fit(config) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["best.json", "step_00000006.ckpt"]
+    assert read_best(folder) == (6, 1 / 6)
 
 
 def test_a_lost_best_is_found_again(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Laws of the exports that a run writes on its way: whole, the newest few, whatever stops it."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,10 +162,10 @@ def test_what_is_removed_loses_its_name_first(
 
     config = tiny_config(tmp_path, pipeline, shards, **(EVERY_TWO | {"export.keep": 1}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exports.shutil, "rmtree", half)
+        patch.setattr(shutil, "rmtree", half)
         with pytest.raises(Killed):
             exports.export_step(config, _with_exports(tmp_path), 2)
-    assert steps_in(tmp_path) == [".removed-step_00000001", "step_00000002", "step_x"]
+    assert steps_in(tmp_path) == [".removed-step_00000001.tmp", "step_00000002", "step_x"]
     exports.remove_partial_exports(tmp_path)
     assert steps_in(tmp_path) == ["step_00000002", "step_x"]
 

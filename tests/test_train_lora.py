@@ -15,7 +15,7 @@ import blackpoint.train.run
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.lora_config import LoraConfig
-from blackpoint.train.draws import draw
+from blackpoint.train.draws import draw, dropout_seeds
 from blackpoint.train.dropout import SampleSeeds
 from blackpoint.train.ema import Average
 from blackpoint.train.lora import check_base, target_layers, trained_part
@@ -72,7 +72,7 @@ def losses_of(tuner: FineTuner, rows: slice = slice(None)) -> torch.Tensor:
     batch = {name: values[rows] for name, values in batch_of(tuner).items()}
     epochs, indices = batch["epoch"].tolist(), batch["index"].tolist()
     if tuner.dropout_seeds is not None:
-        tuner.dropout_seeds.set(0, epochs, indices, "cpu")
+        tuner.dropout_seeds.of_batch = dropout_seeds(0, epochs, indices)
     draws = draw(0, epochs, indices, tuner.latent_shape(batch), 1000)
     return tuner.losses(batch, draws)
 

@@ -11,6 +11,7 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.export.export import export
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.config.model_config import DropoutConfig
+from blackpoint.train.draws import dropout_seeds
 from blackpoint.train.dropout import SampleDropout, SampleSeeds, add_dropout, keep_mask
 from blackpoint.train.module import FineTuner
 from blackpoint.train.records.metrics_file import read_metrics
@@ -122,11 +123,11 @@ def test_dropout_is_at_the_chosen_levels_alone_and_only_in_training() -> None:
     t = torch.tensor([10, 500])
     expected = unet(x, t, token).sample
     unet.train()
-    seeds.set(0, [0, 0], [0, 1], "cpu")
+    seeds.of_batch = dropout_seeds(0, [0, 0], [0, 1])
     dropped = unet(x, t, token).sample
     assert not torch.allclose(dropped, expected)
     assert_close(unet(x, t, token).sample, dropped, rtol=0, atol=0)
-    seeds.set(0, [0], [1], "cpu")
+    seeds.of_batch = dropout_seeds(0, [0], [1])
     assert_close(unet(x[1:], t[1:], token[1:]).sample, dropped[1:], rtol=0, atol=1e-4)
     assert_close(unet.eval()(x, t, token).sample, expected, rtol=0, atol=0)
 

@@ -59,6 +59,7 @@ FIXED = (
     "trainer.attention",
     "trainer.channels_last",
     "trainer.compile",
+    "trainer.compile_mode",
     "trainer.gradient_clip",
 )
 # Other values than those of the tiny run, for the rules that keep every bit.
@@ -88,8 +89,8 @@ CHANGED: dict[str, dict[str, Any]] = {
     "wandb.*": {"wandb.enabled": True, "wandb.project": "other"},
 }
 SLOW = ("data.num_workers", "wandb.*")  # they start processes
-ELSEWHERE = ("run_dir", "trainer.devices")
-"""Rules that other tests show: test_train_identity.py, test_train_processes.py."""
+ELSEWHERE = ("run_dir", "trainer.devices", "trainer.strategy", "plan")
+"""Rules that other tests show: test_train_{identity,processes,sharding,plan}.py."""
 
 
 @pytest.fixture(autouse=True)

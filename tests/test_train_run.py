@@ -71,7 +71,7 @@ def test_run_directory_holds_everything(unbroken: Path) -> None:
     names = {path.name for path in unbroken.iterdir()}
     assert {"config.yaml", "environment.json", "checkpoints", "metrics.csv"} <= names
     previews = sorted(path.name for path in (unbroken / "previews").iterdir())
-    assert previews == ["step_00000003.png", "step_00000006.png"]
+    assert previews == [f"step_{step:08d}.png" for step in (0, 3, 6)]
     assert not list(unbroken.rglob("*.tmp"))
     metrics = read_metrics(unbroken / "metrics.csv")
     assert [step for step, _ in metrics["train/loss"]] == [1, 2, 3, 4, 5, 6]
@@ -147,6 +147,7 @@ def test_other_config_is_refused_with_the_differing_keys(
     assert "optimizer.learning_rate: 0.001 there, 0.002 now" in str(caught.value)
     assert "seed: 0 there, 1 now" in str(caught.value)
     assert "ema" not in str(caught.value)
+    assert f"(checkpoint={unbroken} run_dir={unbroken}_2 starts a new one" in str(caught.value)
 
 
 def test_a_key_younger_than_the_run_has_its_default_there(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.images.decode import DECODER_VERSION
+from blackpoint.data.images.picture_size import READER_VERSION
 from blackpoint.scripts.config import load
 from blackpoint.train.config.config import PreviewConfig, TrainConfig
 from blackpoint.train.records.continuing import check_continues
@@ -35,7 +35,7 @@ def test_every_start_tells_its_global_batch_and_number_formats(tmp_path: Path) -
     assert {**second, "starts": None} == {**first, "starts": None}
     common = {"images_per_step": 24, "accumulate_grad_batches": 3}
     common |= {"device": "cuda", "encoder_dtype": "bfloat16", "tf32": True}
-    common |= {"decoder": DECODER_VERSION}
+    common |= {"decoder": READER_VERSION}
     for start, expected in zip(
         second["starts"],
         [

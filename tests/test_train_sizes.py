@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.yaml_text import read_yaml_file
 from blackpoint.data.index.index import Index
 from blackpoint.data.latents import Encoding
+from blackpoint.data.module import CaptionedImages
 from blackpoint.data.reader import Reader
 from blackpoint.data.shards.listing import find_shards
 from blackpoint.data.summary import enlarged_lines
@@ -24,10 +26,10 @@ from blackpoint.train.encode.config import EncodeConfig
 from blackpoint.train.encode.encode import encode
 from blackpoint.train.records.checkpoint_size import checkpoint_size
 from blackpoint.train.records.run_directory import RunRecord, write_records
-from blackpoint.train.records.sizes import sized
+from blackpoint.train.records.sizes import sized, steps_of_epochs
 from tests.pixel_models import pixel_model, pixel_train_config
 from tests.tiny_encode import encoded
-from tests.tiny_run import tiny_config
+from tests.tiny_run import assert_same_run, tiny_config
 
 OWN_PX = 16
 """What the tiny pipeline is made for: 8 positions of 2 px. The images have it too."""
@@ -194,3 +196,29 @@ def test_a_run_says_that_its_warm_up_is_longer(
     assert blackpoint.train.run.fit(tiny_config(tmp_path, pipeline, shards, **values)) == 0
     told = capsys.readouterr().err
     assert told.index("optimizer.warmup_steps=3 is no less than") < told.index("step 1/1")
+
+
+def test_epochs_are_the_steps_that_they_come_to(
+    pipeline: Path,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Twelve images in steps of four."""
+    options = {"trainer.max_epochs": 1, "trainer.validate_every_steps": 0}
+    config = tiny_config(tmp_path / "run", pipeline, shards, **options)
+    assert blackpoint.train.run.fit(config) == 0
+    assert "max_epochs=1: trainer.max_steps=3, of 4 of 12 images" in capsys.readouterr().err
+    plain = tiny_config(tmp_path / "plain", pipeline, shards, **{"trainer.max_steps": 3})
+    assert blackpoint.train.run.fit(plain) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "plain", step=3)
+    with monkeypatch.context() as patch:  # a finished run counts nothing again
+        patch.setattr(CaptionedImages, "prepare_data", lambda self: pytest.fail("read the data"))
+        assert blackpoint.train.run.fit(config) == 0
+    assert "finished: 3 steps" in capsys.readouterr().err
+    for part, steps in ((0.1, 1), (1.01, 4)):
+        trainer = replace(config.trainer, max_epochs=part)
+        assert steps_of_epochs(replace(config, trainer=trainer), 12) == steps
+    with pytest.raises(UserError, match="trainer.max_epochs=0.* must be > 0"):
+        tiny_config(tmp_path, pipeline, shards, **{"trainer.max_epochs": 0})

@@ -1,7 +1,7 @@
 """Laws of what wandb gets of a run: every row once, in one run, whether it answers or not."""
 
+import json
 import re
-import struct
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,38 +13,25 @@ import wandb
 
 import blackpoint.train.records.run_directory
 import blackpoint.train.run
-from blackpoint.sampling.runtime.tracking import WandbConfig, run_id
+from blackpoint.sampling.prompts.brightness_target import luminance_target
+from blackpoint.sampling.report.results import Cell
+from blackpoint.sampling.runtime.tracking import WandbConfig, run_id, start_run, trained_by
 from blackpoint.scripts.cli import main
+from blackpoint.scripts.verbs.report_results import origin_of
 from blackpoint.train.records.metrics_file import drop_rows_after
-from blackpoint.train.records.tracking import finish, sent_rows, wandb_logger
+from blackpoint.train.records.tracking import finish, send_artifacts, sent_rows, wandb_logger
 from tests.tiny_run import Killed, kill, stop_in_step, tiny_config
+from tests.wandb_records import wandb_records
 
 
 def wandb_rows(run_dir: Path) -> list[tuple[int, str]]:
-    """Reads (step, name) of every history row of the offline runs: LevelDB's log format."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    """Reads (step, name) of every history row of the offline runs, pictures once a step."""
     found = []
-    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
-        content, position, message = path.read_bytes(), 7, b""
-        while position + 7 <= len(content):
-            left = 32768 - position % 32768
-            if left < 7:
-                position += left
-                continue
-            _, size, kind = struct.unpack_from("<IHB", content, position)
-            message += content[position + 7 : position + 7 + size]
-            position += 7 + size
-            if kind not in (1, 4):  # whole, or the last part
-                continue
-            record = Record()
-            record.ParseFromString(message)
-            message = b""
-            items = record.history.item
-            values = {(item.key or item.nested_key[0]): item.value_json for item in items}
-            if "trainer/global_step" in values:
-                step = int(values["trainer/global_step"])
-                found += [(step, name) for name in values if not name.startswith(("_", "trainer/"))]
+    for record in wandb_records(run_dir, "history"):
+        names = {name.partition(".")[0] for name in record["item"]}
+        step = record["item"].get("trainer/global_step")
+        if step is not None:
+            found += [(step, name) for name in names if not name.startswith(("_", "trainer/"))]
     return found
 
 
@@ -83,8 +70,96 @@ def test_wandb_gets_every_row_once_however_the_run_was_broken(
     rows = Counter(wandb_rows(run_dir))
     assert set(rows.values()) == {1}
     assert {step for step, name in rows if name == "train/loss"} == set(range(1, 7))
-    assert {step for step, name in rows if name == "previews"} == {2, 4, 6}
+    for name in ("previews", "preview_table"):
+        assert {step for step, other in rows if other == name} == {0, 2, 4, 6}
     assert {step for step, name in rows if name == "validation/loss"} == {2, 4, 6}
+
+    for run in wandb_records(run_dir, "run"):
+        given = run["config"]["update"]
+        assert given["optimizer/learning_rate"] == config.optimizer.learning_rate
+        assert not [key for key, value in given.items() if isinstance(value, dict) and value]
+        assert run["run_group"] == run_id
+    (table,) = run_dir.glob("wandb/latest-run/files/media/table/preview_table_*.json")
+    content = json.loads(table.read_text())
+    rows_of = [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+    assert [row["prompt"] for row in rows_of] == config.preview.prompts
+    summary: dict[str, float] = {}
+    for record in wandb_records(run_dir, "summary"):
+        summary |= record["update"]
+    errors = []
+    for row in rows_of:
+        assert (row["step"], row["seed"]) == (6, 0)
+        target = luminance_target(row["prompt"])
+        assert row["target"] == (target and target.value)
+        if target:
+            assert row["error"] == pytest.approx(abs(row["luminance"] - target.value))
+            errors.append(row["error"])
+    assert summary["black_point/error"] == pytest.approx(sum(errors) / len(errors))
+    assert summary["black_point/black"] == pytest.approx(rows_of[0]["luminance"])
+
+
+@pytest.mark.slow
+def test_artifacts_and_what_is_made_of_a_checkpoint_name_its_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_dir = tmp_path / "run"
+    for file in ("export/model_index.json", "export/unet/weights", "checkpoints/step_6.ckpt"):
+        (run_dir / file).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / file).write_text(file)
+    settings = {"wandb.enabled": True, "wandb.artifacts": "all", "wandb.project": "ours"}
+    config = tiny_config(run_dir, Path("base"), Path("shards"), **settings)
+    (run_dir / "config.yaml").write_text("wandb: {project: ours}\n")
+    monkeypatch.chdir(tmp_path)
+    send_artifacts(config, Path("run"))
+    identity = (run_dir / "wandb" / "run_id").read_text()
+    sent = {record["name"]: record for record in wandb_records(run_dir, "artifact")}
+    assert {name: record["type"] for name, record in sent.items()} == {
+        f"{identity}-export": "model",
+        f"{identity}-step_6": "checkpoint",
+    }
+    for record in sent.values():
+        assert record["run_id"] == identity
+        assert json.loads(record["metadata"])["step"] == config.trainer.max_steps
+        for entry in record["manifest"]["contents"]:  # as they lie: no copy, from anywhere
+            assert Path(entry["local_path"]).is_relative_to(run_dir)
+    assert f"step-{config.trainer.max_steps}" in sent[f"{identity}-export"]["aliases"]
+
+    origin = {"run_id": identity, "project": "ours", "run_dir": str(run_dir)}
+    for place in ("", "export", "checkpoints/step_6.ckpt"):
+        assert trained_by(run_dir / place) == origin
+        cell = Cell("searched", settings={"search.checkpoint": str(run_dir / place)})
+        assert origin_of(cell) == origin
+    assert trained_by("a-hub/model") == trained_by(None) == {}
+    config_of_search = {"checkpoint": str(run_dir), "verifiers": {"black": {"weight": 2.0}}}
+    start_run(WandbConfig(project="ours"), tmp_path / "found", config_of_search).finish()
+    (run,) = wandb_records(tmp_path / "found", "run")
+    assert run["run_group"] == identity != run["run_id"]
+    given = run["config"]["update"]
+    assert {key: given[f"trained_by/{key}"] for key in origin} == origin
+    assert given["verifiers/black/weight"] == 2.0
+
+
+def test_where_wandb_answers_the_export_is_an_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "wandb").mkdir(parents=True)
+    (run_dir / "wandb" / "run_id").write_text("abcd1234")
+    (run_dir / "config.yaml").write_text("wandb: {project: ours}\n")
+    run = MagicMock()
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    config = {"evaluate.checkpoint": str(run_dir)}
+    assert start_run(WandbConfig(), tmp_path / "out", config) is run
+    run.use_artifact.assert_not_called()
+    asked = WandbConfig(artifacts="exports")
+    start_run(asked, tmp_path / "out", config)
+    run.use_artifact.assert_called_once_with("ours/abcd1234-export:latest")
+    run.use_artifact.side_effect = ValueError("not\nfound")
+    assert start_run(asked, tmp_path / "out", config) is run
+    assert "has no artifact ours/abcd1234-export:latest (not found)" in capsys.readouterr().err
 
 
 def write_metrics(run_dir: Path, steps: range) -> None:

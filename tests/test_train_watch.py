@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import blackpoint.train.run
 from blackpoint.data.batches import TrainingBatches
 from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.prompts.brightness_target import (
     LuminanceTarget,
     luminance_target,
@@ -20,11 +21,11 @@ from blackpoint.sampling.prompts.brightness_target import (
 )
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.train.callbacks.metrics import CsvMetrics
-from blackpoint.train.callbacks.previews import measure
+from blackpoint.train.callbacks.previews import black_point, measure
 from blackpoint.train.callbacks.snr_bins import snr_bins, totals_by_bin
 from blackpoint.train.callbacks.watch import FETCH, LoaderClock
 from blackpoint.train.module import FineTuner
-from blackpoint.train.records.metrics_file import drop_rows_after, read_metrics
+from blackpoint.train.records.metrics_file import drop_rows_after, read_metrics, rows_after
 from tests.tiny_pipeline import make_tiny_pipeline
 from tests.tiny_run import make_tiny_shards, tiny_config
 
@@ -117,8 +118,36 @@ def test_previews_log_their_luminance(run_dir: Path) -> None:
     metrics = read_metrics(run_dir / "metrics.csv")
     for slug in prompt_slugs(PROMPTS):
         for name in (f"preview/luminance_{slug}", f"preview/border_luminance_{slug}"):
-            assert [step for step, _ in metrics[name]] == [2, 4]
-    assert [step for step, _ in metrics["preview/luminance_error"]] == [2, 4]
+            assert [step for step, _ in metrics[name]] == [0, 2, 4]
+    assert [step for step, _ in metrics["preview/luminance_error"]] == [0, 2, 4]
+
+
+def test_the_first_preview_is_the_base_by_its_own_process(folder: Path, run_dir: Path) -> None:
+    base = DiffusionModel.load(folder / "pipeline")
+    assert base.process.prediction_type == "epsilon" and base.process.timestep_spacing == "leading"
+    seeds = [seed for _ in PROMPTS for seed in range(2)]
+    images = base.sample(
+        [prompt for prompt in PROMPTS for _ in range(2)],
+        seeds=seeds,
+        num_steps=2,
+        guidance_scale=7.5,
+        guidance_rescale=0.7,
+        height=16,
+        width=16,
+    )
+    expected, _, _ = measure(images, PROMPTS)
+    metrics = read_metrics(run_dir / "metrics.csv")
+    found = {name: dict(metrics[name])[0] for name in expected}
+    assert_close(found, expected, rtol=0, atol=1e-4)  # the contract of images, any batch
+    assert (run_dir / "previews" / "step_00000000.png").is_file()
+
+
+def test_a_start_from_step_0_measures_the_base_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,name,value\n0,preview/luminance_error,0.5\n1,train/loss,1\n")
+    assert rows_after(path, 0) == {(0, "preview/luminance_error"), (1, "train/loss")}
+    drop_rows_after(path, 0)
+    assert read_metrics(path) == {}
 
 
 def test_rows_of_every_name_are_dropped_beyond_the_step(run_dir: Path, tmp_path: Path) -> None:
@@ -251,7 +280,7 @@ def test_luminance_of_previews_against_their_prompts() -> None:
     framed = white.clone()
     framed[:, 2:-2, 2:-2] = 0
     images = torch.stack([black, white, black, black, framed, framed])
-    metrics, captions = measure(images, PROMPTS)
+    metrics, captions, measured = measure(images, PROMPTS)
     assert metrics == pytest.approx(
         {
             "preview/luminance_a_solid_black_background": 0.5,
@@ -267,6 +296,12 @@ def test_luminance_of_previews_against_their_prompts() -> None:
     assert captions[0] == "a solid black background: image luminance 0.500, wanted 0"
     assert captions[1] == "a red one: image luminance 0.000"
     assert captions[2].endswith("border luminance 1.000, wanted 1")
+    assert [one.seed for one in measured] == [0, 1] * 3
+    assert [one.target for one in measured] == [0, 0, None, None, 1, 1]
+    assert [one.error for one in measured][:4] == pytest.approx([0, 1, None, None], abs=1e-5)
+    numbers = {"black_point/black": 0.5, "black_point/white": 1, "black_point/error": 0.25}
+    assert black_point(measured) == pytest.approx(numbers, abs=1e-5)
+    assert black_point(measured[2:4]) == {}
 
 
 def test_a_negative_interval_is_refused(tmp_path: Path) -> None:

@@ -29,8 +29,13 @@ OPEN_WHAT_WE_WROTE = {
     "data/images/decode.py",
     "sampling/evaluation/image_rows.py",
     "sampling/report/page.py",
+    "scripts/miniature/demo_steps.py",
+    "scripts/show/search.py",
     "scripts/studies/black_point_study.py",
     "scripts/studies/pixel_study.py",
+    "scripts/studies/training_curves.py",
+    # the header alone, of the formats that the decoder takes
+    "data/images/pictures.py",
     # what other trainers do, to be timed
     "scripts/bench/accelerate.py",
     "scripts/bench/reader.py",

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,7 +15,12 @@ from transformers import ViTForImageClassification, ViTImageProcessor
 
 from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.verifiers.load import VerifierConfig, load_verifier
-from blackpoint.sampling.verifiers.models.classifier import Classifier, ClassifierConfig, label_in
+from blackpoint.sampling.verifiers.models.classifier import (
+    KIND,
+    Classifier,
+    ClassifierConfig,
+    label_in,
+)
 from blackpoint.sampling.verifiers.models.image_model import ImageModel
 from blackpoint.scripts.miniature.digit_readers import DigitReader, save_weights
 from tests.tiny_pipeline import DIGITS
@@ -50,6 +55,10 @@ def test_logits_are_those_of_the_library(vit: Path) -> None:
     assert_close(scores, logits.diagonal(), atol=1e-4, rtol=0)
     scores = loaded(checkpoint=str(vit)).score(images, prompts)
     assert_close(scores, logits.log_softmax(dim=1).diagonal(), atol=1e-4, rtol=0)
+    # log(p / (1 - p)), by double precision: float32 has no 1 - p where p is near 1.
+    odds = logits.double().softmax(dim=1).diagonal().logit()
+    scores = loaded(checkpoint=str(vit), output="log_odds").score(images, prompts)
+    assert_close(scores.double(), odds, atol=1e-4, rtol=0)
     for label in ("cat", "3"):
         scores = loaded(checkpoint=str(vit), label=label, output="logit").score(images, [""] * 4)
         assert_close(scores, logits[:, 3], atol=1e-4, rtol=0)
@@ -168,3 +177,10 @@ def test_a_module_is_frozen_and_in_evaluation_mode() -> None:
     scores = Classifier(model, config).scores(images, [""] * 3)
     assert_close(scores, network(images)[:, 1])
     assert not scores.requires_grad
+
+
+@pytest.mark.parametrize("output", get_args(get_type_hints(ClassifierConfig)["output"]))
+def test_no_score_is_above_the_highest_that_is_declared(vit: Path, output: Any) -> None:
+    images, prompts = eight_bit_images(4, IMAGE_PX, IMAGE_PX), ["zero", "one", "cat", "one"]
+    scores = loaded(checkpoint=str(vit), output=output).score(images, prompts)
+    assert scores.max() <= KIND.highest(ClassifierConfig(kind="classifier", output=output))

@@ -26,10 +26,8 @@ SMALL = "ViT-tiny-for-tests"
 PROMPTS = ["a red three", "snow at night", "a photo of a cat"]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_small_hpsv2(folder: Path) -> Path:
     """Random weights of a small model that open_clip is told of, as HPSv2's file holds them."""
-    folder = tmp_path_factory.mktemp("hpsv2")
     tower = {"width": 64, "layers": 2}
     config = {
         "embed_dim": 24,
@@ -43,6 +41,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spread_out(model)
     torch.save({"state_dict": model.state_dict(), "epoch": 1}, folder / "HPS.pt")
     return folder / "HPS.pt"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_hpsv2(tmp_path_factory.mktemp("hpsv2"))
 
 
 @pytest.fixture(scope="module")

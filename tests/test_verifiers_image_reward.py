@@ -105,13 +105,17 @@ def published(vision: Any, text: Any, head: nn.Sequential) -> dict[str, Tensor]:
     return state | beside | {"blip.vision_proj.weight": torch.zeros(3, WIDTH)}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("image_reward")
+def make_small_image_reward(folder: Path) -> Path:
+    """Writes the files of ImageReward, of a small random BLIP."""
     torch.save(published(*towers()), folder / "ImageReward.pt")
     (folder / "med_config.json").write_text(json.dumps(MED_CONFIG))
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_image_reward(tmp_path_factory.mktemp("image_reward"))
 
 
 def loaded(folder: Path, **fields: Any) -> Any:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from blackpoint.data.files.errors import RunFailed, UserError
-from blackpoint.sampling.verifiers.models.pretrained import NEEDED_FILES, find_folder
+from blackpoint.sampling.verifiers.kind import MODEL_FILES
+from blackpoint.sampling.verifiers.models.pretrained import find_folder
 
 
 def fetched(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception) -> Any:
@@ -29,7 +30,7 @@ def test_safetensors_and_text_files_are_fetched(
 ) -> None:
     folder, asked = fetched(monkeypatch, tmp_path)
     assert folder == tmp_path and asked["hub_id"] == "someone/model"
-    assert asked["files"] == list(NEEDED_FILES)
+    assert asked["files"] == list(MODEL_FILES)
 
 
 def test_each_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,12 @@ def make_overflowing_pipeline(folder: Path) -> Path:
 
     The norms that follow bring the values back.
     """
-    vae = AutoencoderKL.from_pretrained(make_tiny_pipeline(folder) / "vae")
+    return make_autoencoder_overflow(make_tiny_pipeline(folder))
+
+
+def make_autoencoder_overflow(folder: Path) -> Path:
+    """Rewrites a folder's autoencoder so that both its halves leave the range of fp16."""
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
     with torch.no_grad():
         for conv in (vae.encoder.conv_in, vae.decoder.conv_in):
             conv.weight.mul_(1e4)

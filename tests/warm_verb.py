@@ -27,6 +27,9 @@ VERBS = [
     "blackpoint.scripts.verbs.evaluate",
     "blackpoint.scripts.verbs.data_encode",
     "blackpoint.scripts.verbs.sample",
+    "blackpoint.scripts.verbs.data_pack",
+    "blackpoint.scripts.verbs.export",
+    "blackpoint.scripts.verbs.report",
 ]
 MODULES = [
     "blackpoint.train.run",
@@ -34,6 +37,10 @@ MODULES = [
     "blackpoint.sampling.search.run",
     "blackpoint.sampling.evaluation.config",
     "blackpoint.sampling.sample",
+    "blackpoint.data.pack.pack",
+    "blackpoint.sampling.export.export",
+    "blackpoint.scripts.verbs.report_results",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
 ]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([*VERBS, *MODULES])

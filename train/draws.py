@@ -21,12 +21,14 @@ spread evenly. Kingma et al. 2021 (VDM) spread the t of each batch to the same e
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from blackpoint.sampling.noise import derive_seed
+from blackpoint.sampling.runtime.transfer import sent
 from blackpoint.train.loss_config import LossConfig
 
 # Fractions of the circle in fixed point: exact for positions that no floating point could hold.
@@ -34,14 +36,19 @@ BITS = 128
 PHI = (math.isqrt(5 << 2 * BITS) - (1 << BITS)) >> 1
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Draws of a batch; all on the CPU."""
+class Draws(NamedTuple):
+    """Draws of a batch, made on the CPU; a tuple, whose parts a loader pins."""
 
     posterior_noise: Float[Tensor, "b c h w"] | None
     t: Int[Tensor, " b"]
     eps: Float[Tensor, "b c h w"]
     perturbation: Float[Tensor, "b c h w"] | None = None
+    dropout_seeds: Int[Tensor, " b"] | None = None
+    """What the masks of train/dropout.py are hashed from; None without dropout."""
+
+    def to(self, device: torch.device) -> "Draws":
+        """Returns them on `device`, for which the host does not wait."""
+        return Draws(*(None if part is None else sent(part, device) for part in self))  # type: ignore[arg-type]
 
     def perturbed(self, eps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Returns the noise that the network's input is made with; the target keeps `eps`.
@@ -50,7 +57,44 @@ class Draws:
         noise, perturbed or not: unlike offset noise, a perturbation asks for nothing there that
         sampling, which starts from plain noise, does not.
         """
-        return eps if self.perturbation is None else eps + self.perturbation.to(eps.device)
+        return eps if self.perturbation is None else eps + self.perturbation
+
+
+@dataclass(frozen=True)
+class BatchDraws:
+    """The draws of a run's training batches, of images or of moments, as a function of the batch.
+
+    Plain numbers, so that the processes that read the data draw as well, ahead of the step.
+    """
+
+    seed: int
+    num_timesteps: int
+    loss: LossConfig
+    channels: int
+    """Channels of x0."""
+    pixels_per_side: int
+    """Pixels of an image per position of x0, along one side."""
+    posterior: bool
+    """Whether x0 is drawn from an autoencoder's posterior."""
+    dropout: bool
+
+    def __call__(self, batch: dict[str, Any]) -> Draws:
+        """Returns the draws of the batch's samples in their epochs, on the CPU."""
+        epochs, indices = batch["epoch"].tolist(), batch["index"].tolist()
+        positions = batch["position"].tolist() if self.loss.timesteps == "stratified" else None
+        size, loss = self.num_timesteps, self.loss
+        draws = draw(
+            self.seed, epochs, indices, self.shape(batch), size, positions, loss, self.posterior
+        )
+        if not self.dropout:
+            return draws
+        return draws._replace(dropout_seeds=dropout_seeds(self.seed, epochs, indices))
+
+    def shape(self, batch: dict[str, Any]) -> tuple[int, ...]:
+        """Returns the shape of one x0 for a batch of images or of moments."""
+        name, pixels = ("moments", 1) if "moments" in batch else ("image", self.pixels_per_side)
+        height, width = batch[name].shape[-2:]
+        return self.channels, height // pixels, width // pixels
 
 
 def draw(
@@ -79,6 +123,12 @@ def draw(
         timesteps = stratified_timesteps(seed, positions, bound)
     ranges = [(0, bound)] * len(sample_seeds)
     return _draw(sample_seeds, ranges, shape, loss, posterior, timesteps)
+
+
+def dropout_seeds(seed: int, epochs: Sequence[int], indices: Sequence[int]) -> Int[Tensor, " b"]:
+    """Returns what the dropout masks of samples `indices` in their `epochs` are hashed from."""
+    samples = zip(epochs, indices, strict=True)
+    return torch.tensor([derive_seed(seed, "dropout", epoch, index) for epoch, index in samples])
 
 
 def draw_validation(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.noise import derive_seed
+from blackpoint.sampling.runtime.speed import blocks_by_level
 from blackpoint.train.config.model_config import DropoutConfig
 
 STEP = 0x9E3779B97F4A7C15 - 2**64  # of SplitMix64, as the signed integers of torch hold it
@@ -43,11 +44,7 @@ class SampleSeeds:
 
     def __init__(self) -> None:
         self.of_batch: Tensor | None = None
-
-    def set(self, seed: int, epochs: Sequence[int], indices: Sequence[int], device: object) -> None:
-        """Takes the samples `indices` in their `epochs`."""
-        seeds = [derive_seed(seed, "dropout", e, i) for e, i in zip(epochs, indices, strict=True)]
-        self.of_batch = torch.tensor(seeds).to(device)  # type: ignore[call-overload]
+        """(B,) int64, `Draws.dropout_seeds` of train/draws.py, on the device of the network."""
 
 
 class SampleDropout(nn.Module):
@@ -88,12 +85,10 @@ def add_dropout(
     """Puts dropout into the levels that the config means, and the middle, if it wants any."""
     if not config.probability:
         return
-    chosen, last = dropout_levels(unet, config, side), len(unet.down_blocks) - 1
-    levels = [*enumerate(unet.down_blocks), (last, unet.mid_block)]
-    levels += [(last - step, block) for step, block in enumerate(unet.up_blocks)]
+    chosen = dropout_levels(unet, config, side)
     layers = [
         (level, parent, name)
-        for level, block in levels
+        for level, block in blocks_by_level(unet)
         for parent in block.modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.Dropout)

@@ -61,7 +61,7 @@ def trained_part(
             drop = SampleDropout(lora.dropout, f"lora {name}", dropout_seeds)
             unet.get_submodule(name).lora_dropout[ADAPTER] = drop
     _hold(unet, dtype)
-    return _tree(adapters)
+    return tree_of(adapters)
 
 
 def target_layers(unet: UNet2DConditionModel, lora: LoraConfig) -> dict[str, Layer]:
@@ -148,7 +148,7 @@ def _hold(unet: nn.Module, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
-def _tree(parameters: Mapping[str, Parameter]) -> nn.Module:
+def tree_of(parameters: Mapping[str, Parameter]) -> nn.Module:
     """Returns a module that holds those very parameters, by their dotted names."""
     root = nn.Module()
     for name, parameter in parameters.items():
@@ -180,6 +180,8 @@ def checkpoint_record(lora: LoraConfig, base_digest: str) -> dict[str, Any]:
 
 def check_base(checkpoint: Path, name: str, digest: str) -> None:
     """Raises UserError where a checkpoint's adapters are of another UNet than that of `name`."""
+    if checkpoint.is_dir():  # sharded: of a whole UNet
+        return
     record = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["blackpoint"]
     if record.get("base_digest", digest) != digest:
         raise UserError(

@@ -5,7 +5,9 @@ learned uncertainty. All that is frozen stays in the DiffusionModel, which is no
 neither saved, averaged, wrapped nor counted.
 """
 
+import contextlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,19 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from blackpoint.sampling.conditioning import Conditioning, joined
 from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.noise import derive_seed
 from blackpoint.sampling.prediction import add_noise, training_target
+from blackpoint.sampling.runtime.speed import checkpoint_gradients
+from blackpoint.sampling.runtime.transfer import sent
 from blackpoint.train.cluster.device import COMPUTE_DTYPE
+from blackpoint.train.cluster.sharding import whole
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.config.learning_rate import learning_rate_factor, with_learning_rate
-from blackpoint.train.draws import Draws, draw
+from blackpoint.train.draws import BatchDraws, Draws
 from blackpoint.train.dropout import SampleSeeds, add_dropout
 from blackpoint.train.lora import checkpoint_record, trained_part
 from blackpoint.train.loss import scale_errors, scale_weights, squared_error
-from blackpoint.train.optimizer import build_optimizer
+from blackpoint.train.optimizer import OneByOne, build_optimizer, skip_unless_finite
 from blackpoint.train.uncertainty import LearnedUncertainty
 from blackpoint.train.weighting import loss_weights
 
@@ -35,6 +41,8 @@ Batch = dict[str, Any]
 CAPTION_CACHE_BYTES = 64 * 2**20
 ENCODED = ("image", "moments", "prompt_embeds", "pooled", "sizes")
 """Tensors of a batch that the network's input is made of."""
+NUMBERS = ("epoch", "index", "position")
+"""Tensors of a batch that draws are made of."""
 
 
 class FineTuner(LightningModule):
@@ -51,14 +59,26 @@ class FineTuner(LightningModule):
         self.model = model
         seeds, drops = SampleSeeds(), config.dropout.probability or config.lora.dropout
         self.dropout_seeds = seeds if drops else None
+        self.draw = BatchDraws(
+            config.seed,
+            model.process.schedule.num_steps,
+            config.loss,
+            channels=model.latent_shape()[0],
+            pixels_per_side=model.vae_scale,
+            posterior=self.has_posterior,
+            dropout=bool(drops),
+        )
         side = config.data.resolution // model.downsampling_factor
         add_dropout(model.unet, config.dropout, side, seeds)
         dtype = COMPUTE_DTYPE[config.trainer.precision]
         self.unet = trained_part(model.unet, config.lora, config.seed, dtype, seeds)
+        if config.trainer.precision == "bf16-true":
+            torch.nn.Module.to(model.unet, dtype)  # whose own warns of modules that it lacks
         model.unet.train()
         if config.trainer.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
+            checkpoint_gradients(model.unet, config.trainer.gradient_checkpointing_levels)
         self.weights = loss_weights(config.loss, model.process.schedule)
+        self._weights = self.weights.float()  # on the device, once it is known
         self.uncertainty = (
             LearnedUncertainty(model.process.schedule.num_steps)
             if config.loss.uncertainty
@@ -69,36 +89,41 @@ class FineTuner(LightningModule):
         self.scale_weights: list[float] = weights.tolist()
         self.gradient_norm: Tensor | None = None
         self.base_digest = ""  # of the UNet that the run started from, where it is known
+        self.encodes = True  # images or captions, in every step
         self._captions: OrderedDict[str, Conditioning] = OrderedDict()
 
     def setup(self, stage: str) -> None:
         self.model.to(self.trainer.strategy.root_device)
+        with self.encoders_at_hand():
+            pass  # and where no step needs them, back to the CPU
+
+    @contextlib.contextmanager
+    def encoders_at_hand(self) -> Iterator[None]:
+        """Has the encoders on the device inside a `with` block; they wait on the CPU outside of it
+        where no step needs them."""
+        for part in self.model.loaded_parts()[1:]:
+            part.to(self.model.device)
+        yield
+        for part in () if self.encodes else self.model.loaded_parts()[1:]:
+            part.to("cpu")
 
     def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
-        draws = self.draws(batch)
+        draws = self.draws(batch).to(self.device)
         if self.dropout_seeds is not None:
-            epochs, indices = batch["epoch"].tolist(), batch["index"].tolist()
-            self.dropout_seeds.set(self.config.seed, epochs, indices, self.device)
+            self.dropout_seeds.of_batch = draws.dropout_seeds
         output, target = self.predict(batch, draws)
         scales = scale_errors(output, target, self.config.loss.pool_factors)  # (S, B)
         weighted = torch.stack([w * x for w, x in zip(self.scale_weights, scales, strict=True)])
         loss = self.objective(weighted.sum(dim=0), draws.t).mean()
+        # One that is not finite makes all gradients so, on every process: that step is left out.
+        loss = loss * (1 + 0 * loss.detach())
         watched = {"losses": scales[0].detach(), "scales": scales.detach(), "t": draws.t}
         return {"loss": loss, "objective": loss.detach(), **watched}
 
     def draws(self, batch: Batch) -> Draws:
-        """Returns the draws of the batch's samples in their epochs, on the CPU."""
-        stratified = self.config.loss.timesteps == "stratified"
-        return draw(
-            self.config.seed,
-            batch["epoch"].tolist(),
-            batch["index"].tolist(),
-            self.latent_shape(batch),
-            self.model.process.schedule.num_steps,
-            batch["position"].tolist() if stratified else None,
-            self.config.loss,
-            self.has_posterior,
-        )
+        """Returns the draws of the batch's samples in their epochs: those that were made where it
+        was read, or the same, made now."""
+        return batch["draws"] if "draws" in batch else self.draw(batch)
 
     def losses(self, batch: Batch, draws: Draws) -> Tensor:
         """Returns ||target - output||^2 / (CHW) for each sample, (B,) float32, at full size."""
@@ -106,18 +131,20 @@ class FineTuner(LightningModule):
 
     def predict(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Returns the network's output and its target, both of x0's shape."""
-        process, t = self.model.process, draws.t.to(self.device)
+        process, draws = self.model.process, draws.to(self.device)
         x0 = self.encode(batch, draws.posterior_noise)  # (B, C, H/f, W/f), or pixels
         condition = self.condition(batch)
-        eps = draws.eps.to(self.device)
-        alpha, sigma = (c.to(self.device).view(-1, 1, 1, 1) for c in process.schedule.at(draws.t))
-        x_t = add_noise(x0, draws.perturbed(eps), alpha, sigma)
-        output = self.model.network(x_t, t, condition)
-        return output, training_target(process.prediction_type, x0, eps, alpha, sigma)
+        alpha, sigma = (c.view(-1, 1, 1, 1) for c in process.schedule.at(draws.t))
+        x_t = add_noise(x0, draws.perturbed(draws.eps), alpha, sigma)
+        if self.config.trainer.precision == "bf16-true":
+            x_t, condition = x_t.bfloat16(), condition.to(torch.bfloat16)
+        output = self.model.network(x_t, draws.t, condition)
+        return output, training_target(process.prediction_type, x0, draws.eps, alpha, sigma)
 
     def objective(self, losses: Tensor, t: Tensor) -> Tensor:
-        """Returns w(t) L, or w(t) L / exp(u(t)) + u(t), of losses (B,) and t (B,) on the CPU."""
-        weighted = self.weights[t].float().to(losses.device) * losses
+        """Returns w(t) L, or w(t) L / exp(u(t)) + u(t), of losses (B,) and t (B,)."""
+        self._weights = sent(self._weights, losses.device)
+        weighted = self._weights[sent(t, losses.device)] * losses
         if self.uncertainty is None:
             return weighted
         uncertainty = self.uncertainty(t)
@@ -137,19 +164,15 @@ class FineTuner(LightningModule):
 
     def latent_shape(self, batch: Batch) -> tuple[int, ...]:
         """Returns the shape of one x0 for a batch of images or of moments."""
-        if "moments" in batch:
-            _, channels, height, width = batch["moments"].shape
-            return channels // 2, height, width
-        return self.model.latent_shape(*batch["image"].shape[-2:])
+        return self.draw.shape(batch)
 
     @torch.no_grad()
     def encode(self, batch: Batch, posterior_noise: Tensor | None) -> Tensor:
         """Returns x0, float32, from moments or from uint8 images; a VAE has its own precision."""
-        noise = None if posterior_noise is None else posterior_noise.to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             if "moments" in batch:
-                return self.model.draw_latents(batch["moments"], noise)
-            return self.model.encode(batch["image"].float() / 255, noise)
+                return self.model.draw_latents(batch["moments"], posterior_noise)
+            return self.model.encode(batch["image"].float() / 255, posterior_noise)
 
     def condition(self, batch: Batch) -> Conditioning:
         """Returns the UNet's conditioning: embeddings of the batch, or of its captions, and the
@@ -179,8 +202,8 @@ class FineTuner(LightningModule):
         for start in range(0, len(new), size):
             chunk = new[start : start + size]
             rows = self.model.encode_prompts(chunk, max_tokens=self.config.data.max_tokens)
-            # Copies: a slice would keep the whole chunk in memory.
-            embeds |= {c: rows[torch.tensor([row])] for row, c in enumerate(chunk)}
+            # Copies, by `joined`: a slice would keep the whole chunk in memory.
+            embeds |= {c: joined([rows[row : row + 1]]) for row, c in enumerate(chunk)}
         for caption in captions:
             self._captions[caption] = embeds[caption]
             self._captions.move_to_end(caption)
@@ -192,12 +215,18 @@ class FineTuner(LightningModule):
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
-        """Moves encoded inputs; identifiers of samples stay on the CPU, where they are read."""
-        names = [name for name in ENCODED if name in batch]
-        return batch | {name: batch[name].to(device, non_blocking=True) for name in names}
+        """Moves encoded inputs and draws; the numbers of samples, where they are drawn for, go.
+
+        DDP would copy those too, and let the host wait.
+        """
+        moved = {name: sent(batch[name], device) for name in ENCODED if name in batch}
+        if "draws" not in batch:
+            return batch | moved
+        rest = {name: value for name, value in batch.items() if name not in NUMBERS}
+        return rest | moved | {"draws": batch["draws"].to(device)}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Builds AdamW and its learning rate's course (train/config/learning_rate.py)."""
+        """Builds the optimizer and its learning rate's course (train/config/learning_rate.py)."""
         settings = self.config.optimizer
         optimizer = build_optimizer(self.unet.parameters(), settings)
         if self.uncertainty is not None:
@@ -207,6 +236,17 @@ class FineTuner(LightningModule):
                 "weight_decay": 0.0,
             }
             optimizer.add_param_group(group)
+        is_rounded = (
+            self.config.trainer.precision == "bf16-true" and settings.rounding == "stochastic"
+        )
+        if is_rounded or settings.fused_backward:
+            seed = self.config.seed
+            optimizer = OneByOne(
+                optimizer,
+                (lambda: derive_seed(seed, "rounding", self.global_step)) if is_rounded else None,
+            )
+            if settings.fused_backward:
+                optimizer.step_in_backward()
         max_steps = self.config.trainer.max_steps
         rate = LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
@@ -217,18 +257,28 @@ class FineTuner(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norm of all that is trained, and keeps that norm for the metrics."""
+        """Clips by the norm of all that is trained, and keeps that norm for the metrics.
+
+        Where it is not finite the weights stay as they are; train/callbacks/watch.py stops the run
+        when it next looks. Weights that were updated in the backward pass have no gradient left to
+        clip.
+        """
+        if isinstance(optimizer, OneByOne) and optimizer.is_in_backward:
+            self.gradient_norm = optimizer.take_gradient_norm()
+            return
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         if scaler is not None and fused:  # Lightning leaves unscaling to it: too late to clip
             scaler.unscale_(optimizer)
         parameters = optimizer.param_groups[0]["params"]  # without walking modules
         gradients = [p.grad for p in parameters if p.grad is not None]
-        self.gradient_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        self.gradient_norm = whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(
                 parameters, gradient_clip_val, self.gradient_norm, foreach=True
             )
+        if scaler is None:  # which leaves out such steps by itself
+            skip_unless_finite(optimizer, self.gradient_norm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counts the batches that are done in those of now: accumulate_grad_batches may differ.

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -20,6 +19,7 @@ from blackpoint.data.files.errors import (
     RunFailed,
     UserError,
 )
+from blackpoint.data.files.memory import give_back_memory
 from blackpoint.data.module import CaptionedImages
 from blackpoint.data.summary import bucket_rows, write_buckets
 from blackpoint.sampling.choices import Weights
@@ -28,6 +28,7 @@ from blackpoint.sampling.model import DiffusionModel
 from blackpoint.train.callbacks.checkpoints import (
     checkpoint_steps,
     latest_valid_checkpoint,
+    remove_old,
     remove_partial_files,
 )
 from blackpoint.train.callbacks.exports import (
@@ -60,13 +61,14 @@ from blackpoint.train.records.run_directory import (
 )
 from blackpoint.train.records.run_identity import check_renamed, checked_identity, unet_digest_in
 from blackpoint.train.records.run_lock import RunLock
-from blackpoint.train.records.sizes import sized
-from blackpoint.train.records.tracking import finish, sent_rows, wandb_logger
+from blackpoint.train.records.sizes import sized, with_max_steps
+from blackpoint.train.records.tracking import finish, send_artifacts, sent_rows, wandb_logger
 from blackpoint.train.start import (
     check_sizes,
     hold_encoders,
     keep_base,
     load_encoders,
+    programs_note,
     starting_model,
 )
 
@@ -78,8 +80,10 @@ def fit(config: TrainConfig) -> int:
     finite or the disk takes no more; Resumable where a signal stopped the run after saving it.
     """
     config = with_learning_rate(as_launched(config))
-    run_dir, max_steps = Path(config.run_dir), config.trainer.max_steps
+    run_dir = Path(config.run_dir)
     with at_the_start(run_dir):
+        config = with_max_steps(config, run_dir)
+        max_steps = config.trainer.max_steps
         record = check_continues(run_dir, config)
         if record.is_finished(max_steps):
             if is_first_process():
@@ -94,6 +98,7 @@ def fit(config: TrainConfig) -> int:
             with at_the_start(run_dir):
                 lock.acquire()
                 remove_partial_exports(run_dir)
+                remove_partial_files(run_dir / "checkpoints")
             record = RunRecord.read(run_dir)
             if record.is_finished(max_steps):  # by the process that held the lock
                 return say_finished(record)
@@ -102,12 +107,14 @@ def fit(config: TrainConfig) -> int:
             train(config, run_dir, last_step, lock=lock)
             # Trainer, module and callbacks hold each other: only this frees weights, moments and
             # average, before the export loads the model anew.
-            gc.collect()
-        elif is_first_process():  # of a run that ends sooner than it was to
+            give_back_memory()
+        elif is_first_process():  # of a run that ends sooner than it was to, or was killed here
+            remove_old(run_dir / "checkpoints", last_step, config.trainer.keep_checkpoints)
             check_renamed(record, config)
             write_config(record, config)
         if is_first_process():
             export_run(config, run_dir)
+            send_artifacts(config, run_dir)
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
@@ -164,7 +171,7 @@ def train(
     identity = {}
     if is_first_process():
         identity = check_input(config, record, model, images, checkpoint)
-    load_encoders(model, images, config.preview)
+    encodes = load_encoders(model, images, config.preview)
     with at_the_start(run_dir):
         if is_first_process():
             open_records(config, record, resume_step, images, identity, lock, device)
@@ -178,7 +185,8 @@ def train(
     if resume_step:
         say(f"resuming {run_dir} at step {resume_step}")
     module = FineTuner(model, config)
-    module.base_digest = unet_digest_in(identity)
+    module.base_digest, module.encodes = unet_digest_in(identity), encodes
+    images.draw = module.draw
     run_trainer(trainer, stop, module, images, checkpoint)
 
 
@@ -199,6 +207,7 @@ def check_input(
     if checkpoint is not None:
         check_base(checkpoint, model.source, unet_digest_in(identity))
     check_sizes(model, images, config.loss.pool_factors)
+    note(programs_note(images) if config.trainer.compile else None)
     for line in images.summary():
         say(line)
     return identity
@@ -217,7 +226,6 @@ def open_records(
     if lock is not None:
         lock.acquire()
     run_dir = record.run_dir
-    remove_partial_files(run_dir / "checkpoints")
     keep_earlier_export(record)
     write_identity(run_dir, **identity)
     write_records(record, config, resume_step, device.type)

@@ -9,7 +9,7 @@ from blackpoint.data.module import CaptionedImages
 from blackpoint.sampling.export.placement import moved_into_place
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.process import Process
-from blackpoint.sampling.runtime.speed import prepare_unet
+from blackpoint.sampling.runtime.speed import check_levels, prepare_unet
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.train.callbacks.exports import check_exports
 from blackpoint.train.cluster.device import COMPUTE_DTYPE
@@ -27,6 +27,7 @@ from blackpoint.train.records.first_process import note
 from blackpoint.train.target_process import fine_tuned_process
 
 BASE = "base"
+NUM_SHOWN = 12
 
 
 def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
@@ -43,6 +44,7 @@ def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
             undecided=config.loss.prediction_type,
         )
         hold_encoders(model, config)
+        model.base_process = None if model.process.incompatibility() else model.process
         model.process = fine_tuned_process(config, model.process)
     else:
         process = fine_tuned_process(config, Process(NoiseSchedule.scaled_linear()))
@@ -57,6 +59,7 @@ def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     side = config.data.resolution // model.downsampling_factor
     dropout_levels(model.unet, config.dropout, side)  # raises
     check_layers(model.unet, config.lora)
+    check_levels(model.unet, config.trainer.gradient_checkpointing_levels)
     trainer = config.trainer
     note(
         prepare_unet(
@@ -67,6 +70,7 @@ def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
             device=device,
             dtype=COMPUTE_DTYPE[trainer.precision],
             training=True,
+            compile_mode=trainer.compile_mode,
         )
     )
     return model
@@ -82,25 +86,41 @@ def check_sizes(
         check_scales(pool_factors, *sides)
 
 
+def programs_note(images: CaptionedImages) -> str:
+    """Says for which sizes torch.compile makes programs."""
+    sizes = [f"{width} x {height}" for width, height in images.sizes()]
+    shown = ", ".join(sizes[:NUM_SHOWN]) + (", ..." if len(sizes) > NUM_SHOWN else "")
+    return (
+        "trainer.compile=true: a program for each size of a batch, at its first step: "
+        f"{len(sizes)} ({shown} px); validation and previews add theirs"
+    )
+
+
 def hold_encoders(model: DiffusionModel, config: TrainConfig) -> None:
     """Holds the encoders in trainer.encoder_dtype; a model made for the run is kept before that."""
     model.set_encoder_dtype(getattr(torch, config.trainer.encoder_dtype))
 
 
-def load_encoders(model: DiffusionModel, images: CaptionedImages, preview: PreviewConfig) -> None:
-    """Loads the encoders if images or previews need them, and says where few or none are."""
+def load_encoders(model: DiffusionModel, images: CaptionedImages, preview: PreviewConfig) -> bool:
+    """Loads the encoders if images or previews need them, and says where few or none are.
+
+    Returns whether images do, so that every training step needs them.
+    """
     previews = bool(preview.every_steps and preview.prompts)
     if previews and model.tokenizer is None:
         model.encode_prompts(preview.prompts)  # refuses what it does not know
     if all(encoding is not None for _, encoding in images.encodings()):
         if not previews:
             note("cached latents: the VAE and the text encoder are not loaded")
-            return
+            return False
         note(
-            "cached latents: the VAE and the text encoder are loaded for previews alone; "
-            "preview.every_steps=0 saves their memory"
+            "cached latents: the VAE and the text encoder are loaded for previews alone, and wait "
+            "in the CPU's memory in between; preview.every_steps=0 saves that too"
         )
+        model.load_encoders()
+        return False
     model.load_encoders()
+    return True
 
 
 def keep_base(model: DiffusionModel, config: TrainConfig) -> None:

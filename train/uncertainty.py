@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from blackpoint.sampling.runtime.transfer import sent
+
 NUM_FEATURES = 16
 
 
@@ -26,17 +28,20 @@ class LearnedUncertainty(nn.Module):
 
     def __init__(self, num_timesteps: int, num_features: int = NUM_FEATURES) -> None:
         super().__init__()
-        self.num_timesteps = num_timesteps
         self.coefficients = nn.Parameter(torch.zeros(num_features))
+        s = torch.arange(num_timesteps, dtype=torch.float64) / num_timesteps
+        features = (math.pi * torch.arange(num_features) * s[:, None]).cos()
+        features[:, 1:] *= math.sqrt(2)
+        self._features = features.float()  # no buffer: nothing to save, average or broadcast
 
     def features(self, t: Int[Tensor, " b"]) -> Float[Tensor, "b k"]:
-        """Returns the Fourier features of t / T, computed in float64 and cast to float32."""
-        orders = torch.arange(len(self.coefficients), device=t.device)
-        features = (math.pi * orders * (t.double() / self.num_timesteps)[:, None]).cos()
-        features[:, 1:] *= math.sqrt(2)
-        return features.float()
+        """Returns the Fourier features of t / T, computed in float64 and cast to float32; on the
+        device of the coefficients."""
+        device = self.coefficients.device
+        self._features = sent(self._features, device)
+        return self._features[sent(t, device)]
 
     def forward(self, t: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Returns u(t), on the device of the coefficients."""
         # A product and a sum, where autocast would turn a matrix product into half precision.
-        return (self.features(t).to(self.coefficients.device) * self.coefficients).sum(dim=1)
+        return (self.features(t) * self.coefficients).sum(dim=1)

@@ -26,6 +26,18 @@ def first(kind: str, most: int = 1) -> bool:
     return _counts[kind] <= most
 
 
+def for_terminal(text: str) -> str:
+    """Returns text with control and half characters escaped but for the ends of lines.
+
+    Names and captions of strangers must not move the cursor, colour or rename a terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def tell_counts() -> None:
     """Logs the number of each kind of which not all were said, and forgets it."""
     for kind, count in _counts.items():

@@ -4,6 +4,7 @@ A config field whose type is `PathText` or `OutputText` holds a path, and is exp
 are read. What may stand in place of a path - a hub id, a URL, a pipe: command - is not touched.
 """
 
+import difflib
 import os
 import re
 from enum import Enum
@@ -82,6 +83,12 @@ def shipped(path: str) -> str:
     return str(there) if is_ours and not _exists(Path(path)) and _exists(there) else path
 
 
+def inside(folder: Path, name: object) -> Path | None:
+    """Returns the path of a name that a file of the folder gives; None where it leads out of it."""
+    path = os.path.normpath(folder / name) if isinstance(name, str) and "\0" not in name else ""
+    return Path(path) if Path(path).is_relative_to(os.path.normpath(folder)) else None
+
+
 def _value(match: re.Match[str]) -> str:
     name = match[1] or match[2]
     if name in os.environ:
@@ -117,6 +124,16 @@ def obstacle(path: Path) -> str | None:
     if not os.access(there, os.W_OK | os.X_OK):
         return f"there is no right to write in {there}"
     return None
+
+
+def nearly(path: Path) -> Path | None:
+    """Returns what lies beside a path that does not exist under nearly its name, or None."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()] if path.name else []
+    except (OSError, ValueError):
+        return None
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return path.parent / close[0] if close else None
 
 
 def _exists(path: Path) -> bool:

@@ -100,6 +100,15 @@ def new_files(path: Path) -> Iterator[Path]:
             raise
 
 
+def remove_whole(path: Path) -> None:
+    """Removes a file or a folder, which loses its name first: what has a name is whole."""
+    if not path.name.startswith("."):
+        hidden = path.with_name(f".removed-{path.name}.tmp")
+        os.replace(path, hidden)
+        path = hidden
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def flush_to_disk(paths: Iterable[Path]) -> None:
     """Waits until files are on the disk, so that a crash after a rename leaves no empty ones."""
     for path in sorted(paths):
@@ -121,7 +130,9 @@ def _write(path: Path, content: str | bytes, move: Callable[[Path, Path], None])
     unfinished = _beside(path)
     try:
         for is_last in (False, True):
-            unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+            unfinished.write_bytes(
+                content.encode(errors="backslashreplace") if isinstance(content, str) else content
+            )
             try:
                 move(unfinished, path)
                 break

@@ -83,7 +83,7 @@ def decode(
 
 def image_suffix(image_bytes: bytes) -> str:
     """Returns the suffix of an image that can be decoded; raises BadImage for one without."""
-    form = str(Image.open(BytesIO(image_bytes), formats=_formats()).format)
+    form = str(Image.open(BytesIO(image_bytes), formats=known_formats()).format)
     suffix = {"JPEG": "jpg", "MPO": "jpg"}.get(form, form.lower())
     if suffix not in IMAGE_SUFFIXES:
         raise BadImage(f"{form} is none of {', '.join(IMAGE_SUFFIXES)}")
@@ -91,7 +91,7 @@ def image_suffix(image_bytes: bytes) -> str:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def known_formats() -> tuple[str, ...]:
     """Returns the formats that are opened, as far as this Pillow has them."""
     Image.init()
     wanted = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF")
@@ -99,7 +99,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _open(image_bytes: bytes, limit: int, shown: str) -> ImageFile.ImageFile:
-    image = Image.open(BytesIO(image_bytes), formats=_formats())
+    image = Image.open(BytesIO(image_bytes), formats=known_formats())
     width, height = image.size
     if width * height > limit:
         raise BadImage(f"decompression bomb: {width} x {height} px, above {shown}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from blackpoint.data.files.walk import visible_files
-from blackpoint.data.images.decode import IMAGE_SUFFIXES, BadImage, decode
+from blackpoint.data.images.decode import IMAGE_SUFFIXES, BadImage, decode, known_formats
 
 MAX_IMAGE_BYTES = 1 << 31
 MAX_CAPTION_BYTES = 1 << 24
@@ -26,6 +26,17 @@ def picture_files(folder: Path) -> list[Path]:
 def open_picture(path: Path) -> Image.Image:
     """Returns a picture file as training decodes it, RGB and upright; raises BadImage."""
     return decode(read_source_file(path, MAX_IMAGE_BYTES), max_image_pixels=None)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Returns width and height as they are stored, from the file's header; raises BadImage."""
+    try:
+        if not path.is_file():  # a pipe may never give a byte
+            raise BadImage("not a regular file")
+        with Image.open(path, formats=known_formats()) as image:
+            return image.size
+    except Exception as error:  # Pillow's readers raise nearly anything on damaged bytes
+        raise BadImage(f"not an image that Pillow can read: {error}") from None
 
 
 def read_source_file(path: Path, max_bytes: int) -> bytes:

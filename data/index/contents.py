@@ -19,6 +19,7 @@ from blackpoint.data.shards.shard_digest import new_digest
 INDEX_FOLDER = "index"
 DIGESTS_FILE = "digests.json"
 STAMPS_FILE = "stamps.json"
+ORIGINALS, ORIGINALS_FILE = "original_sizes", "original_sizes.bin"
 FORMAT_VERSION = 1
 
 
@@ -34,7 +35,7 @@ def read_digests(folders: Iterable[Path], index: Path) -> dict[str, ShardDigests
     """Returns the digests, by shard, of the index in the folder `index`; empty without any."""
     of = _index_digest(index)
     for folder in folders:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             content = json.loads((folder / DIGESTS_FILE).read_bytes())
             if content["version"] == FORMAT_VERSION and content["index"] == of:
                 return {name: ShardDigests(*row) for name, row in content["shards"].items()}
@@ -58,7 +59,7 @@ def read_stamps(folders: Iterable[Path]) -> dict[str, set[str]]:
     """Returns the stamps, by shard, at which it had the digests that `stamped` puts beside them."""
     stamps: dict[str, set[str]] = {}
     for folder in folders:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
             for name, stamp in json.loads((folder / STAMPS_FILE).read_bytes()).items():
                 stamps.setdefault(name, set()).add(stamp)
     return stamps

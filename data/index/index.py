@@ -4,6 +4,8 @@ Beside the shards lies `index/`:
 
 - records.npy   one RECORD per sample, in the order of the shards
 - keys.bin      the keys, UTF-8, one after the other
+- original_sizes.bin  two uint32 per sample, width and height before it was stored, 0 where they are
+                not known; not there where none is
 - shards.json   the names and sizes of the shards, how many samples each holds, the weights of the
                 luminances, and the members that were chosen (data/shards/sample_keys.py)
 - bad_samples.jsonl  the samples left out, with the reason
@@ -19,6 +21,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -30,6 +33,8 @@ from blackpoint.data.images.decode import MAX_IMAGE_PIXELS
 from blackpoint.data.images.luminance import REC_709
 from blackpoint.data.index.contents import (
     INDEX_FOLDER,
+    ORIGINALS,
+    ORIGINALS_FILE,
     ShardDigests,
     add_stamps,
     read_digests,
@@ -38,7 +43,7 @@ from blackpoint.data.index.contents import (
 )
 from blackpoint.data.index.scan import scan_shards
 from blackpoint.data.index.writer import FORMAT_VERSION, IndexWriter
-from blackpoint.data.record import RECORD
+from blackpoint.data.record import ORIGINAL, RECORD
 from blackpoint.data.shards.listing import folder_shards, is_encoded
 from blackpoint.data.shards.remote_shards import RemoteShards
 from blackpoint.data.shards.sample_keys import AUTOMATIC, SampleKeys
@@ -69,6 +74,7 @@ class Index:
         self.num_samples: int = description["num_samples"]
         self.num_bad_samples: int = description["num_bad_samples"]
         self.luminance_weights: str = description.get("luminance", REC_709)
+        self.has_original_sizes: bool = description.get(ORIGINALS, False)
         self.keys = SampleKeys(description.get("image_key"), description.get("caption_key"))
         self.shard_names: list[str] = []
         self.shard_bytes: dict[str, int] = {}
@@ -81,7 +87,7 @@ class Index:
             self.shard_samples[name] = range(first, first + num_samples)
             first += num_samples
         self._records_start = 0
-        self._files: tuple[BinaryIO, BinaryIO] | None = None
+        self._files: tuple[BinaryIO, ...] | None = None
 
     def __len__(self) -> int:
         return self.num_samples
@@ -99,42 +105,60 @@ class Index:
     @property
     def records(self) -> np.ndarray:
         """All records, RECORD (num_samples,), mapped: for columns such as the luminance."""
-        path = self.shard_folder / INDEX_FOLDER / "records.npy"
-        return np.load(path, mmap_mode="r")
+        self._open()  # which looks at its header and size
+        return np.load(self.shard_folder / INDEX_FOLDER / "records.npy", mmap_mode="r")
 
     def record(self, index: int) -> np.void:
         """Returns the RECORD of sample `index`."""
-        records, _ = self._open()
+        records, *_ = self._open()
         start = self._records_start + index * RECORD.itemsize
         return np.frombuffer(os.pread(records.fileno(), RECORD.itemsize, start), RECORD)[0]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns a copy of records [start, stop): memory that is freed, unlike a map's pages."""
-        records, _ = self._open()
+        records, *_ = self._open()
         size = (stop - start) * RECORD.itemsize
         at = self._records_start + start * RECORD.itemsize
         return np.frombuffer(os.pread(records.fileno(), size, at), RECORD)
 
     def key(self, index: int) -> str:
-        """Returns the key of sample `index`."""
-        _, keys = self._open()
+        """Returns the key of sample `index`; raises UserError for one that is no text."""
+        _, keys, *_ = self._open()
         record = self.record(index)
-        return os.pread(keys.fileno(), int(record["key_size"]), int(record["key_offset"])).decode()
+        key = os.pread(keys.fileno(), int(record["key_size"]), int(record["key_offset"]))
+        try:
+            return key.decode()
+        except UnicodeDecodeError:
+            why = f"{keys.name}: the key of sample {index} is no UTF-8; remove its folder"
+            raise UserError(f"{why}; the next run builds it anew") from None
 
-    def _open(self) -> tuple[BinaryIO, BinaryIO]:
+    def original_size(self, index: int) -> tuple[int, int] | None:
+        """Returns width and height of a sample before it was stored; None where not known."""
+        if not self.has_original_sizes:
+            return None
+        file, size = self._open()[-1].fileno(), 2 * ORIGINAL.itemsize
+        width, height = np.frombuffer(os.pread(file, size, index * size), ORIGINAL).tolist()
+        return (width, height) if width else None
+
+    def _open(self) -> tuple[BinaryIO, ...]:
         if self._files is None:
             folder = self.shard_folder / INDEX_FOLDER
-            records, keys = (folder / "records.npy").open("rb"), (folder / "keys.bin").open("rb")
-            np.lib.format.read_magic(records)
-            np.lib.format.read_array_header_1_0(records)
-            self._records_start = records.tell()
+            names = ["records.npy", "keys.bin", *[ORIGINALS_FILE][: self.has_original_sizes]]
+            self._files = tuple((folder / name).open("rb") for name in names)
+            records = self._files[0]
+            try:
+                np.lib.format.read_magic(records)
+                np.lib.format.read_array_header_1_0(records)
+                self._records_start = records.tell()
+            except (ValueError, SyntaxError, TokenError):  # numpy reads it as Python
+                self._records_start = os.fstat(records.fileno()).st_size
             num_bytes = os.fstat(records.fileno()).st_size - self._records_start
             if num_bytes != self.num_samples * RECORD.itemsize:
+                self._files = None
                 raise UserError(
                     f"{folder / 'records.npy'}: holds {num_bytes} bytes of records, not those of "
                     f"{self.num_samples} samples; remove {folder}; the next run builds it anew"
                 )
-            self._files = (records, keys)
         return self._files
 
     def rows(self, shard: str) -> np.ndarray:
@@ -277,6 +301,6 @@ def _description(shard_folder: Path) -> dict[str, Any]:
         description = json.loads(path.read_text())
         if description["version"] == FORMAT_VERSION:
             return description
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
     raise UserError(f"{path}: is of version {description['version']}; {remedy}")

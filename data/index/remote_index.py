@@ -8,7 +8,7 @@ from pathlib import Path
 from blackpoint.data.files.errors import RunFailed, Unreachable, UserError, WriteFailed, disk_writes
 from blackpoint.data.files.lock import locked
 from blackpoint.data.files.whole_file import scratch_folder, whole_file, write_whole
-from blackpoint.data.index.contents import DIGESTS_FILE
+from blackpoint.data.index.contents import DIGESTS_FILE, ORIGINALS, ORIGINALS_FILE
 from blackpoint.data.index.index import INDEX_FOLDER, Index, has_index
 from blackpoint.data.shards.listing import EMPTY_FILE, ENCODING_FILE
 from blackpoint.data.shards.remote import Refused, facts, fetch, read_bytes, shown
@@ -63,7 +63,7 @@ def _bring(folder: str, query: str, kept: Path) -> None:
         with disk_writes():
             new = stack.enter_context(scratch_folder(kept))
             (new / INDEX_FOLDER).mkdir()
-        for name in INDEX_FILES:
+        for name in [*INDEX_FILES, *[ORIGINALS_FILE][: ORIGINALS.encode() in description]]:
             _fetch(f"{folder}/{INDEX_FOLDER}/{name}{query}", new / INDEX_FOLDER / name)
         if digests:
             _write(new / INDEX_FOLDER / DIGESTS_FILE, digests)

@@ -22,7 +22,8 @@ from blackpoint.data.bad_samples import BadSample, kind
 from blackpoint.data.caption_text import json_captions, text_captions
 from blackpoint.data.images.decode import BadImage, decode
 from blackpoint.data.images.luminance import luminance
-from blackpoint.data.record import JSON, ShardRecords, Span
+from blackpoint.data.images.picture_size import size_before_storing
+from blackpoint.data.record import JSON, UNKNOWN, ShardRecords, Span
 from blackpoint.data.shards.remote_shards import RemoteShards
 from blackpoint.data.shards.sample_keys import AUTOMATIC, SampleKeys
 from blackpoint.data.shards.shard_digest import ReadAlong, ShardContent
@@ -178,7 +179,11 @@ def _add(
         measures, gradient = (*picture.size, luminance(picture)), gradient_hash(picture)
     if sample.key in kept:
         raise BadImage("duplicate key: an earlier sample of this shard has it")
-    records.add(sample.key, image, span, *measures, form)
+    original = UNKNOWN
+    if "json" in sample.members and not latents:
+        with suppress(BadImage):
+            original = size_before_storing(_read(file, sample.members["json"]), *measures[:2])
+    records.add(sample.key, image, span, *measures, form, original)
     hashes = (_hash(image_bytes), gradient, _hash("\0".join(captions).encode()))
     key_hash = _hash(sample.key.encode("utf-8", "backslashreplace"))
     longest = max(map(len, captions)), max(len(caption.split()) for caption in captions)

@@ -14,13 +14,15 @@ from blackpoint.data.images.luminance import REC_601
 from blackpoint.data.index.contents import (
     DIGESTS_FILE,
     INDEX_FOLDER,
+    ORIGINALS,
+    ORIGINALS_FILE,
     STAMPS_FILE,
     ShardDigests,
     digests_json,
     stamped,
     stamps_json,
 )
-from blackpoint.data.record import RECORD, ShardRecords
+from blackpoint.data.record import ORIGINAL, RECORD, ShardRecords
 from blackpoint.data.shards.sample_keys import AUTOMATIC, SampleKeys
 from blackpoint.data.shards.shard_digest import ShardContent, samples_digest
 
@@ -51,6 +53,8 @@ class IndexWriter:
         self._partial: Path
         self._records: BinaryIO
         self._keys: BinaryIO
+        self._originals: BinaryIO
+        self._knows_originals = False
 
     def __enter__(self) -> "IndexWriter":
         with contextlib.ExitStack() as stack:
@@ -58,6 +62,7 @@ class IndexWriter:
             self._partial.mkdir()
             self._records = (self._partial / "records.npy").open("wb")
             self._keys = (self._partial / "keys.bin").open("wb")
+            self._originals = (self._partial / ORIGINALS_FILE).open("wb")
             self._write_header()
             self._scratch = stack.pop_all()
         return self
@@ -76,6 +81,8 @@ class IndexWriter:
         rows["key_offset"] += np.uint64(self._keys.tell())
         self._records.write(rows.tobytes())
         self._keys.write(records.keys)
+        self._originals.write(records.originals or bytes(2 * ORIGINAL.itemsize * len(rows)))
+        self._knows_originals |= bool(records.originals)
         self.num_samples += len(rows)
         self._shards.append({"name": name, "bytes": content.num_bytes, "num_samples": len(rows)})
 
@@ -85,6 +92,9 @@ class IndexWriter:
         self._write_header()
         self._records.close()
         self._keys.close()
+        self._originals.close()
+        if not self._knows_originals:
+            (self._partial / ORIGINALS_FILE).unlink()
         weights = " and ".join(sorted(self._luminance_weights))
         if len(self._luminance_weights) > 1:
             log.warning(
@@ -99,6 +109,7 @@ class IndexWriter:
             "num_samples": self.num_samples,
             "num_bad_samples": len(self.bad),
             **self._keys_chosen.chosen(),
+            **({ORIGINALS: True} if self._knows_originals else {}),
             "shards": self._shards,
         }
         (self._partial / "shards.json").write_text(json.dumps(description, indent=1) + "\n")
@@ -112,7 +123,7 @@ class IndexWriter:
                 raise  # Otherwise another process wrote the same index first.
 
     def __exit__(self, *error: object) -> None:
-        for file in (self._records, self._keys):
+        for file in (self._records, self._keys, self._originals):
             with contextlib.suppress(OSError):  # on a full disk, closing fails again
                 file.close()
         self._scratch.close()

@@ -189,5 +189,5 @@ def _parquet_rows(table: Path, columns: Sequence[str]) -> Rows:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{table.name}:{number}", row
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{table}: damaged Parquet after row {number}: {error}") from None

@@ -73,7 +73,7 @@ class EmbeddedImages:
             if path != self._path or row < self._next_row:
                 self._open(path, row)
             value = next(value for number, value in self._rows if number == row).as_py()
-        except (ArrowException, OSError, StopIteration, UserError) as error:
+        except (ArrowException, OSError, StopIteration, ValueError) as error:
             self.__exit__()
             raise BadImage(f"damaged Parquet: {str(error) or 'it ends before'}") from None
         self._next_row = row + 1

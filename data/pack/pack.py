@@ -104,11 +104,8 @@ def pack(config: PackConfig) -> PackResult:
     """
     start = time.monotonic()
     source, output = Path(config.source), Path(config.output)
-    if not source.is_dir():
-        what = "is a file" if source.exists() else "does not exist"
-        raise UserError(f"source={source}: {what}; name a folder of images")
+    count, captions = source_contents(config)
     refuse_used_output(output)
-    count, captions = _source_contents(config)
     num_images = captions.num_embedded() if captions.is_embedded else count.num_images
     ignored = {name: num for name, num in count.other_suffixes.items() if name != captions.form}
     result = PackResult(str(captions), ignored_suffixes=ignored)
@@ -135,9 +132,12 @@ def pack(config: PackConfig) -> PackResult:
     return result
 
 
-def _source_contents(config: PackConfig) -> tuple[FolderCount, CaptionSource]:
+def source_contents(config: PackConfig) -> tuple[FolderCount, CaptionSource]:
     """Returns the contents of the source; raises UserError where there are no images."""
     source = Path(config.source)
+    if not source.is_dir():
+        what = "is a file" if source.exists() else "does not exist"
+        raise UserError(f"source={source}: {what}; name a folder of images")
     count = count_files(source)
     if count.num_images or "parquet" in count.other_suffixes or config.captions_file:
         captions = find_captions(source, config.captions, config, count, config.captions_file)

@@ -9,6 +9,7 @@ from blackpoint.data.caption_text import caption_members
 from blackpoint.data.files.errors import disk_writes
 from blackpoint.data.images.decode import BadImage, decode, image_suffix
 from blackpoint.data.images.luminance import luminance
+from blackpoint.data.images.picture_size import size_before_storing
 from blackpoint.data.images.pictures import MAX_IMAGE_BYTES, read_source_file
 from blackpoint.data.pack.embedded_images import EmbeddedImages
 from blackpoint.data.pack.shard_list import ListedFile, ShardList, read_list
@@ -112,4 +113,5 @@ def _pack_one(
     with disk_writes():
         image, caption, *_ = shard.write(entry.key, members).values()
     form = TEXT if len(entry.captions) == 1 else JSON
-    records.add(entry.key, image, caption, *picture.size, luminance(picture), form)
+    original = size_before_storing(extra or b"", *picture.size)
+    records.add(entry.key, image, caption, *picture.size, luminance(picture), form, original)

@@ -8,8 +8,8 @@ from blackpoint.data.files.errors import UserError
 
 COMMAND = "pipe:"
 DATE_RESOLUTION_S = 2
-# What pip has to install for a protocol that fsspec knows and has no package for.
-EXTRAS = {"s3": "blackpoint[remote]", "gs": "blackpoint[remote]", "gcs": "blackpoint[remote]"}
+OF_EXTRA = ("s3", "gs", "gcs")
+"""Protocols of the packages that the extra `remote` installs."""
 # By which stores tell one version of a file from another, the most certain first.
 VERSIONS = (
     "ETag",
@@ -95,8 +95,8 @@ def open_file_system(source: str, stall_s: float) -> tuple[Any, str]:
             options = {"client_kwargs": {"timeout": limit, "trust_env": True}}
         return url_to_fs(source, **options)
     except ImportError as error:
-        package = EXTRAS.get(name)
-        remedy = f"pip install '{package}'" if package else str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
+        remedy = "pip install -e '.[remote]'" if name in OF_EXTRA else reason
         raise UserError(
             f"{shown(source)}: reading {name}:// needs a package that is not installed: {remedy}"
         ) from None

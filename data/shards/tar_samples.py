@@ -88,7 +88,7 @@ def _members(
         here = _Position(start)
         yield from _until_damage(file, here, length)
         end = here.offset
-        file.seek(end)
+        file.seek(min(end, length))  # a size may claim more than the system can seek to
         if not here.reason and file.read(BLOCK) == bytes(BLOCK):
             start = _find_header(file, end, length)
             reason = f"the end mark at byte {end} is not the end"

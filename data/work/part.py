@@ -63,12 +63,13 @@ def read_part(path: Path) -> tuple[Part, ShardRecords]:
         values["content"] = ShardContent(*values.get("content", ()))
         values.setdefault("luminance_weights", REC_709)
         num_key_bytes = values.pop("num_key_bytes")
+        num_original_bytes = values.pop("num_original_bytes", 0)
         part = Part(**values)
-        records = file.read(part.num_samples * RECORD.itemsize)
-        keys = file.read()
-    if len(records) != part.num_samples * RECORD.itemsize or len(keys) != num_key_bytes:
+        sizes = (part.num_samples * RECORD.itemsize, num_key_bytes, num_original_bytes)
+        records, keys, originals = map(file.read, sizes)
+    if tuple(map(len, (records, keys, originals))) != sizes:
         raise ValueError(f"{path}: is cut short")
-    return part, ShardRecords(records, keys, part.luminance_weights)
+    return part, ShardRecords(records, keys, part.luminance_weights, originals)
 
 
 def shard_content_of(part: Part, shard: Path, records: ShardRecords) -> ShardContent:
@@ -89,6 +90,10 @@ def _holds(shard: Path, part: Part) -> bool:
 def write_part(part: Part, records: ShardRecords, parts: Path, working: Path) -> None:
     """Writes a part file in `working` and moves it, whole, into `parts`."""
     path = part_path(working, part.number)
-    header = json.dumps(asdict(part) | {"num_key_bytes": len(records.keys)})
-    path.write_bytes(header.encode("ascii") + b"\n" + records.records.tobytes() + records.keys)
+    sizes = {"num_key_bytes": len(records.keys)}
+    if records.originals:
+        sizes["num_original_bytes"] = len(records.originals)
+    header = json.dumps(asdict(part) | sizes).encode("ascii")
+    content = (records.records.tobytes(), records.keys, records.originals)
+    path.write_bytes(header + b"\n" + b"".join(content))
     path.replace(part_path(parts, part.number))

@@ -25,6 +25,7 @@ ResultT = TypeVar("ResultT")
 Advance = Callable[[int], None]
 
 ENDS_WITHIN_S = 5
+MOST_WORKERS = 4
 JOBS_AHEAD = 2
 """Jobs that a process has at most: one at work, one waiting, so that it never waits itself."""
 
@@ -32,6 +33,13 @@ JOBS_AHEAD = 2
 def usable_cores() -> int:
     """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def loader_workers(asked: int | None, num_processes: int = 1) -> int:
+    """Returns the workers of each of some processes on this machine: as asked, or else as many as
+    it has cores for, at most 4."""
+    most = max(1, usable_cores() // num_processes)
+    return min(MOST_WORKERS, most) if asked is None else asked
 
 
 def run_in_processes(

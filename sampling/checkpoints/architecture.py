@@ -26,7 +26,7 @@ from blackpoint.sampling.checkpoints.loading import (
 )
 from blackpoint.sampling.pixels.folder import PixelForm
 
-LEGACY_SIDE = 64
+LEGACY_SIDE, MOST_LAYERS = 64, 1000
 Config = Mapping[str, Any]
 TEXT_SIZES = (
     "hidden_size",
@@ -113,7 +113,9 @@ def _config(pipeline: Pipeline, name: str, kind: Any) -> dict[str, Any]:
     """Returns config.json of a part with the defaults of its class."""
     parameters = inspect.signature(kind.__init__).parameters
     defaults = {key: parameter.default for key, parameter in parameters.items()}
-    return defaults | pipeline.read_json(f"{name}/config.json")
+    config = defaults | pipeline.read_json(f"{name}/config.json")
+    _check_depth(config, "layers_per_block", pipeline.path / name)
+    return config
 
 
 def _check_class(config: Config, expected: str, what: str) -> None:
@@ -160,6 +162,14 @@ def _check_whole(config: Config, key: str, folder: Path) -> None:
     require(_is_whole(config[key]), key, config[key], rule, f"in {folder / 'config.json'}")
 
 
+def _check_depth(config: Config, key: str, folder: Path) -> None:
+    """Checks numbers of layers: all are built before weights show how many there are."""
+    value: Any = config.get(key)
+    numbers: Any = value if isinstance(value, list | tuple) else [value]
+    is_small = not any(is_number(number) and number > MOST_LAYERS for number in numbers)
+    require(is_small, key, value, f"at most {MOST_LAYERS}", f"in {folder / 'config.json'}")
+
+
 def _check_sample_size(size: Any, where: str) -> None:
     sides = size if isinstance(size, list | tuple) else [size, size]
     rule = (
@@ -196,6 +206,7 @@ def _text_config(pipeline: Pipeline, part: str, checkpoint: str | Path) -> dict[
     for key in TEXT_SIZES:
         if key in text:
             _check_whole(text, key, path.parent)
+    _check_depth(text, "num_hidden_layers", path.parent)
     defaults = CLIPTextConfig()
     keys = (*TEXT_SIZES, "projection_dim")
     return {key: text.get(key, getattr(defaults, key)) for key in keys}

@@ -36,21 +36,22 @@ class Encoders:
     """Encoders and decoder beside the UNet, frozen, by name: vae, text_encoder, text_encoder_2.
 
     `vae_scale` is the number of pixels per latent along one side, `scaling_factor` what latents are
-    multiplied by; both are 1 without an autoencoder.
+    multiplied by; both are 1 without an autoencoder. `vae_is_float32` is true of one that stays in
+    float32 whatever the other parts are held in.
     """
 
     def __init__(self, parts: dict[str, Any]) -> None:
         self._parts = {name: part for name, part in parts.items() if part is not None}
         self._files = {name: p for name, p in self._parts.items() if isinstance(p, Part)}
-        self.vae_scale, self.scaling_factor, self._is_float32 = 1, 1.0, False
+        self.vae_scale, self.scaling_factor, self.vae_is_float32 = 1, 1.0, False
         if vae := self._parts.get("vae"):
             setting = vae.setting if isinstance(vae, Part) else partial(getattr, vae.config)
             self.vae_scale = 2 ** (len(setting("block_out_channels")) - 1)
             self.scaling_factor = float(setting("scaling_factor"))
             # SDXL's overflows in float16, and bfloat16 is coarse. Of SD 1.x and 2.x the entry says
             # nothing: diffusers writes it as true wherever it was not set.
-            self._is_float32 = "text_encoder_2" in self._parts and setting("force_upcast")
-        if self._is_float32:
+            self.vae_is_float32 = "text_encoder_2" in self._parts and setting("force_upcast")
+        if self.vae_is_float32:
             self._cast("vae", torch.float32)
         for part in self.loaded():
             part.requires_grad_(False).eval()
@@ -83,7 +84,7 @@ class Encoders:
         force_upcast=false.
         """
         for name in self._parts:
-            self._cast(name, torch.float32 if name == "vae" and self._is_float32 else dtype)
+            self._cast(name, torch.float32 if name == "vae" and self.vae_is_float32 else dtype)
 
     def _cast(self, name: str, dtype: torch.dtype) -> None:
         part = self._parts[name]
@@ -112,7 +113,7 @@ class Encoders:
         In fp16, what overflows is computed again in float32; bfloat16 has the range of float32.
         """
         height, width = (side * pixels_per_side for side in batch.shape[-2:])
-        size = max(1, min(VAE_IMAGES, VAE_PIXELS // (height * width)))
+        size = images_per_call(height, width)
         results = []
         vae = self._tiled_above(height, width, device)
         dtype = dtype_of(vae)
@@ -161,6 +162,11 @@ class Encoders:
         if "vae" in self._files:
             self._parts["vae"] = self._files["vae"]
         self._cast("vae", torch.float32)
+
+
+def images_per_call(height: int, width: int) -> int:
+    """Returns how many pictures of so many pixels the autoencoder takes at once."""
+    return max(1, min(VAE_IMAGES, VAE_PIXELS // (height * width)))
 
 
 def dtype_of(part: nn.Module) -> torch.dtype:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from blackpoint.sampling.checkpoints.loading import Pipeline, is_xl
@@ -105,10 +105,16 @@ def model_digest(model: "DiffusionModel") -> str:
     """Returns the digest of a loaded model's UNet and process: all that decides its
     images beside the encoders."""
     process = repr(sorted(model.process.to_diffusers().items())).encode()
-    digest = blake2b(process, digest_size=MODEL_DIGEST_BYTES)
-    for key, tensor in sorted(model.unet.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return loaded_digest(process, [model.unet])
+
+
+def loaded_digest(settings: bytes, parts: Iterable[nn.Module]) -> str:
+    """Returns the digest of settings, and of the weights of loaded networks by their names."""
+    digest = blake2b(settings, digest_size=MODEL_DIGEST_BYTES)
+    for part in parts:
+        for key, tensor in sorted(part.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -19,6 +19,8 @@ from blackpoint.sampling.checkpoints.ldm_keys import Part, from_ldm, published_t
 from blackpoint.sampling.checkpoints.loading import WRONG_CONFIG, check_keys, forget_pages
 from blackpoint.sampling.checkpoints.pipeline_folder import PipelineFolder
 
+TEXT_PROJECTION = "text_projection.weight"
+
 
 @dataclass(frozen=True)
 class FolderPart:
@@ -65,6 +67,8 @@ class LdmPart:
     config: dict[str, Any]
     keys: Mapping[str, str]
     field: str = "checkpoint"
+    projection_is_turned: bool = True
+    """Whether the projection of OpenCLIP's text encoder is transposed in the file."""
 
     def weight_files(self) -> list[Path]:
         """Lists the file."""
@@ -75,8 +79,10 @@ class LdmPart:
         return []
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yields the weights, which map the file."""
-        yield from self.weights().values()
+        """Yields the weights, which map the file, and drops each from memory afterwards."""
+        for tensor in self.weights().values():
+            yield tensor
+            forget_pages(tensor)
 
     def weights(self) -> dict[str, Tensor]:
         """Returns the weights by their names in a folder: views of the mapped file."""
@@ -86,7 +92,10 @@ class LdmPart:
         except SafetensorError as error:
             raise UserError(f"{self.field}={self.path} has changed: {error}") from error
         with shapes_of_a_model(f"{self.field}={self.path}"):
-            return from_ldm(self.name, self.config, tensors)
+            weights = from_ldm(self.name, self.config, tensors)
+        if not self.projection_is_turned:
+            weights[TEXT_PROJECTION] = weights[TEXT_PROJECTION].T
+        return weights
 
     def load(self, kind: Any, dtype: torch.dtype) -> Any:
         """Builds the part and gives it the weights of the file; refuses those that don't fit."""

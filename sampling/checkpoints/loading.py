@@ -11,8 +11,12 @@ import inspect
 import json
 import mmap
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -24,7 +28,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.choices import PredictionType
+from blackpoint.sampling.choices import PredictionType, Weights
 
 if TYPE_CHECKING:
     from blackpoint.sampling.checkpoints.resolve import Resolved
@@ -226,6 +230,70 @@ def _file_ranges() -> list[range]:
     return found
 
 
+SHARDED_STATE = "state.pt"
+"""Of the folder of a sharded .ckpt: all but its shares, which tensors on the meta device stand for;
+those lie beside it, safetensors of torch.distributed.checkpoint."""
+
+
+def is_ckpt(path: Path) -> bool:
+    """Whether a path is a file, such as a .ckpt, or the folder of a sharded one."""
+    return path.is_file() or (path / SHARDED_STATE).is_file()
+
+
+def read_ckpt(
+    path: Path, *prefixes: str, allocate: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Any]:
+    """Returns the content of a .ckpt, mapped; of a sharded one, shares whose dotted path begins so.
+
+    They are read into what `allocate` makes in the place of a tensor on the meta device, in every
+    process; None: into whole tensors, in this process.
+    """
+    file = path / SHARDED_STATE if path.is_dir() else path
+    if zipfile.is_zipfile(file):  # a few packed bytes may unpack to more than the memory
+        entries = zipfile.ZipFile(file).infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("compressed, which torch.save never does")
+    stored: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    tensors: dict[str, Tensor] = {}
+
+    def allocated(name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_meta or not name.startswith(prefixes):
+            return tensor
+        tensors[name] = (allocate or partial(torch.empty_like, device="cpu"))(tensor)
+        return tensors[name]
+
+    if path.is_dir() and prefixes:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+        stored = replaced(stored, allocated)
+        reader = HuggingFaceStorageReader(str(path))
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
+        dcp.load(tensors, storage_reader=reader, no_dist=allocate is None)
+    return stored
+
+
+def replaced(tree: Any, replace: Callable[[str, Tensor], Any], path: tuple[str, ...] = ()) -> Any:
+    """Returns nested containers with `replace(dotted path, tensor)` for each tensor."""
+    if isinstance(tree, Tensor):
+        return replace(".".join(path), tree)
+    if type(tree) in (dict, OrderedDict):
+        return {name: replaced(one, replace, (*path, str(name))) for name, one in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(replaced(o, replace, (*path, str(i))) for i, o in enumerate(tree))
+    return tree
+
+
+def trained_weights(
+    path: Path, stored: Mapping[str, Any], weights: Weights, prefix: str = ""
+) -> dict[str, Tensor]:
+    """Returns what a .ckpt, read as `stored`, holds of the module, or of its part `prefix`."""
+    is_raw = weights == "raw" and "current_model_state" in stored
+    key = "current_model_state" if is_raw else "state_dict"
+    state = (read_ckpt(path, f"{key}.{prefix}") if path.is_dir() else stored)[key].items()
+    return {name.removeprefix(prefix): one for name, one in state if name.startswith(prefix)}
+
+
 def require_tokenizer(folder: Path, files: Sequence[str] = CLIP_TOKENIZER_FILES) -> None:
     """Raises UserError unless one of a tokenizer's files is in `folder`.
 
@@ -243,7 +311,7 @@ def load_tokenizer(folder: Path, text_config: Mapping[str, Any], **options: Any)
     require_tokenizer(folder)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises Exception itself, transformers KeyError and more
         raise UserError(f"{folder} cannot be loaded: {error}") from error
     positions = text_config.get("max_position_embeddings", CLIP_POSITIONS)
     tokenizer.model_max_length = int(min(tokenizer.model_max_length, positions))
@@ -273,7 +341,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; the pipeline folder is incomplete") from error
-    except ValueError as error:  # also what is no UTF-8
+    except (ValueError, RecursionError) as error:  # also what is no UTF-8, or too deep
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__} where an object {{...}} belongs")

@@ -16,7 +16,12 @@ from transformers import CLIPTokenizer
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.checkpoints.fingerprint import unet_digest
 from blackpoint.sampling.checkpoints.ldm_keys import published_text_name, unet_modules
-from blackpoint.sampling.checkpoints.loading import Pipeline, empty_unet
+from blackpoint.sampling.checkpoints.loading import (
+    Pipeline,
+    empty_unet,
+    is_ckpt,
+    text_encoders_of,
+)
 from blackpoint.sampling.checkpoints.resolve import (
     HUB_ID,
     Resolved,
@@ -44,7 +49,7 @@ BASE_NAME, PREDICTION, ZERO_SNR = (
 
 @dataclass(frozen=True)
 class MergedPipeline:
-    """A pipeline whose UNet and text encoder have adapters merged in."""
+    """A pipeline whose UNet and text encoders have adapters merged in."""
 
     pipeline: Pipeline
     loras: Sequence[Applied]
@@ -80,7 +85,7 @@ class MergedPipeline:
         """Loads a part, and puts the merged weights in the place of its own, one by one."""
         model, weights = self.pipeline.load(kind, part, dtype), self.weights(part)
         if isinstance(weights, MergedWeights):
-            published = published_text_name if part == "text_encoder" else str
+            published = published_text_name if part.startswith("text_encoder") else str
             names = {published(name): name for name in model.state_dict()}
             for name in weights.changed:
                 merged = {names[name]: weights[name].to(dtype)}
@@ -106,8 +111,9 @@ def with_loras(resolved: Resolved, loras: Sequence[LoraFile] | None, weights: We
         return resolved
     pipeline = resolved.pipeline
     shapes = {"unet": shapes_of(resolved.weights("unet"))}
-    if "text_encoder" in pipeline.read_json("model_index.json"):
-        shapes["text_encoder"] = shapes_of(pipeline.weights("text_encoder"))
+    index = pipeline.read_json("model_index.json")
+    for part in text_encoders_of(index) if "text_encoder" in index else ():
+        shapes[part] = shapes_of(pipeline.weights(part))
     blocks = unet_modules(empty_unet(pipeline).config)
     applied = [(matched(find_lora(one.path, weights), shapes, blocks), one.scale) for one in loras]
     unet = resolved.unet_state
@@ -128,7 +134,7 @@ def find_lora(path: str, weights: Weights = "ema") -> Lora:
         if newest is None:
             raise UserError(f"{named} is a run directory without a checkpoint yet; wait for one")
         return adapters_of(newest, weights)
-    if place.is_file() and place.suffix == ".ckpt":
+    if is_ckpt(place) and place.suffix == ".ckpt":
         return adapters_of(place, weights)
     if place.exists():
         return read_lora(place, named)

@@ -3,6 +3,7 @@
 As in diffusers, a part may have files of several variants: fp16, bf16, non_ema.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,24 +11,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.safetensors_file import opened
 from blackpoint.sampling.checkpoints.ldm_keys import published_text_name
 from blackpoint.sampling.checkpoints.loading import (
     TOKENIZERS,
     WRONG_CONFIG,
     check_keys,
     convert_weights,
+    forget_pages,
     load_tokenizer,
     read_json,
 )
 from blackpoint.sampling.choices import PredictionType
 
+MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Number formats of weights, by safetensors' names."""
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Hides the bars of transformers and diffusers in the block: parts are read in seconds."""
+    libraries: tuple[Any, ...] = (transformers_logging, diffusers_logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -54,37 +74,41 @@ class PipelineFolder:
         return [self.path / part / "config.json"]
 
     def tensors(self, part: str) -> Iterator[Tensor]:
-        """Yields the weights as they are in the files."""
+        """Yields the weights as they are in the files, and drops each from memory afterwards."""
         for path in self.weight_files(part):
-            with safe_open(path, framework="pt") as file:
+            with opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (no dict: it can't be walked)
-                    yield file.get_tensor(name)
+                    yield (tensor := file.get_tensor(name))
+                    forget_pages(tensor)
 
     def weights(self, part: str) -> "FileWeights":
         """Returns the weights by name, of a text encoder by the published ones."""
-        return FileWeights(
-            self.weight_files(part), published_text_name if part == "text_encoder" else str
-        )
+        is_text = part.startswith("text_encoder")
+        return FileWeights(self.weight_files(part), published_text_name if is_text else str)
 
     def load(self, kind: Any, part: str, dtype: torch.dtype) -> Any:
         """Loads a part and refuses missing or unexpected keys."""
         path = self.path / part
         stored = self._stored_dtype(part)
         try:
-            model, info = kind.from_pretrained(
-                path,
-                use_safetensors=True,
-                local_files_only=True,
-                # transformers' own error does not name them; diffusers' does
-                ignore_mismatched_sizes=issubclass(kind, PreTrainedModel),
-                variant=variant_of(self.path, part, self.variant),
-                output_loading_info=True,
-                dtype=stored or dtype,
-            )
+            with without_bars():
+                model, info = kind.from_pretrained(
+                    path,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    # transformers' own error does not name them; diffusers' does
+                    ignore_mismatched_sizes=issubclass(kind, PreTrainedModel),
+                    variant=variant_of(self.path, part, self.variant),
+                    output_loading_info=True,
+                    dtype=stored or dtype,
+                )
         except (OSError, SafetensorError, *WRONG_CONFIG) as error:
             raise UserError(f"{path} cannot be loaded: {error}") from error
         unexpected = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
-        mismatched = [str(key) for key in info.get("mismatched_keys") or []]
+        mismatched = [
+            f"{name}: {list(stored)} in the file, {list(built)} by its config.json"
+            for name, stored, built in info.get("mismatched_keys") or []
+        ]
         reason = "the file does not belong to its config.json"
         check_keys(str(path), info["missing_keys"], unexpected, mismatched, reason)
         convert_weights(model, dtype)
@@ -199,3 +223,13 @@ def names_of_variant(names: Iterable[str], variant: str | None) -> list[str]:
             return by_variant[wanted]
     [*groups] = by_variant.values()
     return groups[0] if len(groups) == 1 else []
+
+
+def patterns_of(names: list[str], variant: str | None = None) -> list[str]:
+    """Returns patterns of what is read of a repository: one set of safetensors a model, as
+    `weight_files` chooses it."""
+    patterns = ["*.json", "*.txt", "tokenizer/*", "tokenizer_2/*"]
+    for model in MODELS:
+        files = [n for n in names if n.startswith(f"{model}/") and n.endswith(".safetensors")]
+        patterns += names_of_variant(files, variant) or files or [f"{model}/*.bin"]
+    return [*patterns, *(f"{model}/config.json" for model in MODELS)]

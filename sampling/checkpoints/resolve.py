@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from blackpoint.data.files.errors import FULL, NOT_WRITABLE, RunFailed, UserError
-from blackpoint.sampling.checkpoints.loading import Pipeline
+from blackpoint.data.files.paths import nearly
+from blackpoint.sampling.checkpoints.loading import Pipeline, is_ckpt, read_ckpt, trained_weights
 from blackpoint.sampling.checkpoints.pipeline_folder import (
+    MODELS,
     PipelineFolder,
-    names_of_variant,
+    patterns_of,
     variants,
 )
 from blackpoint.sampling.checkpoints.single_file import SINGLE_FILE, SingleFile
@@ -26,9 +27,7 @@ from blackpoint.sampling.lora.adapters import Lora, MergedWeights, lora_of_check
 from blackpoint.sampling.lora.files import PEFT_CONFIG, chosen
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
-SMALL_FILES = ["*.json", "*.txt", "tokenizer/*", "tokenizer_2/*"]
 NOWHERE = "does not exist; give a folder, .ckpt or .safetensors file, or hub id"
 OF_OTHERS = (
     "; the .ckpt, .pt and .bin files of others are pickles, which can run any code when they are "
@@ -82,12 +81,11 @@ def resolve(
     if variant is not None and (path.is_file() or is_run):
         what = "a single file" if is_single else "of a training run"
         raise UserError(
-            f"variant={variant}: checkpoint={checkpoint} is {what}, which has none; leave variant "
-            "out"
+            f"variant={variant}: checkpoint={checkpoint} is {what}, which has none; leave it out"
         )
     if path.is_file() and is_single:
         return Resolved(SingleFile.open(path, weights, single_file))
-    if path.is_file():
+    if is_ckpt(path):
         return _lightning_checkpoint(path, weights, single_file)
     if is_run:
         return _run_directory(path, weights, single_file)
@@ -104,7 +102,10 @@ def resolve(
             "directory (no checkpoints/), no .ckpt and no .safetensors file; name the folder that "
             "holds unet/, vae/, text_encoder/ and tokenizer/"
         )
-    if HUB_ID.fullmatch(str(checkpoint)) and not is_single:
+    is_id, near = HUB_ID.fullmatch(str(checkpoint)) and not is_single, nearly(path)
+    if near and not (is_id and (near / "model_index.json").is_file()):  # of the same owner
+        raise UserError(f"checkpoint={checkpoint}: there is no such folder; did you mean {near}?")
+    if is_id:
         return Resolved(PipelineFolder(_download(str(checkpoint), variant), variant))
     raise UserError(f"checkpoint={checkpoint} {NOWHERE}")
 
@@ -154,7 +155,7 @@ def adapters_of(path: Path, weights: Weights = "ema") -> Lora:
             f"lora={path} is the checkpoint of a full fine-tune, which has no adapters; give it as "
             "checkpoint"
         )
-    lora = lora_of_checkpoint(_state(stored, weights), record, f"lora={path}")
+    lora = lora_of_checkpoint(trained_weights(path, stored, weights), record, f"lora={path}")
     process = stored["blackpoint"]["process"]
     told = {
         "ss_sd_model_name": Path(stored["blackpoint"]["base"]).name,
@@ -165,9 +166,10 @@ def adapters_of(path: Path, weights: Weights = "ema") -> Lora:
 
 
 def _lightning_checkpoint(path: Path, weights: Weights, single_file: SingleFileConfig) -> Resolved:
-    _require_no_options(path, replace(single_file, vae=None, tokenizer=None))  # of its base
+    of_its_base = {"vae": None, "tokenizer": None, "text_projection": None}
+    _require_no_options(path, replace(single_file, **of_its_base))
     stored = read_lightning(path)
-    record, state = stored["blackpoint"], _state(stored, weights)
+    record = stored["blackpoint"]
     base_path = record["base"]
     beside = path.parent.parent / Path(base_path).name  # of a run directory that was moved
     if not Path(base_path).exists() and (beside / "model_index.json").is_file():
@@ -181,24 +183,19 @@ def _lightning_checkpoint(path: Path, weights: Weights, single_file: SingleFileC
         ) from error
     process = record["process"]
     if "lora" in record:
-        lora = lora_of_checkpoint(state, record["lora"], f"checkpoint={path}")
+        lora = lora_of_checkpoint(
+            trained_weights(path, stored, weights), record["lora"], f"checkpoint={path}"
+        )
         merged = MergedWeights("unet", base.weights("unet"), [(lora, 1.0)])
         digest = record.get("base_digest", "")
         return Resolved(base.pipeline, path, merged, process, lora, base, digest)
-    unet = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
-    return Resolved(base.pipeline, path, unet, process)
-
-
-def _state(stored: dict[str, Any], weights: Weights) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = stored["state_dict"]
-    return stored.get("current_model_state", state) if weights == "raw" else state
+    return Resolved(base.pipeline, path, trained_weights(path, stored, weights, "unet."), process)
 
 
 def read_lightning(path: Path) -> dict[str, Any]:
     """Returns the content of a .ckpt of `blackpoint train`, mapped; UserError for any other."""
     try:
-        # mmap: only the tensors that are asked for are read
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        stored = read_ckpt(path)  # mapped: only the tensors that are asked for are read
     except Exception as error:
         raise UserError(
             f"checkpoint={path} cannot be read as a Lightning checkpoint without unpickling code "
@@ -212,6 +209,14 @@ def read_lightning(path: Path) -> dict[str, Any]:
             f"it started from{OF_OTHERS}"
         )
     assert isinstance(stored, dict)
+    is_ours = isinstance(record, dict) and isinstance(record.get("base"), str | Path)
+    is_ours = is_ours and isinstance(record.get("process"), dict)
+    weights = stored.get("state_dict")
+    if not (is_ours and isinstance(weights, dict) and all(isinstance(key, str) for key in weights)):
+        raise UserError(
+            f"checkpoint={path} does not hold what `blackpoint train` writes: state_dict, and its "
+            f"base and process; it is damaged or was changed{OF_OTHERS}"
+        )
     return stored
 
 
@@ -254,40 +259,49 @@ def _snapshot(folder: Path) -> Path | None:
 
 
 def _download(hub_id: str, variant: str | None = None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import snapshot_download
 
-    with _hub_errors(hub_id):
-        try:
-            names = [item.rfilename for item in HfApi().model_info(hub_id).siblings or []]
-        except Exception as error:
-            if isinstance(error, HfHubHTTPError) or not is_unreachable(error):
-                raise
-            return resolve(
-                snapshot_download(hub_id, local_files_only=True), variant=variant
-            ).pipeline.path
+    with hub_errors(hub_id):
+        names = _listing(hub_id)
+        if isinstance(names, Path):
+            return resolve(names, variant=variant).pipeline.path
         _check_variant(hub_id, [n for n in names if n.endswith(".safetensors")], variant)
-        return Path(snapshot_download(hub_id, allow_patterns=_patterns(names, variant)))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns_of(names, variant)))
 
 
 def download_lora(hub_id: str) -> Path:
     """Returns the LoRA file of a repository of the hub, downloaded; UserError where it has none."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import snapshot_download
 
-    with _hub_errors(hub_id, "lora"):
-        try:
-            names = [item.rfilename for item in HfApi().model_info(hub_id).siblings or []]
-        except Exception as error:
-            if isinstance(error, HfHubHTTPError) or not is_unreachable(error):
-                raise
-            return Path(snapshot_download(hub_id, local_files_only=True))
+    with hub_errors(hub_id, "lora"):
+        names = _listing(hub_id)
+        if isinstance(names, Path):
+            return names
         name = chosen([name for name in names if "/" not in name], f"lora={hub_id}")
         return Path(snapshot_download(hub_id, allow_patterns=[name, PEFT_CONFIG])) / name
 
 
+def _listing(hub_id: str) -> list[str] | Path:
+    """Lists a repository's files; where the hub can't be reached, returns the folder in its cache
+    with those that were once asked for."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return [item.rfilename for item in HfApi().model_info(hub_id).siblings or []]
+    except Exception as error:
+        if isinstance(error, HfHubHTTPError) or not is_unreachable(error):
+            raise
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        if folder := getattr(error, "snapshot_path", None):  # of an IncompleteSnapshotError
+            return Path(folder)
+        raise
+
+
 @contextlib.contextmanager
-def _hub_errors(hub_id: str, field: str = "checkpoint") -> Iterator[None]:
+def hub_errors(hub_id: str, field: str = "checkpoint") -> Iterator[None]:
     """Turns errors of name, login, network and cache, which the user can mend, into UserError."""
     from huggingface_hub import errors
 
@@ -333,12 +347,3 @@ def is_unreachable(error: Exception) -> bool:
     common."""
     library = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or library in HTTP_LIBRARIES
-
-
-def _patterns(names: list[str], variant: str | None = None) -> list[str]:
-    """Chooses one set of safetensors a model, as `weight_files` does."""
-    patterns = list(SMALL_FILES)
-    for model in MODELS:
-        files = [n for n in names if n.startswith(f"{model}/") and n.endswith(".safetensors")]
-        patterns += names_of_variant(files, variant) or files or [f"{model}/*.bin"]
-    return [*patterns, *(f"{model}/config.json" for model in MODELS)]

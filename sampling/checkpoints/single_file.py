@@ -12,7 +12,7 @@ and zero terminal SNR that prediction_evidence.py finds.
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -245,6 +245,12 @@ def _parts(
             f"checkpoint={path} holds no autoencoder (no key starts with {VAE_PREFIX}); name one, "
             "a diffusers folder or a .safetensors file: single_file.vae=PATH"
         )
+    if options.text_projection and not contents.is_xl:
+        raise UserError(
+            f"single_file.text_projection={options.text_projection}: checkpoint={path} is no SDXL, "
+            "whose second text encoder alone has a projection; leave it out"
+        )
+    is_turned = options.text_projection != "as_is"
     scale = XL_SCALING_FACTOR if contents.is_xl else SCALING_FACTOR
     named = Path(options.vae) if options.vae else None
     vae = _vae_of(named, scale) if named else _vae(path, header, contents.vae, scale)
@@ -258,6 +264,8 @@ def _parts(
             text = clip_config(shapes_of(header, contents.text_encoder, prefix))
         if contents.is_xl:
             shapes = shapes_of(header, contents.text_encoder_2, XL_OPEN_CLIP_PREFIX)
+            if not is_turned:
+                shapes = {**shapes, "text_projection": shapes["text_projection"][::-1]}
             second = second_text_config(shapes)
         levels = len(vae.config.get("block_out_channels", VAE_LEVELS))
         side_px = _side_px(header, contents, evidence)
@@ -274,7 +282,8 @@ def _parts(
         "text_encoder": LdmPart(path, "text_encoder", text, used),
     }
     if contents.is_xl:
-        parts["text_encoder_2"] = LdmPart(path, "text_encoder_2", second, contents.text_encoder_2)
+        of_second = LdmPart(path, "text_encoder_2", second, contents.text_encoder_2)
+        parts["text_encoder_2"] = replace(of_second, projection_is_turned=is_turned)
     return parts
 
 

@@ -4,6 +4,7 @@ Free of torch, so that its help is instant. The fields of `MetricsConfig` that a
 metrics (metric.py) are the table of metrics, in the order in which they are shown.
 """
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -14,18 +15,15 @@ from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.data.files.rules import check_ranges, require
 from blackpoint.sampling.choices import Prompts, Spacing, check_seed
 from blackpoint.sampling.evaluation.metric import MetricConfig
-from blackpoint.sampling.evaluation.metrics.brightness import BrightnessConfig
+from blackpoint.sampling.evaluation.metrics.brightness import ERROR, BrightnessConfig
 from blackpoint.sampling.evaluation.metrics.sets import SetsConfig
-from blackpoint.sampling.options import SamplingOptions
+from blackpoint.sampling.options import ROUNDING_KEYS, SamplingOptions
 from blackpoint.sampling.samplers import check_sampler
 from blackpoint.sampling.verifiers.load import VerifierConfig
 
 MAX_STORED_SEED = 2**63 - 1
 """images.parquet keeps seeds as 64-bit integers."""
-RESULT_INVARIANT_KEYS = (
-    *("output", "reference_cache", "keep_images", "batch_size", "device", "attention"),
-    "channels_last",
-)
+RESULT_INVARIANT_KEYS = (*ROUNDING_KEYS, "reference_cache", "keep_images")
 """Keys that change images and measurements only by rounding."""
 COLUMNS = (
     *("prompt_index", "image", "prompt", "category", "seed", "file", "nfe", "sampling_s"),
@@ -101,6 +99,28 @@ def metric_keys(config_class: type[MetricsConfig] = MetricsConfig) -> list[str]:
     sections = [n for n, k in kinds.items() if isinstance(k, type) and issubclass(k, MetricConfig)]
     named = {*sections, "verifiers", "geneval"}  # two that are no sections of fixed keys
     return [name for name in kinds if name in named]
+
+
+def not_asked(config: MetricsConfig, measured: Collection[str]) -> Iterator[str]:
+    """Yields usual metrics that were not asked for, and what to set; `measured` are those shown."""
+    if ERROR not in measured:
+        yield f"{ERROR}: no prompt asks for one; prompts=configs/prompts/brightness.jsonl does"
+    sets, kinds = config.sets, {verifier.kind for verifier in config.verifiers.values()}
+    inception = "sets.inception=weights-inception-2015-12-05-6726825d.pth"
+    has_features = sets.features.is_set or sets.inception is not None
+    missing = [] if sets.reference else ["sets.reference=FOLDER"]
+    missing += [] if has_features else [inception]
+    if missing:
+        yield f"FID, KID, precision, recall: set {' and '.join(missing)}"
+    if not sets.has_classifier:
+        yield f"IS: set {inception}"
+    if "clip_score" not in kinds:
+        yield (
+            "CLIP score: set verifiers.clip.kind=clip_score and "
+            "verifiers.clip.checkpoint=openai/clip-vit-large-patch14"
+        )
+    if config.geneval is None:
+        yield "GenEval: set geneval=results.jsonl, of its detector"
 
 
 def metrics_of(config: MetricsConfig) -> list[MetricConfig]:

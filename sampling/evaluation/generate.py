@@ -10,15 +10,13 @@ import torch
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_whole
-from blackpoint.sampling.checkpoints.fingerprint import model_digest, sampling_digest
 from blackpoint.sampling.choices import check_seed
 from blackpoint.sampling.evaluation.config import MAX_STORED_SEED, MetricsConfig
 from blackpoint.sampling.evaluation.metric import Pixels, Row
 from blackpoint.sampling.evaluation.rows import SETTINGS, Key
-from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.pipelines.painter import Painter
 from blackpoint.sampling.prompts.prompt_set import Prompt
 from blackpoint.sampling.runtime.pictures import eight_bit
-from blackpoint.sampling.runtime.speed import prepare_unet
 
 
 @dataclass(frozen=True)
@@ -79,21 +77,15 @@ class ImageGenerator:
         self._texts = [prompt.text for prompt in prompts]
         self.formats = {"device": device.type, "dtype": config.dtype, "tf32": config.tf32}
         """Columns that each image has of it."""
-        self._model: DiffusionModel | None = None
+        self._model: Painter | None = None
         self.notes: tuple[str, ...] = ()
         self.num_rows = 0
-        """UNet rows evaluated so far."""
-        self._process_notes(
-            DiffusionModel.load(
-                config.checkpoint,
-                with_unet=False,
-                variant=config.variant,
-                single_file=config.single_file,
-                loras=config.lora,
-            )
-        )
+        """Rows of the network evaluated so far."""
+        dtype = getattr(torch, config.dtype, torch.float32)  # auto, where nothing is computed
+        self._looked_at = config.load_model(device, dtype, with_unet=False)
+        self._process_notes(self._looked_at)
 
-    def _process_notes(self, model: DiffusionModel) -> None:
+    def _process_notes(self, model: Painter) -> None:
         """Notes an unusual process; raises UserError for an unsound one."""
         config, trained = self._config, model.process
         process = trained.respaced(config.timestep_spacing)
@@ -107,22 +99,22 @@ class ImageGenerator:
         self.notes = tuple(notes)
         own_height, own_width = model.image_sides
         self.size = (config.height or own_height, config.width or own_width)
-        model.latent_shape(config.height, config.width)  # says what sizes are possible
-        process.timesteps(config.num_steps)  # says how many there are
-        if config.clip_skip or config.max_tokens is not None:  # says how many there are
-            model.encode_prompts([""], config.clip_skip, config.max_tokens)
-        if model.tokenizer is None:
-            model.encode_prompts([config.negative_prompt, *self._texts])  # names of classes
+        model.noise([0], config.height, config.width)  # says what sizes are possible
+        process.grid(config.num_steps, config.sampler)  # says how many steps there are
+        texts = [config.negative_prompt, *self._texts]
+        model.check_prompts(texts, config.clip_skip, config.max_tokens)
 
     @property
-    def model(self) -> DiffusionModel:
+    def model(self) -> Painter:
         """The model, loaded when it is first needed; refused where it is not the one that the
         folder's images are of."""
         if self._model is None:
             config = self._config
-            model = config.load_model(self.device, getattr(torch, config.dtype))
+            model = self._looked_at
+            if model.loaded_parts()[0].device.type == "meta":
+                model = config.load_model(self.device, getattr(torch, config.dtype))
             # A LoRA may be of the text encoder, which an evaluation's digest else leaves out.
-            digest = sampling_digest(model) if config.lora else model_digest(model)
+            digest = model.digest(of_encoders=bool(config.lora))
             if self._settings.get("weights_digest") not in (None, digest):
                 raise UserError(
                     f"checkpoint={config.checkpoint} has other weights, or another process, than "
@@ -130,13 +122,13 @@ class ImageGenerator:
                 )
             self._settings["weights_digest"] = digest
             model.process = model.process.respaced(config.timestep_spacing)
-            prepare_unet(model.unet, config.attention, config.channels_last)
-            model.unet.register_forward_pre_hook(self._count)
+            model.prepare(config.attention, config.channels_last)
+            model.count_rows(self._count)
             self._model = model
         return self._model
 
-    def _count(self, _: object, arguments: tuple[Any, ...]) -> None:
-        self.num_rows += len(arguments[0])
+    def _count(self, rows: int) -> None:
+        self.num_rows += rows
 
     def generate(self, jobs: Sequence[Job]) -> Pixels:
         """Generates the images of a batch, (N, 3, H, W) uint8; after the first, evaluation.json is

@@ -24,6 +24,7 @@ import torch
 from omegaconf import OmegaConf
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.plain import json_object
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.choices import PLAIN_FORMATS
 from blackpoint.sampling.evaluation.config import (
@@ -110,9 +111,9 @@ def check_folder(config: MetricsConfig, output: Path, prompts: Sequence[Prompt])
             )
         return settings
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} is not JSON; choose another output") from None
+        saved = json_object(path.read_bytes(), path)
+    except UserError as error:
+        raise UserError(f"{error}, or choose another output") from None
     now = json.loads(json.dumps(settings))
     defaults: Any = OmegaConf.to_container(OmegaConf.structured(MetricsConfig))
     for key in sorted(now):

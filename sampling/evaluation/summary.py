@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from blackpoint.data.files.plain import finite
+from blackpoint.data.files.plain import finite, json_object
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.metric import FID, Better, Evaluated, Metric, MetricConfig
 from blackpoint.sampling.statistics.estimates import Estimate
@@ -80,8 +80,8 @@ def title_at_n(name: str, counts: Sequence[int]) -> str:
     return f"FID at n = {low} to {high}; interval at each n"
 
 
-def markdown(summary: Summary) -> str:
-    """Writes the table of metrics, with notes, as Markdown."""
+def markdown(summary: Summary, for_terminal: bool = False) -> str:
+    """Writes the table of metrics, with notes, as Markdown; or its columns under one another."""
     rows = [
         {
             "metric": title_at_n(metric.name, [metric.estimate.n])
@@ -98,7 +98,9 @@ def markdown(summary: Summary) -> str:
         f"{summary.seconds:.0f} s, peak memory {summary.peak_gb:.2f} GB."
     )
     notes = [*summary.notes, *(f"skipped: {k}: {why}" for k, why in summary.skipped.items())]
-    parts = [Table(rows, columns).markdown(), f"{cost}\n", *(f"- {note}" for note in notes)]
+    table = Table(rows, columns)
+    shown = table.text() if for_terminal else table.markdown()
+    parts = [shown, f"{cost}\n", *(f"- {note}" for note in notes)]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -121,7 +123,7 @@ def read_summary(folder: Path) -> Summary | None:
     path = folder / JSON_FILE
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json_object(path.read_bytes(), path)
     metrics = []
     for row in content.pop("metrics"):
         numbers: dict[str, Any] = row.pop("estimate")

@@ -28,6 +28,7 @@ from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.data.files.yaml_text import read_yaml_file
 from blackpoint.data.images.picture_size import PictureSize
 from blackpoint.sampling.checkpoints.ldm_keys import unet_modules
+from blackpoint.sampling.checkpoints.loading import convert_weights
 from blackpoint.sampling.checkpoints.merged import check_bases
 from blackpoint.sampling.checkpoints.resolve import last_checkpoint, read_lightning, resolve
 from blackpoint.sampling.choices import Dtype, Weights
@@ -116,8 +117,8 @@ def _load(checkpoint: str | Path, weights: Weights, name: str) -> tuple[LoraRun,
         step=stored.get("global_step"),
         settings={k: v for k, v in values.items() if v is not None and v != {}},
     )
-    base_weights = {n: t.float() for n, t in resolved.base.weights("unet").items()}
-    model.unet.load_state_dict(base_weights, assign=True)
+    model.unet.load_state_dict(dict(resolved.base.weights("unet")), assign=True)
+    convert_weights(model.unet, torch.float32)
     return run, model
 
 

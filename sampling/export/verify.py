@@ -22,14 +22,20 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from blackpoint.data.files.errors import RunFailed
+from blackpoint.data.files.memory import give_back_memory
+from blackpoint.data.files.safetensors_file import read_header
+from blackpoint.sampling.checkpoints.ldm_keys import UNET_PREFIX, VAE_PREFIX
+from blackpoint.sampling.checkpoints.loading import convert_weights
+from blackpoint.sampling.checkpoints.pipeline_folder import DTYPES, without_bars
 from blackpoint.sampling.export.clients import diffusers_settings
 from blackpoint.sampling.grid import SampleState, SamplingGrid
 from blackpoint.sampling.guidance import Guidance
@@ -78,6 +84,7 @@ def check_against_diffusers(
         prompt = check_prompt(model)
         for part in model.loaded_parts():
             part.to("meta")
+        give_back_memory()
         pipeline = _stock_pipeline(folder, device, model, file)
         if file is not None:
             pipeline.scheduler = scheduler
@@ -125,7 +132,7 @@ def our_latents(
     process = model.process
     model.load_encoders()
     for part in model.loaded_parts():
-        part.float()
+        convert_weights(part, torch.float32)
     condition, empty = model.encode_prompts([check_prompt(model)]), model.encode_prompts([""])
     latents = {}
     for sampler in samplers:
@@ -192,25 +199,41 @@ def _stock_pipeline(
 ) -> Any:
     """Loads the folder; a pixel-space model with the pipeline file that lies beside it."""
     if file is not None:
-        pipeline = stock_pipeline_of_file(file, folder, torch.float32, model.is_xl)
+        pipeline = stock_pipeline_of_file(file, folder, model.is_xl)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                convert_weights(part, torch.float32)
     else:
         kind, settings = _stock_class(model.is_xl)
         if model.pixels is not None:
             kind, settings = DiffusionPipeline, {"trust_remote_code": True}
-        pipeline = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, **settings
-        )
+        offline = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32}
+        settings = settings | offline
+        with without_bars():
+            pipeline = kind.from_pretrained(folder, **settings)
     pipeline = pipeline.to(device, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def stock_pipeline_of_file(file: Path, configs: Path, dtype: torch.dtype, is_xl: bool) -> Any:
-    """Loads a single file as diffusers does with the configs of a folder, without a network."""
+def stock_pipeline_of_file(file: Path, configs: Path, is_xl: bool) -> Any:
+    """Loads a single file as diffusers does with the configs of a folder, without a network.
+
+    In the number formats of the file: its tensors are mapped and not copied. from_single_file knows
+    one format for all parts, and the autoencoder of an SDXL may have one of its own.
+    """
     kind, settings = _stock_class(is_xl)
-    return kind.from_single_file(
-        str(file), config=str(configs), local_files_only=True, dtype=dtype, **settings
+    formats = read_header(file).formats
+    unet, vae = (
+        DTYPES[next(one for key, one in formats.items() if key.startswith(prefix))]
+        for prefix in (UNET_PREFIX, VAE_PREFIX)
     )
+    options: dict[str, Any] = {"config": str(configs), "local_files_only": True}
+    if vae != unet:
+        settings = settings | {
+            "vae": AutoencoderKL.from_single_file(str(file), subfolder="vae", dtype=vae, **options)
+        }
+    return kind.from_single_file(str(file), dtype=unet, **options, **settings)
 
 
 def _stock_class(is_xl: bool) -> tuple[Any, dict[str, Any]]:

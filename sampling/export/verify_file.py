@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from blackpoint.data.files.errors import RunFailed
+from blackpoint.data.files.memory import give_back_memory
 from blackpoint.sampling.checkpoints.ldm_keys import published_text_name
 from blackpoint.sampling.checkpoints.loading import TOKENIZERS, save_tokenizer
 from blackpoint.sampling.checkpoints.saving import (
@@ -60,15 +61,17 @@ def check_single_file(model: DiffusionModel, file: Path) -> dict[str, float]:
         latents = sampled_once(model)
         for part in model.loaded_parts():
             part.to("meta")
+        give_back_memory()
         with _without_notes():  # of a path that nobody knows
             again = DiffusionModel.load(file, dtype=dtype)
         again.load_encoders()
         _require_equal("blackpoint", written, tensor_digests(again))
         _require_process(process, again.process)
         again.process = process  # no file says the spacing and the end of the timesteps
-        pipeline = stock_pipeline_of_file(file, configs, dtype, model.is_xl)
+        pipeline = stock_pipeline_of_file(file, configs, model.is_xl)
         _require_equal("diffusers", written, tensor_digests(pipeline))
         del pipeline
+        give_back_memory()  # its parts hold each other
         difference = (sampled_once(again) - latents).abs().max().item()
         if not difference <= ROUNDING * max(1.0, latents.abs().max().item()):
             _fail(f"blackpoint samples latents that differ by {difference:.2g}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blackpoint.data.files.errors import UserError
 
-PARTS = ("unet", "text_encoder")
+PARTS = ("unet", "text_encoder", "text_encoder_2")
 """Parts of a pipeline that adapters can be of."""
 WEIGHT = ".weight"
 DIGEST_BYTES = 16

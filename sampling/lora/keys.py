@@ -123,7 +123,9 @@ def matched(lora: Lora, shapes: Mapping[str, Shapes], ldm_blocks: Mapping[str, s
     for name, module in lora.modules.items():
         known = table.get(_flat(name))
         if known is None:
-            faults.append(f"{name} (no such module)")
+            is_one_of_two = "text_encoder_2" in shapes and _flat(f"text_encoder.{name}") in table
+            why = "of which text encoder? text_encoder. or text_encoder_2. belongs in front"
+            faults.append(f"{name} ({why if is_one_of_two else 'no such module'})")
             continue
         part, _, inner = known.partition(".")
         if fault := module.fault(shapes[part][f"{inner}.weight"]):
@@ -133,7 +135,7 @@ def matched(lora: Lora, shapes: Mapping[str, Shapes], ldm_blocks: Mapping[str, s
         else:
             modules[known] = module
     if faults:
-        raise UserError(_misfit(lora, faults))
+        raise UserError(_misfit(lora, faults, "text_encoder_2" in shapes))
     return Lora(modules, lora.source, lora.metadata)
 
 
@@ -143,12 +145,13 @@ def spellings(shapes: Mapping[str, Shapes], ldm_blocks: Mapping[str, str]) -> di
     for part, weights in shapes.items():
         names = [key.removesuffix(".weight") for key, shape in weights.items() if len(shape) > 1]
         for name in names:
-            table[_flat(f"{part}.{name}")] = f"{part}.{name}"
-            if part == "text_encoder":  # transformers 5 has no text_model in its modules
-                table[_flat(f"{part}.{name.removeprefix('text_model.')}")] = f"{part}.{name}"
-        # adapters of a part alone, without its name in front, as peft saves them
-        table |= {_flat(name): f"{part}.{name}" for name in names}
-        table |= {_flat(name.removeprefix("text_model.")): f"{part}.{name}" for name in names}
+            # transformers 5 has no text_model in the modules of CLIPTextModel
+            for spelled in (name, name.removeprefix("text_model.")):
+                table[_flat(f"{part}.{spelled}")] = f"{part}.{name}"
+                # of a part alone, without its name in front, as peft saves them; two text encoders
+                # have the same names
+                if "text_encoder_2" not in shapes or part == "unet":
+                    table[_flat(spelled)] = f"{part}.{name}"
         if part == "unet":
             ldm = renamed(names, ldm_blocks)
             table |= {_flat(f"unet.{ldm[name]}"): f"unet.{name}" for name in names if name in ldm}
@@ -182,7 +185,7 @@ def _adapter_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Returns peft's settings in a header; {} where there are none that can be read."""
     try:
         settings = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return settings if isinstance(settings, dict) else {}
 
@@ -247,11 +250,12 @@ def _not_lora(unknown: list[str], total: int, source: str) -> str:
     )
 
 
-def _misfit(lora: Lora, faults: list[str]) -> str:
+def _misfit(lora: Lora, faults: list[str], into_xl: bool) -> str:
     count, total = len(faults), len(lora.modules)
     what = f"{lora.source} does not fit the checkpoint: {count} of {total} modules"
     made_for = _made_for(lora)
-    made = f"; it looks made for {made_for}" if made_for else ""
+    is_here = into_xl and made_for == WIDTHS[2048]
+    made = f"; it looks made for {made_for}" if made_for and not is_here else ""
     return (
         f"{what}, such as {_listed(faults)}{made}; give a LoRA of the checkpoint's architecture, "
         "or the checkpoint that it belongs to"

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,12 @@ from blackpoint.sampling.prompts.files import (
 log = logging.getLogger(__name__)
 
 FORMATS = f"a file ({', '.join(SUFFIXES)}) or a folder of .txt files"
+PUBLISHED = {
+    "pickapic": "the captions of the hub's yuvalkirstain/pickapic_v1, test_unique, one per line",
+    "drawbench": "the sheet of 200 prompts that https://imagen.research.google links to, as .csv",
+    "geneval": "prompts/evaluation_metadata.jsonl of https://github.com/djghosh13/geneval",
+}
+"""Letters that the name of a benchmark's file begins with -> its prompts, which are not shipped."""
 
 
 @dataclass(slots=True)  # not frozen: a million are made in half the time
@@ -148,9 +155,11 @@ def _files(path: Path) -> tuple[list[Path], bool]:
         files = sorted(path.parent.glob(path.name))
         remedy = "give a pattern that fits files"
     else:
+        letters = re.sub(r"[^a-z]", "", path.stem.lower())
+        sources = [f"save there {PUBLISHED[n]}, or " for n in PUBLISHED if letters.startswith(n)]
         raise UserError(
-            f"prompts={path}: no such file; give a prompt, a list, {FORMATS}; a prompt that looks "
-            f"like a path is one in a list: prompts={json.dumps([str(path)])}"
+            f"prompts={path}: no such file; {''.join(sources)}give a prompt, a list, {FORMATS}; a "
+            f"prompt that looks like a path is one in a list: prompts={json.dumps([str(path)])}"
         )
     if not files:
         raise UserError(f"prompts={path} holds no prompt file; {remedy}")

@@ -1,6 +1,6 @@
 "use strict";
-// Tables: a click on a head sorts, the boxes above choose rows. Pictures: a click enlarges. Of the
-// tables of a choice one is shown.
+// Tables: a click on a head sorts, the boxes above choose rows. Pictures: a click or
+// Enter enlarges. Of the tables of a choice one is shown.
 const value = (cell) => {
   const number = Number(cell.dataset.value);
   return cell.dataset.value !== undefined && !Number.isNaN(number) ? number : cell.textContent.trim();
@@ -56,18 +56,53 @@ for (const table of document.querySelectorAll("table")) {
   filter();
 }
 
+// Arrow keys lead to the next picture of the line or column; the slider uncovers the one before.
 const zoom = document.createElement("dialog");
 zoom.id = "zoom";
-zoom.innerHTML = '<figure><img alt=""><figcaption></figcaption></figure>';
+zoom.innerHTML = '<figure tabindex="-1"><img alt=""><img alt="" class="before"></figure>'
+  + '<label class="controls"><span></span><input type="range" min="0" max="100" value="0"></label><p></p>';
 document.body.append(zoom);
-for (const picture of document.querySelectorAll(".gallery img")) {
-  picture.addEventListener("click", () => {
-    zoom.querySelector("img").src = picture.src;
-    zoom.querySelector("figcaption").textContent = picture.alt;
-    zoom.showModal();
-  });
+const [after, before] = zoom.querySelectorAll("img");
+const slider = zoom.querySelector("input");
+let enlarged = null; // { lines, line, column, kind }
+const uncover = () => { before.style.clipPath = `inset(0 ${100 - slider.value}% 0 0)`; };
+const enlarge = (lines, line, column, kind) => {
+  const picture = lines[line]?.[column];
+  if (!picture) return;
+  enlarged = { lines, line, column, kind };
+  const other = kind === "line" ? lines[0][column] : kind === "first" ? lines[line][0] : picture;
+  after.src = picture.src;
+  before.src = other.src;
+  before.hidden = slider.parentElement.hidden = other === picture;
+  zoom.querySelector("span").textContent = `uncover ${other.alt}`;
+  zoom.querySelector("p").textContent = picture.alt;
+  uncover();
+  if (!zoom.open) zoom.showModal();
+  zoom.querySelector("figure").focus();
+};
+for (const gallery of document.querySelectorAll(".gallery")) {
+  const lines = [];
+  for (const child of gallery.children) {
+    if (child.classList.contains("name")) lines.push([]);
+    if (child.tagName !== "IMG") continue;
+    const [line, column] = [lines.length - 1, lines.at(-1).length];
+    lines[line].push(child);
+    child.tabIndex = 0;
+    const open = () => enlarge(lines, line, column, gallery.dataset.before);
+    child.addEventListener("click", open);
+    child.addEventListener("keydown", (event) => { if (event.key === "Enter") open(); });
+  }
 }
-zoom.addEventListener("click", () => zoom.close());
+slider.addEventListener("input", uncover);
+zoom.addEventListener("click", (event) => { if (!slider.parentElement.contains(event.target)) zoom.close(); });
+zoom.addEventListener("keydown", (event) => {
+  const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+  const step = steps[event.key];
+  if (!step || event.target === slider) return;
+  event.preventDefault();
+  const { lines, line, column, kind } = enlarged;
+  enlarge(lines, line + step[0], column + step[1], kind);
+});
 
 for (const choice of document.querySelectorAll(".choice")) {
   const chooser = choice.querySelector("select");

@@ -2,8 +2,9 @@
 
 A page of HTML refers to nothing outside itself (plots are inline SVG, pictures data URIs, style and
 script inlined), so it can be mailed or archived. Its tables sort by a click on a head and are
-filtered by their controls, the pictures of its galleries are enlarged by a click. In Markdown plots
-are files beside the page and galleries are left out. `code` in back quotes is set as such in both.
+filtered by their controls, the pictures of its galleries are enlarged by a click, where arrow keys
+lead from one to the next and a slider uncovers the one before. In Markdown plots are files beside
+the page and galleries are left out. `code` in back quotes is set as such in both.
 """
 
 import base64
@@ -19,6 +20,7 @@ from typing import Any, TypeAlias, TypeVar
 from jinja2 import Environment, StrictUndefined, Template
 from PIL import Image
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.statistics.table import Table
 
 FOLDER = Path(__file__).parent
@@ -67,6 +69,9 @@ class Gallery(Block):
     """Names with a picture for each caption, as data URIs: a line for each name."""
 
     captions: Sequence[str] = ()
+    before: str = ""
+    """Which picture an enlarged one is compared with by a slider: that of the first `line` of its
+    column, or the `first` of its line; none if empty."""
 
 
 Part: TypeAlias = str | Table | Block
@@ -78,10 +83,13 @@ class Page:
 
     title: str
     parts: Sequence[Part | None]
+    refresh_s: float = 0
+    """Seconds after which a browser loads it again; 0: it stays."""
 
     def html(self) -> str:
         """Renders the page as one HTML file."""
-        return _template().render(title=self.title, parts=self.parts)
+        refresh_s = self.refresh_s
+        return _template().render(title=self.title, parts=self.parts, refresh_s=refresh_s)
 
     def markdown(self) -> str:
         """Writes the page as Markdown."""
@@ -122,15 +130,32 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
 
 def embedded(path: Path, widest_px: int = WIDEST_PX, most_bytes: float = math.inf) -> str:
     """Returns a picture as data URI: a small PNG as it is, else a JPEG of at most `widest_px`."""
-    with Image.open(path) as picture:
+    with opened(path) as picture:
         if max(picture.size) <= widest_px and path.stat().st_size <= most_bytes:
-            kind, content = "png", path.read_bytes()
-        else:
-            small, data = picture.convert("RGB"), io.BytesIO()
-            small.thumbnail((widest_px, widest_px), Image.Resampling.LANCZOS)
-            small.save(data, "JPEG", quality=JPEG_QUALITY)
-            kind, content = "jpeg", data.getvalue()
+            return data_uri("png", path.read_bytes())
+        return embedded_picture(picture, widest_px)
+
+
+def embedded_picture(picture: Image.Image, widest_px: int) -> str:
+    """Returns a picture as a JPEG of at most `widest_px` in a data URI."""
+    small, data = picture.convert("RGB"), io.BytesIO()
+    small.thumbnail((widest_px, widest_px), Image.Resampling.LANCZOS)
+    small.save(data, "JPEG", quality=JPEG_QUALITY)
+    return data_uri("jpeg", data.getvalue())
+
+
+def data_uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64," + base64.b64encode(content).decode("ascii")
+
+
+def opened(path: Path) -> Image.Image:
+    """Opens a picture; raises UserError for a file that is none."""
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}); restore it") from error
+    return picture
 
 
 def _with_code(text: str) -> str:

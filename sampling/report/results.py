@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.plain import number, read_json, read_lines
+from blackpoint.data.files.paths import inside
+from blackpoint.data.files.plain import number, read_array, read_json, read_lines
 from blackpoint.sampling.evaluation.metric import Better, Metric, Row
 from blackpoint.sampling.evaluation.metrics.brightness import ERROR, LUMINANCE
 from blackpoint.sampling.evaluation.rows import IMAGES, REFERENCE, SETTINGS, read_images
@@ -77,7 +78,11 @@ class Cell:
     candidates: Candidates | None = None
     """Several images of each prompt by every score, where they are independent."""
     alarms: list[str] = field(default_factory=list)
+    untested: list[str] = field(default_factory=list)
+    """Why the hacking alarm of a search could not tell."""
     notes: list[str] = field(default_factory=list)
+    search: Path | None = None
+    """Folder of a search, whose pictures are its winners."""
     nfe: float = math.nan
     """UNet evaluations of an image, or of a prompt's search."""
     seconds: float = math.nan
@@ -204,11 +209,9 @@ def _read_evaluation(cell: Cell, folder: Path) -> list[float]:
         if values := _paired(metric, rows):
             cell.paired[title] = values
     cell.pictures = {
-        (row["prompt_index"], row["prompt"], row["image"]): Picture(
-            row["seed"], folder / row["file"]
-        )
+        (row["prompt_index"], row["prompt"], row["image"]): Picture(row["seed"], path)
         for row in rows
-        if row["file"] and (folder / row["file"]).is_file()
+        if row["file"] and (path := inside(folder, row["file"])) and path.is_file()
     }
     settings = read_json(folder / SETTINGS)
     names = [m.name for m in summary.metrics if m.name in rows[0] and not m.group]
@@ -229,6 +232,7 @@ def _read_search(cell: Cell, folder: Path) -> None:
     if not (folder / HACKING).is_file():
         cell.state = "not finished"
         return
+    cell.search = folder
     rows = read_lines(folder / WINNERS)
     settings = read_json(folder / SEARCH_SETTINGS)
     for kind in ("held_out", "scores"):
@@ -244,12 +248,13 @@ def _read_search(cell: Cell, folder: Path) -> None:
                 cell.values[title] = Value(statistics.mean_score(list(scores.values())), "higher")
                 cell.paired[title] = scores
     for row in rows:
-        path = folder / row["image"]
-        if path.is_file():
+        path = inside(folder, row["image"])
+        if path is not None and path.is_file():
             key = (row["prompt_index"], row["prompt"], 0)
             cell.pictures[key] = Picture(row["seed"], path)
-    alarms = read_json(folder / HACKING)
+    alarms = read_array(folder / HACKING)
     cell.alarms = [finding["line"] for alarm in alarms for finding in alarm["findings"]]
+    cell.untested = [line for alarm in alarms for line in alarm.get("notes", [])]
     cell.nfe = sum(row["nfe"] for row in rows) / len(rows)
     ledger = read_json(folder / LEDGER)
     parts = (ledger.get(f"{name}_s", 0.0) for name in ("denoising", "decoding", "verifying"))
@@ -269,8 +274,9 @@ def _searched_candidates(folder: Path, settings: Mapping[str, Any]) -> Candidate
     path = folder / CANDIDATES
     if settings.get("algorithm") != BEST_OF_N or not path.is_file():
         return None
-    kinds = {name: options["kind"] for name, options in settings["verifiers"].items()}
     rows = read_lines(path)
+    verifiers = settings["verifiers"]
+    kinds = {name: verifiers[name]["kind"] for name in rows[0]["scores"]}
     rows_of_prompts = ((row["prompt_index"], row["candidate"], row["scores"]) for row in rows)
     scores = scores_by_prompt(rows_of_prompts, list(kinds))
     qualities = tuple(name for name, kind in kinds.items() if KINDS[kind].needs == "image")

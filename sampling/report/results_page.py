@@ -17,7 +17,7 @@ from blackpoint.sampling.report.page import (
     spread,
 )
 from blackpoint.sampling.report.results import Cell, Results
-from blackpoint.sampling.report.results_plots import luminance_distributions, scaling_curves
+from blackpoint.sampling.report.results_plots import luminance_parts, scaling_curves
 from blackpoint.sampling.report.results_tables import (
     cells_table,
     metric_names,
@@ -26,6 +26,7 @@ from blackpoint.sampling.report.results_tables import (
     settings_of,
     win_matrix,
 )
+from blackpoint.sampling.report.search_page import search_gallery
 from blackpoint.sampling.statistics.table import Table
 
 TABLES = "report_tables"
@@ -75,7 +76,12 @@ def page_of(results: Results, tables: Sequence[Table], settings: Mapping[str, st
     matrices = [table for table in tables if table.name.startswith("wins_")]
     alarms = [f"{cell.name}: {line}" for cell in done for line in cell.alarms]
     has_searches = any(key.startswith("search.") for cell in done for key in cell.settings)
-    silent = "No search has raised the hacking alarm." if has_searches and not alarms else None
+    untested = dict.fromkeys(line for cell in done for line in cell.untested)
+    silent = None
+    if has_searches and not alarms:
+        silent = "No search has raised the hacking alarm."
+        if untested:
+            silent = f"The hacking alarm could not tell: {'; '.join(untested)}."
     not_done = [
         ": ".join(filter(None, [cell.name, cell.state, cell.reason]))
         for cell in results.cells
@@ -100,16 +106,28 @@ def page_of(results: Results, tables: Sequence[Table], settings: Mapping[str, st
             *(table for table in tables if table not in matrices),
             Section("What more compute buys", [Figure(title, svg) for title, svg in curves]),
             Section("Who beats whom", [Choice("score", matrices)]),
-            gallery(done),
-            Figure(
-                "How bright the images are",
-                luminance_distributions(results),
-                "Images whose prompts leave luminance open; all images, where none does.",
+            search_gallery(done[0].search, "Before and after the search")
+            if len(done) == 1 and done[0].search
+            else gallery(done),
+            *luminance_parts(
+                results, "Images whose prompts leave luminance open; all images, where none does."
             ),
             Items("Notes", _notes(done)),
+            Facts("Arms: what sets them apart", arms(results, settings)),
             Facts("Settings that all cells share", settings),
         ],
     )
+
+
+def arms(results: Results, shared: Mapping[str, str]) -> dict[str, str]:
+    """Says what the name of each arm stands for: its settings that not all cells share."""
+    by_arm: dict[str, dict[str, str]] = {}
+    for cell in results.cells:
+        own = {k: str(v) for k, v in cell.settings.items() if k not in {*shared, *cell.varied}}
+        before = by_arm.setdefault(cell.arm, own)
+        by_arm[cell.arm] = {k: v for k, v in before.items() if own.get(k) == v}
+    named = {arm: ", ".join(f"{k}={v}" for k, v in own.items()) for arm, own in by_arm.items()}
+    return {arm: text for arm, text in named.items() if arm and text}
 
 
 def gallery(cells: Sequence[Cell]) -> Gallery | None:
@@ -134,18 +152,21 @@ def gallery(cells: Sequence[Cell]) -> Gallery | None:
     side = next((side for side in SIDES_PX if side**2 <= most_px), SIDES_PX[-1])
     same_seeds = all(len({cell.pictures[key].seed for cell in lines.values()}) == 1 for key in keys)
     captions = [
-        key[1] + (f" \u00b7 seed {first.pictures[key].seed}" if same_seeds else "") for key in keys
+        key[1] + (f" \u00b7 seed {seed}" if same_seeds and seed is not None else "")
+        for key, seed in ((key, first.pictures[key].seed) for key in keys)
     ]
     shown = [
         (name, [embedded(cell.pictures[k].path, side, PICTURE_BYTES / num_pictures) for k in keys])
         for name, cell in lines.items()
     ]
     note = (
-        "Each column is one prompt and one image of it; a click enlarges. Not chosen: from the "
-        "first prompt to the last"
+        "Each column is one prompt and one image of it; a click enlarges. Prompts are not chosen: "
+        "from the first to the last"
     )
+    if any(cell.search for cell in lines.values()):
+        notes.insert(0, "images of searches are the winners, which their scores have chosen")
     note = "; ".join([note, *notes]) + "."
-    return Gallery("The same prompts and seeds", shown, note, captions)
+    return Gallery("The same prompts and seeds", shown, note, captions, before="line")
 
 
 def _notes(cells: Sequence[Cell]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import matplotlib
 
+from blackpoint.sampling.report.page import Facts, Figure, Part, Section
 from blackpoint.sampling.report.plots import (
     COLORS,
     DATA_COLOR,
@@ -61,15 +62,27 @@ def series_of(cell: Cell) -> str:
     return ", ".join(filter(None, [arm, *varied])) or "all"
 
 
+def luminance_parts(results: Results, note: str = "") -> list[Part]:
+    """Shows how bright the images are: how it is distributed, of a single image the number."""
+    title, single = "How bright the images are", {}
+    for setting, cells in settings_of(results).items():
+        values = [value for cell in cells for value in cell.luminance]
+        if len(values) == 1:
+            single[setting] = f"luminance {values[0]:.3f} (0 black, 1 white), of one image"
+    figure = Figure(title, luminance_distributions(results), note)
+    return [figure, Section("" if figure.content else title, [Facts("", single)])]
+
+
 @matplotlib.rc_context(STYLE)
 def luminance_distributions(results: Results) -> str | None:
-    """Draws how luminance is distributed, a panel for each setting; None without images."""
+    """Draws how luminance is distributed, a panel for each setting of several images; None without
+    one."""
     groups: dict[str, tuple[list[float], str]] = {}
     if results.reference_luminance:
         groups["real images"] = (results.reference_luminance, DATA_COLOR)
     for number, (setting, cells) in enumerate(settings_of(results).items()):
         values = [value for cell in cells for value in cell.luminance]
-        if values:
+        if len(values) > 1:
             groups[setting] = (values, COLORS[number % len(COLORS)])
     if not any(name != "real images" for name in groups):
         return None

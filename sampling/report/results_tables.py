@@ -54,8 +54,24 @@ def cells_table(results: Results) -> Table:
     )
     columns = dict.fromkeys(settings, "") | {f"metric {name}": VALUE for name in names}
     columns |= {"NFE": COST, "seconds": COST, "peak GB": COST, "state": ""}
+    columns = _without_repeats(columns, rows)
     headings = settings | {f"metric {name}": title_of(name, results.cells) for name in names}
     return Table(rows, columns, "Every cell", note, "cells", headings, list(settings))
+
+
+def _without_repeats(
+    columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """Leaves out metrics whose numbers, of several rows, are those of a metric before."""
+    kept: dict[str, str] = {}
+    seen: list[list[Any]] = []
+    for column, form in columns.items():
+        numbers = [getattr(row.get(column), "value", None) for row in rows]
+        is_metric = column.startswith("metric ") and len(rows) > 1 and any(numbers)
+        if not (is_metric and numbers in seen):
+            kept[column] = form
+        seen += [numbers] if is_metric else []
+    return kept
 
 
 def metrics_table(cell: Cell) -> Table:
@@ -180,10 +196,14 @@ def win_matrix(results: Results, name: str) -> Table | None:
         name_of_pair = f"{row}\0{column}" if (row, column) in pairs else f"{column}\0{row}"
         p_value = adjusted[name_of_pair]
         wins = p_value < 0.05 and test.wins > test.losses
-        rows[row][column] = Marked(f"{test.wins} : {test.losses}", f"p {p_value:.2g}", wins)
+        decided = test.wins + test.losses
+        rate = f"{statistics.proportion(test.wins, decided):.1%}, " if decided else ""
+        detail = f"{rate}p {p_value:.2g}"
+        rows[row][column] = Marked(f"{test.wins} : {test.losses}", detail, wins)
     note = (
-        f"By {name}: prompts that the row wins and loses against the column, ties left out; p of "
-        f"the exact test after Holm's correction over all pairs. Bold: the row wins (p < .05).{cut}"
+        f"By {name}: prompts that the row wins and loses against the column, ties left out; win "
+        "rate with Wilson's 95 % interval; p of the exact test after Holm's correction over all "
+        f"pairs. Bold: the row wins (p < .05).{cut}"
     )
     slug = "".join(c if c.isalnum() else "_" for c in name)
     columns = dict.fromkeys(["", *scores], "")

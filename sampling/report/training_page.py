@@ -1,18 +1,70 @@
-"""The report page of a training run: numbers at a glance, plots, previews.
+"""The report page of a training run: what it is of, previews, numbers at a glance, plots.
 
-All of it comes from the series of metrics.csv and the grids in previews/.
+All of it comes from the records of the run, the series of metrics.csv and the grids in previews/.
 """
 
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from blackpoint.data.files.dotted import flat
 from blackpoint.sampling.report import training_plots as run_plots
-from blackpoint.sampling.report.page import Figure, spread
+from blackpoint.sampling.report.page import (
+    Facts,
+    Figure,
+    Gallery,
+    Part,
+    embedded,
+    embedded_picture,
+    opened,
+    spread,
+)
 from blackpoint.sampling.report.training_series import Series, own_validation, smoothed
+from blackpoint.sampling.runtime.picture_grid import pictures_of_grid
 
-NUM_GRIDS = 5
+NUM_GRIDS, MOST_LINES, PICTURE_PX = 6, 16, 512
+
+
+def subject(resolved: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what a run is of, from its config and environment.json: checkpoint, data, command."""
+    data, starts = resolved.get("data", {}), environment.get("starts") or [{}]
+    mixture = data.get("mixture") or {}
+    shards = data.get("shards") or ", ".join(part["shards"] for part in mixture.values())
+    sizes = (data.get("resolution"), "px"), (starts[-1].get("images_per_step"), "images per step")
+    size = [f"{count} {unit}" for count, unit in sizes if count]
+    facts = {
+        "checkpoint": resolved.get("checkpoint"),
+        "data": "; ".join(filter(None, [shards, *size])),
+        "command": environment.get("command"),
+    }
+    return {name: str(value) for name, value in facts.items() if value}
+
+
+def previews(folder: Path, prompts: Sequence[str], num_images: int) -> list[Part]:
+    """Lays the previews out, a line for each prompt and image, a column for each step; grids of
+    other prompts than `prompts` as they are."""
+    files = spread(sorted(folder.glob("step_*.png")), NUM_GRIDS)
+    steps = [f"step {int(file.stem.removeprefix('step_'))}" for file in files]
+    grids = [pictures_of_grid(opened(file), len(prompts) or 1, num_images) for file in files]
+    if not all(grids):
+        return [Figure("", embedded(file), step) for file, step in zip(files, steps, strict=True)]
+    lines = [
+        (
+            f"{prompt}, seed {seed}" if num_images > 1 else prompt,
+            [embedded_picture(grid[row][seed], PICTURE_PX) for grid in grids if grid],
+        )
+        for row, prompt in enumerate(prompts)
+        for seed in range(num_images)
+    ]
+    note = "A click enlarges; the slider uncovers the first step, arrow keys lead on."
+    return [Gallery("", lines[:MOST_LINES], note, steps, before="first")] if files else []
+
+
+def single_values(metrics: Series) -> dict[str, str]:
+    """Returns the metrics that have one row and so no curve, as text."""
+    rows = {name: series[0] for name, series in metrics.items() if len(series) == 1}
+    return {name: f"{value:.4g} at step {step}" for name, (step, value) in rows.items()}
 
 
 def at_a_glance(metrics: Series, max_steps: int | None = None) -> dict[str, str]:
@@ -46,9 +98,11 @@ def at_a_glance(metrics: Series, max_steps: int | None = None) -> dict[str, str]
     return items
 
 
-def run_figures(metrics: Series, prompts: Sequence[str] = ()) -> list[Figure]:
-    """Draws the plots of a run; those without rows are left out."""
+def run_figures(metrics: Series, prompts: Sequence[str] = ()) -> list[Part]:
+    """Draws the plots of a run; metrics of one row are numbers below them."""
     differ = own_validation(metrics) is not None
+    single = single_values(metrics)
+    metrics = {name: series for name, series in metrics.items() if name not in single}
     spaces = (" Both are of the network's own output.", " Validation is of v, training not.")
     drawn = (
         (
@@ -68,7 +122,12 @@ def run_figures(metrics: Series, prompts: Sequence[str] = ()) -> list[Figure]:
         (
             "Loss by signal-to-noise ratio",
             "By the natural logarithm of the SNR; terminal is the last timestep alone, pure noise "
-            "at zero terminal SNR, where the loss cannot reach 0." + spaces[1] * differ,
+            "at zero terminal SNR. There v is -x0 and the input tells nothing of it, so the least "
+            "loss is the variance of a prompt's images. It rises in validation, while others fall, "
+            "where the network settles on the means of its training images, which held-out ones "
+            "do not share; the black point is judged by the previews' luminance."
+            + spaces[1]
+            * differ,
             run_plots.loss_by_snr(metrics),
         ),
         ("Gradient and learning rate", "", run_plots.optimizer_curves(metrics)),
@@ -81,13 +140,8 @@ def run_figures(metrics: Series, prompts: Sequence[str] = ()) -> list[Figure]:
         ),
         ("Memory", "Without the processes that decode images.", run_plots.memory_curves(metrics)),
     )
-    return [Figure(title, svg, caption) for title, caption, svg in drawn if svg is not None]
-
-
-def chosen_grids(folder: Path) -> list[tuple[str, Path]]:
-    """Chooses a few preview grids from the first to the last, with their step as label."""
-    grids = spread(sorted(folder.glob("step_*.png")), NUM_GRIDS)
-    return [(f"step {int(grid.stem.removeprefix('step_'))}", grid) for grid in grids]
+    figures = [Figure(title, svg, caption) for title, caption, svg in drawn if svg is not None]
+    return [*figures, Facts("Measured once", single)]
 
 
 def shown_settings(tree: Mapping[str, object]) -> dict[str, str]:

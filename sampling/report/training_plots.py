@@ -4,7 +4,7 @@ What was logged is drawn faintly, its running mean on top. Each function returns
 run holds nothing to draw.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import shorten
 
 import matplotlib
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from blackpoint.sampling.prompts.brightness_target import luminance_target
-from blackpoint.sampling.report.plots import COLORS, STYLE, panels, svg_text
+from blackpoint.sampling.report.plots import COLORS, STYLE, panels, plain, svg_text
 from blackpoint.sampling.report.training_series import (
     NUM_STRETCHES,
     Rows,
@@ -46,6 +46,20 @@ def loss_curves(metrics: Series) -> str | None:
         draw(axis, metrics.get(name, []), color, label, smooth=name.startswith("train/"))
     finish(axis, "", "mean squared error")
     return svg_text(figure, "loss")
+
+
+@matplotlib.rc_context(STYLE)
+def compared_losses(runs: Mapping[str, Series]) -> str | None:
+    """Draws the losses of several runs, by their names; None without a loss."""
+    figure, (axis,) = panels(1, 1, width=2 * PANEL_WIDTH, height=3.4)
+    for color, (name, metrics) in zip(COLORS, runs.items(), strict=False):
+        draw(axis, metrics.get("train/loss", []), color, plain(name), faint=False)
+        if series := metrics.get(own_validation(metrics) or "validation/loss"):
+            axis.plot(*zip(*extremes(series), strict=True), color=color, linestyle="--", marker=".")
+    if not axis.get_lines():
+        return None
+    finish(axis, "", "mean squared error")
+    return svg_text(figure, "losses")
 
 
 @matplotlib.rc_context(STYLE)

@@ -6,7 +6,9 @@ PyTorch's allocator has given out and, beside it, what it has taken from the dev
 
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,3 +42,16 @@ def process_peak_bytes() -> int:
         return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def memory_line(parts: Iterable[Any], device: torch.device, batch_size: int) -> str:
+    """Estimates the memory of a batch: weights, and on a GPU what one image took so far."""
+    tensors = [t for part in parts for t in (*part.parameters(), *part.buffers())]
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    text = f"{weights / GB:.3g} GB of weights"
+    if device.type != "cuda" or batch_size == 0:
+        return text
+    held = torch.cuda.memory_allocated(device)
+    image = torch.cuda.max_memory_allocated(device) - held
+    total = (held + batch_size * image) / GB
+    return f"{text}; about {total:.3g} GB with batch_size={batch_size}, {image / GB:.2g} per image"

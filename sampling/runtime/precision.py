@@ -7,7 +7,6 @@ begun in one is not continued in another.
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.plain import json_object
 from blackpoint.sampling.choices import PLAIN_FORMATS, recorded_formats
 
 TF32_CAPABILITY = (8, 0)
@@ -174,4 +174,4 @@ def kept_formats(settings: Path) -> tuple[dict[str, Any] | None, bool]:
     """Returns the formats in a file of settings, None without it, and whether it recorded them."""
     if not settings.is_file():
         return None, False
-    return recorded_formats(json.loads(settings.read_text(encoding="utf-8")), FORMATS)
+    return recorded_formats(json_object(settings.read_bytes(), settings), FORMATS)

@@ -1,4 +1,4 @@
-"""Speed options of a UNet that keep its results: attention, memory order, compilation.
+"""Options of a UNet that keep its results: attention, memory order, compilation, recomputation.
 
 Attention is softmax(q k^T / sqrt(d)) v in every case. `sdpa` is torch's own kernel, `xformers` that
 of the optional package, whose operators exist for some devices, number formats and widths only: it
@@ -8,12 +8,13 @@ is run once, on the widths of this UNet, before anything depends on it. Results 
 import importlib.util
 import os
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.choices import Attention
+from blackpoint.sampling.choices import Attention, CompileMode
 from blackpoint.sampling.runtime.precision import current
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # importing it takes seconds
 
 PROBE_TOKENS = 16
 MAX_PROGRAMS = 1024
+NOT_INSTALLED = "xformers is not installed"
+"""No word where auto meets it: nothing was to be chosen."""
 
 
 def prepare_unet(
@@ -32,6 +35,7 @@ def prepare_unet(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     training: bool = False,
+    compile_mode: CompileMode = "default",
 ) -> str | None:
     """Sets the UNet up in place; returns the choice of `auto` and its reason, None without one.
 
@@ -54,7 +58,7 @@ def prepare_unet(
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, MAX_PROGRAMS)
         limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, MAX_PROGRAMS)
-        unet.compile(dynamic=False)
+        unet.compile(dynamic=False, mode=compile_mode)
     return choice
 
 
@@ -72,11 +76,11 @@ def _set_attention(
     if attention == "xformers" and problem:
         raise UserError(
             f"attention=xformers cannot run here: {problem}; use attention=sdpa or auto, or "
-            "install a build for this device (pip install 'blackpoint[xformers]')"
+            "install a build for this device (pip install -e '.[xformers]')"
         )
     takes_xformers = attention != "sdpa" and problem is None
     unet.set_attn_processor(XFormersAttnProcessor() if takes_xformers else AttnProcessor2_0())
-    if attention != "auto":
+    if attention != "auto" or problem == NOT_INSTALLED:
         return None
     if takes_xformers:
         return f"attention=auto took xformers: its operators run on {device.type} in {_name(dtype)}"
@@ -88,7 +92,7 @@ def xformers_problem(
 ) -> str | None:
     """Runs xformers' operator once for each head width of `unet`; returns why it fails, or None."""
     if importlib.util.find_spec("xformers") is None:
-        return "xformers is not installed"
+        return NOT_INSTALLED
     try:
         from xformers.ops import memory_efficient_attention
     except Exception as error:  # a build for another torch fails in its own ways
@@ -132,6 +136,34 @@ def check_compiler(device: torch.device) -> None:
             "compile=true needs triton on a GPU, and it is not installed; pip install triton, or "
             "set compile=false"
         )
+
+
+def blocks_by_level(unet: "UNet2DConditionModel") -> Iterator[tuple[int, Any]]:
+    """Yields every block with its level, 0 the one of the highest resolution."""
+    last = len(unet.down_blocks) - 1
+    yield from enumerate(unet.down_blocks)
+    yield last, unet.mid_block
+    for step, block in enumerate(unet.up_blocks):
+        yield last - step, block
+
+
+def check_levels(unet: "UNet2DConditionModel", levels: Sequence[int]) -> None:
+    """Raises UserError for a level that the UNet lacks."""
+    last = len(unet.down_blocks) - 1
+    if any(not 0 <= level <= last for level in levels):
+        raise UserError(
+            f"trainer.gradient_checkpointing_levels={list(levels)}: this UNet has the levels 0 to "
+            f"{last}; name some of those, or leave it out for all"
+        )
+
+
+def checkpoint_gradients(unet: "UNet2DConditionModel", levels: Sequence[int] = ()) -> None:
+    """Recomputes activations in the backward pass, of all levels or of those given."""
+    unet.enable_gradient_checkpointing()
+    for level, block in blocks_by_level(unet) if levels else ():
+        for module in block.modules() if block is not None and level not in levels else ():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
 
 
 def _name(dtype: torch.dtype) -> str:

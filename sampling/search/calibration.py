@@ -1,8 +1,10 @@
-"""Measurements before a search: how well previews rank candidates, and the batch size.
+"""Measurements before a search: how well early scores rank candidates, and the batch size.
 
-The whole runs that tell how previews rank have seeds of their own and are in output/calibration;
-they count in no budget and in the ledger under `beside`. One process measures, the others wait for
-what it found.
+The whole runs that tell how previews or drafts rank have seeds of their own and are in
+output/calibration; they count in no budget and in the ledger under `beside`. One process measures,
+the others wait for what it found. kendall.json has Kendall's tau of early and final score by look
+and prompt; a search sees their mean and its one-sided lower 95 % bound by Student's t, -1 of fewer
+than two prompts.
 
 The batch size that is found is the smallest that is about as fast as any that fits: one step and a
 decode are timed at 1, 2, 4, ... until memory ends or a doubling gains nothing. It moves what a
@@ -10,52 +12,100 @@ search chooses only among near-ties (docs/search.md).
 """
 
 import json
+import math
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from blackpoint.data.files.whole_file import write_whole
-from blackpoint.sampling.search.algorithms.halving import HalvingConfig, measured_kendall, walk
 from blackpoint.sampling.search.driver import drive
 from blackpoint.sampling.search.journal import ROWS, Journal, read_rows
-from blackpoint.sampling.search.problem import Problem, Seeded, Trial
+from blackpoint.sampling.search.problem import (
+    Algorithm,
+    Correlation,
+    Problem,
+    Seeded,
+    Trial,
+)
 from blackpoint.sampling.search.runner import TrialRunner
 
 FOLDER, FOUND = "calibration", "kendall.json"
 LARGEST, LEAST_GAIN = 128, 1.05
 Values = Callable[[Sequence[Mapping[str, Any]]], list[float]]
-"""Ranking values of the candidates of one prompt and level, from their rows."""
+"""Ranking values of the candidates of one prompt and look, from their rows."""
 
 
 def calibrate(
-    config: HalvingConfig,
-    levels: list[int],
+    algorithm: Algorithm,
+    config: Any,
     runner: TrialRunner,
     prompts: Sequence[int],
     seed: int,
     output: Path,
     values: Values,
 ) -> None:
-    """Measures Kendall's tau of preview and final score for each level, unless that was done."""
-    folder, steps, count = output / FOLDER, runner.grid.num_steps, config.calibration_candidates
-    if is_calibrated(output):
+    """Measures Kendall's tau of early and final score for each look, unless that was done."""
+    folder, about = output / FOLDER, algorithm.calibration
+    if about is None or is_calibrated(output):
         return
-    parts = zip((0, *levels), (*levels, steps), strict=True)
-    budget = sum(runner.cost(*part) for part in parts) * count
+    walk, looks = about.walk, about.looks(config, runner.grid.num_steps)
     problems = (
-        Problem(index, seed + 1, runner.grid, runner.cost, budget)
+        Problem(index, seed + 1, runner.grid, runner.cost, sys.maxsize)
         for index in prompts[: config.calibration_prompts]
     )
-    make = partial(walk, levels=levels, count=count, keep=1.0)
     with closing(Journal(folder)) as journal:
-        drive(runner, journal, problems, make, needs_winner=False)
-    kendall = measured_kendall(read_rows(folder / ROWS), values)
-    write_whole(folder / FOUND, json.dumps(kendall, indent=1) + "\n")
+        drive(
+            runner,
+            journal,
+            problems,
+            lambda problem: walk(problem, looks, config.calibration_candidates),
+            needs_winner=False,
+        )
+    taus = measured_taus(read_rows(folder / ROWS), values)
+    write_whole(folder / FOUND, json.dumps(taus, indent=1) + "\n")
+
+
+def measured_taus(rows: Iterable[Mapping[str, Any]], values: Values) -> dict[int, list[float]]:
+    """Returns Kendall's tau-b of early and final score of each prompt, by look.
+
+    `rows` are those of candidates.jsonl after a calibration's walk; a look is where they stop.
+    Prompts whose values are all equal say nothing and are left out.
+    """
+    from scipy import stats
+
+    by_key = {(row["prompt_index"], row["candidate"]): row for row in rows}
+    pairs: dict[tuple[int, int], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for (prompt, _), row in by_key.items():
+        if row["goal"] != "final" or row["score"] is None:
+            continue
+        before = row
+        while before["parent"] is not None:
+            before = by_key[prompt, before["parent"]]
+            if before["score"] is not None:
+                pairs.setdefault((before["stop"], prompt), []).append((before, row))
+    taus: dict[int, list[float]] = {}
+    for (look, _), outcomes in sorted(pairs.items()):
+        early, finals = zip(*outcomes, strict=True)
+        tau = float(stats.kendalltau(values(early), values(finals)).statistic)
+        if not math.isnan(tau):
+            taus.setdefault(look, []).append(tau)
+    return taus
+
+
+def correlation(taus: Sequence[float]) -> Correlation:
+    """Returns the mean and its lower bound: mean - t_(.95, n - 1) s / sqrt(n)."""
+    from scipy import stats
+
+    mean, count = sum(taus) / len(taus), len(taus)
+    if count < 2:
+        return Correlation(mean, -1.0)
+    variance = sum((tau - mean) ** 2 for tau in taus) / (count - 1)
+    return Correlation(mean, mean - stats.t.ppf(0.95, count - 1) * math.sqrt(variance / count))
 
 
 def is_calibrated(output: Path) -> bool:
@@ -63,18 +113,26 @@ def is_calibrated(output: Path) -> bool:
     return (output / FOLDER / FOUND).is_file()
 
 
-def read_kendall(output: Path) -> dict[int, float]:
-    """Returns the measured correlations by level."""
+def read_kendall(output: Path) -> dict[int, Correlation]:
+    """Returns the measured correlations by look."""
     kendall = json.loads((output / FOLDER / FOUND).read_text(encoding="utf-8"))
-    return {int(level): tau for level, tau in kendall.items()}
+    return {
+        int(look): correlation(taus if isinstance(taus, list) else [taus])  # once the mean alone
+        for look, taus in kendall.items()
+    }
 
 
-def calibration_line(allowed: list[int], num_steps: int, kendall: dict[int, float]) -> str:
-    """Tells the measured correlations, and the levels at which a search may prune."""
-    shown = ", ".join(f"{tau:.2f} after {level}" for level, tau in sorted(kendall.items()))
+def calibration_line(choice: str, num_steps: int, kendall: Mapping[int, Correlation]) -> str:
+    """Tells the measured correlations, and what a search makes of them."""
+    shown = ", ".join(
+        f"{tau.value:.2f} (at least {tau.low:.2f}) at {look}"
+        if tau.low > -1
+        else f"{tau.value:.2f} (of too few prompts for a bound) at {look}"
+        for look, tau in sorted(kendall.items())
+    )
     return (
-        f"Kendall's tau of preview and final score: {shown or 'not to be measured'} of "
-        f"{num_steps} steps; prunes after {', '.join(map(str, allowed)) or 'none of them'}"
+        f"Kendall's tau of early and final score: {shown or 'not to be measured'} of "
+        f"{num_steps} steps; {choice}"
     )
 
 

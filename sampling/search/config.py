@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,14 +17,16 @@ from blackpoint.sampling.options import SamplingOptions
 from blackpoint.sampling.runtime.tracking import WandbConfig
 from blackpoint.sampling.samplers import SAMPLERS, check_sampler
 from blackpoint.sampling.search.algorithms import (
+    draft,
     fk_steering,
     halving,
     noise_optimisation,
     paths,
     random_search,
+    tilt,
     zero_order,
 )
-from blackpoint.sampling.search.problem import Algorithm
+from blackpoint.sampling.search.problem import Algorithm, Tilt
 from blackpoint.sampling.verifiers.kind import EnsembleRule, RunForm
 from blackpoint.sampling.verifiers.load import ImageModelConfig, VerifierConfig
 
@@ -32,14 +35,28 @@ ALGORITHMS = {
     "zero_order": zero_order.ALGORITHM,
     "paths": paths.ALGORITHM,
     "halving": halving.ALGORITHM,
+    "draft": draft.ALGORITHM,
     "fk_steering": fk_steering.ALGORITHM,
     "noise_optimisation": noise_optimisation.ALGORITHM,
+    "tilt": tilt.ALGORITHM,
 }
 """The table of algorithms; the settings of each are a section of that name."""
 if TYPE_CHECKING:
     AlgorithmName = str
 else:
     AlgorithmName = Literal[tuple(ALGORITHMS)]
+
+
+@dataclass
+class PreviewConfig:
+    """A sheet of x0-previews along the runs, beside each winner."""
+
+    every: int = 0
+    """Sampling steps between x0-previews, each a decode in the ledger; 0 is off. The runs that led
+    in turn are the rows of images/NUMBER.previews.png."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "previews.", every=">= 0")
 
 
 @dataclass
@@ -55,9 +72,17 @@ class SearchOptions(SamplingOptions):
     verifiers: dict[str, VerifierConfig] = field(default_factory=dict)
     """Verifiers whose scores the search maximises, by name; `ensemble` combines several."""
     held_out: dict[str, VerifierConfig] = field(default_factory=dict)
-    """Verifiers that judge the winners but do not guide the search: they reveal hacking."""
+    """Verifiers that judge the winners but do not guide the search: they reveal hacking. Where a
+    tilt leads and none is set, one that is at hand judges (docs/search.md)."""
+    target: float | None = None
+    """Score at which a prompt's search ends: images are run one after another until one reaches it,
+    and budget_nfe is the most that they may cost. Not set: the whole budget is spent."""
     ensemble: EnsembleRule = "mean_rank"
     """How several verifiers rank candidates; fk_steering takes weighted_sum alone."""
+    verifier_levels: dict[str, list[float]] = field(default_factory=dict)
+    """Levels that a verifier scores, by its name: [from, to], both included, in shares of the
+    sampling steps, 1 the final image. A look that no verifier's levels cover is scored by those
+    without; a verifier of your own may declare its levels (docs/search.md)."""
     seed: int = 0
     """Decides every draw of the search, together with prompt, candidate, round and step."""
     limit: int | None = None
@@ -69,6 +94,7 @@ class SearchOptions(SamplingOptions):
     batch_size: int = 16
     """Candidates run at once, of any prompts; 0 finds it. Moves choices only among
     near-ties (docs/search.md)."""
+    previews: PreviewConfig = field(default_factory=PreviewConfig)
     diversity: ImageModelConfig = field(default_factory=ImageModelConfig)
     """Features, such as those of facebook/dinov2-base, whose mean distance between winners, beside
     that of the plain images, tells diversity; pixels of thumbnails if it is not set."""
@@ -104,6 +130,8 @@ class SearchConfig(_Sections, SearchOptions):
             check_judge(name, verifier)
         for name, verifier in self.verifiers.items():
             check_verifier(name, verifier, self)
+        check_levels(self)
+        check_target(self)
         self.declared.check(self, self.settings)
 
     @property
@@ -115,6 +143,11 @@ class SearchConfig(_Sections, SearchOptions):
     def settings(self) -> Any:
         """The section of the algorithm."""
         return getattr(self, self.algorithm)
+
+    @property
+    def step_tilt(self) -> Tilt | None:
+        """How the noise of its runs' steps is tilted."""
+        return self.declared.tilt(self, self.settings) if self.declared.tilt else None
 
 
 def check_names(verifiers: Collection[str], held_out: Collection[str]) -> None:
@@ -171,6 +204,48 @@ def check_verifier(name: str, verifier: VerifierConfig, search: SearchOptions) -
     check_partial_steps(name, verifier.partial_steps, search)
 
 
+def check_levels(search: SearchOptions) -> None:
+    """Raises UserError for levels of no verifier, or that are none."""
+    for name, shares in search.verifier_levels.items():
+        key = f"verifier_levels.{name}"
+        if name not in search.verifiers:
+            raise UserError(f"{key} is of none of the verifiers, {', '.join(search.verifiers)}")
+        are_shares = len(shares) == 2 and 0 <= shares[0] <= shares[1] <= 1
+        require(are_shares, key, shares, "[from, to], shares of the sampling steps, 0 to 1")
+
+
+def check_target(search: SearchOptions) -> None:
+    """Raises UserError for a target that no score can reach, or no score is compared with."""
+    if search.target is None:
+        return
+    target, algorithm = search.target, ALGORITHMS[search.algorithm]
+    require(math.isfinite(target), "target", target, "a finite number, or left out")
+    if not algorithm.takes_target:
+        names = [name for name, each in ALGORITHMS.items() if each.takes_target]
+        raise UserError(
+            f"target={target:g}: algorithm={search.algorithm} spends most of its budget before its "
+            f"first image, so ending there saves little; use {', '.join(names)}"
+        )
+    if len(search.verifiers) > 1 and search.ensemble != "weighted_sum":
+        raise UserError(
+            f"target={target:g}: ensemble={search.ensemble} ranks candidates among each other, "
+            "and a target is compared with a score; use ensemble=weighted_sum"
+        )
+    if target > (highest := highest_score(search)):
+        raise UserError(
+            f"target={target:g}: no image reaches it, the highest score of "
+            f"{', '.join(search.verifiers)} is {highest:g}; lower it"
+        )
+
+
+def highest_score(search: SearchOptions) -> float:
+    """Returns the highest score that an image can have, infinity where verifiers declare none."""
+    configs = list(search.verifiers.values())
+    weights = [config.weight for config in configs] if len(configs) > 1 else [1.0]
+    tops = [config.declared.highest(config) for config in configs]
+    return sum(w * top if w > 0 else math.inf for w, top in zip(weights, tops, strict=True) if w)
+
+
 def check_partial_steps(name: str, partial_steps: int | None, search: SearchOptions) -> None:
     """Raises UserError for a partial inversion of runs that are not whole, or too short."""
     if partial_steps is None:
@@ -189,6 +264,6 @@ def check_partial_steps(name: str, partial_steps: int | None, search: SearchOpti
 
 
 def named(forms: tuple[RunForm, ...], word: str = "or") -> str:
-    """Names the algorithms that run candidates so."""
-    names = [name for name, algorithm in ALGORITHMS.items() if algorithm.form in forms]
+    """Names the algorithms that run candidates so, for verifiers that no tilt can follow."""
+    names = [name for name, one in ALGORITHMS.items() if one.form in forms and not one.tilt]
     return f"{', '.join(names[:-1])} {word} {names[-1]}" if len(names) > 1 else names[0]

@@ -51,7 +51,7 @@ class PromptSearch:
 
         Ranks within a group change as it grows, so by rank any one can; by score the best so far.
         """
-        if outcome.trial.goal == "preview" or math.isnan(outcome.score):
+        if not outcome.trial.may_win or math.isnan(outcome.score):
             return False
         if self.problem.ranking is not by_score:
             return True
@@ -67,7 +67,7 @@ class PromptSearch:
         for outcome in outcomes:
             self.spent_nfe += outcome.nfe
             self.num_rejected += math.isnan(outcome.score)
-            if outcome.trial.goal != "preview" and not math.isnan(outcome.score):
+            if outcome.trial.may_win and not math.isnan(outcome.score):
                 self.finals.append(outcome)
         assert self.spent_nfe <= self.problem.budget_nfe, "an algorithm overspent"
         try:
@@ -83,7 +83,27 @@ def open_search(problem: Problem, make: MakeSearch) -> PromptSearch:
     """
     check_budget(problem)
     search = make(problem)
+    if problem.target is not None:
+        search = until_target(search, problem.target)
     return PromptSearch(problem, search, next(search))
+
+
+def until_target(search: Search, target: float) -> Search:
+    """Runs the candidates of a round one after another and ends with the first whose score reaches
+    `target`; what cannot win, such as drafts, stays together."""
+    trials = next(search)
+    while True:
+        together = not all(trial.may_win for trial in trials)
+        outcomes: list[Outcome] = []
+        for part in [trials] if together else [[trial] for trial in trials]:
+            outcomes += yield part
+            last = outcomes[-1]
+            if last.trial.may_win and last.score >= target:
+                return ""
+        try:
+            trials = search.send(outcomes)
+        except StopIteration as stop:
+            return stop.value
 
 
 def check_budget(problem: Problem, least_nfe: int | None = None) -> None:
@@ -107,6 +127,7 @@ def drive(
     make: MakeSearch,
     about: Callable[[int], Mapping[str, Any]] = lambda index: {},
     on_image: Callable[[PromptSearch, Result], None] = lambda *_: None,
+    on_result: Callable[[PromptSearch, Result], None] = lambda *_: None,
     on_done: Callable[[PromptSearch], None] = lambda _: None,
     on_turn: Callable[[list[PromptSearch]], None] = lambda _: None,
     one_by_one: bool = False,
@@ -115,9 +136,10 @@ def drive(
     """Searches all problems to their end, each by what `make` makes of it; returns the searches.
 
     `on_image` is told of every image that may be the winner of its prompt, when it is made,
-    `on_done` of a prompt that is finished; `about` adds to the rows of a prompt. `one_by_one`
-    begins a prompt when the one before it is finished, as a verifier that remembers winners needs.
-    Raises RunFailed where every score of a prompt was rejected, unless not `needs_winner`.
+    `on_result` of every result where previews are shown, `on_done` of a prompt that is finished;
+    `about` adds to the rows of a prompt. `one_by_one` begins a prompt when the one before it is
+    finished, as a verifier that remembers winners needs. Raises RunFailed where every score of a
+    prompt was rejected, unless not `needs_winner`.
     """
     waiting = (open_search(problem, make) for problem in problems)
     finished: list[PromptSearch] = []
@@ -134,6 +156,8 @@ def drive(
         for number, result in runner.run([(s.problem.prompt_index, trial) for s, trial in unpaid]):
             search, trial = unpaid[number]
             index = search.problem.prompt_index
+            if runner.previews_every:
+                on_result(search, result)
             if search.may_win(result.outcome):
                 on_image(search, result)  # before its row, which says that nothing is missing
             journal.write(index, result, about(index))

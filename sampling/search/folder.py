@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +13,48 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.plain import read_json
+from blackpoint.data.files.plain import json_object, number, read_json
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.images.decode import DECODER_VERSION
 from blackpoint.sampling.checkpoints.merged import lora_digests
+from blackpoint.sampling.options import ROUNDING_KEYS
 from blackpoint.sampling.prompts.prompt_set import Prompt
 from blackpoint.sampling.runtime.precision import FORMATS, kept_formats
 from blackpoint.sampling.runtime.sharing import files_of
-from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.runtime.tasks import this_task
+from blackpoint.sampling.search.config import ALGORITHMS, SearchConfig
 from blackpoint.sampling.search.costs import Ledger
-from blackpoint.sampling.search.journal import ROWS, read_rows
+from blackpoint.sampling.search.journal import ROWS, read_rows, rows_by_key
+
+log = logging.getLogger(__name__)
 
 SETTINGS, LEDGER, DIGEST = "search.json", "ledger.json", "prompts_digest"
+WINNERS, HACKING = "winners.jsonl", "hacking.json"
 LORA_DIGESTS = "lora_digests"
 """Digest and scale of each LoRA that is merged in; a file may be another one under its name."""
 DECODER = "decoder"
 """Version of the decoder of reference pictures; recorded where there are any."""
 _DOLLAR = "\ue000{"
-RESULT_INVARIANT_KEYS = (
-    "output",
-    "batch_size",
-    "device",
-    "attention",
-    "channels_last",
-    "compile",
-    "diversity",
-    "wandb",
-)  # keys that change scores by rounding alone, or not at all
+RESULT_INVARIANT_KEYS = (*ROUNDING_KEYS, "compile", "diversity", "previews", "wandb")
+"""Keys that change scores by rounding alone, or not at all."""
+
+
+def continued(config: SearchConfig, output: Path) -> SearchConfig:
+    """Returns the config with the settings of an algorithm that were the default when the folder
+    was begun, where the config has today's."""
+    saved, sections = read_json(output / SETTINGS) or {}, {}
+    for name, algorithm in ALGORITHMS.items():
+        section, default, before = getattr(config, name), algorithm.config(), saved.get(name, {})
+        sections[name] = replace(
+            section,
+            **{
+                key: value
+                for key, value in algorithm.former.items()
+                if saved and before.get(key, value) == value
+                if getattr(section, key) == getattr(default, key)
+            },
+        )
+    return replace(config, **sections)
 
 
 def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) -> dict[str, Any]:
@@ -68,13 +85,59 @@ def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) 
     saved |= kept or {}
     now |= {name: saved[name] for name in FORMATS if now[name] == "auto"}  # of no device yet
     differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
-    if differing:
+    if differing == ["budget_nfe"] and not (reason := _no_growth(config, output, saved)):
+        _reopen(output, config.budget_nfe)
+    elif differing:
         key = differing[0]
+        why = f"; {reason}" if differing == ["budget_nfe"] else ""
         raise UserError(
             f"output={output} holds a search with other settings ({key}: {saved.get(key)} there, "
-            f"{now.get(key)} now); choose another output, or continue it with its own"
+            f"{now.get(key)} now{why}); choose another output, or continue it with its own"
         )
     return settings
+
+
+def _no_growth(config: SearchConfig, output: Path, saved: Mapping[str, Any]) -> str:
+    """Says why a search can't go on with another budget_nfe; "" where it can."""
+    verifiers = list(config.verifiers.values())
+    if config.budget_nfe < saved["budget_nfe"]:
+        return "a budget can only grow"
+    if not config.declared.grows:
+        names = ", ".join(name for name, one in ALGORITHMS.items() if one.grows)
+        return f"algorithm={config.algorithm} plans by its budget, unlike {names}"
+    if len(verifiers) > 1 or verifiers[0].declared.needs == "set":
+        return "only images that one verifier scores by themselves can be added to"
+    if this_task().count > 1 or not (output / HACKING).is_file():
+        return "one process can raise it, once the search is finished"
+    return ""
+
+
+def _reopen(output: Path, budget_nfe: int) -> None:
+    """Turns a finished search of independent candidates into the beginning of a larger one.
+
+    Candidates that led in turn are run again: their images, of which the winner and its sheet are
+    made, are kept for as long as a search is open alone.
+    """
+    kept: list[dict[str, Any]] = []
+    best: dict[int, float] = {}
+    for row in rows_by_key(output, ROWS, ("prompt_index", "candidate")).values():
+        score = number(row["score"])
+        if score > best.get(row["prompt_index"], -math.inf):
+            best[row["prompt_index"]] = score
+        elif row["candidate"]:  # the first is the plain image
+            kept.append(row)
+    log.warning(
+        "note: %s goes on with budget_nfe=%d: %d candidates are kept, the images that led in turn "
+        "are made again",
+        *(output, budget_nfe, len(kept)),
+    )
+    write_whole(output / ROWS, "".join(json.dumps(row) + "\n" for row in kept))
+    for name in (WINNERS, HACKING):  # the last says that all is done
+        (output / name).unlink(missing_ok=True)
+    content = read_json(output / SETTINGS) or {}
+    write_whole(
+        output / SETTINGS, json.dumps({**content, "budget_nfe": budget_nfe}, indent=1) + "\n"
+    )
 
 
 def formats_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -93,9 +156,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises UserError where it holds keys that this version does not know.
     """
     # OmegaConf fills in the defaults, and would take ${ inside a text for its own.
-    saved = json.loads(path.read_text(encoding="utf-8").replace("${", _DOLLAR))
+    saved = json_object(path.read_bytes().replace(b"${", _DOLLAR.encode()), path)
     beside = {key: saved.pop(key) for key in (DIGEST, LORA_DIGESTS) if key in saved}
     saved.pop(DECODER, None)
+    for name, algorithm in ALGORITHMS.items():
+        if algorithm.former:
+            saved[name] = {**algorithm.former, **saved.get(name, {})}
     try:
         merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), saved)
     except OmegaConfBaseException as error:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.lock import Lock
-from blackpoint.data.files.plain import number, recorded
+from blackpoint.data.files.plain import json_object, number, recorded
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.grid import SampleState
 from blackpoint.sampling.runtime.sharing import FolderInUse, files_of
@@ -60,10 +60,16 @@ class Journal:
         for path in files_of(folder, ROWS):
             is_own = path.samefile(part / ROWS)
             for row in read_rows(path, repair=is_own):
-                if is_own:
-                    self.spent += Ledger(**row["spent"])
-                if wanted is None or row["prompt_index"] in wanted:
-                    self._keep(row)
+                try:
+                    if is_own:
+                        self.spent += Ledger(**row["spent"])
+                    if wanted is None or row["prompt_index"] in wanted:
+                        self._keep(row)
+                except (LookupError, TypeError) as error:
+                    raise UserError(
+                        f"{path}: a row is not a candidate's ({type(error).__name__}: {error}); it "
+                        "was changed by hand: remove it, or choose another output"
+                    ) from error
 
     def close(self) -> None:
         """Closes the file; every row is in it already."""
@@ -78,15 +84,15 @@ class Journal:
         row = self.rows.get(prompt_index, {}).get(trial.candidate)
         if row is None:
             return None
-        expected = (trial.round, trial.seed, trial.parent)
-        if (row["round"], row["seed"], row["parent"]) != expected:
+        expected = (trial.round, trial.seed, trial.parent, trial.num_steps)
+        if (row["round"], row["seed"], row["parent"], row.get("num_steps")) != expected:
             raise UserError(
                 f"output={self.folder}: candidate {trial.candidate} of prompt {prompt_index} in "
                 f"{ROWS} belongs to a search with other settings; choose another output"
             )
         score = number(row["score"])
         scores = {name: number(value) for name, value in row["scores"].items()}
-        if trial.goal == "final":
+        if trial.goal in ("final", "draft"):
             return Outcome(trial, score, row["nfe"], None, scores)
         path = self._state_path(prompt_index, trial.candidate)
         if not path.is_file():
@@ -103,7 +109,7 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {"x": outcome.state.x, "x0": outcome.state.x0}
             save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path)
-        before = self.rows.get(prompt_index, {})
+        before, number = self.rows.get(prompt_index, {}), trial.candidate
         row = {
             "prompt_index": prompt_index,
             "round": trial.round,
@@ -112,10 +118,11 @@ class Journal:
             "seed": trial.seed,
             "goal": trial.goal,
             "stop": trial.stop,
+            **({} if trial.num_steps is None else {"num_steps": trial.num_steps}),
             "score": outcome.score if math.isfinite(outcome.score) else None,
             "scores": recorded(outcome.scores),
             "nfe": outcome.nfe,
-            "nfe_so_far": outcome.nfe + sum(row["nfe"] for row in before.values()),
+            "nfe_so_far": outcome.nfe + sum(r["nfe"] for n, r in before.items() if n < number),
             "seconds": round(result.seconds, 4),
             "spent": vars(result.spent),
             **about,
@@ -148,7 +155,7 @@ def read_rows(path: Path, repair: bool = True) -> list[dict[str, Any]]:
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("torn")
-            rows.append(json.loads(line))
+            rows.append(json_object(line, path))
         except ValueError as error:
             if good + len(line) != len(content):
                 raise UserError(

@@ -6,8 +6,10 @@ of whole images; for the others one more image, which counts in no budget and in
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,63 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from blackpoint.data.files.plain import finite, number, read_json, recorded
+from blackpoint.sampling.prompts.brightness_target import luminance_target
 from blackpoint.sampling.runtime.pictures import read_picture
 from blackpoint.sampling.runtime.tracking import WandbConfig, start_run
-from blackpoint.sampling.search.folder import LEDGER, SETTINGS
+from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.folder import LEDGER, SETTINGS, read_settings
+from blackpoint.sampling.search.setup import MAX_CHECKED, note
 from blackpoint.sampling.statistics.diversity import diversity_change
 from blackpoint.sampling.statistics.hacking_alarm import HackingAlarm, PairedScores, hacking_alarm
-from blackpoint.sampling.verifiers.load import ImageModelConfig
+from blackpoint.sampling.verifiers.load import ImageModelConfig, VerifierConfig
+from blackpoint.sampling.verifiers.models import clip_score, pick_score
 from blackpoint.sampling.verifiers.models.image_model import load_features
 from blackpoint.sampling.verifiers.verifier import Verifier, checked_scores
 
-HACKING = "hacking.json"
+HUB_JUDGES = ("pick_score", pick_score.EXAMPLE), ("clip_score", clip_score.EXAMPLE)
+"""Verifiers of any text, which judge where their weights are in the hub's cache."""
 MAX_ROWS = 1000
 MAX_DIVERSITY_IMAGES, BATCH, THUMBNAIL_PX = 2000, 64, 16
+
+
+def with_judge(config: SearchConfig, prompts: Iterable[str], output: Path) -> SearchConfig:
+    """Returns the config with a held-out verifier that is at hand, where a gradient leads the steps
+    and none is set; says which, or that there is none. A search goes on with its own.
+
+    At hand is the first, of a kind that is not searched, of PickScore and CLIP in the hub's cache,
+    and of luminance where every prompt names one.
+    """
+    if config.held_out or config.step_tilt is None:
+        return config
+    chosen = None
+    if (output / SETTINGS).is_file():
+        saved = read_settings(output / SETTINGS)["held_out"].values()
+        chosen = next((VerifierConfig(**one) for one in saved), None)
+    else:
+        at_hand = [VerifierConfig(kind, hub_id) for kind, hub_id in HUB_JUDGES if in_cache(hub_id)]
+        if all(map(luminance_target, itertools.islice(prompts, MAX_CHECKED))):
+            at_hand.append(VerifierConfig("luminance"))
+        taken = {*config.verifiers, *(verifier.kind for verifier in config.verifiers.values())}
+        chosen = next((one for one in at_hand if one.kind not in taken), None)
+    if chosen is None:
+        note(
+            "held_out is not set and no verifier is at hand (PickScore or CLIP in the hub's cache, "
+            "or a luminance that every prompt names), so the hacking alarm is off but for "
+            "diversity; name one, such as held_out.clip.kind=clip_score "
+            "held_out.clip.checkpoint=FOLDER"
+        )
+        return config
+    source = chosen.checkpoint or "as the prompts name it"
+    note(f"held_out is not set; {chosen.kind} judges the winners ({source})")
+    return replace(config, held_out={chosen.kind: chosen})
+
+
+def in_cache(hub_id: str) -> bool:
+    """Tells whether the hub's cache holds a transformers model."""
+    from huggingface_hub import try_to_load_from_cache
+
+    files = (try_to_load_from_cache(hub_id, name) for name in ("config.json", "model.safetensors"))
+    return all(isinstance(file, str) for file in files)
 
 
 def judge(

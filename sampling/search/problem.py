@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from blackpoint.sampling.grid import SampleState, SamplingGrid
 from blackpoint.sampling.search.costs import Ledger
@@ -27,8 +27,11 @@ from blackpoint.sampling.verifiers.kind import RunForm
 if TYPE_CHECKING:
     from torch import Tensor
 
-Goal = Literal["final", "preview", "gradient"]
-"""gradient: a whole run like final, and the gradient of its score at the noise."""
+    from blackpoint.sampling.pipelines.painter import Draw
+
+Goal = Literal["final", "preview", "draft", "gradient"]
+"""draft: a whole run in fewer steps, which tells which noises deserve all of them and never wins.
+gradient: a whole run like final, and the gradient of its score at the noise."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,9 @@ class Seeded:
 
     seed: int
 
-    def noise(self, shape: Sequence[int]) -> Tensor:
-        """Returns unit noise (C, H, W)."""
-        from blackpoint.sampling.noise import seeded_noise
-
-        return seeded_noise(self.seed, shape)
+    def noise(self, draw: Draw) -> Tensor:
+        """Returns unit noise as the model draws it, (C, H, W) or in a layout of its own."""
+        return draw([self.seed])[0]
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ class Neighbour:
     seed: int
     cosine: float
 
-    def noise(self, shape: Sequence[int]) -> Tensor:
-        """Returns the noise (C, H, W)."""
-        x = self.parent.noise(shape).double()
-        fresh = Seeded(self.seed).noise(shape).double()
+    def noise(self, draw: Draw) -> Tensor:
+        """Returns the noise, in the layout of its parent."""
+        x = self.parent.noise(draw).double()
+        fresh = Seeded(self.seed).noise(draw).double()
         u = x / x.norm()
         across = fresh - (fresh * u).sum() * u
         w = across / across.norm()
@@ -72,9 +73,8 @@ class Given:
 
     tensor: Tensor  # (C, H, W)
 
-    def noise(self, shape: Sequence[int]) -> Tensor:
-        """Returns the noise; it must have the shape."""
-        assert tuple(self.tensor.shape) == tuple(shape)
+    def noise(self, draw: Draw) -> Tensor:
+        """Returns the noise."""
         return self.tensor
 
 
@@ -102,6 +102,13 @@ class Trial:
     seed: int
     """Names the noise of a stochastic sampler's steps, and the start where it is Seeded."""
     parent: int | None = None
+    num_steps: int | None = None
+    """Sampling steps of its own grid, whose levels it counts in; None: those of the search."""
+
+    @property
+    def may_win(self) -> bool:
+        """Whether its image is a candidate for the winner."""
+        return self.goal in ("final", "gradient")
 
     @property
     def origin(self) -> Noise:
@@ -120,7 +127,7 @@ class Outcome:
 
     `score` is rounded to 1e-4: of the image, or of the preview of x0, NaN where it is not finite;
     of several verifiers it is the weighted sum, and `scores` has each. `state` is of one sample,
-    (1, C, H, W), on the CPU; None for goal "final"; for "gradient" that is its x, and the noise x0.
+    (1, C, H, W), on the CPU; None for whole runs; for "gradient" that is its x, and the noise x0.
     """
 
     trial: Trial
@@ -144,6 +151,8 @@ class Result:
     image: Tensor | None = None  # (3, H, W)
     seconds: float = 0.0
     spent: Ledger = field(default_factory=Ledger)
+    previews: Mapping[int, Tensor] = field(default_factory=dict)
+    """x0-predictions of its run by level, decoded, on the CPU, where previews are shown."""
 
 
 Search = Generator[list[Trial], list[Outcome], Any]
@@ -157,6 +166,19 @@ def by_score(outcomes: Sequence[Outcome]) -> list[float]:
     return [outcome.score for outcome in outcomes]
 
 
+class Correlation(NamedTuple):
+    """Kendall's tau of early and final scores within prompts."""
+
+    value: float
+    """Mean over prompts."""
+    low: float
+    """One-sided lower 95 % bound of that mean; -1 where there are too few prompts for one."""
+
+
+UNKNOWN = Correlation(-1.0, -1.0)
+"""Of prompts whose scores are all equal."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One prompt's search: its number, the run's seed, the grid, and the budget."""
@@ -164,14 +186,17 @@ class Problem:
     prompt_index: int
     seed: int
     grid: SamplingGrid
-    cost: Callable[[int, int], int]
-    """NFE of a run from level a to level b, both branches of guidance counted."""
+    cost: Callable[..., int]
+    """(a, b, num_steps=None) -> NFE of a run from level a to level b, both branches of guidance
+    counted, on the search's grid or on that of another number of steps."""
     budget_nfe: int
     ranking: Ranking = by_score
     gradient_cost: int = 0
     """NFE of a run with its gradient, for an algorithm of the form "gradient"."""
-    kendall: Mapping[int, float] | None = None
-    """Rank correlation of previews and final scores by level, where the algorithm has it measured
+    target: float | None = None
+    """Score at which the search ends."""
+    kendall: Mapping[int, Correlation] | None = None
+    """Rank correlation of early and final scores by look, where the algorithm has it measured
     beforehand."""
 
     def best_first(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -203,6 +228,34 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Tilt:
+    """How the fresh noise of a stochastic sampler's steps is tilted towards a higher score."""
+
+    strength: float
+    """c of z' = sqrt(1 - c^2) z + c w (sampling/search/gradients.py)."""
+    gradient: Literal["x0", "x_t"] = "x0"
+    """Of the score at the x0-prediction, or through the network at the state that it reads."""
+    sums_scores: bool = True
+    """Of several verifiers: the gradient of their weighted sum, or the weighted sum of gradients
+    of norm 1, which no verifier's scale can dominate."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How an algorithm measures, before a search, how its early scores rank whole runs.
+
+    Its config has `calibration_prompts` and `calibration_candidates`, whole runs of each of them.
+    """
+
+    looks: Callable[[Any, int], list[int]]
+    """(config, sampling steps) -> the looks: levels of previews, or steps of drafts."""
+    walk: Callable[[Problem, Sequence[int], int], Search]
+    """(problem, looks, count) -> `count` whole runs, each the child of its scores at the looks."""
+    choice: Callable[[Any, int, Mapping[int, Correlation]], str]
+    """(config, sampling steps, correlations by look) -> what a search does with them, in words."""
+
+
+@dataclass(frozen=True)
 class Algorithm:
     """Declaration of a search algorithm; `config` holds its settings, a section of the verb's."""
 
@@ -215,14 +268,28 @@ class Algorithm:
         problem.gradient_cost or problem.full_cost
     )
     """NFE of its smallest search."""
-    levels: Callable[[Any, int, Mapping[int, float] | None], list[int]] | None = None
-    """(config, sampling steps, rank correlations by level) -> the levels where it chooses by
-    previews, all of them without correlations. Where it has them, these are measured beforehand."""
+    calibration: Calibration | None = None
+    """Where its choices rest on early scores."""
+    tilt: Callable[[Any, Any], Tilt | None] | None = None
+    """(search, settings) -> how its runs' step noise is tilted; None where it never is."""
+    completes_one_by_one: bool | None = None
+    """Whether its images may be run one after another, until one reaches the target; those of runs
+    that are whole from the start, if None."""
+    grows: bool = False
+    """Whether the candidates of a smaller budget are the first of a larger one's."""
+    former: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that had other defaults once, and those, with which folders begun so go on."""
+
+    @property
+    def takes_target(self) -> bool:
+        """Whether it can end with the first image that reaches a target."""
+        by_form = self.form in ("whole", "gradient")
+        return by_form if self.completes_one_by_one is None else self.completes_one_by_one
 
     @property
     def has_plain_first(self) -> bool:
         """Whether its first candidate is the plain image of its seed."""
-        return self.form in ("whole", "gradient")
+        return self.form in ("whole", "gradient") and self.tilt is None
 
     @property
     def is_reproducible(self) -> bool:

@@ -5,6 +5,7 @@ winners.jsonl      a row for every prompt: the winner, its plain image, what ver
 images/            the winners, contact sheets from first to best, what no seed re-makes
 ledger.json        what was spent: UNet rows, decodes, verifier calls, seconds; number formats
 hacking.json       what changed from the plain images to the winners
+best_of_n.json     the search beside best-of-N at its cost, where it has a calibration or a target
 search.json        the settings; another search is refused in the same folder
 """
 
@@ -23,6 +24,7 @@ import torch
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.prompts.prompt_set import Prompt, read_prompt_set
+from blackpoint.sampling.runtime.memory import memory_line
 from blackpoint.sampling.runtime.precision import FORMATS, kept_formats, settled_formats
 from blackpoint.sampling.runtime.sharing import (
     PARTS,
@@ -36,25 +38,30 @@ from blackpoint.sampling.sample import find_device
 from blackpoint.sampling.samplers import SAMPLERS
 from blackpoint.sampling.search import calibration
 from blackpoint.sampling.search.algorithms.random_search import random_search
-from blackpoint.sampling.search.config import SearchConfig
+from blackpoint.sampling.search.config import SearchConfig, highest_score
+from blackpoint.sampling.search.costs import costs_line, costs_text
 from blackpoint.sampling.search.driver import SearchProgress, check_budget, drive
 from blackpoint.sampling.search.folder import (
+    HACKING,
     SETTINGS,
+    WINNERS,
     check_folder,
+    continued,
     decoder_note,
     formats_of,
     keep_ledger,
     spent_in,
     spent_on,
 )
-from blackpoint.sampling.search.journal import ROWS, STATES, Journal, join_rows
-from blackpoint.sampling.search.judge import HACKING, alarms, extractor, send_tables
-from blackpoint.sampling.search.problem import Outcome, Problem
+from blackpoint.sampling.search.journal import ROWS, STATES, Journal, join_rows, read_rows
+from blackpoint.sampling.search.judge import alarms, extractor, send_tables, with_judge
+from blackpoint.sampling.search.problem import Correlation, Outcome, Problem
 from blackpoint.sampling.search.runner import TrialRunner
-from blackpoint.sampling.search.setup import load, make_problem, note, rank_values
-from blackpoint.sampling.search.winners import BASELINE, BESTS, WINNERS, Winners, read_winners
+from blackpoint.sampling.search.setup import load, make_problem, note, planned, rank_values
+from blackpoint.sampling.search.winners import BASELINE, BESTS, Winners, read_winners
+from blackpoint.sampling.statistics.best_of_n import HOW, Rows, comparison, table_of
 
-BASELINES = "baselines"
+BASELINES, BEST_OF_N = "baselines", "best_of_n.json"
 
 
 def search_to_folder(config: SearchConfig, task: Task | None = None) -> tuple[Path, list[str]]:
@@ -65,19 +72,20 @@ def search_to_folder(config: SearchConfig, task: Task | None = None) -> tuple[Pa
     """
     task, since = task or this_task(), time.time() - 1
     output = Path(config.output)
+    config = continued(config, output)
     prompts = {prompt.index: prompt for prompt in prompts_of(config, task)}
+    config = with_judge(config, (prompt.text for prompt in prompts.values()), output)
     settings = check_folder(config, output, prompts.values())
-    lines: list[str] = []
     with telling_stop(output, task):
         done = read_winners(output)
         if mine := [index for index in share_of(list(prompts), task) if index not in done]:
-            lines = search_prompts(config, settings, prompts, mine, task, since)
+            search_prompts(config, settings, prompts, mine, task, since)
     if task.rank > 0:
         return output, []
-    if not (output / HACKING).is_file():
-        wait_until(lambda: read_winners(output).keys() >= prompts.keys(), output, since)
-        lines += join(config, output)
-    return output, lines
+    if (output / HACKING).is_file():
+        return output, []
+    wait_until(lambda: read_winners(output).keys() >= prompts.keys(), output, since)
+    return output, join(config, output)
 
 
 def prompts_of(config: SearchConfig, task: Task) -> list[Prompt]:
@@ -98,8 +106,8 @@ def search_prompts(
     mine: Sequence[int],
     task: Task,
     since: float,
-) -> list[str]:
-    """Searches the prompts of this process; returns lines about them."""
+) -> None:
+    """Searches the prompts of this process."""
     output, device = Path(config.output), find_device(config.device, task)
     config, record = begin(config, settings, device)
     texts = {index: prompt.text for index, prompt in prompts.items()}
@@ -107,11 +115,17 @@ def search_prompts(
     runner = loaded.runner
     problem = make_problem(config, runner, mine[0], None)
     check_budget(problem, config.declared.least_nfe(problem, config.settings))
+    if task.rank == 0:
+        parts, device = runner.model.loaded_parts(), runner.model.device
+        costs = costs_line(
+            planned(config, lambda steps: runner.in_steps(steps).costs), len(prompts)
+        )
+        note(f"{costs}; {memory_line(parts, device, config.batch_size)}")
     extractor(config.diversity.checkpoint, config.diversity.module)
     write_whole(output / SETTINGS, json.dumps(record, indent=1) + "\n")  # from here on it is begun
     if not config.batch_size:
         runner.batch_size = calibration.find_batch_size(runner, mine[0])
-    kendall, lines = calibrated(config, runner, list(prompts), task, since)
+    kendall = calibrated(config, runner, list(prompts), task, since)
     formats = {name: getattr(config, name) for name in FORMATS}
     about = {"algorithm": config.algorithm, "device": device.type, **formats}
     has_noise_in_steps = SAMPLERS[config.sampler].fresh_noise(config.eta)
@@ -122,12 +136,13 @@ def search_prompts(
             part,
             prompts,
             settings | formats,
-            runner.shape,
+            runner.draw,
             config.declared.is_reproducible and not has_noise_in_steps,
             loaded.held_out,
             loaded.oracles,
         )
         winners.plain = baselines(config, runner, winners, mine, task)
+        runner.previews_every = config.previews.every
         beside = spent_in(output / calibration.FOLDER, own_folder(output / BASELINES, task))
         progress = SearchProgress(
             len(mine),
@@ -142,11 +157,11 @@ def search_prompts(
                 lambda problem: config.declared.start(problem, config.settings),
                 about=lambda index: {"prompt": texts[index], **about},
                 on_image=winners.keep,
+                on_result=winners.keep_previews,
                 on_turn=progress.tell,
                 on_done=winners.finish,
                 one_by_one=bool(loaded.oracles),
             )
-    return lines
 
 
 def begin(
@@ -170,12 +185,11 @@ def begin(
 
 def calibrated(
     config: SearchConfig, runner: TrialRunner, prompts: list[int], task: Task, since: float
-) -> tuple[dict[int, float] | None, list[str]]:
-    """Has the first process measure how previews rank, where the algorithm looks at them; returns
-    that, and what there is to say of it."""
-    levels_of, output, steps = config.declared.levels, Path(config.output), config.num_steps
-    if levels_of is None:
-        return None, []
+) -> dict[int, Correlation] | None:
+    """Has the first process measure how early scores rank, where the algorithm looks at them."""
+    output = Path(config.output)
+    if config.declared.calibration is None:
+        return None
 
     def values(rows: Sequence[Mapping[str, Any]]) -> list[float]:
         if len(config.verifiers) == 1:
@@ -183,22 +197,23 @@ def calibrated(
         return rank_values(config, [row["scores"] for row in rows])
 
     if task.rank == 0:
-        levels = levels_of(config.settings, steps, None)
-        calibration.calibrate(config.settings, levels, runner, prompts, config.seed, output, values)
+        calibration.calibrate(
+            config.declared, config.settings, runner, prompts, config.seed, output, values
+        )
     else:
         wait_until(lambda: calibration.is_calibrated(output), output, since)
-    kendall = calibration.read_kendall(output)
-    allowed = levels_of(config.settings, steps, kendall)
-    return kendall, [calibration.calibration_line(allowed, steps, kendall)]
+    return calibration.read_kendall(output)
 
 
 def baselines(
     config: SearchConfig, runner: TrialRunner, winners: Winners, mine: Sequence[int], task: Task
 ) -> dict[int, Outcome]:
-    """Generates the plain images for held-out verifiers where the algorithm generates none."""
-    if config.declared.has_plain_first or not config.held_out:
+    """Generates the plain images for held-out verifiers where the algorithm generates none; beside
+    tilted runs always."""
+    if config.declared.has_plain_first or not (config.held_out or runner.tilt):
         return {}
-    folder, price = Path(config.output) / BASELINES, runner.cost(0, config.num_steps)
+    tilt, folder = runner.tilt_steps(None), Path(config.output) / BASELINES
+    price = runner.cost(0, config.num_steps)
     problems = (Problem(index, config.seed, runner.grid, runner.cost, price) for index in mine)
     with closing(Journal(folder, own_folder(folder, task), mine)) as journal:
         searches = drive(
@@ -209,6 +224,7 @@ def baselines(
             on_image=partial(winners.keep, name=BASELINE),
             needs_winner=False,
         )
+    runner.tilt_steps(tilt)
     return {s.problem.prompt_index: s.best for s in searches if s.best is not None}
 
 
@@ -217,11 +233,36 @@ def join(config: SearchConfig, output: Path) -> list[str]:
     candidates = join_rows(output, ROWS, ("prompt_index", "candidate"))
     rows = join_rows(output, WINNERS, ("prompt_index",))
     beside = spent_in(output / calibration.FOLDER, output / BASELINES)
-    keep_ledger(output, spent_on(candidates), beside, formats_of(candidates))
+    spent = spent_on(candidates)
+    keep_ledger(output, spent, beside, formats_of(candidates))
     results = alarms(rows, config.diversity, output)
     send_tables(config.wandb, output, rows, results)
     for name in (STATES, BESTS, PARTS):
         shutil.rmtree(output / name, ignore_errors=True)
+    lines = beside_best_of_n(config, output, candidates, rows)
     content = [asdict(alarm) | {"raised": alarm.raised} for alarm in results]
     write_whole(output / HACKING, json.dumps(content, indent=1) + "\n")  # last: it says done
-    return [line for alarm in results for line in alarm.lines]
+    costs = f"{config.algorithm}, per prompt: {costs_text(spent.to_row(), len(rows))}"
+    return [costs, *lines, *(line for alarm in results for line in alarm.lines)]
+
+
+def beside_best_of_n(
+    config: SearchConfig, output: Path, candidates: Rows, winners: Rows
+) -> list[str]:
+    """Keeps and returns what the calibration found, and the search beside best-of-N."""
+    notes, calibrated = [], []
+    if (about := config.declared.calibration) and calibration.is_calibrated(output):
+        kendall = calibration.read_kendall(output)
+        choice = about.choice(config.settings, config.num_steps, kendall)
+        notes.append(calibration.calibration_line(choice, config.num_steps, kendall))
+        calibrated = read_rows(output / calibration.FOLDER / ROWS, repair=False)
+    lines = []
+    if len(config.verifiers) == 1 or config.ensemble == "weighted_sum":  # else it is a rank's
+        told = (config.target, highest_score(config))
+        lines = comparison(config.algorithm, winners, candidates, calibrated, *told)
+    if len(lines) > 1:
+        notes.append(HOW["calibration" if calibrated else "own"])
+    if notes or lines:
+        content = {"notes": notes, "lines": lines}
+        write_whole(output / BEST_OF_N, json.dumps(content, indent=1) + "\n")
+    return [*notes, *([f"\n{table_of(lines).text()}"] if lines else [])]

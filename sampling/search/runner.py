@@ -6,58 +6,94 @@ would.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from blackpoint.sampling.conditioning import Conditioning, joined
 from blackpoint.sampling.grid import Denoise, SampleState, renoise
 from blackpoint.sampling.guidance import Guidance
-from blackpoint.sampling.model import DiffusionModel
-from blackpoint.sampling.noise import step_noise
+from blackpoint.sampling.noise import step_seeds
 from blackpoint.sampling.options import SamplingOptions
+from blackpoint.sampling.pipelines.painter import Conditions, Painter
 from blackpoint.sampling.samplers import run
 from blackpoint.sampling.search.costs import BACKWARD_NFE, Costs, Ledger
-from blackpoint.sampling.search.gradients import gradient_batch
-from blackpoint.sampling.search.problem import Noise, Outcome, Renoised, Result, Seeded, Trial
-from blackpoint.sampling.search.scoring import AnyVerifier, Scoring, Trace
+from blackpoint.sampling.search.gradients import TiltedSteps, gradient_batch
+from blackpoint.sampling.search.problem import Noise, Outcome, Renoised, Result, Tilt, Trial
+from blackpoint.sampling.search.scoring import AnyVerifier, Scoring, Trace, shown_levels
 
 
 class TrialRunner:
     """Runs trials of `prompts`, which are named by their index, on one model.
 
     Prompts are encoded when their first trial comes, once, until `forget`. Every one of `verifiers`
-    scores every image; `weights` names those whose weighted sum is an outcome's score.
+    scores every image, but for those with `levels` (sampling/search/scoring.py); `weights` names
+    those whose weighted sum is an outcome's score.
     """
 
     def __init__(
         self,
-        model: DiffusionModel,
+        model: Painter,
         prompts: Mapping[int, str],
         sampling: SamplingOptions,
         verifiers: Sequence[AnyVerifier],
         weights: Mapping[str, float],
         batch_size: int,
+        levels: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self.model, self.prompts, self.sampling = model, prompts, sampling
         self.batch_size = batch_size
-        self.shape = model.latent_shape(sampling.height, sampling.width)
-        self.grid = model.process.grid(sampling.num_steps, sampling.sampler)
-        self.scoring = Scoring(verifiers, weights, model.process, self.grid)
+        self.draw = partial(model.noise, height=sampling.height, width=sampling.width)
+        self.draw([0])  # says what sizes are possible
+        self._levels = levels or {}
         self.guidance = Guidance(sampling.guidance_scale, sampling.guidance_rescale)
-        self.costs = Costs(sampling.sampler, self.grid, self.guidance, self.scoring.measured)
-        self.cost = self.costs.nfe
+        self.tilt: Tilt | None = None
+        self.previews_every = 0
+        """Steps between the x0-predictions that results show; 0 is none."""
+        self._set_steps(sampling.num_steps, verifiers, weights)
         self._empty = model.encode_prompts(
             [sampling.negative_prompt], max_tokens=sampling.max_tokens
         )
         if sampling.clip_skip:
             model.encode_prompts([""], sampling.clip_skip)  # says how many layers there are
-        self._encoded: dict[int, Conditioning] = {}
+        self._encoded: dict[int, Any] = {}
         self.ledger = Ledger()
         self.holds_inverse_fixed = False
         """Noise optimisation: whether e' counts as constant in the gradient of stability."""
+
+    def _set_steps(
+        self, num_steps: int, verifiers: Sequence[AnyVerifier], weights: Mapping[str, float]
+    ) -> None:
+        sampler, process = self.sampling.sampler, self.model.process
+        self.grid = process.grid(num_steps, sampler)
+        self.scoring = Scoring(verifiers, weights, process, self.grid, self._levels)
+        rows_at = self.model.rows_at
+        self.costs = Costs(sampler, self.grid, self.guidance, self.scoring.measured, rows_at)
+        self.tilt_steps(self.tilt)
+
+    def in_steps(self, num_steps: int | None) -> "TrialRunner":
+        """Returns the runner of runs in another number of steps, which shares all but the grid;
+        itself for None."""
+        if num_steps in (None, self.grid.num_steps):
+            return self
+        other = copy(self)
+        other._set_steps(num_steps, self.scoring.verifiers, self.scoring.weights)
+        return other
+
+    def cost(self, first: int, stop: int, num_steps: int | None = None) -> int:
+        """Returns the NFE of a run and its scores, on the grid of so many steps."""
+        return self.in_steps(num_steps).costs.nfe(first, stop)
+
+    def tilt_steps(self, tilt: Tilt | None) -> Tilt | None:
+        """Sets how the step noise of all runs to come is tilted; returns how it was."""
+        before, self.tilt = self.tilt, tilt
+        goes_back = tilt is not None and tilt.gradient == "x_t"
+        self.costs = replace(self.costs, goes_back_in_steps=goes_back)
+        return before
 
     def gradient_cost(self) -> int:
         """Returns the NFE of a whole run with the gradient of its score."""
@@ -66,23 +102,25 @@ class TrialRunner:
 
     def run(self, trials: Sequence[tuple[int, Trial]]) -> Iterator[tuple[int, Result]]:
         """Runs (prompt index, trial) pairs; yields positions and results as a batch ends."""
-        groups: dict[tuple[int, int, str], list[int]] = {}
-        for position, (_, trial) in enumerate(trials):
-            key = (trial.first_step, trial.stop, trial.goal)
-            groups.setdefault(key, []).append(position)
-        for (_, _, goal), positions in sorted(groups.items()):
+        groups: dict[tuple[int, int, int, str, int], list[int]] = {}
+        for position, (prompt, trial) in enumerate(trials):
+            of_prompt = prompt if self.model.one_prompt_per_batch else 0
+            levels = trial.num_steps or 0, trial.first_step, trial.stop
+            groups.setdefault((*levels, trial.goal, of_prompt), []).append(position)
+        for (num_steps, _, _, goal, _), positions in sorted(groups.items()):
+            runner = self.in_steps(num_steps or None)
             for start in range(0, len(positions), self.batch_size):
                 chunk = positions[start : start + self.batch_size]
                 batch = [trials[position] for position in chunk]
                 run_batch = gradient_batch if goal == "gradient" else TrialRunner._run_batch
-                yield from zip(chunk, run_batch(self, batch), strict=True)
+                yield from zip(chunk, run_batch(runner, batch), strict=True)
 
     @torch.no_grad()
     def rehearse(self, batch: Sequence[tuple[int, Trial]]) -> None:
         """Denoises and decodes without verifying or counting, for its time and memory alone."""
         before = replace(self.ledger)
         conditions = self.conditions([prompt for prompt, _ in batch])
-        state = self._denoise([trial for _, trial in batch], conditions, Trace())
+        state = self._denoise(batch, conditions, Trace())
         self.decode(state.x0)
         self.ledger = before
 
@@ -90,7 +128,7 @@ class TrialRunner:
         """Drops the embedding of a prompt that is finished."""
         self._encoded.pop(prompt_index, None)
 
-    def conditions(self, indices: Sequence[int]) -> Conditioning:
+    def conditions(self, indices: Sequence[int]) -> Conditions:
         """Returns the conditions of prompts, one row per index; encodes those that are new."""
         new = [index for index in dict.fromkeys(indices) if index not in self._encoded]
         if new:
@@ -99,9 +137,10 @@ class TrialRunner:
             encoded = self.model.encode_prompts(texts, sampling.clip_skip, sampling.max_tokens)
             for row, index in enumerate(new):
                 self._encoded[index] = encoded[row : row + 1]
-        return joined([self._encoded[index] for index in indices])
+        first, *others = (self._encoded[index] for index in indices)
+        return first.followed_by(others)
 
-    def denoiser(self, conditions: Conditioning, guidance: Guidance) -> Denoise:
+    def denoiser(self, conditions: Conditions, guidance: Guidance) -> Denoise:
         """Returns the model's denoiser with guidance against the negative prompt."""
         count = len(conditions)
         empty = self._empty[torch.zeros(count, dtype=torch.long, device=self.model.device)]
@@ -117,8 +156,8 @@ class TrialRunner:
         return images
 
     def noise(self, trials: Sequence[Trial]) -> Tensor:
-        """Returns the noises that runs began with, (B, C, H, W) on the CPU."""
-        return torch.stack([trial.origin.noise(self.shape) for trial in trials])
+        """Returns the noises that runs began with, in the model's layout on the CPU."""
+        return torch.stack([trial.origin.noise(self.draw) for trial in trials])
 
     def now_s(self) -> float:
         """Returns the time when all work given so far is done."""
@@ -131,24 +170,34 @@ class TrialRunner:
         started_s, before = self.now_s(), replace(self.ledger)
         trials = [trial for _, trial in batch]
         conditions, trace = self.conditions([prompt for prompt, _ in batch]), Trace()
-        state = self._denoise(trials, conditions, trace)
-        is_final = trials[0].goal == "final"
-        images = state.x  # where nobody looks at the preview
-        if is_final or self.scoring.looks_at_images:
-            images = self.decode(state.x if is_final else state.x0)
-        scores = self._verify(images, batch, conditions, trace)
+        state = self._denoise(batch, conditions, trace)
+        goal = trials[0].goal
+        is_whole = goal != "preview"
+        looks = goal == "final" or self.scoring.looks_at_images(trials[0].stop)
+        images = state.x  # where nobody looks at it
+        if looks:
+            images = self.decode(state.x if is_whole else state.x0)
+        latents = state.x if is_whole or state.x0 is None else state.x0
+        scores = self._verify(images, latents, batch, conditions, trace)
+        looked = {trials[0].stop: images} if looks and not is_whole else {}
+        shown = {level: self.decode(x0) for level, x0 in trace.shown.items() if level not in looked}
+        shown |= {level: image for level, image in looked.items() if level in trace.shown}
         price = self.cost(trials[0].first_step, trials[0].stop)
         outcomes = [
             Outcome(
                 trial,
                 self.scoring.total(scores[row]),
                 price,
-                None if is_final else _sample(state, row),
+                None if is_whole else _sample(state, row),
                 scores[row],
             )
             for row, trial in enumerate(trials)
         ]
-        return self.results(outcomes, images if is_final else None, started_s, before)
+        results = self.results(outcomes, images if goal == "final" else None, started_s, before)
+        return [
+            replace(result, previews={level: part[row].cpu() for level, part in shown.items()})
+            for row, result in enumerate(results)
+        ]
 
     def results(
         self, outcomes: Sequence[Outcome], images: Tensor | None, started_s: float, before: Ledger
@@ -164,34 +213,56 @@ class TrialRunner:
         ]
 
     def _denoise(
-        self, trials: Sequence[Trial], conditions: Conditioning, trace: Trace
+        self, batch: Sequence[tuple[int, Trial]], conditions: Conditions, trace: Trace
     ) -> SampleState:
         """Runs trials to where they stop; records the readings of verifiers in the trace."""
+        trials = [trial for _, trial in batch]
         start, stop = self._start(trials), trials[0].stop
-        started_s = self.now_s()
+        started_s, steps = self.now_s(), None
+        denoise = self.denoiser(conditions, self.guidance)
         seeds = [trial.seed for trial in trials]
+
+        def noise(step: int) -> Tensor:
+            return self.draw(step_seeds(seeds, step))
+
+        if self.tilt is not None:
+            prompts = [self.prompts[prompt] for prompt, _ in batch]
+            steps = TiltedSteps(self, self.tilt, denoise, noise, prompts)
+            denoise, noise = steps.denoise, steps.noise
         state = run(
             self.sampling.sampler,
-            self.denoiser(conditions, self.guidance),
+            denoise,
             self.grid,
             start,
             stop,
             self.sampling.eta,
-            lambda step: step_noise(seeds, step, self.shape),
-            self.scoring.watch(trace, stop),
+            noise,
+            self._watch(trace, start.step, stop),
         )
         self.ledger.count(len(trials), self.costs.run_rows(start.step, stop))
-        self.ledger.denoising_s += self.now_s() - started_s
+        self.ledger.backward_rows += len(trials) * self.costs.backward_rows(start.step, stop)
+        self.ledger.denoising_s += self.now_s() - started_s - (steps.seconds if steps else 0.0)
         return state
+
+    def _watch(self, trace: Trace, first: int, stop: int) -> Callable[[SampleState], None]:
+        keep = self.scoring.watch(trace, stop)
+        shown = shown_levels(self.previews_every, first, stop, self.grid.num_steps)
+
+        def watch(reached: SampleState) -> None:
+            keep(reached)
+            if reached.step in shown and reached.x0 is not None:
+                trace.shown[reached.step] = reached.x0
+
+        return watch
 
     def _start(self, trials: Sequence[Trial]) -> SampleState:
         states = []
         for trial in trials:
             start = trial.start
             if isinstance(start, Noise):
-                states.append(SampleState(start.noise(self.shape)[None]))
+                states.append(SampleState(start.noise(self.draw)[None]))
             elif isinstance(start, Renoised):
-                noise = Seeded(start.seed).noise(self.shape)[None]
+                noise = self.draw([start.seed])
                 states.append(renoise(self.grid, start.state, start.step, noise))
             else:
                 states.append(start)
@@ -200,8 +271,9 @@ class TrialRunner:
     def _verify(
         self,
         images: Tensor,
+        latents: Tensor,
         batch: Sequence[tuple[int, Trial]],
-        conditions: Conditioning,
+        conditions: Conditions,
         trace: Trace,
     ) -> list[dict[str, float]]:
         previews = {step: self.decode(x0) for step, x0 in trace.readings.items()}
@@ -214,9 +286,9 @@ class TrialRunner:
             measured[verifier.measurement] = measurements
         noise = self.noise([trial for _, trial in batch]) if measured else images[:0]
         prompts = [self.prompts[prompt] for prompt, _ in batch]
-        scores = self.scoring.scores(images, prompts, previews, noise, measured)
+        scores = self.scoring.scores(stop, images, latents, prompts, previews, noise, measured)
         self.ledger.count(len(batch), self.costs.score_rows(stop))
-        self.ledger.verifier_calls += len(batch) * len(self.scoring.verifiers)
+        self.ledger.verifier_calls += len(batch) * len(self.scoring.at(stop))
         self.ledger.verifying_s += self.now_s() - started_s
         return scores
 

@@ -12,23 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.plain import recorded
 from blackpoint.sampling.grid import SampleState
+from blackpoint.sampling.pipelines.painter import Draw
 from blackpoint.sampling.prompts.prompt_set import Prompt
-from blackpoint.sampling.runtime.pictures import caption_grid, read_picture, to_picture
+from blackpoint.sampling.runtime.picture_grid import SURROUND, caption_grid
+from blackpoint.sampling.runtime.pictures import eight_bit, read_picture, to_picture
 from blackpoint.sampling.search.driver import PromptSearch
+from blackpoint.sampling.search.folder import WINNERS
 from blackpoint.sampling.search.journal import read_rows, rows_by_key
 from blackpoint.sampling.search.judge import judge
 from blackpoint.sampling.search.problem import Given, Neighbour, Noise, Outcome, Result
 from blackpoint.sampling.verifiers.verifier import SetVerifier, Verifier
 
-BESTS, IMAGES, WINNERS = "bests", "images", "winners.jsonl"
+BESTS, IMAGES = "bests", "images"
 BASELINE = "baseline"
 MAX_SHEET = 12
+PREVIEWS, PREVIEW_PX = ".previews", 128
 
 
 class Winners:
@@ -45,13 +52,13 @@ class Winners:
         part: Path,
         prompts: Mapping[int, Prompt],
         settings: Mapping[str, Any],
-        shape: Sequence[int],
+        draw: Draw,
         reproducible: bool,
         held_out: Mapping[str, Verifier],
         oracles: Sequence[SetVerifier] = (),
     ) -> None:
         self._folder, self._prompts, self._settings = folder, prompts, settings
-        self._shape, self._reproducible = shape, reproducible
+        self._draw, self._reproducible = draw, reproducible
         self._held_out, self._oracles = held_out, oracles
         self.plain: Mapping[int, Outcome] = {}
         """Outcomes of the plain images that the algorithm does not make, by prompt."""
@@ -69,6 +76,15 @@ class Winners:
         path.parent.mkdir(parents=True, exist_ok=True)
         assert result.image is not None
         save_file({"image": result.image.contiguous()}, path)
+
+    def keep_previews(self, search: PromptSearch, result: Result) -> None:
+        """Keeps thumbnails of a run's x0-predictions, by level, and what the run goes on from."""
+        trial = result.outcome.trial
+        path = self._best_path(search.problem.prompt_index, f"{trial.candidate}{PREVIEWS}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parent = -1 if trial.parent is None or not trial.first_step else trial.parent
+        thumbnails = {str(level): _thumbnail(x0) for level, x0 in result.previews.items()}
+        save_file({"from": torch.tensor([parent, trial.first_step]), **thumbnails}, path)
 
     def finish(self, search: PromptSearch) -> None:
         """Judges the winner of a prompt and the plain image beside it; writes images and row."""
@@ -116,7 +132,14 @@ class Winners:
             "note": search.note,
             "image": f"{IMAGES}/{index:06d}.png",
         }
-        image = load_file(self._best_path(index, best.trial.candidate))["image"]
+        path = self._best_path(index, best.trial.candidate)
+        if not path.is_file():
+            raise UserError(
+                f"output={self._folder}: prompt {index} has its candidates, but no row in {WINNERS}"
+                f" and no {path.name} in {BESTS}; they were changed or removed: restore them, or "
+                "choose another output"
+            )
+        image = load_file(path)["image"]
         about = PngInfo()
         about.add_text("blackpoint", json.dumps({**self._settings, **row}))
         to_picture(image).save(self._folder / str(row["image"]), pnginfo=about)
@@ -134,7 +157,7 @@ class Winners:
         """Keeps a start that no seed reproduces: the noise, or the state before the last part."""
         name = self._folder / IMAGES / f"{index:06d}"
         if isinstance(start, Noise):
-            save_file({"noise": start.noise(self._shape)}, f"{name}.noise.safetensors")
+            save_file({"noise": start.noise(self._draw).contiguous()}, f"{name}.noise.safetensors")
         elif isinstance(start, SampleState):
             state = {"x": start.x[0].contiguous(), "step": torch.tensor(start.step)}
             if start.x0 is not None:  # what a multistep sampler remembers
@@ -142,7 +165,8 @@ class Winners:
             save_file(state, f"{name}.state.safetensors")
 
     def _contact_sheet(self, search: PromptSearch) -> None:
-        """Shows the bests in the order that they were found, from the first to the winner."""
+        """Shows the bests in the order that they were found, from the first to the winner, and
+        their runs where previews were kept."""
         index = search.problem.prompt_index
         bests: list[Outcome] = []
         for outcome in sorted(search.finals, key=lambda final: final.trial.candidate):
@@ -154,9 +178,43 @@ class Winners:
         titles = [f"candidate {outcome.trial.candidate}: {outcome.score:.4f}" for outcome in bests]
         sheet = caption_grid([self._prompts[index].text], [pictures], titles)
         sheet.save(self._folder / IMAGES / f"{index:06d}.sheet.png")
+        runs = [self._previews(index, outcome.trial.candidate) for outcome in bests]
+        if not any(runs):
+            return
+        levels = sorted({level for run in runs for level in run})
+        shown = [Image.fromarray(_thumbnail(load_file(file)["image"]).numpy()) for file in files]
+        empty = Image.new("RGB", shown[0].size, SURROUND)
+        rows = [
+            [*(run.get(level, empty) for level in levels), picture]
+            for run, picture in zip(runs, shown, strict=True)
+        ]
+        columns = [*(f"after step {level}" for level in levels), "image"]
+        previews = caption_grid(titles, rows, columns)
+        previews.save(self._folder / IMAGES / f"{index:06d}.previews.png")
+
+    def _previews(self, index: int, candidate: int) -> dict[int, Image.Image]:
+        """Returns the x0-predictions of a run by level, those of the runs that it goes on from
+        included."""
+        path = self._best_path(index, f"{candidate}{PREVIEWS}")
+        if not path.is_file():
+            return {}
+        kept = load_file(path)
+        parent, first_step = kept.pop("from").tolist()
+        before = self._previews(index, parent) if parent >= 0 else {}
+        own = {int(level): Image.fromarray(x0.numpy()) for level, x0 in kept.items()}
+        return {level: one for level, one in before.items() if level <= first_step} | own
 
     def _best_path(self, index: int, name: int | str) -> Path:
         return self._folder / BESTS / f"{index:06d}" / f"{name:0>6}.safetensors"
+
+
+def _thumbnail(image: Tensor) -> Tensor:
+    """Returns (3, H, W) in [0, 1] as (h, w, 3) uint8 of at most `PREVIEW_PX`; gray where it is not
+    finite."""
+    smaller = min(1.0, PREVIEW_PX / max(image.shape[1:]))
+    sides = [max(1, round(side * smaller)) for side in image.shape[1:]]
+    small = interpolate(image[None].float().nan_to_num(0.5), sides, mode="area")[0]
+    return eight_bit(small).permute(1, 2, 0).contiguous()
 
 
 def read_winners(folder: Path) -> dict[int, dict[str, Any]]:

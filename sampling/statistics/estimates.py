@@ -111,6 +111,24 @@ def std_ratio(values: Values, reference: Values, seed: int = 0) -> Estimate:
     return Estimate(top / bottom, *interval, len(sample))
 
 
+def mean_ratio(values: Values, reference: Values, seed: int = 0) -> Estimate:
+    """Estimates mean(values) / mean(reference) of pairs, which are drawn together."""
+    pairs = np.stack([checked_values(values, 2), checked_values(reference, 2)], axis=1)
+    top, bottom = pairs.mean(axis=0)
+    if bottom == 0:
+        raise UserError("reference: its mean is 0, so there is no ratio to it")
+
+    def ratio(drawn: np.ndarray) -> np.ndarray:
+        sums = drawn.reshape(len(drawn), -1, 2).sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return sums[:, 0] / sums[:, 1]
+
+    value = float(top / bottom)
+    resampled = bootstrap(pairs, ratio, np.random.default_rng(seed))
+    influence = (pairs[:, 0] - value * pairs[:, 1]) / bottom
+    return Estimate(value, *bca_interval(value, resampled, [influence]), len(pairs))
+
+
 def proportion(num_true: int, n: int) -> Estimate:
     """Estimates a proportion, with Wilson's score interval."""
     if not 0 <= num_true <= n or n == 0:

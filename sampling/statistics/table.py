@@ -42,6 +42,10 @@ class Place:
     number: float | None = None
 
     @property
+    def words(self) -> str:
+        return " ".join(filter(None, [self.text, self.detail]))
+
+    @property
     def markdown(self) -> str:
         text = f"**{self.text}**" if self.is_bold and self.text else self.text
         return " ".join(filter(None, [text, self.detail])).replace("|", "\\|")
@@ -119,6 +123,21 @@ class Table:
             1, f"|{'|'.join('--:' if _is_numeric(column) else '---' for column in columns)}|"
         )
         return "\n".join(text) + "\n"
+
+    def text(self) -> str:
+        """Writes the table alone for a terminal, its columns under their headings."""
+        places = self.places()
+        lines = [self.header, *([cell.words for cell in row] for row in places)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        columns = list(zip(*places, strict=True)) or [()] * len(self.columns)
+        signs = [">" if _is_numeric(column) else "<" for column in columns]
+        lines.insert(1, ["-" * width for width in widths])
+        forms = list(zip(signs, widths, strict=True))
+        shown = (
+            "  ".join(f"{cell:{sign}{width}}" for cell, (sign, width) in zip(x, forms, strict=True))
+            for x in lines
+        )
+        return "".join(f"{line.rstrip()}\n" for line in shown)
 
     def html(self) -> str:
         """Writes the table alone as HTML, with the numbers that a page sorts it by."""

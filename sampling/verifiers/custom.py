@@ -1,7 +1,8 @@
 """A user's own verifier by import path, "package.module:name".
 
 A function takes images (n, 3, h, w) in [0, 1] and n prompts and returns n scores; a class has the
-method `score(images, prompts, previews)` and may have a name, a preview_log_snr and differentiable.
+method `score(images, prompts, previews)` and may have a name, a preview_log_snr, differentiable,
+takes_latents and log_snr_range (sampling/verifiers/verifier.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> I
 
     from blackpoint.sampling.verifiers.models.import_path import built_object
     from blackpoint.sampling.verifiers.models.pretrained import frozen
-    from blackpoint.sampling.verifiers.verifier import ImageVerifier
+    from blackpoint.sampling.verifiers.verifier import ImageVerifier, takes_latents
 
     path = str(config.module)
     scorer: Any = built_object(path, "module", config.checkpoint)
@@ -47,6 +48,8 @@ def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> I
         scores,
         bool(getattr(scorer, "differentiable", False)),
         preview_log_snr=getattr(scorer, "preview_log_snr", None),
+        takes_latents=takes_latents(scorer),
+        log_snr_range=getattr(scorer, "log_snr_range", None),
     )
     verifier.name = config.name or getattr(scorer, "name", None) or path.partition(":")[2]
     return verifier

@@ -7,8 +7,9 @@ that the help of a verb that has verifiers is instant.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from blackpoint.data.files.paths import PathText
@@ -23,6 +24,8 @@ RunForm = Literal["whole", "parts", "mixed", "gradient"]
 """How a search runs a candidate: whole, from a noise of its own; in parts, from a noise of its own;
 in parts that go on from another's; or whole, and differentiated."""
 
+MODEL_FILES = ("*.json", "*.txt", "model*.safetensors")
+"""The files of a transformers model on the hub that are read."""
 EnsembleRule = Literal["mean_rank", "z_score", "minimum", "weighted_sum"]
 """How several verifiers rank candidates (sampling/verifiers/ensemble.py)."""
 
@@ -70,10 +73,18 @@ class VerifierKind:
     """Remedy for a missing checkpoint, where one is required."""
     has_model: bool = False
     """Whether checkpoint or module must be given."""
+    files: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"checkpoint": MODEL_FILES}
+    )
+    """Key that may hold a hub id -> patterns of the files that are read of it."""
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Key -> the hub id that it stands for where it is not set."""
     needs: Needs = "image"
     looks: str = ""
     """Its use of more than an image, as messages say it: "compares a run with its noise"."""
     forms: tuple[RunForm, ...] = ("whole", "parts", "mixed", "gradient")
     """The runs of a search that it can judge."""
+    highest: Callable[[Any], float] = lambda config: math.inf
+    """(config) -> the highest score that an image can have."""
     inverts: bool = False
     """Whether it goes back the way that deterministic DDIM came."""

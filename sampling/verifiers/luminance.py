@@ -72,4 +72,4 @@ def check(config: LuminanceConfig) -> None:
         raise UserError(f"target={config.target} must be from 0 (black) to 1 (white)")
 
 
-KIND = VerifierKind(load, LuminanceConfig, check)
+KIND = VerifierKind(load, LuminanceConfig, check, highest=lambda config: 0.0)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from blackpoint.sampling.grid import Denoise, SamplingGrid
     from blackpoint.sampling.inversion import Inversion, Inverter
-    from blackpoint.sampling.process import Process
+    from blackpoint.sampling.pipelines.painter import Levels
     from blackpoint.sampling.verifiers.verifier import Latents
 
 Measure = Literal["cosine", "residual", "contraction"]
@@ -78,7 +78,7 @@ class Stability:
         """The round trip: the inverter, its guidance, and the steps of a partial one."""
         return self.inverter, self.guidance_scale, self.partial_steps
 
-    def prepare(self, process: Process) -> None:
+    def prepare(self, process: Levels) -> None:
         """Takes the form of the inversion that the prediction type needs."""
         self.inverter = self.inverter.of(process)
 
@@ -141,5 +141,6 @@ KIND = VerifierKind(
     needs="trajectory",
     looks="compares a run with its noise",
     forms=("whole", "parts", "gradient"),
+    highest=lambda config: float(config.measure == "cosine"),
     inverts=True,
 )

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.data.files.errors import RunFailed
+from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.sampling.grid import Denoise, SamplingGrid
-from blackpoint.sampling.process import Process
+from blackpoint.sampling.pipelines.painter import Levels
 from blackpoint.sampling.verifiers.kind import VerifierOptions
 
 Images = Float[Tensor, "n 3 h w"]
@@ -21,7 +21,13 @@ Latents = Float[Tensor, "n c h w"]
 
 
 class Verifier(Protocol):
-    """Scores images in [0, 1]; see `checked_scores` for the rules of the answer."""
+    """Scores images in [0, 1]; see `checked_scores` for the rules of the answer.
+
+    Two more attributes may be there. `takes_latents`, if true: `score` is given x0 (n, c, h, w) as
+    the model has it, not decoded. `log_snr_range`, a pair: the noise levels that it is trained for,
+    as log SNR of the state whose x0-prediction it scores; (-inf, 2.0) leaves the final image, whose
+    log SNR is inf, to others. None, or no such attribute: every level (sampling/search/scoring.py).
+    """
 
     name: str
     """Column of the score in every row and table."""
@@ -63,7 +69,7 @@ class TrajectoryVerifier(Protocol):
         """Names the measurement."""
         ...
 
-    def prepare(self, process: Process) -> None:
+    def prepare(self, process: Levels) -> None:
         """Tells it, once, the process of the runs."""
         ...
 
@@ -84,8 +90,22 @@ class TrajectoryVerifier(Protocol):
         ...
 
 
+def takes_latents(verifier: Verifier | TrajectoryVerifier) -> bool:
+    """Whether a verifier scores x0 without decoding it."""
+    return bool(getattr(verifier, "takes_latents", False))
+
+
 def of_images(verifiers: Mapping[str, Verifier | TrajectoryVerifier]) -> dict[str, Verifier]:
-    """Returns the verifiers of images; configs have refused the others where an image is all."""
+    """Returns the verifiers of images; configs have refused those of runs where an image is all.
+
+    Raises UserError for one of latents.
+    """
+    for name, verifier in verifiers.items():
+        if takes_latents(verifier):
+            raise UserError(
+                f"verifier {name} takes latents, and it is given decoded images here; use one "
+                "that scores images"
+            )
     return {
         name: verifier
         for name, verifier in verifiers.items()
@@ -106,7 +126,10 @@ class ImageVerifier:
         differentiable: bool = True,
         check_prompt: Callable[[str], object] = lambda prompt: None,
         preview_log_snr: float | None = None,
+        takes_latents: bool = False,
+        log_snr_range: tuple[float, float] | None = None,
     ) -> None:
+        self.takes_latents, self.log_snr_range = takes_latents, log_snr_range
         self.name, self.differentiable = config.column, differentiable
         self.preview_log_snr = preview_log_snr
         self.check_prompt = check_prompt

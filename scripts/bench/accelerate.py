@@ -175,7 +175,7 @@ def _loader(config: TrainConfig, model: DiffusionModel, folder: Path, cached: bo
         shuffle=True,
         drop_last=True,  # batches of one size, so that steps are worth the same
         collate_fn=None if cached else collate,
-        num_workers=config.data.num_workers,
+        num_workers=config.data.num_workers or 0,
     )
 
 

@@ -34,7 +34,7 @@ from blackpoint.scripts.stand_alone import describe_machine
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.records.environment import describe_environment
 
-READER_BATCHES = 50
+READER_BATCHES, PIPELINE_STEPS = 50, 5
 PEERS = ("accelerate", "diffusers", "torch", "lightning", "transformers", "torchvision")
 
 
@@ -58,7 +58,7 @@ class BenchConfig:
     num_steps: int = 25
     """Sampling steps, with guidance 7.5."""
     search_rounds: int = 6
-    """Rounds of search."""
+    """Rounds of search, and of the pipelines of diffusers."""
     search_candidates: int = 16
     """Candidates of each of two prompts, all of one prompt at once."""
     reader_rounds: int = 12
@@ -74,8 +74,8 @@ class BenchConfig:
     memory_steps: int = 8
     """Optimizer or sampling steps after which the peak memory is read."""
     parts: list[str] = field(default_factory=list)
-    """Measure only these (training, captions, cached, sampling, search, reader, runs, memory,
-    startup) and keep what output/benchmarks.json has of the others; empty: all."""
+    """Measure only these (training, captions, cached, sampling, search, pipelines, reader, runs,
+    memory, startup) and keep what output/benchmarks.json has of the others; empty: all."""
     quick: bool = False
     """The smallest of everything, to see that it runs; the numbers mean nothing."""
     output: str = "docs"
@@ -178,14 +178,15 @@ def _sampling(context: Context) -> Measured:
 
 def _search(context: Context) -> Measured:
     settings = context.settings
-    seconds = search.time_search(
-        context.config,
-        context.folder,
-        settings.search_candidates,
-        settings.num_steps,
-        settings.search_rounds,
-    )
+    about = settings.search_candidates, settings.num_steps, settings.search_rounds
+    seconds = search.time_search(context.config, context.folder, *about)
     return seconds, search.search_rows(seconds, settings.search_candidates)
+
+
+def _pipelines(context: Context) -> Measured:
+    num_steps = min(context.settings.num_steps, PIPELINE_STEPS)
+    seconds = sampling.time_pipelines(num_steps, context.settings.search_rounds)
+    return seconds, sampling.pipeline_rows(seconds, num_steps)
 
 
 def _reader(context: Context) -> Measured:
@@ -229,6 +230,7 @@ PARTS: dict[str, Callable[[Context], Measured]] = {
     "cached": lambda context: _training(context, "training, cached latents", True, True),
     "sampling": _sampling,
     "search": _search,
+    "pipelines": _pipelines,
     "reader": _reader,
     "runs": _runs,
     "memory": _memory,

@@ -65,7 +65,7 @@ def contestants(
         runner = TrialRunner(model, prompts, sampling, [verifier], {verifier.name: 1.0}, batch_size)
         texts = {index: Prompt(text) for index, text in prompts.items()}
         journal = Journal(folder)
-        winners = Winners(folder, folder, texts, {}, runner.shape, True, {})
+        winners = Winners(folder, folder, texts, {}, runner.draw, True, {})
         problems = [Problem(index, SEED, runner.grid, runner.cost, budget) for index in prompts]
         searches = drive(
             runner,

@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from blackpoint.sampling.statistics.estimates import mean
-
 Seconds = dict[str, list[float]]  # contestant -> seconds, one per round
 
 
@@ -80,6 +78,8 @@ def ratio_row(
     at_most: float | None = None,
 ) -> Row:
     """Summarises above / below, round by round, with an interval."""
+    from blackpoint.sampling.statistics.estimates import mean  # scipy, which bench.gpu does without
+
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     logs = mean([math.log(ratio) for ratio in ratios])
     interval = (math.exp(logs.low), math.exp(logs.high))

@@ -17,7 +17,7 @@ from blackpoint.train.records.environment import GIT_RECORD, git_state
 from blackpoint.train.records.run_lock import JOB_LOCK, LOCK, RunLock
 
 CODE = ("data", "sampling", "train", "scripts", "slurm")
-SUFFIXES = (".py", ".j2", ".css", ".js", ".sbatch")
+SUFFIXES = (".py", ".j2", ".css", ".js", ".html", ".sbatch")
 CONFIG = "config.yaml"
 
 

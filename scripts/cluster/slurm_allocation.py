@@ -110,7 +110,7 @@ def rendezvous(allocation: Allocation) -> dict[str, str]:
     if "MASTER_PORT" not in os.environ:
         # Jobs of other clusters and folders may have the same number.
         seed = zlib.crc32(f"{Path.cwd()} {allocation.job}".encode())
-        variables["MASTER_PORT"] = str(_free_port(seed))
+        variables["MASTER_PORT"] = str(free_port(seed))
     return variables
 
 
@@ -135,7 +135,7 @@ def _resolves(host: str) -> bool:
     return True
 
 
-def _free_port(own: int) -> int:
+def free_port(own: int) -> int:
     """Returns the job's own port, or the next one that nobody listens on: nodes are shared."""
     for offset in range(100):
         port = MIN_PORT + (own + offset) % NUM_PORTS

@@ -9,37 +9,8 @@ from typing import NamedTuple
 from blackpoint.scripts.verb_process import verb_command
 
 PROMPT = "a photo of a cat on a black background"
-RELOAD = """
-import sys
-import numpy, torch
-from diffusers import StableDiffusionPipeline
-pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)
-images = pipeline("{prompt}", num_inference_steps=2, height={side}, width={side},
-                  guidance_rescale=0.7, output_type="np").images
-assert numpy.isfinite(images).all() and images.std() > 0
-"""
-COMPARE = """
-import sys
-import torch
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
-base, single, unpacked = sys.argv[1:]
-files = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
-         "text_encoder": "model"}
-pipeline = StableDiffusionPipeline.from_single_file(
-    single, config=base, local_files_only=True, dtype=torch.float16, safety_checker=None)
-for part, file in files.items():
-    first, second = (load_file(f"{folder}/{part}/{file}.safetensors")
-                     for folder in (base, unpacked))
-    third = getattr(pipeline, part).state_dict()
-    if part == "text_encoder":
-        third = {f"text_model.{name}": tensor for name, tensor in third.items()}
-    for other in (second, third):
-        assert first.keys() == other.keys(), part
-        for name, tensor in first.items():
-            bits = tensor.view(torch.int16), other[name].view(torch.int16)
-            assert tensor.dtype == other[name].dtype and torch.equal(*bits), name
-"""
+ADAPTERS, RANK = "adapters", 8
+CHECKS = "blackpoint.scripts.measurements.full_architecture_checks"
 
 
 @dataclass(frozen=True)
@@ -60,13 +31,17 @@ class Verb:
 
 
 class Row(NamedTuple):
-    """A command before its names in {} are filled in; `memory` is one of HELD."""
+    """A command before its names in {} are filled in; `memory` is one of HELD.
+
+    `of` names the architectures that it is for: all, sd (1.x and 2.x) or xl.
+    """
 
     name: str
     words: str
     memory: str = ""
     writes: str = ""
     done_with: str = ""
+    of: str = ""
 
 
 TRAIN = (
@@ -75,13 +50,15 @@ TRAIN = (
     "trainer.log_every_steps=1 trainer.checkpoint_every_steps=4 trainer.keep_checkpoints=1 "
     "trainer.validate_every_steps=0 preview.every_steps=0 wandb.enabled=false {training}"
 )
+TRAIN_ADAPTERS = f"{TRAIN} lora.rank={RANK}"
 ONE_BY_ONE = "num_steps=2 height={sample_px} width={sample_px} prompts={prompt} batch_size=1"
 DARK = f"{ONE_BY_ONE} verifiers.dark.kind=luminance verifiers.dark.target=0"
 FOLDERS = (
     *("base", "photos", "shards", "latents", "run", "export"),
-    *("samples", "found", "scored", "evaluated", "swept", "single", "unpacked"),
+    *("samples", "found", "scored", "evaluated", "swept", "single", "unpacked", "adapters"),
 )
-STOPPED = "train, stopped after 2 steps"
+STOPPED_END = ", stopped after 2 steps"
+DIFFERENCES = "differences.json"
 ROWS = (
     Row("imports alone", "python {imports}", "imports"),
     Row("data pack", "data pack source={photos} output={shards}", writes="shards"),
@@ -93,8 +70,21 @@ ROWS = (
         "encoders",
         writes="latents",
     ),
-    Row(STOPPED, TRAIN, "training", writes="run"),
-    Row("train, resumed for 2 more, exported and verified", TRAIN, "training"),
+    Row(f"train{STOPPED_END}", TRAIN, "training", writes="run", of="sd"),
+    Row("train, resumed for 2 more, exported and verified", TRAIN, "training", of="sd"),
+    Row(
+        f"train adapters of rank {RANK}{STOPPED_END}",
+        TRAIN_ADAPTERS,
+        "adapters",
+        writes="run",
+        of="xl",
+    ),
+    Row(
+        "train adapters, resumed for 2 more, merged, exported and verified",
+        TRAIN_ADAPTERS,
+        "pipeline",
+        of="xl",
+    ),
     Row(
         "sample 2 steps with guidance",
         f"sample checkpoint={{run}}/export output={{samples}} {ONE_BY_ONE}",
@@ -114,6 +104,7 @@ ROWS = (
         "guidance_scale=1 verifiers.stable.kind=stability",
         "pipeline",
         writes="scored",
+        of="sd",
     ),
     Row(
         "evaluate 2 images of 2 steps",
@@ -129,22 +120,51 @@ ROWS = (
         "grid.evaluate.num_steps=[1,2] evaluate.prompts={prompt}",
         "cells",
         writes="swept",
+        of="sd",
     ),
-    Row("sweep's report", "report run_dir={swept}", done_with="evaluated swept"),
+    Row("sweep's report", "report run_dir={swept}", done_with="evaluated swept", of="sd"),
     Row(
         "export and verify",
         "export checkpoint={run} output={export}",
         "pipeline",
         writes="export",
         done_with="run/checkpoints",
+        of="sd",
     ),
-    Row("reload by diffusers, 2 steps", "python {reload} {export}", "pipeline", done_with="export"),
+    Row(
+        "adapters, written for diffusers and for kohya's readers, verified",
+        "export checkpoint={run} output={adapters} format=lora",
+        "adapted",
+        writes="adapters",
+        done_with="adapters",
+        of="xl",
+    ),
+    Row(
+        "export and verify",
+        "export checkpoint={base} output={export}",
+        "pipeline",
+        writes="export",
+        of="xl",
+    ),
+    Row(
+        "reload by diffusers, 2 steps",
+        "python {checks} reload {export} {resolution}",
+        "pipeline",
+        done_with="export",
+    ),
     Row("report", "report run_dir={run}"),
     Row(
         "file, written from the base folder",
         "export checkpoint={base} output={single}/model.safetensors verify=false",
         "file",
         writes="single",
+    ),
+    Row(
+        "file, sampled by 2 steps with guidance",
+        f"sample checkpoint={{single}}/model.safetensors output={{samples}} {ONE_BY_ONE}",
+        "pipeline",
+        writes="samples",
+        of="xl",
     ),
     Row(
         "file, read and written as a folder",
@@ -154,7 +174,7 @@ ROWS = (
     ),
     Row(
         "file, folder and diffusers' reading equal the base, bit by bit",
-        "python {compare} {base} {single}/model.safetensors {unpacked}",
+        "python {checks} compare {base} {single}/model.safetensors {unpacked}",
         done_with="single unpacked",
     ),
     Row(
@@ -163,6 +183,27 @@ ROWS = (
         "pipeline",
         writes="single",
         done_with="single",
+        of="sd",
+    ),
+    Row(
+        "file, adapters merged, written and verified",
+        "export checkpoint={run} output={single}/model.safetensors",
+        "pipeline",
+        writes="single",
+        done_with="single run/checkpoints",
+        of="xl",
+    ),
+    Row(
+        "tensors of this model, for the comparison with diffusers",
+        "python {checks} ours {base} {tensors} {sample_px}",
+        "unet",
+        of="xl",
+    ),
+    Row(
+        "tensors of diffusers' pipeline, compared",
+        "python {checks} stock {base} {tensors} {sample_px} {differences}",
+        "unet",
+        of="xl",
     ),
 )
 HELD = {
@@ -170,8 +211,11 @@ HELD = {
     "imports": "interpreter, libraries",
     "encoders": "VAE and text encoder, 4 B/parameter",
     "training": "UNet 4 B/parameter, gradients 4, AdamW 8, average 4",
+    "adapters": "UNet 4 B/parameter, adapters 4, their gradients 4, AdamW 8, average 4",
+    "adapted": "UNet and adapters, 4 B/parameter",
+    "unet": "UNet, 4 B/parameter; the text encoders before it",
     "pipeline": "UNet, VAE and text encoder, 4 B/parameter",
-    "file": "the file, 2 B/parameter",
+    "file": "the file, 2 B/parameter; 4 of SDXL's VAE",
     "cells": "its own process; each cell has one, like evaluate",
 }
 
@@ -185,19 +229,27 @@ def verbs(
 ) -> list[Verb]:
     """Lists the commands in their order; they start from work/base and work/photos.
 
-    `parameters` counts those of unet, vae and text_encoder; training images have `resolution` px,
-    the sampled picture `sample_px`. `training` are further settings of the run.
+    `parameters` counts those of the base's parts and of adapters of RANK; training images have
+    `resolution` px, the sampled picture `sample_px`. `training` are further settings of the run.
     """
-    unet, pipeline = 4.0 * parameters["unet"], 4.0 * sum(parameters.values())
-    expected = {"encoders": pipeline - unet, "training": 5 * unet, "pipeline": pipeline}
-    expected["file"] = pipeline / 2
+    is_xl, adapters = "text_encoder_2" in parameters, 4.0 * parameters[ADAPTERS]
+    unet, pipeline = 4.0 * parameters["unet"], 4.0 * sum(parameters.values()) - adapters
+    expected = {
+        "encoders": pipeline - unet,
+        "training": 5 * unet,
+        "adapters": unet + 5 * adapters,
+        "adapted": unet + adapters,
+        "unet": unet,
+        "pipeline": pipeline,
+        "file": pipeline / 2 + (2.0 * parameters["vae"] if is_xl else 0.0),
+    }
     values = {name: str(work / name) for name in FOLDERS}
+    values |= {"tensors": str(work / "tensors.safetensors"), "differences": str(work / DIFFERENCES)}
     values |= {"resolution": str(resolution), "sample_px": str(sample_px), "prompt": PROMPT}
     several = {
         "{training}": list(training),
         "{imports}": ["-c", "import blackpoint.train.run"],
-        "{reload}": ["-c", RELOAD.format(prompt=PROMPT, side=resolution)],
-        "{compare}": ["-c", COMPARE],
+        "{checks}": ["-m", CHECKS],
     }
 
     def filled(row: Row) -> Verb:
@@ -205,9 +257,9 @@ def verbs(
         command = [sys.executable] if first == "python" else verb_command(first)
         for word in words:
             command += several[word] if word in several else [word.format(**values)]
-        writes, done_with = ([work / n for n in names.split()] for names in row[3:])
+        writes, done_with = ([work / n for n in names.split()] for names in row[3:5])
         held = expected.get(row.memory, 0.0), HELD[row.memory]
-        stop = work / "run" / "metrics.csv" if row.name == STOPPED else None
+        stop = work / "run" / "metrics.csv" if row.name.endswith(STOPPED_END) else None
         return Verb(row.name, command, *held, writes, done_with, stop)
 
-    return [filled(row) for row in ROWS]
+    return [filled(row) for row in ROWS if row.of in ("", "xl" if is_xl else "sd")]

@@ -20,18 +20,22 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from omegaconf import MISSING
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from blackpoint.sampling.checkpoints.ldm_keys import is_open_clip
-from blackpoint.sampling.checkpoints.loading import load_tokenizer, save_tokenizer
-from blackpoint.sampling.checkpoints.saving import STABLE_DIFFUSION, write_json
+from blackpoint.sampling.checkpoints.ldm_keys import is_open_clip, published_text_name
+from blackpoint.sampling.checkpoints.loading import TOKENIZERS, load_tokenizer, save_tokenizer
+from blackpoint.sampling.checkpoints.saving import (
+    STABLE_DIFFUSION,
+    STABLE_DIFFUSION_XL,
+    write_json,
+)
 from blackpoint.sampling.checkpoints.single_file import OPEN_CLIP_PAD, TOKENIZER
 from blackpoint.sampling.export.placement import moved_into_place, require_empty
 from blackpoint.scripts.config import load
 from blackpoint.scripts.stand_alone import run_script
 
-Name = Literal["sd15", "sd21_base", "sd21", "small", "small_21"]
-Part = Literal["unet", "vae", "text_encoder"]
+Name = Literal["sd15", "sd21_base", "sd21", "sdxl", "medium", "small", "small_21", "small_xl"]
+Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
 
 NUM_TOKENS, PROMPT_TOKENS = 49_408, 77
 UNET: dict[str, Any] = {
@@ -49,6 +53,22 @@ UNET_21 = UNET | {
     "cross_attention_dim": 1024,
     "attention_head_dim": (5, 10, 20, 20),
     "use_linear_projection": True,
+}
+UNET_XL: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 6 * 256 + 1280,
 }
 VAE: dict[str, Any] = {
     "sample_size": 512,
@@ -82,6 +102,15 @@ TEXT_21 = TEXT | {  # OpenCLIP ViT-H/14 without its last layer
     "hidden_act": "gelu",
     "projection_dim": 512,
 }
+TEXT_XL_2 = TEXT | {  # OpenCLIP ViT-bigG/14
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+VAE_XL = VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
 VAE_SMALL = VAE | {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
 TEXT_SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -89,6 +118,11 @@ TEXT_SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 1,
     "projection_dim": 64,
+}
+TEXT_SMALL_2 = TEXT_SMALL | {
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "projection_dim": 128,
 }
 SCHEDULER: dict[str, Any] = {
     "_class_name": "PNDMScheduler",
@@ -103,16 +137,28 @@ SCHEDULER: dict[str, Any] = {
     "steps_offset": 1,
     "trained_betas": None,
 }
+SCHEDULER_XL = SCHEDULER | {
+    "_class_name": "EulerDiscreteScheduler",
+    "interpolation_type": "linear",
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The configs of the four parts."""
+    """The configs of the parts; SDXL alone has a second text encoder."""
 
     unet: dict[str, Any]
     vae: dict[str, Any]
     text_encoder: dict[str, Any]
     scheduler: dict[str, Any]
+    text_encoder_2: dict[str, Any] | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        parts: tuple[Part, ...] = ("unet", "vae", "text_encoder")
+        return parts if self.text_encoder_2 is None else (*parts, "text_encoder_2")
 
 
 ARCHITECTURES: dict[Name, Architecture] = {
@@ -124,9 +170,17 @@ ARCHITECTURES: dict[Name, Architecture] = {
         TEXT_21,
         SCHEDULER | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
     ),
+    "sdxl": Architecture(UNET_XL, VAE_XL, TEXT, SCHEDULER_XL, TEXT_XL_2),
     # The same blocks, a tenth as wide: for trying out what is meant for the others.
     "small": Architecture(
         UNET | {"block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 64},
+        VAE_SMALL,
+        TEXT | TEXT_SMALL,
+        SCHEDULER,
+    ),
+    # Of about 140 million parameters: large beside what a program takes without a model.
+    "medium": Architecture(
+        UNET | {"block_out_channels": (128, 256, 512, 512), "cross_attention_dim": 64},
         VAE_SMALL,
         TEXT | TEXT_SMALL,
         SCHEDULER,
@@ -142,6 +196,21 @@ ARCHITECTURES: dict[Name, Architecture] = {
         TEXT_21 | TEXT_SMALL,
         SCHEDULER,
     ),
+    "small_xl": Architecture(
+        UNET_XL
+        | {
+            "sample_size": 64,
+            "block_out_channels": (64, 128, 128),
+            "attention_head_dim": [1, 2, 2],
+            "transformer_layers_per_block": [1, 1, 2],
+            "cross_attention_dim": 64 + 128,
+            "projection_class_embeddings_input_dim": 6 * 256 + 128,
+        },
+        VAE_XL | VAE_SMALL | {"scaling_factor": 0.13025},
+        TEXT | TEXT_SMALL,
+        SCHEDULER_XL,
+        TEXT_XL_2 | TEXT_SMALL_2,
+    ),
 }
 
 
@@ -150,8 +219,9 @@ class RandomBaseConfig:
     """A folder with a published architecture and random weights."""
 
     architecture: Name = "sd15"
-    """sd15; sd21_base (512 px, epsilon) or sd21 (768 px, v-prediction); small and small_21: the
-    blocks of 1.5 and 2.1, a tenth as wide."""
+    """sd15; sd21_base (512 px, epsilon) or sd21 (768 px, v-prediction); sdxl; small, small_21 and
+    small_xl: the blocks of 1.5, 2.1 and XL, a tenth as wide; medium: those of 1.5, 0.4 times as
+    wide."""
     output: str = MISSING
     """Folder to write; must be empty or not exist."""
     dtype: Literal["float16", "float32"] = "float16"
@@ -170,6 +240,10 @@ def build_on_meta(architecture: Architecture, part: Part) -> torch.nn.Module:
                 return AutoencoderKL(**architecture.vae)
             case "text_encoder":
                 return CLIPTextModel(CLIPTextConfig(**architecture.text_encoder))
+            case "text_encoder_2":
+                assert architecture.text_encoder_2 is not None
+                config = CLIPTextConfig(**architecture.text_encoder_2)
+                return CLIPTextModelWithProjection(config)
 
 
 def random_weights(
@@ -196,11 +270,11 @@ def write_part(
     model: Any = build_on_meta(architecture, part)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tensors = dict(random_weights(shapes, dtype, generator))
-    if part == "text_encoder":
-        model.config.architectures = ["CLIPTextModel"]
+    if part.startswith("text_encoder"):
+        model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder / part)
         # the published files are of a CLIPTextModel that holds its layers one level deeper
-        tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+        tensors = {published_text_name(name): tensor for name, tensor in tensors.items()}
         file = folder / part / "model.safetensors"
     else:
         model.save_config(folder / part)
@@ -208,11 +282,12 @@ def write_part(
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def write_tokenizer(folder: Path, architecture: Architecture) -> None:
-    """Writes CLIP's tokenizer, as the architecture's published folders have it."""
-    config = architecture.text_encoder
-    pad = {"pad_token": OPEN_CLIP_PAD} if is_open_clip(config) else {}
-    save_tokenizer(load_tokenizer(TOKENIZER, config, **pad), folder)
+def write_tokenizers(folder: Path, architecture: Architecture) -> None:
+    """Writes CLIP's tokenizer for each text encoder, as the published folders have it."""
+    for part, name in TOKENIZERS.items():
+        if config := getattr(architecture, part):
+            pad = {"pad_token": OPEN_CLIP_PAD} if is_open_clip(config) else {}
+            save_tokenizer(load_tokenizer(TOKENIZER, config, **pad), folder, name)
 
 
 def make(config: RandomBaseConfig) -> Path:
@@ -220,14 +295,14 @@ def make(config: RandomBaseConfig) -> Path:
     architecture, output = ARCHITECTURES[config.architecture], Path(config.output)
     require_empty(output)
     dtype, generator = getattr(torch, config.dtype), torch.Generator().manual_seed(config.seed)
-    parts: tuple[Part, ...] = ("unet", "vae", "text_encoder")
+    index = STABLE_DIFFUSION_XL if architecture.text_encoder_2 else STABLE_DIFFUSION
     with moved_into_place(output) as folder:
-        for part in parts:
+        for part in architecture.parts:
             write_part(folder, architecture, part, dtype, generator)
-        write_tokenizer(folder, architecture)
+        write_tokenizers(folder, architecture)
         write_json(folder / "scheduler" / "scheduler_config.json", architecture.scheduler)
         scheduler = {"scheduler": ["diffusers", architecture.scheduler["_class_name"]]}
-        write_json(folder / "model_index.json", STABLE_DIFFUSION | scheduler)
+        write_json(folder / "model_index.json", index | scheduler)
     return output
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blackpoint.sampling.report.page import Page
-from blackpoint.sampling.runtime.pictures import caption_grid, to_picture
+from blackpoint.sampling.runtime.picture_grid import caption_grid
+from blackpoint.sampling.runtime.pictures import to_picture
 from blackpoint.sampling.schedule import NoiseSchedule
 from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load

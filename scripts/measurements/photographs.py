@@ -23,5 +23,5 @@ def photograph(name: str) -> "Image.Image":
         import skimage.data
         from PIL import Image
     except ImportError:
-        raise UserError("the photographs need scikit-image: pip install '.[dev]'") from None
+        raise UserError("the photographs need scikit-image: pip install -e '.[dev]'") from None
     return Image.fromarray(getattr(skimage.data, name)())

@@ -92,15 +92,21 @@ def study(config: RequeueStudyConfig) -> int:
 
 
 def submit(config: RequeueStudyConfig) -> str:
-    """Submits the job, which saves at a signal and at its end; returns its id."""
+    """Submits the job and returns its id."""
+    options = ["--parsable", *shlex.split(config.options)]
+    return run(
+        "sbatch", *options, "slurm/train.sbatch", *train_arguments(config, config.run_dir)
+    ).strip()
+
+
+def train_arguments(config: RequeueStudyConfig, run_dir: str) -> list[str]:
+    """Returns those of `blackpoint train` for a run that saves at a signal and at its end."""
     last = config.max_steps or 10_000_000
-    keys: dict[str, Any] = {"run_dir": config.run_dir, "trainer.max_steps": last}
+    keys: dict[str, Any] = {"run_dir": run_dir, "trainer.max_steps": last}
     keys |= {"trainer.checkpoint_every_steps": last, "trainer.log_every_steps": 1}
     keys |= {"trainer.validate_every_steps": 0, "preview.every_steps": 0, "wandb.enabled": "false"}
-    arguments = [f"{key}={value}" for key, value in keys.items()]
-    arguments += shlex.split(config.arguments)
-    options = ["--parsable", *shlex.split(config.options)]
-    return run("sbatch", *options, "slurm/train.sbatch", config.config, *arguments).strip()
+    given = [f"{key}={value}" for key, value in keys.items()]
+    return [config.config, *given, *shlex.split(config.arguments)]
 
 
 def requeue_once(job: str, run_dir: Path, timeout_s: float) -> Requeue:

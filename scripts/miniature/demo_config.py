@@ -31,8 +31,8 @@ class DemoConfig:
     """Real digits that are rendered for training."""
     num_held_out_images: int = 500
     """Real held-out digits, for the validation loss."""
-    num_images: int = 280
-    """Captions that are sampled at each guidance scale, of 280."""
+    num_images: int = 200
+    """Captions that are sampled, of 280."""
     reference_images: int = 2000
     """Real held-out images that the samples are compared with."""
     num_steps: int = 25

@@ -4,21 +4,25 @@ Every step leaves its result in run_dir and is skipped when the result is there,
 stopped continues with the same command.
 """
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 
+from blackpoint.data.files.paths import shipped
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.export.verify import check_against_diffusers
 from blackpoint.sampling.model import DiffusionModel
+from blackpoint.sampling.prompts.prompt_set import read_prompt_set
 from blackpoint.sampling.report.results import Results, read_results
+from blackpoint.sampling.runtime.pictures import write_png
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.run import search_to_folder
 from blackpoint.scripts.config import load
@@ -36,11 +40,12 @@ from blackpoint.scripts.verb_process import verb_command
 from blackpoint.scripts.verbs import report_content
 from blackpoint.scripts.verbs import sweep as run_sweep
 from blackpoint.scripts.verbs.report_config import ReportConfig
+from blackpoint.train.callbacks.previews import measure, preview_grid
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.run import fit
 
 BASE, FINE_TUNED, CONTROL = "base", "fine-tuned", "control"
-SEARCH_STEPS = 10
+SEARCH_STEPS, POLL_S = 10, 1.0
 SEARCHED = (
     "a red three on a black background",
     "a black eight on a white background",
@@ -51,26 +56,20 @@ SEARCHED = (
     "a red four on a white background",
     "a black six on a gray background",
 )
-YAML, GUIDANCE_SCALES = "configs/black_point.yaml", (1.0, 3.0)
+YAML, PROMPTS, GUIDANCE_SCALE = "configs/black_point.yaml", "configs/prompts/digits.jsonl", 3.0
+OPEN = ", no guidance"
+"""What follows a checkpoint's name where captions that leave the background open are sampled."""
 EXPECTED = {
-    ("luminance spread over the references', open", 1.0): {
-        BASE: "at most .60",
-        FINE_TUNED: "at least .80",
-        CONTROL: "at most .60",
+    "luminance spread over the references', open": {
+        BASE + OPEN: "at most .60",
+        FINE_TUNED + OPEN: "at least .80",
+        CONTROL + OPEN: "at most .60",
     },
-    ("luminance, black", 3.0): {
-        BASE: "above .15",
-        FINE_TUNED: "at most .05",
-        CONTROL: "above .15",
-    },
-    ("luminance, white", 3.0): {
-        BASE: "below .85",
-        FINE_TUNED: "at least .95",
-        CONTROL: "below .85",
-    },
-    ("digits", 3.0): {BASE: "at least .90", FINE_TUNED: "at least .90", CONTROL: ""},
+    "luminance, black": {BASE: "above .15", FINE_TUNED: "at most .05", CONTROL: "above .15"},
+    "luminance, white": {BASE: "below .85", FINE_TUNED: "at least .95", CONTROL: "below .85"},
+    "digits": {BASE: "at least .90", FINE_TUNED: "at least .90", CONTROL: ""},
 }
-"""(Metric, guidance scale) -> checkpoint -> what is expected of all captions."""
+"""Metric -> arm of the evaluation -> what is expected of all captions."""
 INTRODUCTION = (
     "Stable Diffusion cannot generate true black or true white. Its terminal SNR is not zero: "
     "at the last training timestep the image's mean still shows through the noise, but sampling "
@@ -87,8 +86,8 @@ def demonstrate(config: DemoConfig) -> None:
     started_s = time.perf_counter()
     pack_digits(config, "train")
     pack_digits(config, "held_out")
-    evaluate(config, {BASE: config.checkpoint}, "sample the base (non-zero terminal SNR)")
-    fine_tune(config, config.config, run_dir, "fine-tune to zero terminal SNR")
+    compose = first_picture(config, started_s)
+    fine_tune(config, config.config, run_dir, "fine-tune to zero terminal SNR", compose)
     with timed(run_dir, "verify the export with stock diffusers", again=True):
         check_against_diffusers(DiffusionModel.load(run_dir / "export"), run_dir / "export")
     checkpoints = {BASE: config.checkpoint, FINE_TUNED: str(run_dir)}
@@ -96,14 +95,14 @@ def demonstrate(config: DemoConfig) -> None:
         checkpoints[CONTROL] = str(run_dir / "control")
         name = "fine-tune the control (old schedule, old prediction)"
         fine_tune(config, config.control_config, run_dir / "control", name)
-    results = evaluate(config, checkpoints, "sample what was fine-tuned")
+    results = evaluate(config, checkpoints)
     search(config)
     report = report_content.write(ReportConfig(run_dir=config.run_dir), INTRODUCTION)
     print("\n" + outcome(results))
     print(f"\nreport: {report.resolve()}  ({time.perf_counter() - started_s:.0f} s in all)")
 
 
-@contextmanager
+@contextlib.contextmanager
 def timed(run_dir: Path, name: str, again: bool = False) -> Iterator[None]:
     """Says what is done and how long it took; adds the time to run_dir/timings.json.
 
@@ -139,10 +138,11 @@ def pack_digits(config: DemoConfig, split: Split) -> None:
         packed_digits(run_dir, split, num_images, config.seed)
 
 
-def fine_tune(config: DemoConfig, yaml: str, run_dir: Path, name: str) -> None:
-    """Fine-tunes by one of the configs on the demo's shards; continues what was stopped."""
+def settings_of(config: DemoConfig, yaml: str, run_dir: Path) -> list[str]:
+    """Returns the arguments of `blackpoint train` for one of the configs on the demo's shards."""
     shards = Path(config.run_dir) / "shards"
     settings = [
+        yaml,
         f"run_dir={run_dir}",
         f"checkpoint={config.checkpoint}",
         f"data.shards={shards / 'train'}",
@@ -151,20 +151,35 @@ def fine_tune(config: DemoConfig, yaml: str, run_dir: Path, name: str) -> None:
     if config.max_steps is not None:
         settings.append(f"trainer.max_steps={config.max_steps}")
     num_devices = 1 if torch.cuda.is_available() else config.num_processes
-    settings.append(f"trainer.devices={num_devices}")
-    train_config = load(TrainConfig, [yaml, *settings])
+    return [*settings, f"trainer.devices={num_devices}"]
+
+
+def fine_tune(
+    config: DemoConfig,
+    yaml: str,
+    run_dir: Path,
+    name: str,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Fine-tunes by one of the configs on the demo's shards; continues what was stopped.
+
+    `meanwhile` is called now and then while other processes train, and at the end.
+    """
+    settings = settings_of(config, yaml, run_dir)
+    train_config = load(TrainConfig, settings)
     if (run_dir / "export").exists():
         skipped(name, run_dir / "export")
         fit(train_config)  # does nothing, unless it must refuse a run of another config
         return
     with timed(Path(config.run_dir), name):
-        if num_devices == 1:
+        if train_config.trainer.devices == 1:
             fit(train_config)
         else:
-            train_in_processes([yaml, *settings])
+            train_in_processes(settings, meanwhile)
+        meanwhile()
 
 
-def train_in_processes(arguments: list[str]) -> None:
+def train_in_processes(arguments: list[str], meanwhile: Callable[[], None]) -> None:
     """Runs `blackpoint train`, whose processes are started by running its command again.
 
     On two cores, two processes of one thread train 1.3 times as fast as one of two threads. What
@@ -175,8 +190,12 @@ def train_in_processes(arguments: list[str]) -> None:
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),  # Ctrl-C reaches them itself
     }
+    status = None
     try:
-        status = process.wait()
+        while status is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(POLL_S)
+            meanwhile()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -184,30 +203,79 @@ def train_in_processes(arguments: list[str]) -> None:
         sys.exit(status if status > 0 else 128 - status)
 
 
-def evaluate(config: DemoConfig, checkpoints: dict[str, str], name: str) -> Results:
-    """Samples and measures what is missing of the checkpoints, as one sweep."""
+def first_picture(config: DemoConfig, started_s: float) -> Callable[[], None]:
+    """Samples the base at the previews' prompts and seeds; returns what lays these images beside
+    the first preview of the fine-tune, once that is there, and says where."""
+    run_dir = Path(config.run_dir)
+    path, name = run_dir / "before_after.png", "sample the base for the first picture"
+    if path.is_file():
+        skipped(name, path)
+        return lambda: None
+    train_config = load(TrainConfig, settings_of(config, config.config, run_dir))
+    preview = train_config.preview
+    with timed(run_dir, name):
+        images = DiffusionModel.load(str(train_config.checkpoint)).sample(
+            [prompt for prompt in preview.prompts for _ in range(preview.num_images)],
+            seeds=[seed for _ in preview.prompts for seed in range(preview.num_images)],
+            num_steps=preview.num_steps,
+            guidance_scale=preview.guidance_scale,
+            guidance_rescale=preview.guidance_rescale,
+        )
+        before = preview_grid(images, measure(images, preview.prompts)[1], "base")
+
+    def compose() -> None:
+        previews = sorted((run_dir / "previews").glob("step_*.png"))[1:]  # the first is the base's
+        if path.is_file() or not previews:
+            return
+        try:
+            after = Image.open(previews[0]).convert("RGB")
+        except OSError:  # it is being written
+            return
+        both = Image.new("RGB", (before.width + after.width, max(before.height, after.height)))
+        both.paste(before, (0, 0))
+        both.paste(after, (before.width, 0))
+        write_png(path, both)
+        after_s = time.perf_counter() - started_s
+        print(f"\nbefore and after: {path.resolve()}  (after {after_s:.0f} s)\n", flush=True)
+
+    return compose
+
+
+def evaluate(config: DemoConfig, checkpoints: dict[str, str]) -> Results:
+    """Samples and measures what is missing of the checkpoints, as one sweep.
+
+    All captions at GUIDANCE_SCALE, and without guidance two images of each caption that leaves the
+    background open, whose spread guidance would widen.
+    """
     run_dir = Path(config.run_dir)
     references, output = run_dir / "digits" / "references", run_dir / "evaluation"
     if not (references / "metadata.jsonl").is_file():  # it is written last
         write_digit_folder(references, config.reference_images, config.seed, "held_out")
+    captions = read_prompt_set(shipped(PROMPTS), config.num_images)
+    left_open = {
+        "evaluate.prompts": [prompt.text for prompt in captions if prompt.category == "open"],
+        "evaluate.num_images": 2,
+        "evaluate.guidance_scale": 1.0,
+    }
+    places = {arm: {"evaluate.checkpoint": place} for arm, place in checkpoints.items()}
     sweep = SweepConfig(
         run_dir=str(output),
         evaluate={
             "config": YAML,
             "limit": config.num_images,
             "num_steps": config.num_steps,
+            "guidance_scale": GUIDANCE_SCALE,
             "seed": config.seed,
             "sets.reference": str(references),
             "verifiers.digits.checkpoint": config.digit_reader,
         },
-        arms={arm: {"evaluate.checkpoint": place} for arm, place in checkpoints.items()},
-        grid={"evaluate.guidance_scale": list(GUIDANCE_SCALES)},
+        arms=places | {arm + OPEN: place | left_open for arm, place in places.items()},
         num_processes=config.num_processes,
     )
     if all(state_of(cell).state == "done" for cell in cells_of(sweep)):
-        skipped(name, output)
+        skipped("sample and measure all captions", output)
     else:
-        with timed(run_dir, name):
+        with timed(run_dir, "sample and measure all captions"):
             run_sweep.run(sweep)
     return read_results(output)
 
@@ -248,14 +316,13 @@ def search(config: DemoConfig) -> None:
 
 def outcome(results: Results) -> str:
     """Writes the numbers beside what is expected of them."""
-    header = ("", "checkpoint", "guidance", "measured [95 % interval]", "expected of all captions")
+    header = ("", "checkpoint", "measured [95 % interval]", "expected of all captions")
     lines = [header]
-    for (metric, scale), by_checkpoint in EXPECTED.items():
+    for metric, by_arm in EXPECTED.items():
         for cell in results.cells:
-            at_scale = cell.varied["evaluate.guidance_scale"] == scale
-            if at_scale and metric in cell.values:
+            if metric in cell.values and cell.arm in by_arm:
                 measured = f"{cell.values[metric].estimate:.4g}"
-                lines.append((metric, cell.arm, f"{scale:g}", measured, by_checkpoint[cell.arm]))
+                lines.append((metric, cell.arm, measured, by_arm[cell.arm]))
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     rows = [
         "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))

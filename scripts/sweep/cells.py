@@ -59,6 +59,8 @@ class Cell:
     training: Training | None
     sections: dict[str, Settings]
     """evaluate and search: keys and values of the verb, without its output."""
+    configs: dict[str, Any] = field(repr=False, compare=False)
+    """The same as the verbs' configs."""
     digest: str
     """Of all that decides the numbers, measures included."""
 
@@ -136,9 +138,10 @@ class _Expansion:
                     "of them out"
                 )
             keys["checkpoint"] = str(training.folder)
-        images, numbers = _digests(sections, training, label)
+        configs = {section: _checked(section, keys, label) for section, keys in sections.items()}
+        images, numbers = _digests(configs, training)
         folder = folder_of(self.run_dir / CELLS, label, images)
-        return Cell(label, arm, varied, folder, training, sections, numbers)
+        return Cell(label, arm, varied, folder, training, sections, configs, numbers)
 
     def _by_section(self, settings: Settings) -> dict[str, Settings]:
         """Returns what all cells share, with these dotted settings, by section."""
@@ -167,19 +170,13 @@ class _Expansion:
         return self.trainings.setdefault(digest, Training(folder.name, folder, settings, digest))
 
 
-def _digests(
-    sections: dict[str, Settings], training: Training | None, label: str
-) -> tuple[str, str]:
-    """Returns the digests of what decides a cell's images, and of what decides its numbers.
-
-    Raises UserError for settings that a verb refuses.
-    """
+def _digests(configs: dict[str, Any], training: Training | None) -> tuple[str, str]:
+    """Returns the digests of what decides a cell's images, and of what decides its numbers."""
     images: list[Any] = [training.digest if training else ""]
     numbers = list(images)
     contents: dict[str, dict[str, str]] = {}
     trained_here = ("checkpoint",) if training else ()
-    for section, settings in sections.items():
-        config = _checked(section, settings, label)
+    for section, config in configs.items():
         images.append(differing(config, (*IMAGE_INVARIANT_KEYS[section], *trained_here)))
         numbers.append(differing(config, (*INVARIANT_KEYS[section], *trained_here)))
         checkpoint = None if training else config.checkpoint

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from blackpoint.sampling.checkpoints.loading import is_ckpt
 from blackpoint.sampling.checkpoints.resolve import last_checkpoint
 from blackpoint.sampling.checkpoints.single_file import SINGLE_FILE
 from blackpoint.sampling.choices import LoraFile, Weights
@@ -89,6 +90,9 @@ def _files_of(checkpoint: Path, weights: str) -> Iterable[Path]:
                 f"{part}{pattern}" for pattern in PATTERNS for part in ("", "*/")
             ]  # ** skips links
             return sorted(file for pattern in patterns for file in folder.glob(pattern))
+    newest = checkpoint if is_ckpt(checkpoint) else newest
+    if newest is not None and newest.is_dir():  # sharded
+        return sorted(newest.iterdir())
     return [newest] if newest else []
 
 

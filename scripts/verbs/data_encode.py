@@ -27,8 +27,4 @@ def run(config: EncodeConfig) -> int:
     if result.bad:
         print(f"left out {len(result.bad)} (listed in {config.output}/index/bad_samples.jsonl):")
         print(listing(result.bad))
-    print(
-        f"train on them: blackpoint train data.shards={config.output} "
-        f"data.resolution={result.resolution} checkpoint={config.checkpoint} run_dir=..."
-    )
     return 0

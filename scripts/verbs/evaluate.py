@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.imports import uncollected
 from blackpoint.data.files.signals import stoppable
-from blackpoint.sampling.evaluation.config import MetricsConfig
+from blackpoint.sampling.evaluation.config import MetricsConfig, not_asked
 from blackpoint.scripts.config import KEY_VALUE, read_yaml
 
 FORMER_STUDIES = {
@@ -46,6 +46,8 @@ def run(config: MetricsConfig) -> int:
 
         summary = evaluate_to_folder(config)
     if summary is not None:
-        print(markdown(summary))
+        print(markdown(summary, for_terminal=True), end="")
+        for line in not_asked(config, {metric.name for metric in summary.metrics}):
+            print(f"- not asked for: {line}")
         print(f"{config.output}: metrics.json, metrics.csv, metrics.md, images.parquet")
     return 0

@@ -1,22 +1,25 @@
 """The page of `blackpoint report` about a training run, its evaluation and its search."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.plain import read_json
+from blackpoint.data.files.signals import sleep
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.files.yaml_text import read_yaml_file
-from blackpoint.sampling.report.page import Facts, Figure, Items, Page, Part, Section, embedded
+from blackpoint.sampling.report.page import Facts, Items, Page, Part, Section
 from blackpoint.sampling.report.results import Results, read_results
 from blackpoint.sampling.report.results_page import gallery, tables_of
-from blackpoint.sampling.report.results_plots import luminance_distributions
+from blackpoint.sampling.report.results_plots import luminance_parts
 from blackpoint.sampling.report.search_page import search_section
 from blackpoint.sampling.report.training_page import (
     at_a_glance,
-    chosen_grids,
+    previews,
     run_figures,
     shown_settings,
+    subject,
 )
 from blackpoint.sampling.statistics.table import Table
 from blackpoint.scripts.verbs.report_config import ReportConfig, is_about_results
@@ -30,11 +33,24 @@ EARLIER = (
 
 def write(config: ReportConfig, introduction: str | None = None) -> Path:
     """Writes the page and returns its path; the file is whole or as it was before."""
-    run_dir = Path(config.run_dir)
+    run_dir = config.folder
     evaluation = Path(config.evaluation) if config.evaluation else run_dir / "evaluation"
     path = Path(config.output) if config.output else run_dir / "report.html"
-    write_whole(path, page_of(run_dir, evaluation, introduction).html())
-    return path
+    while True:
+        live = bool(config.every_s) and not is_finished(run_dir)
+        page = page_of(run_dir, evaluation, introduction)
+        write_whole(path, replace(page, refresh_s=config.every_s if live else 0).html())
+        if not live:
+            return path
+        sleep(config.every_s)
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the metrics of a run have reached its last step; also where that is not known."""
+    metrics, file = resolved_config(run_dir / "config.yaml"), run_dir / "metrics.csv"
+    last = metrics.get("trainer", {}).get("max_steps")
+    rows = read_metrics(file) if file.is_file() else {}
+    return last is None or any(step >= last for series in rows.values() for step, _ in series)
 
 
 def page_of(run_dir: Path, evaluation: Path, introduction: str | None = None) -> Page:
@@ -59,22 +75,21 @@ def page_of(run_dir: Path, evaluation: Path, introduction: str | None = None) ->
         notes.append(EARLIER)
     resolved = resolved_config(run_dir / "config.yaml")
     glance = at_a_glance(metrics, resolved.get("trainer", {}).get("max_steps"))
-    grids = chosen_grids(run_dir / "previews")
+    preview = {"prompts": [], "num_images": 1} | resolved.get("preview", {})
+    grids = previews(run_dir / "previews", preview["prompts"], preview["num_images"])
     return Page(
         f"blackpoint: {run_dir.name}",
         [
             introduction,
             Items("", notes),
-            Facts("", glance),
+            Facts("", subject(resolved, read_json(run_dir / "environment.json"))),
             *evaluated,
+            Section("Previews during training", grids),
+            Facts("", glance),
             search,
             Section(
                 "The training run",
-                run_figures(metrics, resolved.get("preview", {}).get("prompts", [])),
-            ),
-            Section(
-                "Previews during training",
-                [Figure("", embedded(path), label) for label, path in grids],
+                run_figures(metrics, preview["prompts"]),
             ),
             Section(
                 "How it was made",
@@ -93,7 +108,7 @@ def results_parts(results: Results) -> list[Part | None]:
     return [
         gallery([cell for cell in results.cells if cell.values]),
         *tables_of(results),
-        Figure("How bright the images are", luminance_distributions(results)),
+        *luminance_parts(results),
     ]
 
 
@@ -125,5 +140,7 @@ def environment(run_dir: Path) -> dict[str, str]:
     return lines
 
 
-def _one_line(values: dict[str, Any]) -> str:
+def _one_line(values: Any) -> str:
+    if not isinstance(values, dict):
+        return str(values)
     return ", ".join(f"{key.replace('_', ' ')} {item}" for key, item in values.items())

@@ -23,6 +23,7 @@ def config_class() -> type[SweepConfig]:
 def run(config: SweepConfig) -> int:
     """Runs unfinished cells and reports the outcome of each; 1 where one failed."""
     from blackpoint.scripts.sweep.cells import cells_of, chosen_of
+    from blackpoint.scripts.sweep.costs import costs_table
     from blackpoint.scripts.sweep.runner import (
         Outcome,
         Runner,
@@ -33,6 +34,10 @@ def run(config: SweepConfig) -> int:
 
     every = cells_of(config)
     cells = chosen_of(every, config.only)
+    mine = share_of_element(cells, os.environ)
+    todo = [cell for cell in mine if state_of(cell).state != "done"]
+    if (costs := costs_table(todo)).rows:
+        print(f"Costs of unfinished cells, in UNet evaluations (NFE):\n\n{costs.text()}")
     if config.plan:
         for cell in cells:
             print(f"{state_of(cell).state:8} {cell.name}  {cell.folder}")
@@ -40,7 +45,6 @@ def run(config: SweepConfig) -> int:
             f"{len(cells)} cells; as an array: sbatch --array=0-{len(cells) - 1} slurm/sweep.sbatch"
         )
         return 0
-    mine = share_of_element(cells, os.environ)
     write_sweep(config, every)
     number = 0
 
@@ -50,7 +54,6 @@ def run(config: SweepConfig) -> int:
         reason = f": {outcome.reason}" if outcome.reason else ""
         print(f"{number}/{len(todo)} {outcome.cell.name} {outcome.state}{reason}", flush=True)
 
-    todo = [cell for cell in mine if state_of(cell).state != "done"]
     print(f"{len(mine)} cells, {len(mine) - len(todo)} done before", flush=True)
     runner = Runner(config, 1 if len(mine) < len(cells) else config.num_processes)
     with stoppable():
@@ -58,7 +61,6 @@ def run(config: SweepConfig) -> int:
     raise_stopped(outcomes)
     counts = Counter(outcome.state for outcome in outcomes)
     print(", ".join(f"{count} {state}" for state, count in counts.items()))
-    print(f"blackpoint report run_dir={config.run_dir} shows them")
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if failed:
         lines = [f"  {outcome.cell.name}: {outcome.reason}" for outcome in failed]

@@ -18,9 +18,12 @@ def run(config: TrainConfig) -> int:
     try:
         with stoppable():
             with uncollected():
-                from blackpoint.train.run import fit
+                if config.plan:
+                    from blackpoint.train.plan.plan import show_plan as start
+                else:
+                    from blackpoint.train.run import fit as start
 
-            return fit(config)
+            return start(config)
     except Unreachable as error:
         if "BLACKPOINT_UNREACHABLE" in os.environ:  # a mark for scripts/cluster/slurm_job.py
             with contextlib.suppress(OSError):

@@ -21,10 +21,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from blackpoint.data.files.errors import RunFailed, UserError
-from blackpoint.data.files.whole_file import whole_file, write_whole
-from blackpoint.sampling.checkpoints.loading import forget_pages
+from blackpoint.data.files.whole_file import remove_whole, whole_file, write_whole
+from blackpoint.sampling.checkpoints.loading import SHARDED_STATE, forget_pages, read_ckpt
 from blackpoint.train.callbacks.validation import ValidationLoss
 from blackpoint.train.callbacks.watch import Watch
+from blackpoint.train.cluster.sharding import SHARES, damaged_share, is_sharded, write_shares
 
 NAME = re.compile(r"step_(\d+)\.ckpt")
 BEST = "best.json"
@@ -52,7 +53,16 @@ def read_best(folder: Path) -> tuple[int, float] | None:
 def remove_partial_files(folder: Path) -> None:
     """Removes half-written files of a kill; for the process that has the run directory."""
     for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        remove_whole(path)
+
+
+def remove_old(folder: Path, step: int, keep: int) -> None:
+    """Removes all but the newest, up to `step`, and the best; later ones are damaged."""
+    paths, best = checkpoint_steps(folder), read_best(folder)
+    newest = [saved for saved in paths if saved <= step][-keep:]
+    for saved, path in paths.items():
+        if saved not in newest and (best is None or saved != best[0]):
+            remove_whole(path)
 
 
 def latest_valid_checkpoint(folder: Path) -> int:
@@ -78,8 +88,10 @@ def latest_valid_checkpoint(folder: Path) -> int:
 
 
 def damage(path: Path) -> str | None:
-    """Returns the damage of a checkpoint file, by the checksums of its records, or None."""
+    """Returns the damage of a checkpoint, by the checksums of its records, or None."""
     try:
+        if path.is_dir():
+            return damage(path / SHARDED_STATE) or damaged_share(path)
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
         return bad and f"record {bad} has changed since it was written"
@@ -92,7 +104,8 @@ def damage(path: Path) -> str | None:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Streams a checkpoint beside its place, syncs it to disk and renames it; reads it mapped.
 
-    Lightning's own first builds the whole file in memory, and loads with pickle allowed.
+    Lightning's own first builds the whole file in memory, and loads with pickle allowed. One that
+    is sharded is a folder, which all processes write.
     """
 
     def save_checkpoint(
@@ -101,8 +114,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with whole_file(path, sync=True) as unfinished, unfinished.open("wb") as file:
-                torch.save(checkpoint, file)
+            if is_sharded(checkpoint):
+                write_shares(checkpoint, path)
+            else:
+                if path.is_dir():  # damaged, of the same step
+                    remove_whole(path)
+                with whole_file(path, sync=True) as unfinished, unfinished.open("wb") as file:
+                    torch.save(checkpoint, file)
             _flush_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch turns the system's error into its own
             reason = error if isinstance(error, OSError) else error.__cause__ or error.__context__
@@ -118,7 +136,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: Any = True
     ) -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return read_ckpt(Path(path), "")
 
 
 class SaveCheckpoints(Checkpoint):
@@ -155,11 +173,12 @@ class SaveCheckpoints(Checkpoint):
         if not due or step == self.saved_step or not self.watch.at_step_end:
             return
         with self.watch.paused():
+            if trainer.is_global_zero:
+                self._note_best(step)  # first: of a step that is saved, no later start measures it
             trainer.save_checkpoint(self.folder / f"step_{step:08d}.ckpt")
             self.saved_step = step
             if trainer.is_global_zero:
-                self._note_best(step)
-                self._remove_old(step)
+                remove_old(self.folder, step, self.keep)
 
     def _note_best(self, step: int) -> None:
         measured = self.validation.measured if self.validation else None
@@ -170,22 +189,16 @@ class SaveCheckpoints(Checkpoint):
             text = json.dumps({"step": step, "validation_loss": measured[1]})
             write_whole(self.folder / BEST, text + "\n")
 
-    def _remove_old(self, step: int) -> None:
-        """Removes all but the newest, up to `step`, and the best; later ones are damaged."""
-        paths = checkpoint_steps(self.folder)
-        newest = [saved for saved in paths if saved <= step][-self.keep :]
-        for saved, path in paths.items():
-            if saved not in newest and (self.best is None or saved != self.best[0]):
-                path.unlink(missing_ok=True)
-
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Lets go of the file: by now the module and its average hold copies of their weights.
 
         On a CPU the optimizer would go on with the mapped tensors, which keep the file's place on
-        disk after its removal, so it gets copies, made one by one.
+        disk after its removal, so it gets copies, made one by one. Shares are copies already.
         """
+        if SHARES in checkpoint:
+            return
         for state in (checkpoint["state_dict"], checkpoint.get("current_model_state", {})):
             for tensor in state.values():
                 forget_pages(tensor)

@@ -6,9 +6,7 @@ not compared with stock diffusers, which would take memory beside the training: 
 one, run_dir/export.
 """
 
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.whole_file import remove_whole
 from blackpoint.sampling.choices import Weights
 from blackpoint.sampling.export.carried import REMEDY, check_carried
 from blackpoint.sampling.export.export import export
@@ -99,7 +98,7 @@ def export_step(config: TrainConfig, run_dir: Path, step: int) -> None:
     output = folder / f"{name}{'.safetensors' if options.format == 'file' else ''}"
     if not output.exists():
         for beside in folder.glob(f"{name}.*"):  # of a single file that a kill cut off
-            _remove(beside)
+            remove_whole(beside)
         checkpoint = checkpoint_steps(run_dir / "checkpoints")[step]
         weights: Weights = "ema" if config.ema.enabled else "raw"
         write = export_lora if options.format == "lora" else export
@@ -108,7 +107,7 @@ def export_step(config: TrainConfig, run_dir: Path, step: int) -> None:
     steps = sorted({int(match[1]) for path in folder.iterdir() if (match := _match(path))})
     for path in list(folder.iterdir()):
         if (match := _match(path)) and int(match[1]) not in steps[-options.keep :]:
-            _remove(path)
+            remove_whole(path)
 
 
 def write_adapters(checkpoint: Path, output: Path, weights: Weights) -> None:
@@ -125,17 +124,8 @@ def write_adapters(checkpoint: Path, output: Path, weights: Weights) -> None:
 def remove_partial_exports(run_dir: Path) -> None:
     """Removes what a kill has left half-written or half-removed; for who has the run directory."""
     for path in (run_dir / FOLDER).glob(".*"):
-        _remove(path)
+        remove_whole(path)
 
 
 def _match(path: Path) -> re.Match[str] | None:
     return NAME.fullmatch(path.name)
-
-
-def _remove(path: Path) -> None:
-    """Removes a file or a folder, which loses its name first: what has a name is whole."""
-    if not path.name.startswith("."):
-        hidden = path.with_name(f".removed-{path.name}")
-        os.replace(path, hidden)
-        path = hidden
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

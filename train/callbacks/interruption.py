@@ -17,8 +17,8 @@ from blackpoint.data.files import signals
 from blackpoint.data.files.errors import Resumable, RunFailed, Unreachable
 from blackpoint.train.callbacks.watch import Watch
 
-# What gloo and NCCL say of a process that is gone.
-LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|gloo.*[Tt]imeout")
+# What gloo, of whatever its wire says, and NCCL say of a process that is gone.
+LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|gloo/transport")
 
 
 class StopOnSignal(Callback):
@@ -38,6 +38,8 @@ class StopOnSignal(Callback):
         """Takes the signals over, before `trainer` starts: from then on they only set a flag."""
         # Lightning's handler for SIGTERM broadcasts to the other processes inside the handler.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        # It would also ask for that signal before each batch, with an answer that a GPU waits for.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         self._signals.enter_context(signals.deferred("this step, then saving"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

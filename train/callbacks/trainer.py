@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from blackpoint.train.callbacks.checkpoints import AtomicCheckpointIO, SaveCheckpoints
 from blackpoint.train.callbacks.exports import StepExports
@@ -16,8 +17,10 @@ from blackpoint.train.callbacks.progress import Progress
 from blackpoint.train.callbacks.validation import ValidationLoss
 from blackpoint.train.callbacks.watch import Watch
 from blackpoint.train.callbacks.weights_watch import WeightsWatch
-from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.cluster.sharding import ShardedStrategy
+from blackpoint.train.config.config import Precision, TrainConfig
 from blackpoint.train.ema import Ema
+from blackpoint.train.records.first_process import note
 
 # What Lightning warns of and what is meant here.
 LIGHTNING_NOTES = (
@@ -37,7 +40,10 @@ def build_callbacks(
     The average is updated first; then the step is checked and logged, and shown; measurements
     follow; the checkpoint comes last, so that whatever a saved step has to log is logged before.
     """
-    ema = Ema(config.ema.decay) if config.ema.enabled else None
+    average = config.ema
+    ema = None
+    if average.enabled:
+        ema = Ema(average.decay, average.every_steps, on_cpu=average.device == "cpu")
     watch = Watch(config.trainer.log_every_steps, config.batch_size)
     stop = StopOnSignal(watch)
     callbacks: list[Callback] = [ema] if ema else []
@@ -64,6 +70,36 @@ def build_callbacks(
     return stop, callbacks
 
 
+def lightning_precision(precision: Precision) -> Precision:
+    """Returns Lightning's part of a precision: none of bf16-true, which the module itself holds.
+
+    Lightning's own makes bfloat16 the default of every tensor in the training step, draws and
+    schedules among them.
+    """
+    return "32-true" if precision == "bf16-true" else precision
+
+
+def strategy(config: TrainConfig) -> Strategy | str:
+    """Returns what shares a model among processes: DDP, or shares of it (trainer.strategy=fsdp).
+
+    DDP's gradients lie in its buckets, not a second time beside them. The graph of a step is always
+    the same, and DDP need not look for it. But of a static graph it exchanges the first batch even
+    where that is only accumulated, and torch.compile, which cuts the graph along the buckets, takes
+    none.
+    """
+    trainer = config.trainer
+    if trainer.devices * trainer.num_nodes == 1:
+        if trainer.strategy == "fsdp":
+            note("trainer.strategy=fsdp: one process holds the whole model, nothing is sharded")
+        return "auto"
+    if trainer.strategy == "fsdp":
+        return ShardedStrategy()
+    is_static = trainer.accumulate_grad_batches == 1 and not trainer.compile
+    return DDPStrategy(
+        gradient_as_bucket_view=True, static_graph=is_static, broadcast_buffers=False
+    )
+
+
 def build_trainer(
     config: TrainConfig,
     run_dir: Path,
@@ -81,7 +117,8 @@ def build_trainer(
         max_epochs=-1,
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
-        precision=config.trainer.precision,
+        strategy=strategy(config),
+        precision=lightning_precision(config.trainer.precision),
         accumulate_grad_batches=config.trainer.accumulate_grad_batches,
         gradient_clip_val=config.trainer.gradient_clip or None,
         logger=loggers,

@@ -1,7 +1,9 @@
 """Watches every step: the loss (which must stay finite), its gradient, and the time.
 
-Numbers stay on the device until a row is due, so that a GPU never waits for them; METRICS lists
-the numbers of a row.
+Numbers stay on the device until a row is due or weights are saved, so that neither the host nor a
+GPU waits for the other; the names of the samples stay on the host meanwhile. A step that is not
+finite changes no weight (train/module.py), so all later ones are still those of good weights.
+METRICS lists the numbers of a row.
 """
 
 import contextlib
@@ -54,7 +56,8 @@ class Watch(Callback):
         """The latest row."""
         self._step = 0
         self._learning_rate = 0.0
-        self._pending: list[tuple[int, list[str], Tensor]] = []  # step, sample keys, their losses
+        # Step, sample keys, their losses and, of the last batch of a step, its gradient's norm.
+        self._pending: list[tuple[int, list[str], Tensor, Tensor | None]] = []
         self._outputs: list[dict[str, Tensor]] = []  # since the last row
         self._clock = LoaderClock()
         self._started_s = 0.0
@@ -74,14 +77,16 @@ class Watch(Callback):
     ) -> None:
         step = trainer.global_step
         self.at_step_end = step != self._step
-        self._pending.append((self._step + 1, batch["key"], outputs["losses"]))
+        assert isinstance(pl_module, FineTuner)
+        # A loss scaler leaves out steps whose gradient is not finite, and goes on.
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        norm = gradient_norm(pl_module) if self.at_step_end and not scaled else None
+        self._pending.append((self._step + 1, batch["key"], outputs["losses"], norm))
         self._outputs.append(outputs)
         self._step = step
         due = step % self.log_every_steps == 0 or step == trainer.max_steps
         if self.at_step_end and due:
             self._log(trainer, pl_module)
-        elif pl_module.device.type == "cpu":
-            self.check_finite(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -90,16 +95,14 @@ class Watch(Callback):
         self.check_finite(trainer, pl_module)
 
     def check_finite(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises `RunFailed` if a loss since the last check, or the gradient, is not finite."""
-        assert isinstance(pl_module, FineTuner)
+        """Raises `RunFailed` for the first loss or gradient since the last check that is not
+        finite."""
         pending, self._pending = self._pending, []
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        checked = [values.sum() for _, _, values in pending]
-        if self.at_step_end and not scaled:  # a loss scaler skips such steps by itself
-            checked.append(gradient_norm(pl_module))
+        checked = [values.sum() for _, _, values, _ in pending]
+        checked += [norm for *_, norm in pending if norm is not None]
         if not checked or math.isfinite(torch.stack(checked).sum().item()):
             return
-        for step, keys, values in pending:
+        for step, keys, values, norm in pending:
             pairs = zip(keys, values.tolist(), strict=True)
             bad = [key for key, loss in pairs if not math.isfinite(loss)]
             if bad:
@@ -107,10 +110,12 @@ class Watch(Callback):
                     f"the loss of step {step} is not finite for {len(bad)} of {len(keys)} samples "
                     f"of the batch: {', '.join(bad[:16])}; {REMEDY}"
                 )
-        raise RunFailed(
-            f"the gradient of step {self._step} is not finite, though its loss is; samples of the "
-            f"batch: {', '.join(pending[-1][1][:16]) if pending else 'seen before'}; {REMEDY}"
-        )
+            if norm is not None and not math.isfinite(norm.item()):
+                names = [key for other, keys, *_ in pending if other == step for key in keys]
+                raise RunFailed(
+                    f"the gradient of step {step} is not finite, though its loss is; samples of "
+                    f"the batch: {', '.join(names[:16])}; {REMEDY}"
+                )
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from blackpoint.train.callbacks.metrics import log_metrics
 from blackpoint.train.callbacks.watch import EverySteps, Watch
+from blackpoint.train.cluster.sharding import takes_part, whole
 from blackpoint.train.ema import Ema
 from blackpoint.train.module import FineTuner
 
@@ -27,7 +28,7 @@ class WeightsWatch(EverySteps):
         self.ema = ema
 
     def at_step(self, trainer: Trainer, module: FineTuner, step: int) -> None:
-        if not trainer.is_global_zero:
+        if not takes_part(trainer):
             return
         numbers = weight_norms(module.unet)
         if self.ema is not None:
@@ -41,7 +42,7 @@ def weight_norms(unet: nn.Module) -> dict[str, Tensor]:
     """Returns the Euclidean norm of all weights and of each top-level block, as scalar tensors."""
     blocks = {name: list(block.parameters()) for name, block in unet.named_children()}
     norms = {
-        f"weights/norm_{name}": nn.utils.get_total_norm(parameters, foreach=True).float()
+        f"weights/norm_{name}": whole(nn.utils.get_total_norm(parameters, foreach=True)).float()
         for name, parameters in blocks.items()
         if parameters
     }

@@ -13,11 +13,12 @@ from blackpoint.train.optimizer import eight_bit_problem
 from blackpoint.train.records.first_process import note
 from blackpoint.train.records.run_directory import FORMATS, RunRecord
 
-# The format that the UNet's products are computed in; weights are held in float32 in every case.
+# The format that the UNet's products are computed in; bf16-true holds what is trained in it too.
 COMPUTE_DTYPE: dict[Precision, torch.dtype] = {
     "32-true": torch.float32,
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
+    "bf16-true": torch.bfloat16,
 }
 
 
@@ -73,9 +74,10 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
             "trainer.precision=16-mixed needs a GPU (CUDA), and none is here; use 32-true or "
             "bf16-mixed"
         )
-    if precision == "bf16-mixed" and device.type == "cuda" and not computes_in_bfloat16(device):
+    is_bfloat16 = COMPUTE_DTYPE[precision] == torch.bfloat16
+    if is_bfloat16 and device.type == "cuda" and not computes_in_bfloat16(device):
         raise UserError(
-            f"trainer.precision=bf16-mixed needs a GPU that computes in bfloat16, and "
+            f"trainer.precision={precision} needs a GPU that computes in bfloat16, and "
             f"{torch.cuda.get_device_name(device)} does not; use 16-mixed or 32-true"
         )
     if config.optimizer.name == "adamw_8bit":
@@ -83,7 +85,7 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
         if problem:
             raise UserError(
                 f"optimizer.name=adamw_8bit cannot run here: {problem}; "
-                "pip install 'blackpoint[eight-bit]', or use optimizer.name=adamw"
+                "pip install -e '.[eight-bit]', or use optimizer.name=adamw"
             )
 
 

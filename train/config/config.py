@@ -12,23 +12,32 @@ from blackpoint.data.config import DataConfig
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText
 from blackpoint.data.files.rules import check_ranges
-from blackpoint.sampling.choices import Attention, AutoDtype, SingleFileConfig, Tf32, check_seed
+from blackpoint.sampling.choices import (
+    Attention,
+    AutoDtype,
+    CompileMode,
+    SingleFileConfig,
+    Tf32,
+    check_seed,
+)
 from blackpoint.sampling.runtime.tracking import WandbConfig
+from blackpoint.train.config.combinations import check_combinations
 from blackpoint.train.config.export_config import StepExportConfig
 from blackpoint.train.config.lora_config import LoraConfig, has_files
 from blackpoint.train.config.model_config import DropoutConfig, ModelConfig
 from blackpoint.train.config.schedule_config import ScheduleConfig
 from blackpoint.train.loss_config import LossConfig
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, with a linear warm-up of the learning rate and, if wanted, its decay."""
+    """The optimizer, with a linear warm-up of the learning rate and, if wanted, its decay."""
 
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw is fused; adamw_8bit keeps its state in 8 bits (needs the extra eight-bit)."""
+    name: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """adamw is fused; adamw_8bit keeps its state in 8 bits (needs the extra eight-bit); adafactor
+    keeps means over rows and columns, and has neither beta1, beta2 nor epsilon."""
     learning_rate: float | None = None
     """Learning rate after the warm-up; not set: 1e-5, and 1e-4 for adapters (lora.rank)."""
     warmup_steps: int = 500
@@ -43,6 +52,12 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     epsilon: float = 1e-8
     """Added to the denominator of the update."""
+    fused_backward: bool = False
+    """Update each weight within the backward pass and drop its gradient at once, so that gradients
+    take next to no memory. Needs trainer.gradient_clip=0, no accumulation and one process."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How updated weights and states are rounded to bfloat16 (trainer.precision=bf16-true): up or
+    down at random, so that the mean is exact; or to the nearest, which loses small updates."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "optimizer.", learning_rate="> 0", warmup_steps=">= 0", epsilon="> 0")
@@ -57,10 +72,15 @@ class EmaConfig:
     enabled: bool = True
     """Keep an average beside what is trained (of a UNet, one more copy of it in memory)."""
     decay: float = 0.9999
-    """Final decay per step; early on it is (1 + n) / (10 + n) after n updates, if that is less."""
+    """Final decay per step; early on it is (1 + n) / (10 + n) after n steps, if that is less."""
+    every_steps: int = 1
+    """Optimizer steps between updates of the average, which then decays by as many steps at once;
+    of a step in between, the average is that of the update before."""
+    device: Literal["same", "cpu"] = "same"
+    """Memory that holds the average, always in float32: that of the weights, or the CPU's."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "ema.", decay=">= 0 and < 1")
+        check_ranges(self, "ema.", decay=">= 0 and < 1", every_steps=">= 1")
 
 
 @dataclass
@@ -69,13 +89,20 @@ class TrainerConfig:
 
     max_steps: int = 10_000
     """Optimizer steps of the whole run."""
+    max_epochs: float | None = None
+    """Passes over the training images, from which max_steps is worked out once they are counted; a
+    part of one, such as .5, will do. Not set: max_steps says it."""
     devices: int = 1
     """Processes on each node, one per GPU (or CPU). Left at 1, torchrun says both."""
     num_nodes: int = 1
     """Machines."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """What several processes hold: ddp, each the whole model; fsdp, each its share of weights,
+    gradients, optimizer states and average (docs/sharding.md). auto is ddp."""
     precision: Precision = "32-true"
     """Precision of the UNet's forward and backward pass. What is trained and the loss stay in
-    float32; weights that adapters leave frozen (lora.rank) are held in it, to the same bits."""
+    float32; weights that adapters leave frozen (lora.rank) are held in it, to the same bits. With
+    bf16-true what is trained, its gradients and the optimizer's state are bfloat16 as well."""
     encoder_dtype: AutoDtype = "auto"
     """Number format of the frozen VAE and text encoder; latents and embeddings are float32 in every
     case. auto: bfloat16 on a GPU that computes in it, else float32. With float16 a VAE goes on in
@@ -89,12 +116,19 @@ class TrainerConfig:
     """Hold the convolutions' weights in channels-last order."""
     compile: bool = False
     """Compile the UNet with torch.compile, at the first step of each batch shape."""
+    compile_mode: CompileMode = "default"
+    """What torch.compile may do more, where all batches are of one size: reduce-overhead records
+    CUDA graphs; max-autotune also times kernels and takes the fastest, at the first step of each
+    start, so a resumed run need not repeat every bit."""
     accumulate_grad_batches: int = 1
     """Batches whose gradients are averaged into one optimizer step."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient; 0 switches clipping off."""
     gradient_checkpointing: bool = False
     """Recompute the UNet's activations in the backward pass: less memory, about 1.3x the time."""
+    gradient_checkpointing_levels: list[int] = field(default_factory=list)
+    """Levels of the UNet that are recomputed, 0 the one of the highest resolution, where most of
+    the memory goes; an empty list: all of them."""
     log_every_steps: int = 10
     """Optimizer steps between rows of metrics."""
     validate_every_steps: int = 500
@@ -109,7 +143,8 @@ class TrainerConfig:
     epsilon or sample); checkpoints/best.json names it."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "trainer.", max_steps=">= 1", devices=">= 1", num_nodes=">= 1")
+        check_ranges(self, "trainer.", max_steps=">= 1", max_epochs="> 0")
+        check_ranges(self, "trainer.", devices=">= 1", num_nodes=">= 1")
         check_ranges(self, "trainer.", accumulate_grad_batches=">= 1", log_every_steps=">= 1")
         check_ranges(self, "trainer.", checkpoint_every_steps=">= 1", keep_checkpoints=">= 1")
         check_ranges(self, "trainer.", validate_every_steps=">= 0", gradient_clip=">= 0")
@@ -174,6 +209,12 @@ class TrainConfig:
     batch_size: int = 16
     """Images per batch, over all processes together; an optimizer step takes
     accumulate_grad_batches of them."""
+    plan: bool = False
+    """Print what each process will hold in memory, the size of a checkpoint and the steps of an
+    epoch, and train nothing."""
+    card_gib: float | None = None
+    """Memory of the GPU that plan=true plans for, in GiB as its name says: 24 of an RTX 4090. Not
+    set: 24 where a GPU is here; else the plan is for this machine's CPU."""
     allow_unsound: bool = False
     """Allow pairs that cannot work, for study: epsilon, leading timesteps, offset noise or a weight
     of 0 at the last timestep with zero SNR."""
@@ -192,7 +233,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     """The training target, the weight of each timestep, and the draws of t and eps."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and its warm-up."""
+    """The optimizer and its warm-up."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     """Average of the weights."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -207,7 +248,7 @@ class TrainConfig:
     """Tracking."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "", batch_size=">= 1")
+        check_ranges(self, "", batch_size=">= 1", card_gib="> 0")
         check_seed("seed", self.seed)
         world_size = self.trainer.devices * self.trainer.num_nodes
         if self.batch_size % world_size:
@@ -216,15 +257,11 @@ class TrainConfig:
                 "(trainer.devices * trainer.num_nodes); choose a multiple"
             )
         self._check_start()
+        check_combinations(self)
         if self.export.format == "lora" and not has_files(self.lora):
             raise UserError(
                 "export.format=lora needs adapters, lora.rank, and none of DoRA, whose files "
                 "clients read in different ways; use export.format=folder or file"
-            )
-        if self.optimizer.name == "adamw_8bit" and self.trainer.channels_last:
-            raise UserError(
-                "optimizer.name=adamw_8bit and trainer.channels_last=true do not combine: "
-                "bitsandbytes puts the weights back in its own order at every step; drop one"
             )
         if self.schedule.zero_terminal_snr:
             # torch: for a config, not for its help

@@ -67,8 +67,9 @@ class EncodeConfig(ShardOptions):
     num_processes: int = 0
     """Processes that encode on this machine, each a shard at a time with encoders of its own; 0:
     one per GPU, or one per CPU core. Several tasks that SLURM or torchrun starts each have one."""
-    num_workers: int = 4
-    """Processes that decode images for each encoding process; 0 decodes in that process."""
+    num_workers: int | None = None
+    """Processes that decode images for each encoding process; 0 decodes in that process. Not set:
+    4, or one for each core that the process may use where those are fewer."""
     samples_per_shard: int = 5000
     """Samples of the source that become one shard."""
 

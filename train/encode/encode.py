@@ -27,6 +27,7 @@ from blackpoint.data.bad_samples import BadSample, read_list, refusal, too_many
 from blackpoint.data.files.errors import RunFailed, UserError, WriteFailed, disk_writes
 from blackpoint.data.files.signals import stop_if_asked
 from blackpoint.data.files.whole_file import scratch_folder
+from blackpoint.data.index.contents import ORIGINALS
 from blackpoint.data.index.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from blackpoint.data.index.shard_set import index_shards, indexing_command, open_shards
 from blackpoint.data.index.verify import compare_bytes, verify
@@ -231,7 +232,8 @@ def planned_encoding(config: EncodeConfig, reader: Reader, device: str) -> Encod
     return Encoding(
         source=config.source,
         checkpoint=config.checkpoint,
-        source_digest=reader.index.content_digest(reader.shards),
+        source_digest=reader.index.content_digest(reader.shards)
+        + (f" {ORIGINALS}" if reader.has_original_sizes else ""),
         vae=vae_digest(model.pipeline),
         text_encoder=text_encoder_digest(model.pipeline),
         resolution=config.resolution,

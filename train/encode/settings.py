@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from blackpoint.data.images.decode import DECODER_VERSION, STORED_COLORS
+from blackpoint.data.images.decode import STORED_COLORS
+from blackpoint.data.images.picture_size import READER_VERSION
 from blackpoint.data.latents import DEFAULT_FORMATS
 from blackpoint.data.reader import Reader
 from blackpoint.data.shards.listing import ENCODING_FILE
@@ -54,7 +55,7 @@ def settled(config: EncodeConfig, device: torch.device) -> tuple[EncodeConfig, b
 def begun_decoder(output: Path) -> int:
     """Returns the version of the decoder that `output` was begun with; today's for a new one."""
     saved = _recorded(output)
-    version = saved.get("decoder", STORED_COLORS) if saved else DECODER_VERSION
+    version = saved.get("decoder", STORED_COLORS) if saved else READER_VERSION
     if version == STORED_COLORS:
         tell(
             f"{output} was begun before images were converted to sRGB by their colour profiles; it "

@@ -25,6 +25,7 @@ from blackpoint.data.reader import Reader
 from blackpoint.data.shards.shard_file import shard_name
 from blackpoint.data.work.part import Part, write_part
 from blackpoint.data.work.partial import Partial
+from blackpoint.data.work.workers import loader_workers
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.precision import set_tf32
 from blackpoint.train.encode.config import EncodeConfig
@@ -159,9 +160,9 @@ def _make(
         SourceBatches(rules.reader, config.batch_size, samples),
         batch_size=None,
         collate_fn=_as_it_is,
-        num_workers=config.num_workers,
+        num_workers=(num_workers := loader_workers(config.num_workers)),
         # Processes that are spawned, as this one may be, would spawn theirs and import all anew.
-        multiprocessing_context="fork" if config.num_workers else None,
+        multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=leave_signals_to_parent(),
     )
     path, own_bad = working / shard_name(number), list[BadSample]()

@@ -78,10 +78,20 @@ def _another_config(
     return (
         f"run_dir={record.run_dir} holds a run of another config:\n"
         + "\n".join(rows)
-        + "\nchoose another run_dir, or continue that run with its own values"
+        + f"\nchoose another run_dir{_fork(record)}, or continue that run with its own values"
         + "".join(
             f"; this run did not record what {UNKNOWN_CONTENT[name]} anywhere" for name in unknown
         )
+    )
+
+
+def _fork(record: RunRecord) -> str:
+    """Returns the words for another run from this one's weights; none before it has any."""
+    if not (record.newest_step or record.is_exported):
+        return ""
+    return (
+        f" (checkpoint={record.run_dir} run_dir={record.run_dir}_2 starts a new one from these "
+        "weights)"
     )
 
 
@@ -112,8 +122,8 @@ def _check_length(record: RunRecord, config: TrainConfig) -> None:
             f"{where} was begun with trainer.max_steps={before}, and with "
             f"optimizer.decay={settings.decay} its learning rate falls to 0 there: step {done}, "
             f"which is done, had {rate * then:.3g} and would have had "
-            f"{rate * now:.3g}; continue it with trainer.max_steps={before}, "
-            "or choose another run_dir"
+            f"{rate * now:.3g}; continue it with trainer.max_steps={before}, or choose another "
+            f"run_dir{_fork(record)}"
         )
 
 

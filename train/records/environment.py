@@ -13,6 +13,7 @@ from typing import Any
 from blackpoint.data.files.paths import CODE_ROOT
 
 PACKAGES = ("blackpoint", "torch", "lightning", "diffusers", "transformers", "webdataset", "wandb")
+HERE = Path(__file__).resolve()
 GIT_RECORD = "git.json"
 """Beside a frozen copy of the code, which may lie in a repository that has moved on."""
 
@@ -36,10 +37,13 @@ def describe_environment() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, str | None]:
-    """Returns the commit and the changed files of the code that runs; None outside a repository."""
+    """Returns the commit and the changed files of the code that runs; None outside a repository,
+    and where it is merely installed inside somebody's."""
     frozen = CODE_ROOT / GIT_RECORD
     if frozen.exists():
         return json.loads(frozen.read_text(encoding="utf-8"))
+    if _git("ls-files", "--error-unmatch", HERE.name) is None:
+        return {"git_commit": None, "git_changes": None}
     return {
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": _git("status", "--porcelain", "--untracked-files=no"),
@@ -52,7 +56,7 @@ def now() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    command = ["git", "-C", str(HERE.parent), *arguments]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -62,17 +62,22 @@ RULES = (
         "batch_size counts the images of all processes: a requeued job gets other nodes",
     ),
     Rule(
+        ("trainer.strategy",),
+        When.ALWAYS,
+        "what each process holds; checkpoints of one are read by the other, equal but for rounding",
+    ),
+    Rule(
         ("batch_size", "trainer.accumulate_grad_batches"),
         When.SAME_STEP,
         "a step takes the same images, in other portions; equal but for rounding",
     ),
     Rule(
-        ("trainer.gradient_checkpointing",),
+        ("trainer.gradient_checkpointing", "trainer.gradient_checkpointing_levels"),
         When.ALWAYS,
         "what is not kept in memory is computed again, to the same bits",
     ),
     Rule(
-        ("trainer.max_steps",),
+        ("trainer.max_steps", "trainer.max_epochs"),
         When.SAME_RATE,
         "a longer run begins as the shorter one did; a decay to 0 at its end does not",
     ),
@@ -90,6 +95,7 @@ RULES = (
     Rule(("export.*",), When.ALWAYS, "which weights are written for others, which changes none"),
     Rule(("preview.*", "watch.*"), When.ALWAYS, "what is shown and measured of the weights"),
     Rule(("wandb.*",), When.ALWAYS, "where it is shown"),
+    Rule(("plan", "card_gib"), When.ALWAYS, "a plan trains nothing"),
 )
 
 

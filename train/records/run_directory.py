@@ -21,7 +21,8 @@ from blackpoint.data.files.dotted import flat
 from blackpoint.data.files.paths import is_remote
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.files.yaml_text import read_yaml, read_yaml_file, to_yaml
-from blackpoint.data.images.decode import DECODER_VERSION, STORED_COLORS
+from blackpoint.data.images.decode import STORED_COLORS
+from blackpoint.data.images.picture_size import READER_VERSION
 from blackpoint.sampling.choices import recorded_formats
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.records.environment import describe_environment, now
@@ -96,7 +97,7 @@ class RunRecord:
     def decoder(self) -> int:
         """The version of the decoder of images that the run began with; today's for a new run."""
         if self.is_new:
-            return DECODER_VERSION
+            return READER_VERSION
         data_sets = self.identity.get("data", {}).values()
         recorded = data_sets or self.environment.get("starts", [])[:1]
         return min((of.get("decoder", STORED_COLORS) for of in recorded), default=STORED_COLORS)

@@ -24,8 +24,8 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.plain import read_json
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.evaluation.rows import column_digest
-from blackpoint.sampling.model import DiffusionModel
-from blackpoint.sampling.noise import derive_seed, initial_noise
+from blackpoint.sampling.noise import derive_seed
+from blackpoint.sampling.pipelines.painter import Painter
 
 if TYPE_CHECKING:
     from blackpoint.sampling.evaluation.config import MetricsConfig
@@ -60,7 +60,7 @@ class KeptDependences:
         kept = read_json(self.folder / FILE)
         return list(kept["deviations"]) if kept.get("settings") == self._settings else None
 
-    def measure(self, model: DiffusionModel) -> list[float]:
+    def measure(self, model: Painter) -> list[float]:
         """Measures the deviations and keeps them."""
         names = ("seed", "height", "width", "batch_size", "clip_skip", "max_tokens")
         options = {name: getattr(self.config, name) for name in names}
@@ -74,7 +74,7 @@ class KeptDependences:
 
 @torch.no_grad()
 def noise_dependence(
-    model: DiffusionModel,
+    model: Painter,
     prompts: Sequence[str],
     num_noises: int = 16,
     seed: int = 0,
@@ -91,9 +91,8 @@ def noise_dependence(
     """
     if num_noises < 2:
         raise UserError(f"num_noises={num_noises}: a deviation needs at least 2")
-    shape = model.latent_shape(height, width)
-    noise = initial_noise([derive_seed(seed, "invariance", k) for k in range(num_noises)], shape)
-    last = len(model.process.schedule.alpha) - 1
+    seeds = [derive_seed(seed, "invariance", k) for k in range(num_noises)]
+    noise, last = model.noise(seeds, height, width), model.process.noisiest
     deviations = []
     for prompt in prompts:
         condition = model.encode_prompts([prompt], clip_skip, max_tokens)

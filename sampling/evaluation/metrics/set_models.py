@@ -34,6 +34,7 @@ from blackpoint.sampling.verifiers.models.pretrained import download, load_weigh
 if TYPE_CHECKING:
     from blackpoint.sampling.evaluation.metrics.sets import SetsConfig
 
+INCEPTION_FILES = ("*inception*",)
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -91,7 +92,7 @@ def _inception(source: str, columns: tuple[str, ...], device: torch.device) -> S
 
     path, remedy = Path(source), f"give {INCEPTION_FILE} of torch-fidelity"
     if not path.exists() and HUB_ID.fullmatch(source):
-        folder = download(source, "sets.inception", INCEPTION_FILE, ("*inception*",))
+        folder = download(source, "sets.inception", INCEPTION_FILE, INCEPTION_FILES)
         path = next(iter(sorted(folder.glob("*inception*"))), folder / INCEPTION_FILE)
     content = io.BytesIO()
     torch.save(load_weights(path, "sets.inception", remedy), content)

@@ -27,7 +27,7 @@ import numpy as np
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.rules import check_ranges, require
-from blackpoint.sampling.samplers import SAMPLERS
+from blackpoint.sampling.search.algorithms.tilt import check_compiled, check_noise, tilt_of
 from blackpoint.sampling.search.problem import (
     Algorithm,
     Goal,
@@ -64,11 +64,16 @@ class FkSteeringConfig:
     """Resampling happens where the effective sample size is below this share; 1 is always."""
     tempering: float = 1.0
     """lambda_k = lambda (k / S)^tempering, S the sampling steps; 0 has lambda from the start."""
+    tilt: float = 0.0
+    """c of particles whose step noise is tilted by the score's gradient, as algorithm=tilt has it;
+    0 is off."""
+    tilt_gradient: Literal["x0", "x_t"] = "x0"
+    """The gradient of that tilt (tilt.gradient)."""
 
     def __post_init__(self) -> None:
         section, strength = "fk_steering.", self.strength
         check_ranges(self, section, resample_every_steps=">= 1", ess_threshold=">= 0 and <= 1")
-        check_ranges(self, section, tempering=">= 0")
+        check_ranges(self, section, tempering=">= 0", tilt=">= 0 and <= 1")
         require(math.isfinite(strength), f"{section}strength", strength, "finite")
 
 
@@ -140,14 +145,9 @@ def fk_steering(problem: Problem, config: FkSteeringConfig) -> Search:
 
 def check(search: "SearchOptions", config: FkSteeringConfig) -> None:
     """Raises UserError without noise in the steps, or without a score to weigh by."""
-    if not SAMPLERS[search.sampler].fresh_noise(search.eta):
-        always = [f"sampler={name}" for name, kind in SAMPLERS.items() if kind.stochastic]
-        chosen = [f"sampler={name}" for name, kind in SAMPLERS.items() if kind.takes_eta]
-        raise UserError(
-            f"algorithm=fk_steering with sampler={search.sampler}: copies of a particle would stay "
-            f"copies without noise in the steps; use {' or '.join(always)}, or "
-            f"{' or '.join(chosen)} with eta above 0"
-        )
+    check_noise(search, "copies of a particle would stay copies without noise in the steps")
+    if config.tilt:
+        check_compiled(search, config.tilt_gradient, "fk_steering.tilt_gradient")
     if len(search.verifiers) > 1 and search.ensemble != "weighted_sum":
         raise UserError(
             f"ensemble={search.ensemble}: algorithm=fk_steering weighs particles by a score, "
@@ -155,4 +155,10 @@ def check(search: "SearchOptions", config: FkSteeringConfig) -> None:
         )
 
 
-ALGORITHM = Algorithm(fk_steering, FkSteeringConfig, form="mixed", check=check)
+ALGORITHM = Algorithm(
+    fk_steering,
+    FkSteeringConfig,
+    form="mixed",
+    check=check,
+    tilt=lambda search, config: tilt_of(search, config.tilt, config.tilt_gradient),
+)

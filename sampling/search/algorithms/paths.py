@@ -5,6 +5,9 @@ re-noisings by delta_f, each denoised by delta_b > delta_f, so that a round gain
 x0-predictions are verified and the best N kept, until the noise is used up. Their levels are times
 tau of a linear flow, x = (1 - tau) x0 + tau eps; here a tau is the level of the sampling grid whose
 sigma / (sigma + alpha) is nearest. The survivors of the last round are sampled to the end.
+
+A round goes nearly the whole way, so on a fine grid few fit a budget, or none. What no round fits
+is spent on more noises at the start, of which the best N go on.
 """
 
 from dataclasses import dataclass
@@ -37,6 +40,8 @@ class PathsConfig:
     """tau added by a re-noising; less where the start would be passed."""
     delta_b: float = 0.81
     """tau removed after it; more than delta_f."""
+    fill: bool = True
+    """Start more noises with what no round fits; else it stays unspent."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "paths.", num_paths=">= 1", num_expansions=">= 1", sigma="> 0 and < 1")
@@ -74,22 +79,36 @@ def _noisy_level(grid: SamplingGrid, tau: float) -> int:
     return min(max(level_of(grid, tau), 1), grid.num_steps - 1)
 
 
+def unspent(problem: Problem, config: PathsConfig, num_starts: int) -> tuple[int, int]:
+    """Returns the number of rounds that fit, and the NFE left when their survivors are sampled."""
+    cost, last = problem.cost, problem.grid.num_steps
+    reached, kept, num_rounds = _noisy_level(problem.grid, config.sigma), num_starts, 0
+    left = problem.budget_nfe - num_starts * cost(0, reached)
+    for _, back, forth in rounds_of(problem.grid, config):
+        price = kept * config.num_expansions * cost(back, forth)
+        if left < price + kept * cost(forth, last):
+            break
+        left, num_rounds, reached = left - price, num_rounds + 1, forth
+        kept = min(config.num_paths, kept * config.num_expansions)
+    return num_rounds, left - kept * cost(reached, last)
+
+
 def paths(problem: Problem, config: PathsConfig) -> Search:
     """Runs whole rounds while the budget allows it and completes the best survivors."""
     grid, cost, last = problem.grid, problem.cost, problem.grid.num_steps
     first = _noisy_level(grid, config.sigma)
-    count = min(config.num_paths, problem.budget_nfe // problem.full_cost)
+    num_kept = min(config.num_paths, problem.budget_nfe // problem.full_cost)
+    num_rounds, spare = unspent(problem, config, num_kept)
+    count = num_kept + max(0, spare // cost(0, first)) * config.fill
     seeds = [problem.draw_seed("candidate", number) for number in range(count)]
     survivors = yield [
         Trial(0, number, Seeded(seed), first, "preview", seed) for number, seed in enumerate(seeds)
     ]
     left = problem.budget_nfe - sum(outcome.nfe for outcome in survivors)
+    best = problem.best_first(survivors)[:num_kept]
+    survivors = sorted(best, key=lambda outcome: outcome.trial.candidate)
     number, round_number = count, 1
-    for level, back, forth in rounds_of(grid, config):
-        price = cost(back, forth)
-        expansions = len(survivors) * config.num_expansions
-        if left < expansions * price + len(survivors) * cost(forth, last):
-            break
+    for level, back, forth in rounds_of(grid, config)[:num_rounds]:
         trials = []
         for survivor in survivors:
             assert survivor.reached.step == level
@@ -113,6 +132,7 @@ def paths(problem: Problem, config: PathsConfig) -> Search:
         finals.append(Trial(round_number, number, survivor.reached, last, "final", seed, parent))
         number += 1
     yield finals
+    return "" if num_rounds else f"no round fits the budget: the best of {count} starts"
 
 
-ALGORITHM = Algorithm(paths, PathsConfig, form="mixed")
+ALGORITHM = Algorithm(paths, PathsConfig, form="mixed", former={"fill": False})

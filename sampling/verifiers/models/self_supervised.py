@@ -58,4 +58,5 @@ KIND = VerifierKind(
     needs="trajectory",
     looks="compares a run's preview with its end",
     forms=("whole",),
+    highest=lambda config: 1.0,
 )
