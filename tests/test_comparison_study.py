@@ -1,11 +1,14 @@
 """The comparison of searches: shares of best-of-32's gain, from cells whose answer is known."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from blackpoint.sampling.report.results import Cell
 from blackpoint.sampling.statistics.candidate_scores import Candidates
-from blackpoint.scripts.studies.comparison import tables_of
+from blackpoint.sampling.statistics.table import read_texts
+from blackpoint.scripts.studies.comparison import kept_cells, tables_of
 
 PROMPTS, SIZE = 40, 32
 SCORES = ("reader", "sharpness", "darkness", "judge_beside", "reads_beside")
@@ -66,3 +69,17 @@ def test_shares_of_the_gain_are_those_of_searches_that_choose_among_the_same_ima
     assert eight["share of the gain"].low < found / whole < eight["share of the gain"].high
     assert (eight["NFE"], eight["of best-of-32's"], eight["seeds"]) == (192, 0.25, 3)
     assert rows["one seed"]["seeds"] == 1
+
+
+def test_the_kept_rows_give_the_kept_tables_again() -> None:
+    """So that a comparison that one machine began is continued by another."""
+    folder = Path("docs/comparison_24_steps")
+    tables = {table.name: table for table in tables_of(list(kept_cells(folder).values()))}
+    for name in ("shares_0", "shares_1", "shares_2", "shares_3"):
+        header, rows = tables[name].values()
+        kept = read_texts(folder / f"{name}.csv")
+        assert [row["search"] for row in kept] == [row[0] for row in rows]
+        for before, row in zip(kept, rows, strict=True):
+            for column, value in list(zip(header, row, strict=True))[1:]:
+                # Scores are kept to six digits, and shares are ratios of their differences.
+                assert float(before[column]) == pytest.approx(value, abs=5e-4, rel=2e-5)

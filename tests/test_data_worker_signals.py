@@ -1,4 +1,4 @@
-"""A loader's workers and the end of the process that started them."""
+"""Workers and ranks, and the end of the process that started them."""
 
 import os
 import subprocess
@@ -21,6 +21,20 @@ while os.getppid() == parent:
 init(0)
 time.sleep(3600)
 """
+RANK = """
+import os, sys, time
+from blackpoint.train.cluster import cluster
+cluster.LOOK_EVERY_S = 0.05
+parent = os.getpid()
+cluster.end_with_first_process()
+if os.fork():
+    os._exit(0)  # killed before the other has begun
+while os.getppid() == parent:
+    time.sleep(0.01)
+os.environ["LOCAL_RANK"] = "1"
+cluster.end_with_first_process()
+time.sleep(3600)
+"""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are not forked here")
@@ -30,3 +44,20 @@ def test_a_worker_whose_parent_died_before_it_began_ends() -> None:
         [sys.executable, "-c", ORPHAN], capture_output=True, timeout=PATIENCE_S, check=False
     )
     assert run.returncode == 0 and not run.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_rank_whose_first_process_died_before_they_met_ends() -> None:
+    names = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RANK],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name not in names},
+    )
+    assert run.returncode == 0
+    assert run.stderr.splitlines() == [
+        "the first process of this run is gone; the same command continues it"
+    ]

@@ -39,7 +39,12 @@ from blackpoint.train.callbacks.exports import (
 from blackpoint.train.callbacks.interruption import StopOnSignal, lost_process
 from blackpoint.train.callbacks.metrics import CsvMetrics
 from blackpoint.train.callbacks.trainer import build_callbacks, build_trainer
-from blackpoint.train.cluster.cluster import as_launched, cluster_environment, num_started
+from blackpoint.train.cluster.cluster import (
+    as_launched,
+    cluster_environment,
+    end_with_first_process,
+    num_started,
+)
 from blackpoint.train.cluster.device import prepare_device
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.config.learning_rate import (
@@ -79,6 +84,7 @@ def fit(config: TrainConfig) -> int:
     Raises UserError for wrong input, before anything is written; RunFailed where the loss is not
     finite or the disk takes no more; Resumable where a signal stopped the run after saving it.
     """
+    end_with_first_process()
     config = with_learning_rate(as_launched(config))
     run_dir = Path(config.run_dir)
     with at_the_start(run_dir):

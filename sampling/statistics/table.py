@@ -165,13 +165,23 @@ def read_csv(path: Path, row_type: type[Row]) -> list[Row]:
 
     Raises UserError for a file with other columns.
     """
+    types: dict[str, Any] = {column.name: column.type for column in fields(row_type)}  # type: ignore[arg-type]
+    columns, rows = _read(path)
+    if columns != list(types):
+        raise UserError(f"{path} has columns {columns}; its rows need {list(types)}")
+    return [row_type(**{name: types[name](row[name]) for name in types}) for row in rows]
+
+
+def read_texts(path: Path) -> list[dict[str, str]]:
+    """Reads rows, whatever their columns, as texts."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[Sequence[str] | None, list[dict[str, str]]]:
     content = path.read_bytes()
     text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    types: dict[str, Any] = {column.name: column.type for column in fields(row_type)}  # type: ignore[arg-type]
     reader = csv.DictReader(io.StringIO(text))
-    if reader.fieldnames != list(types):
-        raise UserError(f"{path} has columns {reader.fieldnames}; its rows need {list(types)}")
-    return [row_type(**{name: types[name](row[name]) for name in types}) for row in reader]
+    return reader.fieldnames, list(reader)
 
 
 def _csv(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:

@@ -13,7 +13,7 @@ a judge that has no part in the choice reads all of them. The same command goes 
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,22 @@ import numpy as np
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_whole
-from blackpoint.sampling.report.results import Cell, read_results
+from blackpoint.sampling.report.results import Cell, Value, read_results
 from blackpoint.sampling.report.results_page import table_files
-from blackpoint.sampling.statistics.candidate_scores import expected_of_best
-from blackpoint.sampling.statistics.estimates import Estimate, mean_ratio
+from blackpoint.sampling.statistics.candidate_scores import (
+    Candidates,
+    expected_of_best,
+    scores_by_prompt,
+)
+from blackpoint.sampling.statistics.estimates import Estimate, mean_ratio, mean_score
 from blackpoint.sampling.statistics.paired import mean_difference
-from blackpoint.sampling.statistics.table import Table
-from blackpoint.scripts.config import load, read_yaml
+from blackpoint.sampling.statistics.table import Table, read_texts
+from blackpoint.scripts.config import load
 from blackpoint.scripts.stand_alone import run_script
-from blackpoint.scripts.studies.keep_sweep import KeepConfig, keep
+from blackpoint.scripts.studies.keep_sweep import CANDIDATE_ROWS, COLUMNS, ROWS, KeepConfig, keep
 from blackpoint.scripts.studies.study import blackpoint
+from blackpoint.scripts.sweep.cells import cells_of, chosen_of
+from blackpoint.scripts.sweep.config import SweepConfig
 
 YAML = "configs/comparison_24_steps.yaml"
 JUDGE, READS = "judge", "judge reads"
@@ -105,13 +111,49 @@ class Reference:
 
 def study(config: ComparisonConfig) -> None:
     """Runs what is missing, reports it and keeps the tables of what is done."""
-    run_dir = Path(str(read_yaml(YAML)["run_dir"]))
-    asked = f"only=[{', '.join(repr(name) for name in config.only)}]"
-    blackpoint("sweep", YAML, f"num_processes={config.num_processes}", asked)
-    keep(KeepConfig(str(run_dir), config.output, ["reader (searched)", JUDGE], ["cells"]))
-    tables = list(tables_of(read_results(run_dir).cells))
-    for name, content in table_files(tables).items():
-        write_whole(Path(config.output) / name, content)
+    sweep, output = load(SweepConfig, [YAML]), Path(config.output)
+    kept = kept_cells(output)
+    missing = [c.name for c in chosen_of(cells_of(sweep), config.only) if c.name not in kept]
+    if missing:
+        asked = f"only=[{', '.join(repr(name) for name in missing)}]"
+        blackpoint("sweep", YAML, f"num_processes={config.num_processes}", asked)
+    results = read_results(Path(sweep.run_dir))
+    results = replace(results, cells=[kept.get(cell.name, cell) for cell in results.cells])
+    columns = ["reader (searched)", JUDGE]
+    keep(KeepConfig(sweep.run_dir, config.output, columns, ["cells"]), results)
+    for name, content in table_files(list(tables_of(results.cells))).items():
+        write_whole(output / name, content)
+
+
+def kept_cells(folder: Path) -> dict[str, Cell]:
+    """Reads the cells that the tables of a folder hold, which another machine may have run."""
+    if not (folder / ROWS).is_file():
+        return {}
+    kept: dict[str, Cell] = {}
+    for row in read_texts(folder / "cells.csv"):
+        if row["NFE"]:
+            cell = Cell(f"{row['arm']}_seed-{row['seed']}", row["arm"])
+            cell.varied = {"search.seed": int(row["seed"])}
+            cell.nfe, cell.seconds = float(row["NFE"]), float(row["seconds"])
+            kept[cell.name] = cell
+    for row in read_texts(folder / ROWS):
+        name, prompt, image = (row.pop(column) for column in COLUMNS)
+        for title, score in row.items():
+            if score:
+                key = (int(prompt), "", int(image))
+                kept[name].paired.setdefault(title, {})[key] = float(score)
+    for cell in kept.values():
+        for title, scores in cell.paired.items():
+            cell.values[title] = Value(mean_score(list(scores.values())), "higher")
+    candidates: dict[str, list[tuple[int, int, dict[str, str]]]] = {}
+    for row in read_texts(folder / CANDIDATE_ROWS):
+        name, prompt, number = (row.pop(column) for column in ("cell", "prompt", "candidate"))
+        named = {title: score for title, score in row.items() if score}
+        candidates.setdefault(name, []).append((int(prompt), int(number), named))
+    for name, rows in candidates.items():
+        scores_of = scores_by_prompt(rows, list(rows[0][2]))
+        kept[name].candidates = Candidates(scores_of, tuple(scores_of)) if scores_of else None
+    return kept
 
 
 def tables_of(cells: list[Cell]) -> Iterator[Table]:

@@ -5,7 +5,6 @@ Left, what each link of the chain of fixes gives (docs/ablation/settings.csv, th
 what a search buys at equal cost (docs/comparison_24_steps/shares_0.csv).
 """
 
-import csv
 import io
 import sys
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.sampling.report.plots import STYLE, draw_named
 from blackpoint.sampling.statistics.estimates import Estimate
+from blackpoint.sampling.statistics.table import read_texts
 from blackpoint.scripts.config import load
 from blackpoint.scripts.stand_alone import run_script
 
@@ -91,7 +91,7 @@ def _read(path: str) -> list[dict[str, str]]:
             "blackpoint.scripts.studies.ablation, and python -m "
             "blackpoint.scripts.studies.comparison"
         )
-    return list(csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8"))))
+    return read_texts(Path(path))
 
 
 def main(argv: list[str]) -> int:

@@ -38,7 +38,7 @@ from blackpoint.scripts.stand_alone import describe_machine, run_script
 from blackpoint.train.records.environment import describe_environment
 
 DIGITS, TITLE_LETTERS = 6, 26
-ROWS = "rows.csv.gz"
+ROWS, CANDIDATE_ROWS, MADE = "rows.csv.gz", "candidates.csv.gz", "made.json"
 COLUMNS = ("cell", "prompt_index", "image")
 """Of these rows, before those of the metrics."""
 
@@ -57,10 +57,13 @@ class KeepConfig:
     """Names of the tables that are kept, with * for any letters."""
 
 
-def keep(config: KeepConfig) -> list[Path]:
-    """Writes everything; returns the paths. Raises UserError for a metric that no cell has."""
+def keep(config: KeepConfig, results: Results | None = None) -> list[Path]:
+    """Writes everything; returns the paths. Raises UserError for a metric that no cell has.
+
+    `results` are those of the sweep's folder, or more than them.
+    """
     output = Path(config.output)
-    results = read_results(Path(config.run_dir))
+    results = results or read_results(Path(config.run_dir))
     names = _known(config.metrics, metric_names(results.cells)) or metric_names(results.cells)[:6]
     tables = [
         table
@@ -68,13 +71,15 @@ def keep(config: KeepConfig) -> list[Path]:
         if any(fnmatch(table.name, pattern) for pattern in config.tables)
     ]
     contents: dict[str, str | bytes] = {**table_files(tables)}
+    seconds = read_json(output / MADE).get("cell_seconds", {})
+    seconds |= cell_seconds(Path(config.run_dir))
     made = describe_environment() | {
         "machine": describe_machine(),
         "kept": time.strftime("%Y-%m-%d"),
-        "cell_seconds": cell_seconds(Path(config.run_dir)),
+        "cell_seconds": {c.name: seconds[c.name] for c in results.cells if c.name in seconds},
     }
     del made["command"]  # of this script, not of the sweep
-    contents["made.json"] = json.dumps(made, indent=1) + "\n"
+    contents[MADE] = json.dumps(made, indent=1) + "\n"
     for number, (_, svg) in enumerate(scaling_curves(results, names)):
         contents[f"scaling_{number}.svg"] = svg
     luminance = luminance_distributions(results)
@@ -87,7 +92,7 @@ def keep(config: KeepConfig) -> list[Path]:
     paths = [output / name for name in (*contents, ROWS)]
     candidates = list(candidate_rows(results))
     if candidates:
-        paths.append(output / "candidates.csv.gz")
+        paths.append(output / CANDIDATE_ROWS)
         write_csv(paths[-1], candidates)
     return paths
 

@@ -1,9 +1,13 @@
 """How the processes of a run find each other: torchrun, SLURM's tasks, or what Lightning starts."""
 
 import os
+import sys
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch.distributed
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -12,10 +16,14 @@ from lightning.fabric.plugins.environments import (
 )
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.data.files.signals import RESUMABLE_STATUS
 from blackpoint.train.config.config import TrainConfig
 
 LIGHTNING = ("LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What Lightning gives the processes that it starts."""
+FIRST_PROCESS = "BLACKPOINT_FIRST_PROCESS"
+"""Its number, for those that Lightning starts."""
+LOOK_EVERY_S = 2.0
 
 
 def as_launched(config: TrainConfig) -> TrainConfig:
@@ -54,6 +62,30 @@ def _refuse_stray_rank(environment: Mapping[str, str]) -> None:
                 f"srun started this process: it would take itself for one of several; `unset {name}"
                 "`, or start the run with torchrun or srun"
             )
+
+
+def end_with_first_process() -> None:
+    """Ends a process that Lightning starts when the first one is gone before they have met.
+
+    Once they have met, a lost process ends the collective of the others. Before, torch waits half
+    an hour for the address that the first one was to open.
+    """
+    if TorchElasticEnvironment.detect() or "SLURM_STEP_ID" in os.environ:
+        return
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.environ[FIRST_PROCESS] = str(os.getpid())
+    elif FIRST_PROCESS in os.environ:
+        first = int(os.environ[FIRST_PROCESS])
+        threading.Thread(target=_end_with, args=(first,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while not torch.distributed.is_initialized():
+        if os.getppid() != parent:
+            line = "the first process of this run is gone; the same command continues it"
+            print(line, file=sys.stderr, flush=True)
+            os._exit(RESUMABLE_STATUS)
+        time.sleep(LOOK_EVERY_S)
 
 
 def cluster_environment(config: TrainConfig) -> ClusterEnvironment | None:
