@@ -159,6 +159,16 @@ def test_a_folder_of_nearly_that_name_is_named_before_any_hub(
         DiffusionModel.load("runs/dmeo")
 
 
+def test_a_run_that_is_not_there_is_told_from_those_that_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "config.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="runs/first: there is no such run; runs has demo"):
+        DiffusionModel.load("runs/first")
+
+
 @pytest.mark.parametrize("path", ["runs/my--run", "a/b.git"])
 def test_a_mistyped_path_that_no_hub_id_looks_like_is_no_folder(path):
     with pytest.raises(UserError, match=f"checkpoint={path} does not exist; give a folder"):

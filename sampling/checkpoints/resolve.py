@@ -70,14 +70,13 @@ def resolve(
 ) -> Resolved:
     """Finds `checkpoint` on disk or on the hub; raises UserError naming its fault.
 
-    RunFailed where a full disk does not take what the hub gives. A folder of the hub's cache is
-    its snapshot. `variant` chooses among a folder's files, as in diffusers: fp16, bf16, non_ema.
-    `single_file` adds what a single file lacks, also the one that a .ckpt started from.
+    RunFailed where a full disk does not take what the hub gives. `variant` chooses among a folder's
+    files: fp16, bf16, non_ema. `single_file` adds what a single file lacks.
     """
     path = Path(checkpoint)
     is_single = path.suffix.lower() == SINGLE_FILE and not path.is_dir()
     is_run = (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
-    is_run = is_run and not (path / "model_index.json").is_file()
+    is_run &= not (path / "model_index.json").is_file()
     if variant is not None and (path.is_file() or is_run):
         what = "a single file" if is_single else "of a training run"
         raise UserError(
@@ -105,9 +104,12 @@ def resolve(
     is_id, near = HUB_ID.fullmatch(str(checkpoint)) and not is_single, nearly(path)
     if near and not (is_id and (near / "model_index.json").is_file()):  # of the same owner
         raise UserError(f"checkpoint={checkpoint}: there is no such folder; did you mean {near}?")
-    if is_id:
-        return Resolved(PipelineFolder(_download(str(checkpoint), variant), variant))
-    raise UserError(f"checkpoint={checkpoint} {NOWHERE}")
+    if is_id and (runs := sorted(file.parent.name for file in path.parent.glob("*/config.yaml"))):
+        there = f"there is no such run; {path.parent} has {', '.join(runs[:9])}"
+        raise UserError(f"checkpoint={checkpoint}: {there}")
+    if not is_id:
+        raise UserError(f"checkpoint={checkpoint} {NOWHERE}")
+    return Resolved(PipelineFolder(_download(str(checkpoint), variant), variant))
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
@@ -343,7 +345,6 @@ def _login_remedy(named: str, others: str) -> str:
 
 
 def is_unreachable(error: Exception) -> bool:
-    """Whether the network failed; the libraries that the hub's client may use have no class in
-    common."""
+    """Whether the network failed; the libraries that the hub's client may use share no class."""
     library = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or library in HTTP_LIBRARIES
