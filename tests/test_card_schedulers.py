@@ -154,14 +154,14 @@ def test_ancestral_ddim_is_nan_at_the_steps_that_are_named(process):
         x = scheduler.step(ideal(process, x, t)[1], t, x, eta=1.0).prev_sample
         if not torch.isfinite(x).all():
             found.append(num_steps)
-    assert card.nan_steps(process) == found != []
-    assert card.listed(found) in card.ancestral_ddim(process)
+    assert card.nan_steps(process) == found
+    said = card.ancestral_ddim(process)
+    assert card.listed(found) in said and f"({len(found)} of those up to 200)" in said
 
 
 def test_ancestral_ddim_is_nan_at_its_first_step_alone():
     process = PROCESSES["zero"]
     steps = card.nan_steps(process)
-    assert len(steps) == 50 and {25, 30, 50} <= set(steps)
     for num_steps in (*range(1, 51), 100, 111, 112, 200):
         pictures = sample("DDIMScheduler", process, num_steps, 2, eta=1.0)
         assert torch.isfinite(pictures).all() == (num_steps not in steps)

@@ -120,26 +120,25 @@ def surplus_steps(process: Process, most: int = MOST_STEPS) -> list[int]:
 
 
 def ancestral_ddim(process: Process) -> str:
-    """DDIM with eta 1 takes the root of a rounding error."""
-    steps = nan_steps(process)
-    if not steps:
+    """DDIM with eta 1 takes the root of a rounding error, which differs between processors."""
+    if not process.schedule.is_zero_terminal_snr or process.timestep_spacing == "leading":
         return ""
+    steps = nan_steps(process)
+    here = f"; where this was written, at {listed(steps)} steps" if steps else ""
     return (
-        f"DDIM with eta=1 gives NaN at {listed(steps)} steps ({len(steps)} of those up to "
-        f"{MOST_STEPS}): a rounding error makes a variance of its first step negative. Take "
-        "`DDPMScheduler`, or eta at most 0.99."
+        "DDIM with eta=1 gives NaN at some numbers of steps, on each processor at others: a "
+        f"rounding error makes a variance of its first step negative{here} ({len(steps)} of those "
+        f"up to {MOST_STEPS}). Take `DDPMScheduler`, or eta at most 0.99."
     )
 
 
 def nan_steps(process: Process, most: int = MOST_STEPS) -> list[int]:
-    """Returns the numbers of steps where diffusers' DDIM with eta 1 is NaN.
+    """Returns the numbers of steps where diffusers' DDIM with eta 1 is NaN on this processor.
 
     Its first step goes from alpha_bar_t = 0 to alpha_bar_u with variance v = 1 - alpha_bar_u, and
     takes the root of v - sqrt(v)^2, which float32 rounds below 0 for some v. At any other step the
     variance is truly less than v.
     """
-    if not process.schedule.is_zero_terminal_snr or process.timestep_spacing == "leading":
-        return []
     scheduler = DDIMScheduler.from_config(process.to_diffusers())
     total, nan = process.schedule.num_steps, []
     first_number = 2 if process.timestep_spacing == "linspace" else 1  # linspace(1) is t = 0
