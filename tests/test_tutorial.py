@@ -121,6 +121,7 @@ def test_its_commands_run_in_order_in_an_empty_folder(
     assert len(named) > 5 and not [path for path in named if not Path(path).exists()]
 
 
-def test_what_is_not_run_is_the_setup_alone() -> None:
-    (console,) = blocks(PAGE, "console")
-    assert len(console.splitlines()) == 2 and "make setup" in console
+def test_what_is_not_run_is_the_setup_and_the_page_that_waits_for_a_browser() -> None:
+    setup, page = blocks(PAGE, "console")
+    assert len(setup.splitlines()) == 2 and "make setup" in setup
+    assert len(page.splitlines()) == 1 and page.startswith("blackpoint show ")

@@ -40,7 +40,6 @@ from blackpoint.scripts.verb_process import verb_command
 from blackpoint.scripts.verbs import report_content
 from blackpoint.scripts.verbs import sweep as run_sweep
 from blackpoint.scripts.verbs.report_config import ReportConfig
-from blackpoint.train.callbacks.previews import measure, preview_grid
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.run import fit
 
@@ -86,7 +85,7 @@ def demonstrate(config: DemoConfig) -> None:
     started_s = time.perf_counter()
     pack_digits(config, "train")
     pack_digits(config, "held_out")
-    compose = first_picture(config, started_s)
+    compose = first_picture(run_dir, started_s)
     fine_tune(config, config.config, run_dir, "fine-tune to zero terminal SNR", compose)
     with timed(run_dir, "verify the export with stock diffusers", again=True):
         check_against_diffusers(DiffusionModel.load(run_dir / "export"), run_dir / "export")
@@ -203,32 +202,17 @@ def train_in_processes(arguments: list[str], meanwhile: Callable[[], None]) -> N
         sys.exit(status if status > 0 else 128 - status)
 
 
-def first_picture(config: DemoConfig, started_s: float) -> Callable[[], None]:
-    """Samples the base at the previews' prompts and seeds; returns what lays these images beside
-    the first preview of the fine-tune, once that is there, and says where."""
-    run_dir = Path(config.run_dir)
-    path, name = run_dir / "before_after.png", "sample the base for the first picture"
-    if path.is_file():
-        skipped(name, path)
-        return lambda: None
-    train_config = load(TrainConfig, settings_of(config, config.config, run_dir))
-    preview = train_config.preview
-    with timed(run_dir, name):
-        images = DiffusionModel.load(str(train_config.checkpoint)).sample(
-            [prompt for prompt in preview.prompts for _ in range(preview.num_images)],
-            seeds=[seed for _ in preview.prompts for seed in range(preview.num_images)],
-            num_steps=preview.num_steps,
-            guidance_scale=preview.guidance_scale,
-            guidance_rescale=preview.guidance_rescale,
-        )
-        before = preview_grid(images, measure(images, preview.prompts)[1], "base")
+def first_picture(run_dir: Path, started_s: float) -> Callable[[], None]:
+    """Returns what lays the first two previews side by side, the base's and the fine-tune's, once
+    both are there, and says where."""
+    path = run_dir / "before_after.png"
 
     def compose() -> None:
-        previews = sorted((run_dir / "previews").glob("step_*.png"))[1:]  # the first is the base's
-        if path.is_file() or not previews:
+        previews = sorted((run_dir / "previews").glob("step_*.png"))[:2]
+        if path.is_file() or len(previews) < 2:
             return
         try:
-            after = Image.open(previews[0]).convert("RGB")
+            before, after = (Image.open(preview).convert("RGB") for preview in previews)
         except OSError:  # it is being written
             return
         both = Image.new("RGB", (before.width + after.width, max(before.height, after.height)))
