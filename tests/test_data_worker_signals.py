@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,19 @@ while os.getppid() == parent:
     time.sleep(0.01)
 init(0)
 time.sleep(3600)
+"""
+SERVED = """
+import multiprocessing, os, signal
+from torch.utils.data import DataLoader
+from blackpoint.data.files import signals
+signals.LOOK_EVERY_S = 0.05
+if __name__ == "__main__":
+    batches = iter(DataLoader(
+        list(range(4)), num_workers=1, multiprocessing_context="forkserver",
+        worker_init_fn=signals.leave_signals_to_parent(),
+    ))
+    assert [batch.item() for batch in batches] == [0, 1, 2, 3]
+    print("whole")
 """
 RANK = """
 import os, sys, time
@@ -61,3 +75,14 @@ def test_a_rank_whose_first_process_died_before_they_met_ends() -> None:
     assert run.stderr.splitlines() == [
         "the first process of this run is gone; the same command continues it"
     ]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_worker_that_a_fork_server_starts_stays_with_who_asked_for_it(tmp_path: Path) -> None:
+    """Its parent is the server: Python 3.14 starts workers so."""
+    script = tmp_path / "served.py"
+    script.write_text(SERVED)
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, timeout=PATIENCE_S, check=False
+    )
+    assert run.returncode == 0 and run.stdout == b"whole\n"
