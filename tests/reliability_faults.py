@@ -62,7 +62,10 @@ def kill(bench: Bench, seed: int) -> Row:
             time.sleep(0.005)
         process.kill(is_group)
     is_killed = trial.end(process, allowed=(0, KILLED)) == KILLED
-    trial.again()
+    if is_killed:
+        trial.again()
+    else:
+        trial.compare()
     return trial.row(seed, "SIGKILL" if is_killed else "none", moment)
 
 

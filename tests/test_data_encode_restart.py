@@ -54,6 +54,15 @@ def test_a_stopped_encoding_is_continued(
     assert nothing_beside(tmp_path / "out")
 
 
+def test_what_a_kill_left_beside_a_whole_encoding_goes_at_the_next_start(
+    pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    encoded(shards, pipeline, tmp_path / "out")
+    (tmp_path / ".out.partial" / "parts").mkdir(parents=True)
+    encoded(shards, pipeline, tmp_path / "out")
+    assert nothing_beside(tmp_path / "out") and tree(tmp_path / "out") == tree(unbroken)
+
+
 def test_damaged_shards_are_encoded_anew(
     pipeline: Path, shards: Path, unbroken: Path, tmp_path: Path, monkeypatch
 ) -> None:

@@ -212,6 +212,16 @@ def test_a_pack_that_is_killed_at_the_index_leaves_no_trace(tmp_path: Path, name
     assert not (tmp_path / ".out.partial").exists()
 
 
+def test_what_a_kill_left_beside_a_whole_pack_goes_at_the_next_start(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "in", 5)
+    with killed_at(Partial, "__exit__"):
+        packed(source, tmp_path / "out")
+    assert (tmp_path / ".out.partial" / "parts").exists()
+    with pytest.raises(UserError, match="is not empty"):
+        packed(source, tmp_path / "out")
+    assert not (tmp_path / ".out.partial").exists() and (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("num_written", "kept"), [(2, 0), (9, 2)])
 def test_a_full_disk_says_what_to_do(
     tmp_path: Path, stop_after, monkeypatch, num_written: int, kept: int

@@ -105,6 +105,7 @@ def pack(config: PackConfig) -> PackResult:
     start = time.monotonic()
     source, output = Path(config.source), Path(config.output)
     count, captions = source_contents(config)
+    Partial(output, {}).tidy()
     refuse_used_output(output)
     num_images = captions.num_embedded() if captions.is_embedded else count.num_images
     ignored = {name: num for name, num in count.other_suffixes.items() if name != captions.form}

@@ -173,6 +173,13 @@ class Partial:
         finally:
             gate.release()
 
+    def tidy(self) -> None:
+        """Removes what a process that was killed at its end left beside a whole output."""
+        if self.is_whole and self.folder.exists():
+            with contextlib.suppress(OSError, WriteFailed), self.alone():
+                if not self._other():
+                    shutil.rmtree(self.folder, ignore_errors=True)
+
     def finish(self) -> None:
         """Gives the shards the output's name; raises WriteFailed."""
         with disk_writes():

@@ -115,6 +115,7 @@ def encode(config: EncodeConfig) -> EncodeResult:
 
 def _is_made(output: Path) -> bool:
     """Tells whether the output is there; raises UserError where something else is."""
+    Partial(output, {}, shared=True).tidy()
     if is_encoded(output):
         return True
     try:
