@@ -206,11 +206,12 @@ def _dispatch(arguments: list[str]) -> int:
     except (Resumable, RunFailed):
         raise
     except (MemoryError, RuntimeError) as error:
-        from blackpoint.scripts.out_of_memory import is_out_of_memory, out_of_memory
+        from blackpoint.scripts.out_of_memory import explained
 
-        if not is_out_of_memory(error):
+        text = explained(config, error)
+        if text is None:
             raise
-        raise RunFailed(out_of_memory(config, error)) from error
+        raise RunFailed(text) from error
 
 
 def chosen_config_class(module: ModuleType, arguments: list[str]) -> type:

@@ -21,6 +21,7 @@ from blackpoint.sampling.runtime.precision import computes_in_bfloat16
 MOST_REMEDIES = 3
 HOST = "DefaultCPUAllocator"
 NO_MEMORY = re.compile(rf"out of memory|{HOST}|STATUS_ALLOC_FAILED")
+LOST_WORKER = "DataLoader worker (pid"
 ASKED = re.compile(r"ried to allocate ([\d.]+ \w+)")
 OTHER_RUN, OTHER_OUTPUT = "in another run_dir", "in another output"
 
@@ -39,6 +40,22 @@ def out_of_memory(config: Any, error: Exception) -> str:
     is_on_host = isinstance(error, MemoryError) or HOST in str(error)
     held = f"{_peak(is_on_host)}{wanted}{_planned(config)}"
     return f"out of memory: {held}; {_kept(config)}to need less: {remedy}"
+
+
+def explained(config: Any, error: Exception) -> str | None:
+    """Returns the message for an end of memory, or of a process that loads data; else None."""
+    if is_out_of_memory(error):
+        return out_of_memory(config, error)
+    link: BaseException | None = error
+    while link is not None and LOST_WORKER not in str(link):
+        link = link.__cause__ or link.__context__  # what follows from it hides it
+    if link is None:
+        return None
+    key = next((key for key in flat(asdict(config)) if key.endswith("num_workers")), "num_workers")
+    return (
+        "a process that loads data was killed, as a system does whose memory ends; "
+        f"{_kept(config)}the same command continues; fewer {key} need less memory"
+    )
 
 
 def _planned(config: Any) -> str:

@@ -4,6 +4,8 @@ The errors are torch's own words, raised by stand-ins: on a GPU that is not ther
 """
 
 import dataclasses
+import os
+import signal
 import sys
 import types
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from blackpoint.data.files.errors import RunFailed
 from blackpoint.sampling.evaluation.config import RESULT_INVARIANT_KEYS, MetricsConfig
@@ -20,7 +23,13 @@ from blackpoint.sampling.options import SampleConfig
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.scripts import cli
 from blackpoint.scripts.config import load, to_yaml
-from blackpoint.scripts.out_of_memory import OTHER_RUN, is_out_of_memory, out_of_memory, remedies
+from blackpoint.scripts.out_of_memory import (
+    OTHER_RUN,
+    explained,
+    is_out_of_memory,
+    out_of_memory,
+    remedies,
+)
 from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.encode.config import EncodeConfig
 from blackpoint.train.records.resume_keys import rule_of
@@ -130,6 +139,25 @@ def test_cached_latents_are_no_remedy_where_they_are_used(tmp_path: Path) -> Non
 )
 def test_errors_of_memory_are_told_from_others(error: Exception, is_one: bool) -> None:
     assert is_out_of_memory(error) == is_one
+
+
+def die(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_loader_worker_is_explained_also_where_another_error_hides_it() -> None:
+    config = load(TrainConfig, GIVEN[TrainConfig])
+    loader: DataLoader[int] = DataLoader([0], num_workers=1, worker_init_fn=die)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="call iter first") as hidden:
+        try:
+            next(iter(loader))
+        except RuntimeError:
+            raise RuntimeError("call iter first")  # noqa: B904
+    text = explained(config, hidden.value)
+    assert text is not None and text.endswith(
+        "the same command continues; fewer data.num_workers need less memory"
+    )
+    assert explained(config, RuntimeError("another")) is None
 
 
 def test_the_peak_is_that_of_the_fullest_gpu_or_of_the_process(gpu: Any) -> None:
