@@ -203,9 +203,9 @@ def _dispatch(arguments: list[str]) -> int:
             for line in next_steps(verb, config, rest):
                 print(line, file=sys.stderr, flush=True)
         return status
-    except (Resumable, RunFailed):
+    except (Resumable, RunFailed, UserError):
         raise
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         from blackpoint.scripts.out_of_memory import explained
 
         text = explained(config, error)
