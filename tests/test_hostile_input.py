@@ -20,7 +20,7 @@ from blackpoint.scripts.cli import main
 from tests import browser, hostile_run
 from tests.hostile_inputs import CANARY, MARKUP, TEXTS, Assets
 
-NUMBER, PROCESSES = 200, 50
+NUMBER, PROCESSES = 200, 10
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,7 @@ def _run(
     before: Callable[[], None] | None,
 ) -> None:
     os.setpgid(0, 0)
+    multiprocessing.set_start_method(None, force=True)  # the platform's, not this process's own
     gc.freeze()  # what was imported is no garbage
     os.chdir(ROOT)
     os.environ.clear()
