@@ -194,7 +194,7 @@ def test_a_task_that_comes_late_finds_the_output(
     first = encoded(shards, pipeline, tmp_path / "out")
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    monkeypatch.setattr(blackpoint.train.encode.encode, "Partial", None)
+    monkeypatch.setattr(Partial, "__enter__", None)
     late = encoded(shards, pipeline, tmp_path / "out")
     assert (first.num_kept_shards, late.num_kept_shards) == (0, 4)
     assert late.num_samples == first.num_samples
