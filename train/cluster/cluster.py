@@ -74,8 +74,7 @@ def end_with_first_process() -> None:
         return
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.environ[FIRST_PROCESS] = str(os.getpid())
-    elif FIRST_PROCESS in os.environ:
-        first = int(os.environ[FIRST_PROCESS])
+    elif (first := int(os.environ.get(FIRST_PROCESS, os.getpid()))) != os.getpid():
         threading.Thread(target=_end_with, args=(first,), daemon=True).start()
 
 
