@@ -118,7 +118,9 @@ def run_requeues(work: Path, path: Path, number: int) -> None:
     status = process.wait(10 * LIMIT_S)
     kept = ("checkpoints", "export")
     pairs = [(contents(Path(config.run_dir) / name), contents(whole / name)) for name in kept]
-    broken = [name for pair in pairs for name in differences(*pair)]
+    # Beside the checkpoints of an unbroken run the last of a stop may be kept.
+    names = [name for pair in pairs for name in differences(*pair)]
+    broken = [name for name in names if not name.startswith("+step_")]
     broken += [f"{sum(row['hung'] for row in rows)} hung"] if any(r["hung"] for r in rows) else []
     lost_s = median(row["first_step_s"] for row in rows if not row["hung"])
     said = last_line(process.output())
