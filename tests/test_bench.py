@@ -102,7 +102,10 @@ def test_quick_bench_writes_the_table_and_every_raw_second(
     rows = [row for part in parts.values() for row in part["rows"]]
     whats = {row["what"] for row in rows}
     assert {"ours / bare loop", "ours / accelerate loop, with EMA", "blackpoint --help"} <= whats
-    assert all(row["median"] > 0 for row in rows)
+    measured = [
+        row for row in rows if row["what"] != "added per step"
+    ]  # a difference, of noise here
+    assert all(row["median"] > 0 for row in measured)
     assert parts["startup"]["versions"]["diffusers"] in page
     assert BenchConfig(**parts["startup"]["settings"]).quick
     main([f"config={config}", f"output={output}", "quick=true", "parts=[reader]"])
