@@ -204,7 +204,8 @@ def lines_of(
         if set(found) - set(seeds):
             continue  # its best-of-32 is not done yet
         scores = {name: mean_of(cells, name) for name in qualities}
-        nfe, seconds = (float(np.mean([getattr(c, k) for c in cells])) for k in ("nfe", "seconds"))
+        nfe = float(np.mean([cell.nfe for cell in cells]))
+        seconds = min(cell.seconds for cell in cells)  # other seeds may have shared their core
         yield line(match[1], nfe, seconds, scores, reference, family.score, found)
 
 
