@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from blackpoint.data.images.picture_size import READER_VERSION
 from blackpoint.scripts.config import load
 from blackpoint.train.config.config import PreviewConfig, TrainConfig
 from blackpoint.train.records.continuing import check_continues
+from blackpoint.train.records.environment import describe_environment
 from blackpoint.train.records.run_directory import RunRecord, write_records
 from blackpoint.train.run import batches_note
 from tests.tiny_run import tiny_config
@@ -92,3 +94,11 @@ def test_prompts_of_any_characters_are_kept_and_continued(tmp_path: Path) -> Non
     write_records(RunRecord.read(tmp_path), config)
     check_continues(tmp_path, config)
     assert load(TrainConfig, [str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize("program", ["/x/.venv/bin/blackpoint", "/x/scripts/verb_process.py"])
+def test_a_command_is_recorded_as_it_is_typed(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "train", "a b.yaml"])
+    assert describe_environment()["command"] == "blackpoint train 'a b.yaml'"

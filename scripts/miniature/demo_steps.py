@@ -215,9 +215,10 @@ def first_picture(run_dir: Path, started_s: float) -> Callable[[], None]:
             before, after = (Image.open(preview).convert("RGB") for preview in previews)
         except OSError:  # it is being written
             return
-        both = Image.new("RGB", (before.width + after.width, max(before.height, after.height)))
-        both.paste(before, (0, 0))
-        both.paste(after, (before.width, 0))
+        size = (before.width + after.width, max(before.height, after.height))
+        both = Image.new("RGB", size, before.getpixel((0, 0)))
+        for left, picture in ((0, before), (before.width, after)):
+            both.paste(picture, (left, size[1] - picture.height))  # a heading may take two lines
         write_png(path, both)
         after_s = time.perf_counter() - started_s
         print(f"\nbefore and after: {path.resolve()}  (after {after_s:.0f} s)\n", flush=True)

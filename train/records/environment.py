@@ -26,8 +26,10 @@ def describe_environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed as a distribution"
+    program = sys.argv[0]
+    is_ours = Path(program).stem in ("blackpoint", "cli", "verb_process")
     return {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["blackpoint" if is_ours else program, *sys.argv[1:]]),
         "started": now(),
         "host": platform.node(),
         "platform": platform.platform(),
