@@ -3,8 +3,9 @@
 import hashlib
 import os
 import shutil
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -213,6 +214,26 @@ def test_who_writes_the_index_does_not_matter(tmp_path: Path) -> None:
         as_before_digests(folder)
         module(folder)
         assert Index(folder).digests == packed
+
+
+def test_threads_that_open_an_index_together_read_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, OLD)
+    build_index(tmp_path)
+    expected, index = Index(tmp_path).rows("a.tar"), Index(tmp_path)
+    read_magic, others = np.lib.format.read_magic, list[np.ndarray]()
+
+    def beside_another(file: BinaryIO) -> tuple[int, int]:
+        monkeypatch.setattr(np.lib.format, "read_magic", read_magic)
+        thread = threading.Thread(target=lambda: others.append(index.rows("a.tar")))
+        thread.start()
+        thread.join()
+        return read_magic(file)
+
+    monkeypatch.setattr(np.lib.format, "read_magic", beside_another)
+    assert np.array_equal(index.rows("a.tar"), expected)
+    assert np.array_equal(others[0], expected)
 
 
 @pytest.fixture(scope="module")

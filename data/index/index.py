@@ -144,21 +144,22 @@ class Index:
         if self._files is None:
             folder = self.shard_folder / INDEX_FOLDER
             names = ["records.npy", "keys.bin", *[ORIGINALS_FILE][: self.has_original_sizes]]
-            self._files = tuple((folder / name).open("rb") for name in names)
-            records = self._files[0]
+            files = tuple((folder / name).open("rb") for name in names)
+            records = files[0]
             try:
                 np.lib.format.read_magic(records)
                 np.lib.format.read_array_header_1_0(records)
-                self._records_start = records.tell()
+                start = records.tell()
             except (ValueError, SyntaxError, TokenError):  # numpy reads it as Python
-                self._records_start = os.fstat(records.fileno()).st_size
-            num_bytes = os.fstat(records.fileno()).st_size - self._records_start
+                start = os.fstat(records.fileno()).st_size
+            num_bytes = os.fstat(records.fileno()).st_size - start
             if num_bytes != self.num_samples * RECORD.itemsize:
-                self._files = None
                 raise UserError(
                     f"{folder / 'records.npy'}: holds {num_bytes} bytes of records, not those of "
                     f"{self.num_samples} samples; remove {folder}; the next run builds it anew"
                 )
+            self._records_start = start  # before the files: other threads read once those are there
+            self._files = files
         return self._files
 
     def rows(self, shard: str) -> np.ndarray:
@@ -217,7 +218,6 @@ class Index:
             return changed
         fresh = dict[str, str]()
         is_long = sum(self.shard_bytes[path.name] for path in touched) > SHOWN_BYTES
-        self._open()  # once, for all threads
         for path, now in in_threads(
             "comparing", lambda path: text_content(path, self.rows(path.name)), touched, is_long
         ):
