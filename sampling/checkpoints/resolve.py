@@ -68,10 +68,10 @@ def resolve(
     variant: str | None = None,
     single_file: SingleFileConfig = PLAIN,
 ) -> Resolved:
-    """Finds `checkpoint` on disk or on the hub; raises UserError naming its fault.
+    """Finds `checkpoint` on disk, also a folder of the hub's cache, or on the hub.
 
-    RunFailed where a full disk does not take what the hub gives. `variant` chooses among a folder's
-    files: fp16, bf16, non_ema. `single_file` adds what a single file lacks.
+    `variant` chooses among a folder's files: fp16, bf16, non_ema. `single_file` adds what a single
+    file lacks. UserError names a fault; RunFailed where a full disk does not take what the hub has.
     """
     path = Path(checkpoint)
     is_single = path.suffix.lower() == SINGLE_FILE and not path.is_dir()
@@ -95,32 +95,35 @@ def resolve(
         files = [file.name for model in MODELS for file in (path / model).glob("*.safetensors")]
         _check_variant(checkpoint, files, variant)
         return Resolved(PipelineFolder(path, variant))
-    if path.exists():
-        raise UserError(
-            f"checkpoint={checkpoint} is no diffusers pipeline (no model_index.json in it), no run "
-            "directory (no checkpoints/), no .ckpt and no .safetensors file; name the folder that "
-            "holds unet/, vae/, text_encoder/ and tokenizer/"
-        )
-    is_id, near = HUB_ID.fullmatch(str(checkpoint)) and not is_single, nearly(path)
-    if near and not (is_id and (near / "model_index.json").is_file()):  # of the same owner
-        raise UserError(f"checkpoint={checkpoint}: there is no such folder; did you mean {near}?")
-    if is_id and (runs := sorted(file.parent.name for file in path.parent.glob("*/config.yaml"))):
-        there = f"there is no such run; {path.parent} has {', '.join(runs[:9])}"
-        raise UserError(f"checkpoint={checkpoint}: {there}")
-    if not is_id:
-        raise UserError(f"checkpoint={checkpoint} {NOWHERE}")
+    is_id = bool(HUB_ID.fullmatch(str(checkpoint))) and not is_single
+    if fault := _fault(path, is_id):
+        raise UserError(f"checkpoint={checkpoint}{fault}")
     return Resolved(PipelineFolder(_download(str(checkpoint), variant), variant))
+
+
+def _fault(path: Path, is_id: bool) -> str:
+    """Returns why a path that no model was found at is not asked of the hub; "" where it is."""
+    if path.exists():
+        return (
+            " is no diffusers pipeline (no model_index.json in it), no run directory (no "
+            "checkpoints/), no .ckpt and no .safetensors file; name the folder that holds unet/, "
+            "vae/, text_encoder/ and tokenizer/"
+        )
+    near = nearly(path)
+    if near and not (is_id and (near / "model_index.json").is_file()):  # of the same owner
+        return f": there is no such folder; did you mean {near}?"
+    if is_id and (runs := sorted(file.parent.name for file in path.parent.glob("*/config.yaml"))):
+        return f": there is no such run; {path.parent} has {', '.join(runs[:9])}"
+    return "" if is_id else f" {NOWHERE}"
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
     """Returns the .ckpt of a run directory with the most steps, which its name tells."""
-    files = list((run_dir / "checkpoints").glob("*.ckpt"))
-    return max(files, key=lambda file: (_number(file), file.name)) if files else None
 
+    def steps(file: Path) -> tuple[int, str]:
+        return int((re.findall(r"\d+", file.stem) or ["-1"])[-1]), file.name
 
-def _number(file: Path) -> int:
-    digits = re.findall(r"\d+", file.stem)
-    return int(digits[-1]) if digits else -1
+    return max((run_dir / "checkpoints").glob("*.ckpt"), key=steps, default=None)
 
 
 def _require_no_options(checkpoint: str | Path, single_file: SingleFileConfig) -> None:
@@ -308,20 +311,24 @@ def hub_errors(hub_id: str, field: str = "checkpoint") -> Iterator[None]:
     from huggingface_hub import errors
 
     others = f"; {COMMUNITY_IDS}" if field == "checkpoint" else ""
+    login = (
+        f"{field}={hub_id} needs a login: accept its licence on its page of the hub, then run "
+        f"`hf auth login` or set HF_TOKEN to a token that may read it{others}"
+    )
     try:
         yield
     except errors.HFValidationError as error:
         raise UserError(f"{field}={hub_id} {NOWHERE}") from error
     except errors.RepositoryNotFoundError as error:
         if isinstance(error, errors.GatedRepoError):
-            raise UserError(_login_remedy(f"{field}={hub_id}", others)) from error
+            raise UserError(login) from error
         raise UserError(
             f"{field}={hub_id} is neither a local folder nor a model on the hub (or it is "
             f"private: `hf auth login`){others}"
         ) from error
     except Exception as error:
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
-            raise UserError(_login_remedy(f"{field}={hub_id}", others)) from error
+            raise UserError(login) from error
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             kind = RunFailed if error.errno in FULL else UserError
             raise kind(
@@ -335,13 +342,6 @@ def hub_errors(hub_id: str, field: str = "checkpoint") -> Iterator[None]:
             "(nor is it in the hub's cache); download it where there is a network and give the "
             f"folder{others}"
         ) from error
-
-
-def _login_remedy(named: str, others: str) -> str:
-    return (
-        f"{named} needs a login: accept its licence on its page of the hub, then run "
-        f"`hf auth login` or set HF_TOKEN to a token that may read it{others}"
-    )
 
 
 def is_unreachable(error: Exception) -> bool:
