@@ -62,10 +62,7 @@ def kill(bench: Bench, seed: int) -> Row:
             time.sleep(0.005)
         process.kill(is_group)
     is_killed = trial.end(process, allowed=(0, KILLED)) == KILLED
-    if is_killed:
-        trial.again()
-    else:
-        trial.compare()
+    trial.settle()
     return trial.row(seed, "SIGKILL" if is_killed else "none", moment)
 
 
@@ -110,12 +107,9 @@ def full_disk(bench: Bench, seed: int) -> Row:
         with ballast.open("wb") as file:
             used = free.f_bavail * free.f_frsize - num_bytes
             os.posix_fallocate(file.fileno(), 0, max(used, 1))
-        status = trial.end(trial.start(), allowed=(0, 1))
+        trial.end(trial.start(), allowed=(0, 1))
         ballast.unlink()
-        if status:
-            trial.again()
-        else:  # the disk had room for it
-            trial.compare()
+        trial.settle()
     return trial.row(seed, "full disk", f"{kind} with {num_bytes} of {whole.num_bytes} bytes")
 
 
@@ -237,12 +231,10 @@ def shard_server(bench: Bench, seed: int) -> Row:
             number = 1 if kind == "is silent" else rng.randint(1, 4)
             server.faults += [server_fault(rng, kind, min(size, 1500)) for _ in range(number)]
         allowed = (0, 1, 75) if kind in ("HTML until", "down") else (0,)
-        if trial.end(trial.start(), allowed=allowed) == 0:
-            trial.compare()
-        else:
-            server.faults.clear()
-            server.is_down = False
-            trial.again()
+        trial.end(trial.start(), allowed=allowed)
+        server.faults.clear()
+        server.is_down = False
+        trial.settle()
     return trial.row(seed, "shard server", f"{kind}, after {num_passed} good answers")
 
 

@@ -81,10 +81,8 @@ def worker(bench: Bench, seed: int) -> Row:
         number = rng.randrange(len(found))
         with contextlib.suppress(ProcessLookupError):
             os.kill(found[number], signal.SIGKILL)
-    if trial.end(process, allowed=(0, 1, 75)):
-        trial.again()
-    else:
-        trial.compare()
+    trial.end(process, allowed=(0, 1, 75))
+    trial.settle()
     return trial.row(seed, "worker killed", f"{number + 1} of {len(found)} after {after_s:.2f} s")
 
 
