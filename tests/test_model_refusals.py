@@ -170,7 +170,8 @@ def test_a_run_that_is_not_there_is_told_from_those_that_are(
 
 
 @pytest.mark.parametrize("path", ["runs/my--run", "a/b.git"])
-def test_a_mistyped_path_that_no_hub_id_looks_like_is_no_folder(path):
+def test_a_mistyped_path_that_no_hub_id_looks_like_is_no_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"checkpoint={path} does not exist; give a folder"):
         DiffusionModel.load(path)
 

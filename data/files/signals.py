@@ -194,16 +194,17 @@ def _leave_signals_to(parent: int, worker: int) -> None:
 
 def _end_with(parent: int) -> None:
     is_child = os.getppid() == parent  # of a fork server, Python 3.14's default, it is not
-    while os.getppid() == parent or (not is_child and _is_alive(parent)):
+    while os.getppid() == parent or (not is_child and is_alive(parent)):
         info = signal.sigtimedwait(STOP_SIGNALS, LOOK_EVERY_S)
         if info and info.si_signo == signal.SIGTERM and info.si_pid == parent:
             break
     os._exit(128 + signal.SIGTERM)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Tells, on Linux, whether a process runs; one that is dead and not asked about does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except OSError:
         return False
-    return state != "Z"  # dead, and not asked about yet
+    return state != "Z"
