@@ -201,10 +201,13 @@ def _end_with(parent: int) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
-def is_alive(pid: int) -> bool:
-    """Tells, on Linux, whether a process runs; one that is dead and not asked about does not."""
+def is_alive(process: int) -> bool:
+    """Tells whether a process runs; on Linux one that is dead and not asked about yet does not."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except OSError:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+    except ProcessLookupError:
         return False
-    return state != "Z"
+    except (OSError, OverflowError):  # another user's; no /proc; no process has such a number
+        return True
+    return state.rpartition(")")[2].split()[0] != "Z"

@@ -16,6 +16,8 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from blackpoint.data.files.signals import is_alive
+
 FOLDER_PREFIX = ".partial-"
 _UNFINISHED = re.compile(rf"\..+\.{re.escape(os.uname().nodename)}\.(\d+)\.tmp")
 _cleared: set[str] = set()
@@ -66,7 +68,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     prefix = f"{FOLDER_PREFIX}{os.uname().nodename}-"
     for left in parent.glob(f"{prefix}*"):
         process = left.name[len(prefix) :].partition("-")[0]
-        if process.isdecimal() and not _is_alive(int(process)):
+        if process.isdecimal() and not is_alive(int(process)):
             shutil.rmtree(left, ignore_errors=True)
     folder = parent / f"{prefix}{os.getpid()}-{uuid.uuid4().hex}"
     folder.mkdir()
@@ -121,7 +123,7 @@ def remove_unfinished(folder: Path) -> None:
     """Removes the files in `folder` that processes of this machine were killed in writing."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for match in [_UNFINISHED.fullmatch(entry.name) for entry in entries]:
-            if match and not _is_alive(int(match[1])):
+            if match and not is_alive(int(match[1])):
                 (folder / match[0]).unlink(missing_ok=True)
 
 
@@ -166,13 +168,3 @@ def _move_to_new(unfinished: Path, path: Path) -> None:
         os.replace(unfinished, path)
     else:
         unfinished.unlink()
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # another user's; no process has such a number
-        return True
-    return True
