@@ -345,16 +345,6 @@ def test_a_verifier_without_gradient_is_refused(
         ),
         (
             {
-                "eta": 1.0,
-                "ensemble": "weighted_sum",
-                "verifiers": {
-                    name: VerifierConfig("luminance", target=0.0, weight=0.0) for name in "ab"
-                },
-            },
-            "all weights are 0",
-        ),
-        (
-            {
                 "algorithm": "fk_steering",
                 "eta": 1.0,
                 "compile": True,

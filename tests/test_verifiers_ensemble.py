@@ -8,7 +8,9 @@ from scipy import stats
 from torch.testing import assert_close
 
 from blackpoint.data.files.errors import UserError
+from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.verifiers.ensemble import combined
+from blackpoint.sampling.verifiers.load import VerifierConfig
 
 RULES = ["mean_rank", "z_score", "minimum", "weighted_sum"]
 groups = st.integers(1, 6).flatmap(
@@ -95,3 +97,13 @@ def test_wrong_weights_are_refused() -> None:
         combined(scores, weights=[1, float("nan")])
     with pytest.raises(UserError, match="must be 0 or more for ensemble=mean_rank"):
         combined(scores, weights=[1, -1])
+
+
+@pytest.mark.parametrize(
+    ("weights", "rule", "message"),
+    [((1, -1), "mean_rank", "must be 0 or more"), ((0, 0), "weighted_sum", "not all 0")],
+)
+def test_a_search_refuses_wrong_weights_before_it_pays(weights, rule, message: str) -> None:
+    both = {f"v{w}{k}": VerifierConfig("luminance", weight=w) for k, w in enumerate(weights)}
+    with pytest.raises(UserError, match=message):
+        SearchConfig("model", "a cat", "out", budget_nfe=9, verifiers=both, ensemble=rule)

@@ -27,7 +27,7 @@ from blackpoint.sampling.search.algorithms import (
     zero_order,
 )
 from blackpoint.sampling.search.problem import Algorithm, Tilt
-from blackpoint.sampling.verifiers.kind import EnsembleRule, RunForm
+from blackpoint.sampling.verifiers.kind import EnsembleRule, RunForm, check_weights
 from blackpoint.sampling.verifiers.load import ImageModelConfig, VerifierConfig
 
 ALGORITHMS = {
@@ -130,6 +130,9 @@ class SearchConfig(_Sections, SearchOptions):
             check_judge(name, verifier)
         for name, verifier in self.verifiers.items():
             check_verifier(name, verifier, self)
+        if len(self.verifiers) > 1:
+            weights = [verifier.weight for verifier in self.verifiers.values()]
+            check_weights(weights, self.ensemble)
         check_levels(self)
         check_target(self)
         self.declared.check(self, self.settings)

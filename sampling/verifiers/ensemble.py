@@ -17,9 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.choices import SCORE_DECIMALS
-from blackpoint.sampling.verifiers.kind import EnsembleRule
+from blackpoint.sampling.verifiers.kind import EnsembleRule, check_weights
 
 
 def combined(
@@ -32,8 +31,9 @@ def combined(
     scores: one row per candidate of the group that is compared, one column per verifier. Raises
     UserError for weights that the rule cannot take.
     """
-    weight = torch.tensor(weights or [1.0] * scores.shape[1]).double()
-    check_weights(weight, rule)
+    weights = weights or [1.0] * scores.shape[1]
+    check_weights(weights, rule)
+    weight = torch.tensor(weights).double()
     usable = torch.isfinite(scores).all(dim=1)
     kept = scores[usable].double().round(decimals=SCORE_DECIMALS)
     match rule:
@@ -48,17 +48,6 @@ def combined(
     answer = torch.full((len(scores),), -torch.inf, dtype=torch.float64)
     answer[usable] = values
     return answer
-
-
-def check_weights(weight: Tensor, rule: EnsembleRule) -> None:
-    """Raises UserError for weights that rank nothing, or turn a rank around."""
-    if not torch.isfinite(weight).all() or not weight.any():
-        raise UserError(f"weight={weight.tolist()} must be finite numbers, not all 0")
-    if rule != "weighted_sum" and (weight < 0).any():
-        raise UserError(
-            f"weight={weight.tolist()} must be 0 or more for ensemble={rule}; a weighted_sum alone "
-            "takes a verifier with the opposite sign"
-        )
 
 
 def _ranks(scores: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:

@@ -8,10 +8,11 @@ that the help of a verb that has verifiers is instant.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import PathText
 from blackpoint.sampling.choices import Dtype
 
@@ -88,3 +89,15 @@ class VerifierKind:
     """(config) -> the highest score that an image can have."""
     inverts: bool = False
     """Whether it goes back the way that deterministic DDIM came."""
+
+
+def check_weights(weights: Sequence[float], rule: EnsembleRule) -> None:
+    """Raises UserError for weights that rank nothing, or turn a rank around."""
+    shown = f"weight={[*weights]}"
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        raise UserError(f"{shown} must be finite numbers, not all 0")
+    if rule != "weighted_sum" and min(weights) < 0:
+        raise UserError(
+            f"{shown} must be 0 or more for ensemble={rule}; a weighted_sum alone takes a verifier "
+            "with the opposite sign"
+        )

@@ -82,12 +82,6 @@ def check(search: SearchOptions, config: TiltConfig) -> None:
                 f"verifiers.{name}: kind={verifier.kind} {verifier.declared.looks}, and algorithm="
                 f"{search.algorithm} follows the gradient of one image's score; use another kind"
             )
-    weights = [verifier.weight for verifier in search.verifiers.values()]
-    if len(weights) > 1 and not any(weights):
-        raise UserError(
-            f"weight={weights}: algorithm={search.algorithm} follows the gradient of a weighted "
-            "score, and all weights are 0; give one verifier a weight"
-        )
 
 
 ALGORITHM = Algorithm(
