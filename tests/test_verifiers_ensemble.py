@@ -89,6 +89,12 @@ def test_weights_move_the_ranking() -> None:
     assert combined(scores, "minimum", [1, 0]).argmax() == 0  # weight 0 leaves one out
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_weight_of_0_decides_nothing_whatever_the_score(rule) -> None:
+    scores = torch.tensor([[1.0, torch.nan], [0.0, 5.0], [torch.inf, 1.0]]).double()
+    assert torch.equal(combined(scores, rule, [1, 0]), combined(scores[:, :1], rule))
+
+
 def test_wrong_weights_are_refused() -> None:
     scores = torch.zeros(3, 2)
     with pytest.raises(UserError, match="must be finite numbers, not all 0"):

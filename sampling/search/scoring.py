@@ -141,9 +141,9 @@ class Scoring:
 
     def total(self, scores: Mapping[str, float]) -> float:
         """Returns the weighted sum as choices see it; NaN for one that is not finite, which never
-        wins."""
+        wins. A verifier of weight 0 has no part in it."""
         weights = self.weights.items()
-        total = sum(weight * scores[name] for name, weight in weights if name in scores)
+        total = sum(w * scores[name] for name, w in weights if w and name in scores)
         return round(total, SCORE_DECIMALS) if math.isfinite(total) else math.nan
 
 

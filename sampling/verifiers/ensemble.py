@@ -8,7 +8,7 @@
 (Ma et al. 2025 use the unweighted mean rank, which no verifier's scale can dominate.) Scores are
 rounded to 1e-4 first, so that most near-ties are ties. A candidate with a score that is not finite
 gets -inf, whatever its other scores, and does not move the ranks, means and deviations of the
-others.
+others. A verifier of weight 0 decides nothing, whatever its scores.
 """
 
 from collections.abc import Sequence
@@ -34,6 +34,7 @@ def combined(
     weights = weights or [1.0] * scores.shape[1]
     check_weights(weights, rule)
     weight = torch.tensor(weights).double()
+    scores, weight = scores[:, weight != 0], weight[weight != 0]
     usable = torch.isfinite(scores).all(dim=1)
     kept = scores[usable].double().round(decimals=SCORE_DECIMALS)
     match rule:
@@ -42,7 +43,7 @@ def combined(
         case "z_score":
             values = _z_scores(kept) @ weight / weight.sum()
         case "minimum":
-            values = _z_scores(kept)[:, weight > 0].amin(dim=1)
+            values = _z_scores(kept).amin(dim=1)
         case "weighted_sum":
             values = kept @ weight
     answer = torch.full((len(scores),), -torch.inf, dtype=torch.float64)
