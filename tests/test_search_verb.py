@@ -109,6 +109,12 @@ def test_every_algorithm_finds_a_winner_inside_its_budget(
                 assert load_file(noise)["noise"].shape == (4, 8, 8)
 
 
+@pytest.mark.parametrize("algorithm", ["halving", "paths"])
+def test_one_step_leaves_nothing_to_look_at(algorithm: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"num_steps=1: algorithm={algorithm} .* at least 2"):
+        config(tmp_path, tmp_path / "out", algorithm=algorithm, num_steps=1)
+
+
 def test_a_raised_budget_finds_what_it_would_have_from_the_start(
     pipeline: Path, tmp_path: Path
 ) -> None:

@@ -135,6 +135,11 @@ class SearchConfig(_Sections, SearchOptions):
             check_weights(weights, self.ensemble)
         check_levels(self)
         check_target(self)
+        if self.num_steps < self.declared.least_steps:
+            raise UserError(
+                f"num_steps={self.num_steps}: algorithm={self.algorithm} looks at runs before they "
+                f"end, and needs at least {self.declared.least_steps}; use algorithm=random"
+            )
         self.declared.check(self, self.settings)
 
     @property

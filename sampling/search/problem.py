@@ -268,6 +268,8 @@ class Algorithm:
         problem.gradient_cost or problem.full_cost
     )
     """NFE of its smallest search."""
+    least_steps: int = 1
+    """Sampling steps that it needs, to look at runs before they end."""
     calibration: Calibration | None = None
     """Where its choices rest on early scores."""
     tilt: Callable[[Any, Any], Tilt | None] | None = None

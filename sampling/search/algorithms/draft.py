@@ -157,11 +157,6 @@ def choice(config: DraftConfig, num_steps: int, kendall: Mapping[int, Correlatio
 
 def check(search: "SearchOptions", config: DraftConfig) -> None:
     """Raises UserError where a run in fewer steps is none, or is another one."""
-    if search.num_steps < FEWEST_STEPS:
-        raise UserError(
-            f"num_steps={search.num_steps}: algorithm=draft runs a noise in at most half of the "
-            f"steps first, and needs at least {FEWEST_STEPS}; use algorithm=random"
-        )
     if config.draft_steps is not None and config.draft_steps >= search.num_steps:
         raise UserError(
             f"draft.draft_steps={config.draft_steps} must be less than num_steps="
@@ -180,6 +175,7 @@ ALGORITHM = Algorithm(
     DraftConfig,
     form="parts",
     check=check,
+    least_steps=FEWEST_STEPS,
     calibration=Calibration(looks, walk, choice),
     completes_one_by_one=True,
 )

@@ -167,6 +167,7 @@ ALGORITHM = Algorithm(
     HalvingConfig,
     form="parts",
     least_nfe=least_nfe,
+    least_steps=2,
     calibration=Calibration(
         looks,
         lambda problem, looks, count: walk(problem, dict.fromkeys(looks, 1.0), count),

@@ -135,4 +135,4 @@ def paths(problem: Problem, config: PathsConfig) -> Search:
     return "" if num_rounds else f"no round fits the budget: the best of {count} starts"
 
 
-ALGORITHM = Algorithm(paths, PathsConfig, form="mixed", former={"fill": False})
+ALGORITHM = Algorithm(paths, PathsConfig, form="mixed", least_steps=2, former={"fill": False})
