@@ -165,6 +165,7 @@ def test_many_prompts_take_little_memory_and_time(tmp_path: Path) -> None:
         ("a.jsonl", "\n[1]", r"a.jsonl line 2 is list, not an object; write \{"),
         ("a.jsonl", '{"promt": "a"}', r"line 1 has no field called prompt, .*'promt'; name"),
         ("a.jsonl", '{"prompt": 3}', r"a.jsonl line 1: prompt=3 is not text; put it in quotes"),
+        ("a.jsonl", '{"prompt": "a \\ud83d"}', r"line 1: '\\ud83d' is half of a character; write"),
         ("a.csv", "", r"a.csv line 1 has no field called .* but nothing"),
         ("a.csv", "prompt,tag\na,b\na, b,c\n", r"line 3 has 3 fields where .* 2; .*comma"),
         ("a.csv", 'prompt\n"a\nb\n', r"a.csv line 2: damaged CSV .*; close each quoted field"),
@@ -196,6 +197,7 @@ def test_what_is_no_prompt_set_is_refused(tmp_path: Path) -> None:
         (str(tmp_path / "bare"), r"bare holds no prompt file; give a folder with one .txt"),
         (str(tmp_path / "*.csv"), "holds no prompt file; give a pattern that fits files"),
         ([], "prompts is empty; give at least one prompt"),
+        (["a", "\udcff"], "prompts: '.udcff' is half of a character; write texts in UTF-8"),
         ({"a": "b"}, "must be a prompt, a list of prompts.*quote a prompt"),
     ):
         with pytest.raises(UserError, match=message):

@@ -30,6 +30,9 @@ T2I_COMPBENCH_CATEGORIES = (
 PromptRow = tuple[str, str, dict[str, Any]]
 """Text, category ("" if it has none), and the other fields."""
 
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""Stands for a half of two in JSON (\\ud83d), and for bytes that are not UTF-8 on a command line;
+no encoder of texts and no file takes it."""
 NO_METADATA: dict[str, Any] = {}
 """Shared by all rows that hold a prompt alone, so that a million of them stay small."""
 
@@ -161,7 +164,13 @@ def _row(
     if not text:
         return None
     category = row.pop(category_field) if category_field is not None else None
-    return text, "" if category is None else intern(str(category)), row or NO_METADATA
+    category = "" if category is None else intern(str(category))
+    if half := HALF_CHARACTER.search(text + category):
+        raise UserError(
+            f"{_place(path, number)}: {half[0]!r} is half of a character; write it whole, or leave "
+            "it out"
+        )
+    return text, category, row or NO_METADATA
 
 
 def _place(path: Path, number: int) -> str:

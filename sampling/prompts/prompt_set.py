@@ -17,6 +17,7 @@ from typing import Any
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import BadPath, expanded, shipped
 from blackpoint.sampling.prompts.files import (
+    HALF_CHARACTER,
     NO_METADATA,
     SUFFIXES,
     PromptRow,
@@ -99,6 +100,8 @@ def _given_texts(prompts: object) -> list[str]:
         )
     if not texts:
         raise UserError("prompts is empty; give at least one prompt")
+    if half := HALF_CHARACTER.search(" ".join(texts)):
+        raise UserError(f"prompts: {half[0]!r} is half of a character; write texts in UTF-8")
     return texts
 
 
