@@ -7,8 +7,9 @@ q times what the one before did,
     E(n) = E(r) + [E(r) - E(r / 2)] (q + q^2 + ...),   q = [E(r) - E(r / 2)] / [E(r / 2) - E(r / 4)]
 
 with q of the means over prompts, at most 1 (of normal scores this is 1 % low at 32 from 8 runs, and
-scores that saturate stay in their range), and P = 1 - (f / r)^n. An n that is not whole, a mean NFE
-over that of one image, lies between its neighbours.
+scores that saturate stay in their range), and P = 1 - (f / r)^n. Two doublings take four runs: a
+prompt with fewer finite scores is left out. An n that is not whole, a mean NFE over that of one
+image, lies between its neighbours.
 """
 
 import math
@@ -25,6 +26,7 @@ from blackpoint.sampling.statistics.table import Table
 
 Rows = Sequence[Mapping[str, Any]]
 """Those of winners.jsonl or of candidates.jsonl."""
+FEWEST_RUNS = 4
 COLUMNS = {
     "search": "",
     "prompts": "d",
@@ -95,7 +97,7 @@ def comparison(
         return []
     lines = [_line(name, winners, target)]
     runs, whole_nfe = whole_runs(calibration)
-    paired = [row for row in winners if runs.get(row["prompt_index"])]
+    paired = [row for row in winners if len(runs.get(row["prompt_index"], ())) >= FEWEST_RUNS]
     if len(paired) > 1:
         if len(paired) < len(winners):
             lines.append(_line(f"{name}, prompts of the calibration", paired, target))
