@@ -31,6 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "trainer.gradient_clip": 0.0,
     },
     "adapters": {"lora.rank": 4, "trainer.precision": "bf16-mixed"},
+    "dropout": {"dropout.probability": 0.1},
+    "adapters' dropout": {"lora.rank": 4, "lora.dropout": 0.1},
 }
 
 

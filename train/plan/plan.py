@@ -125,7 +125,7 @@ class Planner:
 
     def step(self, config: TrainConfig) -> StepMemory:
         sections = (config.data, config.lora, config.trainer, config.loss, config.optimizer)
-        deciding = (config.batch_size, *sections)
+        deciding = (config.batch_size, config.dropout, *sections)
         key = repr(deciding)
         if key not in self._steps:
             batch = describe_batch(config)["images_per_process"]

@@ -29,7 +29,7 @@ from blackpoint.sampling.runtime.speed import checkpoint_gradients
 from blackpoint.sampling.text_encoding import chunks_of
 from blackpoint.train.cluster.device import COMPUTE_DTYPE
 from blackpoint.train.config.config import TrainConfig
-from blackpoint.train.dropout import SampleSeeds
+from blackpoint.train.dropout import SampleSeeds, add_dropout
 from blackpoint.train.lora import trained_part
 from blackpoint.train.uncertainty import LearnedUncertainty
 
@@ -95,7 +95,9 @@ def step_memory(
     with init_empty_weights():
         unet: Any = UNet2DConditionModel.from_config(model.unet.config)
     dtype = COMPUTE_DTYPE[config.trainer.precision]
-    part = trained_part(unet, config.lora, 0, dtype, SampleSeeds())
+    seeds = SampleSeeds()
+    add_dropout(unet, config.dropout, side // model.downsampling_factor, seeds)
+    part = trained_part(unet, config.lora, 0, dtype, seeds)
     held = dtype if config.trainer.precision == "bf16-true" else torch.float32
     if held != torch.float32:
         nn.Module.to(unet, held)
@@ -107,6 +109,7 @@ def step_memory(
         _norms_in_float32(unet)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         _as_fake(unet, part)
+        seeds.of_batch = torch.zeros(images, dtype=torch.long)
         parameters = [*part.parameters()]
         if config.loss.uncertainty:
             parameters += LearnedUncertainty(1).parameters()
