@@ -256,14 +256,14 @@ def test_a_decay_to_the_last_step_keeps_it_where_it_is(decay: str, tmp_path: Pat
     longer = tiny_config(*paths, **values, **{"trainer.max_steps": 12})
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
-    for done in (0, 2, 3):  # the third step is the first of the decay, at its full rate
+    for done in (0, 2):
         (checkpoints / f"step_{done:08d}.ckpt").touch()
         check_continues(tmp_path, longer)
-    (checkpoints / "step_00000004.ckpt").touch()
+    (checkpoints / "step_00000003.ckpt").touch()  # which holds the rate of step 4
     if decay == "none":
         check_continues(tmp_path, longer)
         return
     then, now = {"linear": ("0.00075", "0.0009"), "cosine": ("0.000854", "0.000976")}[decay]
-    expected = rf"step 4, which is done, had {then} and would have had {now}"
+    expected = rf"step 4 has {then} and would have had {now}"
     with pytest.raises(UserError, match=expected):
         check_continues(tmp_path, longer)

@@ -116,13 +116,14 @@ def _check_length(record: RunRecord, config: TrainConfig) -> None:
             f"start another run from its export, checkpoint={record.run_dir / 'export'}"
         )
     settings, rate = config.optimizer, settled_rate(config.optimizer)
-    then, now = (learning_rate_factor(done - 1, settings, steps) for steps in (before, wanted))
+    step = min(done, wanted - 1)  # the next one, whose rate the checkpoint holds already
+    then, now = (learning_rate_factor(step, settings, steps) for steps in (before, wanted))
     if then != now:
         raise UserError(
             f"{where} was begun with trainer.max_steps={before}, and with "
-            f"optimizer.decay={settings.decay} its learning rate falls to 0 there: step {done}, "
-            f"which is done, had {rate * then:.3g} and would have had "
-            f"{rate * now:.3g}; continue it with trainer.max_steps={before}, or choose another "
+            f"optimizer.decay={settings.decay} its learning rate falls to 0 there: step {step + 1} "
+            f"has {rate * then:.3g} and would have had {rate * now:.3g}; continue it with "
+            f"trainer.max_steps={before}, or choose another "
             f"run_dir{_fork(record)}"
         )
 
