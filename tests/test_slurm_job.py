@@ -35,6 +35,7 @@ from blackpoint.scripts.cluster.requeue import (
 from blackpoint.scripts.cluster.slurm_allocation import expand, read_allocation, rendezvous
 from blackpoint.scripts.cluster.slurm_job import config_of_job, train_job
 from blackpoint.scripts.measurements.requeue_study import Requeue, RequeueStudyConfig, page
+from blackpoint.train.records.run_directory import RunRecord, write_records
 from tests.tiny_run import tiny_config
 
 JOB = {
@@ -154,6 +155,17 @@ def test_jobs_and_elements_never_share_a_run_directory(
 ) -> None:
     config = config_of_job(read_allocation(job), [str(write_config(tmp_path)), *arguments])
     assert config.run_dir == run_dir
+
+
+def test_a_run_of_epochs_goes_on_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, epochs = tmp_path / "run", {"trainer.max_epochs": 2.0, "optimizer.decay": "linear"}
+    begun = tiny_config(run_dir, Path("base"), Path("shards"), **epochs)  # its max_steps: 6
+    write_records(RunRecord.read(run_dir), begun)
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / "step_00000004.ckpt").touch()
+    yaml = write_config(tmp_path, **epochs, **{"trainer.max_steps": 10_000})
+    monkeypatch.setattr(slurm_job, "run_frozen", lambda *_: 0)
+    assert train_job(read_allocation(JOB), [str(yaml), f"run_dir={run_dir}"]) == 0
 
 
 def files_of(package: Path) -> set[Path]:

@@ -71,6 +71,10 @@ def train_job(allocation: Allocation, arguments: list[str]) -> int:
             return run_frozen(allocation, CODE_ROOT)
     config = config_of_job(allocation, arguments)
     run_dir = Path(config.run_dir)
+    if (run_dir / CONFIG).exists() and config.trainer.max_epochs is not None:
+        from blackpoint.train.records.sizes import with_max_steps  # torch, which a new run spares
+
+        config = with_max_steps(config, run_dir)
     check_continues(run_dir, config)
     with only_job(run_dir):
         if not (run_dir / CONFIG).exists():
