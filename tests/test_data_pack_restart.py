@@ -191,6 +191,17 @@ def test_two_packs_do_not_meet(tmp_path: Path) -> None:
     assert packed(source, tmp_path / "out").num_samples == 5
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_output_that_is_a_link_is_filled_where_it_leads(tmp_path: Path, is_there: bool) -> None:
+    source = write_folder(tmp_path / "in", 5)
+    disk, link = tmp_path / "disk", tmp_path / "out"
+    link.symlink_to(disk / "shards")
+    (disk / "shards" if is_there else disk).mkdir(parents=True)
+    assert packed(source, link).num_samples == 5
+    assert link.is_symlink() and len(Index(disk / "shards")) == 5
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "disk", "out"}
+
+
 def test_without_locks_it_says_so(tmp_path: Path, monkeypatch, capsys) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

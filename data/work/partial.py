@@ -54,7 +54,7 @@ class Partial:
         shared: bool = False,
     ) -> None:
         self.output, self.settings, self.earlier, self.shared = output, settings, earlier, shared
-        self.target = output.absolute()
+        self.target = Path(os.path.realpath(output))  # no folder takes the place of a link
         self.folder = folder_beside(output)
         self.shards, self.parts = self.folder / "shards", self.folder / "parts"
         self.claims, self.working = self.folder / "claims", self.folder / "working"
@@ -305,8 +305,8 @@ class Partial:
 
 
 def folder_beside(output: Path) -> Path:
-    """Returns where an output lies while it is filled."""
-    target = output.absolute()
+    """Returns where an output lies while it is filled: on the disk of what a link leads to."""
+    target = Path(os.path.realpath(output))
     return target.parent / f".{target.name}.partial"
 
 
