@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from blackpoint.data.batches import TrainingBatches, ValidationBatches
 from blackpoint.data.files.errors import UserError
 from blackpoint.data.index.index import Index
+from blackpoint.data.index.shard_set import open_shards
 from blackpoint.data.module import CaptionedImages, DataConfig
 from blackpoint.data.pack.pack import PackConfig, pack
 from blackpoint.data.reader import Reader
@@ -166,6 +168,19 @@ def test_a_pattern_chooses_shards(shards: Path) -> None:
     images.setup("fit")
     first = take(images.train_dataloader(), 1)[0]
     assert sorted(first["index"].tolist()) == list(range(8, 24))
+
+
+def test_shards_are_found_by_long_lists_and_in_folders_with_brackets(
+    shards: Path, tmp_path: Path
+) -> None:
+    names = [f"shard-00000{number}" for number in (0, 2)]
+    pattern = f"{shards}/{{{','.join(names * 20)}}}.tar"  # longer than a file's name may be
+    assert [path.stem for path in find_shards(pattern)] == names
+    assert len(open_shards(pattern, "data.shards", DataConfig()).paths) == 2
+    folder = tmp_path / "a [2024]"
+    shutil.copytree(shards, folder)
+    assert len(find_shards(f"{folder}/shard-000000.tar")) == 1
+    assert len(find_shards(f"{folder}/shard-{{000000..000003}}.tar")) == 4
 
 
 def test_validation_is_fixed_and_shared_out(shards: Path) -> None:

@@ -12,6 +12,7 @@ shards on a disk that can't be written.
 
 import fnmatch
 import hashlib
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def open_shards(pattern: str, field: str, config: ShardOptions, in_order: bool =
     `in_order` says that samples are read in the order of the shards, so that a small cache serves.
     Raises UserError, which names the field, and Unreachable where a server does not answer.
     """
-    names = [pattern] if Path(pattern).is_dir() else expand_braces(pattern, field)
+    names = [pattern] if os.path.isdir(pattern) else expand_braces(pattern, field)
     cache_dir, section = cache_folder(config.cache_dir), config.SECTION
     keys = SampleKeys(config.image_key, config.caption_key)
     if not any(map(is_verbatim, names)):

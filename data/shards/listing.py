@@ -1,6 +1,7 @@
 """Which local shards a config means: a folder, one .tar, a brace or a wildcard pattern."""
 
 import glob
+import os
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -30,11 +31,11 @@ def find_shards(pattern: str, field: str = "data.shards") -> list[Path]:
     """
     if is_remote(pattern):
         raise UserError(f"{field}={pattern}: only local paths are read; copy the shards here")
-    is_folder = Path(pattern).is_dir()
+    is_folder = os.path.isdir(pattern)  # False for a list of braces that is too long for a name
     shards = folder_shards(Path(pattern)) if is_folder else _expand(pattern, field)
     if not shards:
         raise UserError(f"{field}={pattern}: {_what_is_there(Path(pattern))}; {_remedy(pattern)}")
-    absent = [path for path in shards if not path.is_file()]
+    absent = [path for path in shards if not os.path.isfile(path)]
     if absent:
         raise UserError(
             f"{field}={pattern}: {len(absent)} of {len(shards)} shards do not exist, "
@@ -64,15 +65,16 @@ def _expand(pattern: str, field: str) -> list[Path]:
     names = expand_braces(pattern, field)
     shards = []
     for name in names:
-        if glob.has_magic(name):
+        is_there = os.path.exists(name)
+        if glob.has_magic(name) and not is_there:
             shards += sorted(glob.glob(name))
-        elif len(names) > 1 or Path(name).exists():
+        elif len(names) > 1 or is_there:
             shards.append(name)
     return sorted({Path(name) for name in shards})
 
 
 def _what_is_there(path: Path) -> str:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return "does not exist" if not glob.has_magic(str(path)) else "matches no file"
     suffixes = {child.suffix[1:].lower() for child in path.iterdir()}
     if suffixes & set(IMAGE_SUFFIXES):
