@@ -195,6 +195,17 @@ def test_the_index_is_written_only_where_it_is_true_and_welcome(
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "b.tar", "index"}
 
 
+@pytest.mark.parametrize("write", [build_index, checked])
+def test_what_a_stopped_copy_left_of_an_index_is_replaced(
+    tmp_path: Path, write: Callable[[Path], object]
+) -> None:
+    write_tar(tmp_path / "a.tar", good_samples(1, 3))
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "records.npy").write_bytes(b"cut")
+    write(tmp_path)
+    assert len(Index(tmp_path)) == 3 and {f.name for f in tmp_path.iterdir()} == {"a.tar", "index"}
+
+
 def test_several_processes_report_what_one_reports(tmp_path: Path) -> None:
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", good_samples(number, 3))

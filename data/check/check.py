@@ -27,6 +27,7 @@ from blackpoint.data.index.index import INDEX_FOLDER, Index, IndexWriter, has_in
 from blackpoint.data.index.scan import FACT, scan_shards
 from blackpoint.data.index.shard_set import ShardSet, open_shards
 from blackpoint.data.index.verify import changed_on_server, check_index_keys
+from blackpoint.data.index.writer import put_index
 from blackpoint.data.shards.listing import ENCODING_FILE, is_encoded
 from blackpoint.data.shards.options import ShardOptions
 from blackpoint.data.shards.remote_address import shown
@@ -247,11 +248,10 @@ def _publish(scratch: Path, shards: ShardSet, report: CheckReport, max_bad_share
         )
     else:
         try:
-            (scratch / INDEX_FOLDER).rename(shards.folder / INDEX_FOLDER)
+            put_index(scratch / INDEX_FOLDER, shards.folder / INDEX_FOLDER)
         except OSError as error:
-            if not has_index(shards.folder):
-                _keep(scratch, shards, state, error.strerror)
-                return
+            _keep(scratch, shards, state, error.strerror)
+            return
         state.state = "written"
 
 

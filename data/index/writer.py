@@ -116,11 +116,7 @@ class IndexWriter:
         write_list(self._partial / "bad_samples.jsonl", self.bad)
         (self._partial / DIGESTS_FILE).write_text(digests_json(self._partial, self._digests))
         (self._partial / STAMPS_FILE).write_text(stamps_json(self._stamps))
-        try:
-            self._partial.rename(self.folder)
-        except OSError:
-            if not (self.folder / "shards.json").exists():
-                raise  # Otherwise another process wrote the same index first.
+        put_index(self._partial, self.folder)
 
     def __exit__(self, *error: object) -> None:
         for file in (self._records, self._keys, self._originals):
@@ -133,3 +129,18 @@ class IndexWriter:
         header: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(RECORD)}
         header |= {"fortran_order": False, "shape": (self.num_samples,)}
         np.lib.format.write_array_header_1_0(self._records, header)
+
+
+def put_index(scratch: Path, folder: Path) -> None:
+    """Renames a whole index, inside a scratch folder, to `folder`; raises OSError.
+
+    What is there without shards.json, such as a copy that was stopped, makes room for it.
+    """
+    description = folder / "shards.json"
+    if folder.exists() and not description.exists():
+        folder.rename(scratch.with_name("incomplete"))
+    try:
+        scratch.rename(folder)
+    except OSError:
+        if not description.exists():
+            raise  # Otherwise another process wrote the same index first.
