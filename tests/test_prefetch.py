@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.verifiers.load import KINDS, VerifierConfig
 from blackpoint.scripts.cli import main
 from blackpoint.scripts.config_fields import fields_of
@@ -65,6 +66,16 @@ def test_every_key_that_names_a_hub_id_is_fetched(tmp_path: Path) -> None:
         ("grid.search.checkpoint", "ours/two"),
         ("grid.search.checkpoint", "ours/three"),
     }
+
+
+def test_kinds_of_verifiers_may_be_a_grid_and_unknown_ones_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("grid: {search.verifiers.a.kind: [clip_score, image_reward]}\n")
+    base = KINDS["image_reward"].defaults["base"]
+    assert wanted(path) == {("grid.search.verifiers.a.base", base)}
+    path.write_text("verifiers: {a: {kind: clip_scor, checkpoint: a/b}}\n")
+    with pytest.raises(UserError, match="verifiers.a.kind=clip_scor is no verifier; use clip_s"):
+        wanted(path)
 
 
 def test_of_our_configs_the_ids_in_them_are_fetched() -> None:

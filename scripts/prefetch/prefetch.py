@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from blackpoint.data.files.dotted import flat
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.paths import OutputText, PathText, shipped
 
 FIRST = "config"
@@ -94,11 +95,14 @@ def wanted_of(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Fetch]]:
         if section.split(".")[-2:-1] not in (["verifiers"], ["held_out"]):
             continue
         ways |= dict.fromkeys(key for key in settings if key.startswith(f"{section}."))
-        kind = KINDS[settings.get(f"{section}.kind", "clip_score")]
-        for name, files in kind.files.items():
-            key = f"{section}.{name}"
-            ways[key] = partial(download, field=key, example="docs/search.md", files=files)
-            values[key] = settings.get(key) or kind.defaults.get(name)
+        kinds = settings.get(f"{section}.kind", "clip_score")  # a list in a sweep's grid
+        for kind in kinds if isinstance(kinds, list) else [kinds]:
+            if kind not in KINDS:
+                raise UserError(f"{section}.kind={kind} is no verifier; use {', '.join(KINDS)}")
+            for name, files in KINDS[kind].files.items():
+                key = f"{section}.{name}"
+                ways[key] = partial(download, field=key, example="docs/search.md", files=files)
+                values[key] = settings.get(key) or KINDS[kind].defaults.get(name)
     for key, value in values.items():
         if fetch := ways[key] if key in ways else fetch_of(key, settings):
             yield from ((key, hub_id, fetch) for hub_id in hub_ids(value))
