@@ -213,8 +213,9 @@ def test_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
 def test_keys_survive_dots_and_twins(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
-    for number, name in enumerate(["a.v1.png", "a.v2.png", "twin.png", "twin.jpg", "up.PNG"]):
-        form = "JPEG" if name.endswith("jpg") else "PNG"
+    names = ["a.v1.png", "a.v2.png", "twin.png", "twin.jpg", "up.PNG", "odd.png", "odd.Jpg"]
+    for number, name in enumerate(names):
+        form = "JPEG" if name.lower().endswith("jpg") else "PNG"
         (source / name).write_bytes(encoded(picture(number), form))
         (source / name).with_suffix(".txt").write_text(name)
     (source / "up.json").write_text('{"made": "by hand"}')
@@ -225,6 +226,8 @@ def test_keys_survive_dots_and_twins(tmp_path: Path) -> None:
         "twin%png",
         "twin%jpg",
         "up",
+        "odd",
+        "odd%Jpg",
     }
     with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
         assert {"up.png", "up.txt", "up.json"} <= set(tar.getnames())

@@ -72,7 +72,8 @@ def sample_key(folder: Path, name: str) -> str:
     """Returns the WebDataset key of image `name` (relative to `folder`).
 
     It is the name without its suffix. WebDataset ends a key at the first dot, so dots inside are
-    written %2E (and % as %25); when several images differ only in their suffix, "%suffix" follows.
+    written %2E (and % as %25); when several images differ only in their suffix, and for a suffix
+    such as Jpg, whose others are not looked for, "%suffix" follows.
     """
     path = PurePosixPath(name)
     stem = path.with_suffix("").name
@@ -88,13 +89,17 @@ def sample_key_among(siblings: Sequence[str], name: str) -> str:
 
 def row_key(table: str, row: int) -> str:
     """Returns the key of the image in a row of a Parquet file, named relative to the folder."""
-    return f"{_key(PurePosixPath(table), 1)}/{row:08d}"
+    return f"{_escaped(PurePosixPath(table))}/{row:08d}"
 
 
 def _key(path: PurePosixPath, num_twins: int) -> str:
+    key, suffix = _escaped(path), path.suffix[1:]
+    return key if num_twins <= 1 and suffix in EITHER_CASE else f"{key}%{suffix}"
+
+
+def _escaped(path: PurePosixPath) -> str:
     key = str(path.with_suffix("")).replace("%", "%25").replace(".", "%2E")
-    key = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return key if num_twins <= 1 else f"{key}%{path.suffix[1:]}"
+    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def same_stem(names: Sequence[str], name: str) -> list[str]:
