@@ -2,8 +2,10 @@
 
 import http.client
 import json
+import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.pictures import eight_bit
 from blackpoint.scripts.show.config import ShowConfig
 from blackpoint.scripts.show.models import Models
+from blackpoint.scripts.show.search import PageSearch
 from blackpoint.scripts.show.server import ShowServer
 from tests import browser
 
@@ -150,6 +153,28 @@ def test_other_names_and_other_sites_are_not_answered(server: ShowServer) -> Non
 def test_texts_of_a_run_are_not_run(server: ShowServer) -> None:
     _, page = sent(server, "GET", "/")
     assert "</script><b>" not in page and "\\u003c/script>\\u003cb>" in page
+
+
+def test_searches_that_start_together_leave_none_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Counted(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Counted)
+    monkeypatch.setattr("blackpoint.scripts.show.search.verb_command", lambda *_: ["sleep", "99"])
+    search = PageSearch(ShowConfig("x"), tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: search.start("a cat", 0.5), range(4)))
+    search.stop()
+    left = [process for process in started if process.poll() is None]
+    for process in left:
+        process.kill()
+    assert len(started) == 4 and not left
 
 
 def test_a_port_that_is_taken_is_named(server: ShowServer, models: Models, tmp_path: Path) -> None:

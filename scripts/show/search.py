@@ -7,6 +7,7 @@ prompt is done, and then images/ the winner, the plain image beside it and the c
 import json
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,29 +35,32 @@ class PageSearch:
     def __init__(self, config: ShowConfig, output: Path) -> None:
         self._config, self._output, self._folder = config, output, output
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.RLock()  # each request has a thread
 
     def start(self, prompt: str, target: float, **asked: Any) -> Mapping[str, Any]:
         """Starts a search in a new folder, and stops the one before it."""
-        self.stop()
         self._output.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix="search_", dir=self._output))
+        folder = Path(tempfile.mkdtemp(prefix="search_", dir=self._output))
         values = {key: asked[key] for key in KEYS if key in asked}
-        values |= {"prompts": json.dumps([prompt]), "output": self._folder, "batch_size": 4}
+        values |= {"prompts": json.dumps([prompt]), "output": folder, "batch_size": 4}
         values |= {"checkpoint": self._config.checkpoint, "device": self._config.device}
         if self._config.search is None:
             goal = {"kind": "luminance", "target": target}
             values |= {f"verifiers.luminance.{key}": value for key, value in goal.items()}
         lines = [f"{key}={value}" for key, value in values.items()]
         command = verb_command("search", *filter(None, [self._config.search]), *lines)
-        with self._folder.with_suffix(".log").open("wb") as errors:
+        with self._lock, folder.with_suffix(".log").open("wb") as errors:
+            self.stop()
+            self._folder = folder
             self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         return {}
 
     def stop(self) -> Mapping[str, Any]:
         """Ends the search that is under way; what it found stays."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait()
+        with self._lock:
+            if self._process is not None and self._process.poll() is None:
+                self._process.terminate()
+                self._process.wait()
         return {}
 
     def state(self, known: int, shown: int) -> Mapping[str, Any]:
