@@ -138,7 +138,8 @@ def put_index(scratch: Path, folder: Path) -> None:
     """
     description = folder / "shards.json"
     if folder.exists() and not description.exists():
-        folder.rename(scratch.with_name("incomplete"))
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            folder.rename(scratch.with_name("incomplete"))
     try:
         scratch.rename(folder)
     except OSError:
