@@ -18,6 +18,7 @@ from blackpoint.sampling.report.search_page import search_section
 from blackpoint.sampling.runtime.tracking import WandbConfig
 from blackpoint.sampling.search import judge
 from blackpoint.sampling.search.algorithms.fk_steering import FkSteeringConfig
+from blackpoint.sampling.search.algorithms.random_search import RandomSearchConfig
 from blackpoint.sampling.search.calibration import find_batch_size
 from blackpoint.sampling.search.config import SearchConfig
 from blackpoint.sampling.search.run import search_to_folder
@@ -306,6 +307,17 @@ def test_an_oracle_beside_plain_images_is_refused_where_they_come_first(
     oracle = VerifierConfig(kind="oracle", metric="is", **module)
     with pytest.raises(UserError, match="would be scored with another set"):
         search(pipeline, tmp_path / "out", algorithm="paths", verifiers={"set": oracle})
+
+
+def test_the_plain_image_has_the_first_seed_of_the_algorithm(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    """random.first_seed is of best-of-N alone, and was taken for plain images of the others."""
+    first = {"random": RandomSearchConfig(first_seed=7), "algorithm": "halving"}
+    search(pipeline, tmp_path / "out", prompts=PROMPTS[:1], **first)
+    path = tmp_path / "out" / "candidates.jsonl"
+    seed = json.loads(path.read_text().splitlines()[0])["seed"]
+    assert [row["baseline"]["seed"] for row in winners(tmp_path / "out")] == [seed]
 
 
 TILT: dict[str, Any] = {"algorithm": "tilt", "eta": 1.0, "held_out": {}, "budget_nfe": 8}

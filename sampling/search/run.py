@@ -37,7 +37,7 @@ from blackpoint.sampling.runtime.tasks import Task, this_task
 from blackpoint.sampling.sample import find_device
 from blackpoint.sampling.samplers import SAMPLERS
 from blackpoint.sampling.search import calibration
-from blackpoint.sampling.search.algorithms.random_search import random_search
+from blackpoint.sampling.search.algorithms.random_search import RandomSearchConfig, random_search
 from blackpoint.sampling.search.config import SearchConfig, highest_score
 from blackpoint.sampling.search.costs import costs_line, costs_text
 from blackpoint.sampling.search.driver import SearchProgress, check_budget, drive
@@ -220,7 +220,7 @@ def baselines(
             runner,
             journal,
             problems,
-            partial(random_search, config=config.random),
+            partial(random_search, config=RandomSearchConfig()),  # as others draw their first
             on_image=partial(winners.keep, name=BASELINE),
             needs_winner=False,
         )
