@@ -139,6 +139,23 @@ def test_a_raised_budget_finds_what_it_would_have_from_the_start(
     assert json.loads((output / "search.json").read_text())["budget_nfe"] == 24
 
 
+def drifting(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """Scores all images alike, with another rounding in a batch of more than three."""
+    return torch.full((len(images),), 0.5 - 3e-4 * (len(images) > 3))
+
+
+def test_scores_stand_where_images_are_made_again(pipeline: Path, tmp_path: Path) -> None:
+    """The first image led; made again in another batch, it fell behind ones without an image."""
+    flat_scores = VerifierConfig(kind="custom", module=f"{__name__}:drifting")
+    settings = {"prompts": PROMPTS[:1], "verifiers": {"flat": flat_scores}, "budget_nfe": 12}
+    small = config(pipeline, tmp_path / "out", **settings)
+    output, _ = search_to_folder(small)
+    search_to_folder(replace(small, budget_nfe=24))
+    scores = [row["score"] for row in rows(output, "candidates.jsonl")]
+    assert scores == pytest.approx([0.5] * 3 + [0.4997] * 3)
+    assert [row["candidate"] for row in rows(output, "winners.jsonl")] == [0]
+
+
 @pytest.mark.parametrize(
     "changes, budget_nfe, reason",
     [

@@ -130,34 +130,48 @@ def drive(
     on_result: Callable[[PromptSearch, Result], None] = lambda *_: None,
     on_done: Callable[[PromptSearch], None] = lambda _: None,
     on_turn: Callable[[list[PromptSearch]], None] = lambda _: None,
+    has_image: Callable[[int, Trial], bool] = lambda *_: True,
     one_by_one: bool = False,
     needs_winner: bool = True,
 ) -> list[PromptSearch]:
     """Searches all problems to their end, each by what `make` makes of it; returns the searches.
 
-    `on_image` is told of every image that may be the winner of its prompt, when it is made,
+    `on_image` is told of every image that may be the winner of its prompt, when it is made (again,
+    where its candidate is recorded and `has_image` says that the image is not there),
     `on_result` of every result where previews are shown, `on_done` of a prompt that is finished;
     `about` adds to the rows of a prompt. `one_by_one` begins a prompt when the one before it is
     finished, as a verifier that remembers winners needs. Raises RunFailed where every score of a
     prompt was rejected, unless not `needs_winner`.
     """
+
+    def to_run(search: PromptSearch) -> list[Trial]:
+        return [trial for trial in search.pending if lacks(search, trial)]
+
+    def lacks(search: PromptSearch, trial: Trial) -> bool:
+        index = search.problem.prompt_index
+        known = journal.find(index, trial)
+        return known is None or (search.may_win(known) and not has_image(index, trial))
+
     waiting = (open_search(problem, make) for problem in problems)
     finished: list[PromptSearch] = []
     active: list[PromptSearch] = []
     while active := active or list(itertools.islice(waiting, 1)):
-        unpaid = [(search, trial) for search in active for trial in _unpaid(search, journal)]
+        unpaid = [(search, trial) for search in active for trial in to_run(search)]
         while not one_by_one and len(unpaid) < runner.batch_size:
             search = next(waiting, None)
             if search is None:
                 break
             active.append(search)
-            unpaid += [(search, trial) for trial in _unpaid(search, journal)]
+            unpaid += [(search, trial) for trial in to_run(search)]
         fresh: dict[tuple[int, int], Outcome] = {}
         for number, result in runner.run([(s.problem.prompt_index, trial) for s, trial in unpaid]):
             search, trial = unpaid[number]
             index = search.problem.prompt_index
             if runner.previews_every:
                 on_result(search, result)
+            if journal.find(index, trial) is not None:  # its score stands, its image was missing
+                on_image(search, result)
+                continue
             if search.may_win(result.outcome):
                 on_image(search, result)  # before its row, which says that nothing is missing
             journal.write(index, result, about(index))
@@ -182,12 +196,6 @@ def drive(
         finished += [search for search in active if search.is_done]
         active = [search for search in active if not search.is_done]
     return finished
-
-
-def _unpaid(search: PromptSearch, journal: Journal) -> list[Trial]:
-    """Returns the trials that are asked for and not recorded."""
-    index = search.problem.prompt_index
-    return [trial for trial in search.pending if journal.find(index, trial) is None]
 
 
 class SearchProgress:

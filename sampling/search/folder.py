@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.data.files.plain import json_object, number, read_json
+from blackpoint.data.files.plain import json_object, read_json
 from blackpoint.data.files.whole_file import write_whole
 from blackpoint.data.images.decode import DECODER_VERSION
 from blackpoint.sampling.checkpoints.merged import lora_digests
@@ -24,7 +23,7 @@ from blackpoint.sampling.runtime.sharing import files_of
 from blackpoint.sampling.runtime.tasks import this_task
 from blackpoint.sampling.search.config import ALGORITHMS, SearchConfig
 from blackpoint.sampling.search.costs import Ledger
-from blackpoint.sampling.search.journal import ROWS, read_rows, rows_by_key
+from blackpoint.sampling.search.journal import ROWS, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -115,23 +114,14 @@ def _no_growth(config: SearchConfig, output: Path, saved: Mapping[str, Any]) -> 
 def _reopen(output: Path, budget_nfe: int) -> None:
     """Turns a finished search of independent candidates into the beginning of a larger one.
 
-    Candidates that led in turn are run again: their images, of which the winner and its sheet are
-    made, are kept for as long as a search is open alone.
+    The images that led in turn, of which winner and sheet are made, were kept for as long as the
+    search was open alone; the driver makes them again.
     """
-    kept: list[dict[str, Any]] = []
-    best: dict[int, float] = {}
-    for row in rows_by_key(output, ROWS, ("prompt_index", "candidate")).values():
-        score = number(row["score"])
-        if score > best.get(row["prompt_index"], -math.inf):
-            best[row["prompt_index"]] = score
-        elif row["candidate"]:  # the first is the plain image
-            kept.append(row)
     log.warning(
-        "note: %s goes on with budget_nfe=%d: %d candidates are kept, the images that led in turn "
+        "note: %s goes on with budget_nfe=%d: its candidates are kept, the images that led in turn "
         "are made again",
-        *(output, budget_nfe, len(kept)),
+        *(output, budget_nfe),
     )
-    write_whole(output / ROWS, "".join(json.dumps(row) + "\n" for row in kept))
     for name in (WINNERS, HACKING):  # the last says that all is done
         (output / name).unlink(missing_ok=True)
     content = read_json(output / SETTINGS) or {}

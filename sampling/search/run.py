@@ -157,6 +157,7 @@ def search_prompts(
                 lambda problem: config.declared.start(problem, config.settings),
                 about=lambda index: {"prompt": texts[index], **about},
                 on_image=winners.keep,
+                has_image=winners.has_image,
                 on_result=winners.keep_previews,
                 on_turn=progress.tell,
                 on_done=winners.finish,

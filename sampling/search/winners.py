@@ -29,7 +29,7 @@ from blackpoint.sampling.search.driver import PromptSearch
 from blackpoint.sampling.search.folder import WINNERS
 from blackpoint.sampling.search.journal import read_rows, rows_by_key
 from blackpoint.sampling.search.judge import judge
-from blackpoint.sampling.search.problem import Given, Neighbour, Noise, Outcome, Result
+from blackpoint.sampling.search.problem import Given, Neighbour, Noise, Outcome, Result, Trial
 from blackpoint.sampling.verifiers.verifier import SetVerifier, Verifier
 
 BESTS, IMAGES = "bests", "images"
@@ -76,6 +76,10 @@ class Winners:
         path.parent.mkdir(parents=True, exist_ok=True)
         assert result.image is not None
         save_file({"image": result.image.contiguous()}, path)
+
+    def has_image(self, prompt_index: int, trial: Trial) -> bool:
+        """Tells whether the image of a candidate is kept."""
+        return self._best_path(prompt_index, trial.candidate).is_file()
 
     def keep_previews(self, search: PromptSearch, result: Result) -> None:
         """Keeps thumbnails of a run's x0-predictions, by level, and what the run goes on from."""
