@@ -131,6 +131,18 @@ def test_more_pictures_are_kept_when_they_are_asked_for_later(
     assert numbers(many) == numbers(few)
 
 
+def test_a_part_of_another_batch_size_takes_no_other_rows_place(
+    pipeline: Path, prompts: Path, tmp_path: Path
+) -> None:
+    given = arguments(pipeline, prompts, tmp_path / "out")
+    with pytest.raises(AssertionError):  # of `evaluate`: images 4 to 7 are left in a part
+        evaluate([*given, "keep_images=0"], Task(1, 2))
+    smaller = [text.replace("batch_size=4", "batch_size=2") for text in given]
+    assert evaluate([*smaller, "keep_images=6"]).num_images == 10
+    kept = [row["file"] is not None for row in read_images(tmp_path / "out")]
+    assert kept == [True] * 6 + [False] * 4
+
+
 def test_references_are_measured_once(
     pipeline: Path, prompts: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,8 +82,9 @@ class ImageRows:
             for batch in share:
                 rows = self._rows_of(batch, generator, have)
                 rows = [dict.fromkeys(self.measures.asked) | row for row in rows]
-                path = self.folder / PARTS / f"{batch[0].number:08d}-{measured_by}.parquet"
-                write_rows(path, rows, columns)
+                # Of another batch size it must not take a part's place, which has other rows too.
+                name = f"{batch[0].number:08d}-{len(batch)}-{measured_by}.parquet"
+                write_rows(self.folder / PARTS / name, rows, columns)
                 progress.advance(bar, len(batch))
 
     def _missing(self, have: dict[Key, Row]) -> set[Key]:

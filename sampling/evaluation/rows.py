@@ -74,7 +74,9 @@ def read_rows(folder: Path, columns: Columns | None = None) -> dict[Key, Row]:
         try:
             for path in _files(folder):
                 for row in _read(path, columns):
-                    rows.setdefault((row["prompt_index"], row["image"]), {}).update(row)
+                    known = rows.setdefault((row["prompt_index"], row["image"]), {})
+                    # What a part has not, such as the file of an image, hides no other part's.
+                    known |= {k: v for k, v in row.items() if v is not None or k not in known}
             return rows
         except FileNotFoundError:
             continue  # the first process has joined the parts meanwhile
