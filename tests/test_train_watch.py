@@ -269,6 +269,7 @@ def test_prompts_that_fix_luminance(prompt: str, target: LuminanceTarget | None)
 
 def test_slugs_are_distinct_and_plain() -> None:
     prompts = ["a red one", "A red, one!", "", "\u9ed2\u3044\u732b", "error", "x" * 200]
+    prompts += ["one 8", "one", "one"]
     slugs = prompt_slugs(prompts)
     assert len(set(slugs)) == len(prompts)
     assert all(slug.replace("_", "").isalnum() and slug.isascii() for slug in slugs)

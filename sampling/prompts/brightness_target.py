@@ -44,6 +44,7 @@ def prompt_slugs(prompts: Sequence[str]) -> list[str]:
     for number, prompt in enumerate(prompts):
         words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")
         slug = words[:SLUG_LENGTH].strip("_") or f"prompt_{number}"
-        taken = slug in slugs or slug == "error"  # preview/luminance_error is the mean error
-        slugs.append(f"{slug}_{number}" if taken else slug)
+        while slug in slugs or slug == "error":  # preview/luminance_error is the mean error
+            slug = f"{slug}_{number}"
+        slugs.append(slug)
     return slugs
