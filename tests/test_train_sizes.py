@@ -26,7 +26,7 @@ from blackpoint.train.encode.config import EncodeConfig
 from blackpoint.train.encode.encode import encode
 from blackpoint.train.records.checkpoint_size import checkpoint_size
 from blackpoint.train.records.run_directory import RunRecord, write_records
-from blackpoint.train.records.sizes import sized, steps_of_epochs
+from blackpoint.train.records.sizes import sized, steps_of_epochs, with_max_steps
 from tests.pixel_models import pixel_model, pixel_train_config
 from tests.tiny_encode import encoded
 from tests.tiny_run import assert_same_run, tiny_config
@@ -196,6 +196,13 @@ def test_a_run_says_that_its_warm_up_is_longer(
     assert blackpoint.train.run.fit(tiny_config(tmp_path, pipeline, shards, **values)) == 0
     told = capsys.readouterr().err
     assert told.index("optimizer.warmup_steps=3 is no less than") < told.index("step 1/1")
+
+
+def test_epochs_without_an_index_are_refused_in_every_process(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "shards", ignore=shutil.ignore_patterns("index"))
+    config = tiny_config(tmp_path, Path("sd"), tmp_path / "shards", **{"trainer.max_epochs": 1})
+    with pytest.raises(UserError, match="has no index, and 2 processes that were started at once"):
+        with_max_steps(config, tmp_path / "run", num_started=2)
 
 
 def test_epochs_are_the_steps_that_they_come_to(

@@ -88,7 +88,7 @@ def fit(config: TrainConfig) -> int:
     config = with_learning_rate(as_launched(config))
     run_dir = Path(config.run_dir)
     with at_the_start(run_dir):
-        config = with_max_steps(config, run_dir)
+        config = with_max_steps(config, run_dir, num_started(config))
         max_steps = config.trainer.max_steps
         record = check_continues(run_dir, config)
         if record.is_finished(max_steps):

@@ -28,11 +28,12 @@ def sized(config: TrainConfig, record: RunRecord) -> TrainConfig:
     return replace(config, data=replace(config.data, resolution=side))
 
 
-def with_max_steps(config: TrainConfig, run_dir: Path) -> TrainConfig:
+def with_max_steps(config: TrainConfig, run_dir: Path, num_started: int = 1) -> TrainConfig:
     """Returns the config with the trainer.max_steps that trainer.max_epochs comes to, if it is set.
 
     Counts the images, which may index their shards, unless the run has been begun with as many
-    epochs of as large steps; raises UserError for data that can't be read.
+    epochs of as large steps; raises UserError for data that can't be read, or have no index where
+    several processes are started at once.
     """
     if config.trainer.max_epochs is None:
         return config
@@ -42,6 +43,7 @@ def with_max_steps(config: TrainConfig, run_dir: Path) -> TrainConfig:
         steps = record.values["trainer.max_steps"]
     else:
         images = CaptionedImages(config.data, config.seed, config.batch_size)
+        images.require_index(num_started)
         if is_first_process():
             images.prepare_data()
         images.setup("fit")
