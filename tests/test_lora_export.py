@@ -53,6 +53,13 @@ def exported(request, base, tmp_path_factory):
     return request.param, unet, path, folder / "black"
 
 
+def test_what_is_compared_fits_a_base_that_is_no_square():
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    with init_empty_weights():
+        unet = UNet2DConditionModel((8, 32), block_out_channels=(32,), **blocks)
+    assert lora_export._inputs(unet)["sample"].shape == (1, 4, 8, 8)
+
+
 def metadata_of(file):
     with safe_open(file, framework="pt") as opened:
         return opened.metadata()
@@ -222,11 +229,13 @@ def test_a_run_directory_gives_its_last_checkpoint(pipeline, tmp_path):
     write_lora_checkpoint(run / "checkpoints/step=4.ckpt", unet, pipeline)
     (run / "config.yaml").write_text(
         f"checkpoint: {pipeline}\nseed: 7\noptimizer: {{learning_rate: 0.1}}\n"
+        "batch_size: 2\ntrainer: {accumulate_grad_batches: 16}\n"
     )
     shutil.copytree(pipeline, run / "export")  # the merged model, which holds no adapters
     export_lora(run, run / "export_lora")
     metadata = metadata_of(run / "export_lora/export_lora.safetensors")
     assert metadata["ss_network_dim"] == "8" and metadata["ss_learning_rate"] == "0.1"
+    assert metadata["ss_total_batch_size"] == "32"  # kohya's: of all devices, accumulated
     assert metadata["ss_seed"] == "7" and metadata["ss_sd_model_name"] == pipeline.name
 
 

@@ -81,6 +81,7 @@ def kohya_metadata(run: LoraRun, name: str) -> dict[str, str]:
         arguments = {"conv_dim": f"{convolved[0].rank}", "conv_alpha": f"{convolved[0].alpha:g}"}
     architecture = run.spec.get("modelspec.architecture", "")
     width, _, height = run.spec.get("modelspec.resolution", "").partition("x")
+    batch_size, portions = map(run.settings.get, ("batch_size", "trainer.accumulate_grad_batches"))
     entries = {
         "ss_base_model_version": BASE_VERSIONS.get(architecture),
         "ss_v2": str("-v2-" in architecture),
@@ -94,7 +95,7 @@ def kohya_metadata(run: LoraRun, name: str) -> dict[str, str]:
         "ss_zero_terminal_snr": str(run.process.schedule.is_zero_terminal_snr),
         "ss_steps": run.step,
         "ss_learning_rate": run.settings.get("optimizer.learning_rate"),
-        "ss_batch_size_per_device": run.settings.get("batch_size"),
+        "ss_total_batch_size": batch_size and batch_size * (portions or 1),
         "ss_seed": run.settings.get("seed"),
     }
     kohya = {key: str(value) for key, value in entries.items() if value is not None}

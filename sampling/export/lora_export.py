@@ -27,6 +27,7 @@ from blackpoint.data.files.dotted import renamed, value_at
 from blackpoint.data.files.errors import RunFailed, UserError
 from blackpoint.data.files.yaml_text import read_yaml_file
 from blackpoint.data.images.picture_size import PictureSize
+from blackpoint.sampling.checkpoints.architecture import sample_size_of
 from blackpoint.sampling.checkpoints.ldm_keys import unet_modules
 from blackpoint.sampling.checkpoints.loading import convert_weights
 from blackpoint.sampling.checkpoints.merged import check_bases
@@ -237,7 +238,8 @@ def _dtype_of(lora: Lora) -> torch.dtype:
 def _inputs(unet: UNet2DConditionModel) -> dict[str, Any]:
     """Draws what the UNet takes, for SDXL the pooled text and the sizes of a picture too."""
     generator = torch.Generator().manual_seed(SEED)
-    side = min(int(unet.config.sample_size), MOST_LATENT_SIZE)
+    size = sample_size_of(unet.config)
+    side = min(MOST_LATENT_SIZE, *(size if isinstance(size, list | tuple) else [size]))
     x = torch.randn(1, int(unet.config.in_channels), side, side, generator=generator)
     text = torch.randn(1, NUM_TOKENS, int(unet.config.cross_attention_dim), generator=generator)
     inputs = {"sample": x, "timestep": torch.tensor([999]), "encoder_hidden_states": text}

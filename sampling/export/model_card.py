@@ -20,6 +20,7 @@ from blackpoint.sampling.process import Process
 RUN_KEYS = (
     "seed",
     "batch_size",
+    "trainer.accumulate_grad_batches",
     "data.shards",
     "data.mixture",
     "loss.prediction_type",
