@@ -17,6 +17,7 @@ from blackpoint.data.files.errors import RunFailed, Unreachable, UserError
 from blackpoint.data.files.lock import locked
 from blackpoint.data.shards.remote import Changed, TooLarge, fetch, read_range
 from blackpoint.data.shards.shard_cache import RemoteShard, ShardCache
+from blackpoint.data.shards.shard_digest import file_digest
 from tests.shard_server import (
     ShardServer,
     answers,
@@ -181,6 +182,15 @@ def test_the_shards_stay_within_the_bound(server: ShardServer, tmp_path: Path) -
     with pytest.raises(UserError, match="data.cache_gigabytes=0.003: .*0.tar alone has 0.003 GB"):
         cached(small, server, 0)
     assert files(tmp_path / "small") == set()
+
+
+def test_earlier_versions_of_a_shard_make_room_for_it(server: ShardServer, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 2 * SIZE - 1, "data.cache_gigabytes")
+    for content in (b"a" * SIZE, b"b" * SIZE):
+        (server.folder / "0.tar").write_bytes(content)
+        whole = file_digest(server.folder / "0.tar")
+        os.close(cache.open(RemoteShard("0.tar", f"{server.url}/0.tar", SIZE, whole)))
+    assert total_bytes(cache.folder) == SIZE
 
 
 def test_a_shard_that_is_held_stays(server: ShardServer, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -173,17 +173,19 @@ class ShardCache:
         for _, size, victim in sorted(shards):
             if total + num_bytes <= self.max_bytes:
                 break
-            if self._remove_unheld(victim):
+            if self._remove_unheld(victim, path):
                 total -= size
         for partial in self.folder.glob("*/*.partial"):
             if partial.parent not in path.parents:
-                self._remove_unheld(partial)
+                self._remove_unheld(partial, path)
 
-    def _remove_unheld(self, path: Path) -> bool:
-        folder = self.folder / path.relative_to(self.folder).parts[0]
+    def _remove_unheld(self, victim: Path, path: Path) -> bool:
+        """Removes a file unless another holds its shard; the lock of `path` is held here."""
+        folder = self.folder / victim.relative_to(self.folder).parts[0]
+        is_ours = folder in path.parents  # an earlier version of the same URL
         try:
-            with locked(folder / "lock", wait=False):
-                path.unlink(missing_ok=True)
+            with nullcontext() if is_ours else locked(folder / "lock", wait=False):
+                victim.unlink(missing_ok=True)
         except BlockingIOError:
             return False
         return True
