@@ -241,6 +241,7 @@ def test_user_mistakes_say_what_to_do(tmp_path: Path) -> None:
         return str(error.value)
 
     assert "does not exist" in message(tmp_path / "absent")
+    assert "does not exist" in message(tmp_path / ("long" * 99))
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "holds no images (found nothing)" in message(empty)

@@ -122,6 +122,7 @@ def test_cells_share_a_training(tmp_path: Path) -> None:
         ({"only": ["nothing*"], "grid": {"evaluate.seed": [5]}}, "the nearest is seed-5"),
         ({"train": {"checkpoint": "x", "data.shards": "y"}}, "evaluates what it trains"),
         ({"evaluate": {}}, "nothing to do"),
+        ({"run_dir": __file__}, f"run_dir={__file__}: is a file; name a folder"),
         ({"evaluate": {"prompts": ["a"]}}, "checkpoint=..."),
         ({"evaluate": {"config": "absent.yaml"}}, "absent.yaml: there is no such file"),
         ({"grid": {"evaluate.checkpoint": ["/a/b", "a/b"]}}, "make arms of their settings"),

@@ -136,8 +136,8 @@ def pack(config: PackConfig) -> PackResult:
 def source_contents(config: PackConfig) -> tuple[FolderCount, CaptionSource]:
     """Returns the contents of the source; raises UserError where there are no images."""
     source = Path(config.source)
-    if not source.is_dir():
-        what = "is a file" if source.exists() else "does not exist"
+    if not os.path.isdir(source):  # False for a name that is too long
+        what = "is a file" if os.path.exists(source) else "does not exist"
         raise UserError(f"source={source}: {what}; name a folder of images")
     count = count_files(source)
     if count.num_images or "parquet" in count.other_suffixes or config.captions_file:

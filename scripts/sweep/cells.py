@@ -67,6 +67,8 @@ class Cell:
 
 def cells_of(config: SweepConfig) -> list[Cell]:
     """Expands a sweep, whatever its `only`; raises UserError for what a verb would refuse."""
+    if Path(config.run_dir).is_file():
+        raise UserError(f"run_dir={config.run_dir}: is a file; name a folder")
     shared = {section: _base(config, section) for section in SECTIONS}
     arms = {name: flat(arm or {}) for name, arm in config.arms.items()} or {"": {}}
     grid = flat(config.grid)
