@@ -15,6 +15,7 @@ import blackpoint.data.shards.remote
 from blackpoint.data.check.check import CheckConfig, check
 from blackpoint.data.config import DataConfig
 from blackpoint.data.files.errors import RunFailed, Unreachable, UserError
+from blackpoint.data.index.contents import DIGESTS_FILE
 from blackpoint.data.index.index import INDEX_FOLDER, Index, IndexWriter, has_index
 from blackpoint.data.index.shard_set import open_shards
 from blackpoint.data.latents import Encoding, to_bytes, write_empty
@@ -287,6 +288,18 @@ def write_latents(folder: Path, num_samples: int) -> None:
     )
     encoding.write(folder, folder)
     write_empty(folder, {"prompt_embeds": torch.ones(4, 5)}, folder)
+
+
+def test_latents_fit_their_index_which_alone_knows_their_sizes(tmp_path: Path) -> None:
+    write_latents(tmp_path / "latents", 3)
+    digests = tmp_path / "latents" / INDEX_FOLDER / DIGESTS_FILE
+    before = digests.read_bytes()
+    for notes in ([], ["had no digests"]):
+        report = check(CheckConfig(str(tmp_path / "latents"), num_processes=1))
+        assert report.index.state == "valid" and report.sizes["width"]["median"] == 24
+        assert [note[:14] for note in report.index.notes] == notes
+        assert digests.read_bytes() == before
+        digests.unlink()
 
 
 def test_latents_are_known_as_such_from_afar(server: ShardServer, tmp_path: Path) -> None:

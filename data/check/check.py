@@ -209,14 +209,28 @@ def _differences(index: Index, scanned: Index, name: str, same_number: bool) -> 
     if then.whole != now.whole:
         what = "images have" if then.text == now.text else "headers, captions or images have"
         return [f"{name}: its {what} changed since it was indexed"]
-    if then.samples != now.samples and same_number:
+    if same_number and then.samples != _samples_digest(index, scanned, name):
         return [f"{name}: its captions or images are not where they were when it was indexed"]
     return []
 
 
+def _samples_digest(index: Index, scanned: Index, name: str) -> str:
+    """Returns the digest of the samples of a shard as it is now; latents say nothing of sizes,
+    which stand in the index alone."""
+    now, then = scanned.rows(name).copy(), index.rows(name)
+    unmeasured = now["width"] == 0
+    for side in ("width", "height"):
+        now[side][unmeasured] = then[side][unmeasured]
+    return samples_digest(now, index.keys.field)
+
+
 def _completed(index: Index, scanned: Index) -> list[str]:
     """Adds digests that an index lacks, and how its shards look now; returns notes of those."""
-    absent = {name: row for name, row in scanned.digests.items() if name not in index.digests}
+    absent = {
+        name: row._replace(samples=_samples_digest(index, scanned, name))
+        for name, row in scanned.digests.items()
+        if name not in index.digests
+    }
     known = read_stamps(index.places)
     seen = {name: stamps.pop() for name, stamps in read_stamps(scanned.places).items()}
     fresh = {name: stamp for name, stamp in seen.items() if stamp not in known.get(name, ())}

@@ -113,13 +113,16 @@ def summarize(
 ) -> CheckReport:
     """Returns the report on the samples of an index, with a row of `facts` (FACT) each.
 
-    Widths, heights and luminances are those of `sizes`; without a width there are none.
+    Widths, heights and luminances are those of the same shards in `sizes`; without a width there
+    are none.
     """
     num_shards, num_bytes = len(index.shard_names), sum(index.shard_bytes.values())
     report = CheckReport(pattern, num_shards, num_bytes, len(index), bad, resolution=resolution)
     if not len(index):
         return report
     records = sizes.records if len(sizes) else np.zeros(0, RECORD)
+    if len(sizes) > len(index):  # of the whole folder
+        records = np.concatenate([sizes.rows(name) for name in index.shard_names])
     width, height = (np.array(records[name], np.float64) for name in ("width", "height"))
     if width.any():
         report.sizes = {
