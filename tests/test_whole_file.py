@@ -28,8 +28,9 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     (left,) = tmp_path.iterdir()
     assert left.suffix == ".tmp" and left.read_text() == "of the killed"
     others = [
-        tmp_path / f".a.json.{os.uname().nodename}.{os.getppid()}.tmp",  # alive
-        tmp_path / ".a.json.another-machine.1234567.tmp",
+        tmp_path / f".a.json.0123abcd.{os.uname().nodename}.{os.getppid()}.tmp",  # alive
+        tmp_path / ".a.json.0123abcd.another-machine.1234567.tmp",
+        tmp_path / f".a.json.0123abcd.gpu.{os.uname().nodename}.1234567.tmp",
         tmp_path / "mine.tmp",
     ]
     for path in others:
@@ -87,9 +88,10 @@ def test_a_new_file_never_takes_the_place_of_another(
 
 
 def test_a_folder_appears_whole_and_what_killed_ones_left_goes(tmp_path: Path) -> None:
-    host = os.uname().nodename
-    killed = tmp_path / f".partial-{host}-{dead_process()}-x"
-    others = [tmp_path / f".partial-{host}-{os.getppid()}-x", tmp_path / ".partial-elsewhere-7-x"]
+    host, dead, drawn = os.uname().nodename, dead_process(), "0123abcd" * 4
+    killed = tmp_path / f".partial-{host}-{dead}-{drawn}"
+    alive = (f"{host}-{os.getppid()}", "elsewhere-7", f"{host}-{dead}-7")  # the last of HOST-DEAD
+    others = [tmp_path / f".partial-{name}-{drawn}" for name in alive]
     for folder in (killed, *others):
         (folder / "out").mkdir(parents=True)
     with pytest.raises(KeyError), whole_folder(tmp_path / "out") as folder:

@@ -19,7 +19,10 @@ from pathlib import Path
 from blackpoint.data.files.signals import is_alive
 
 FOLDER_PREFIX = ".partial-"
-_UNFINISHED = re.compile(rf"\..+\.{re.escape(os.uname().nodename)}\.(\d+)\.tmp")
+_HOST = re.escape(os.uname().nodename)
+# Whole names, for a machine's name may be the beginning or the end of another's.
+_UNFINISHED = re.compile(rf"\..+\.[0-9a-f]{{8}}\.{_HOST}\.(\d+)\.tmp")
+_SCRATCH = re.compile(rf"{re.escape(FOLDER_PREFIX)}{_HOST}-(\d+)-[0-9a-f]{{32}}")
 _cleared: set[str] = set()
 
 
@@ -65,12 +68,12 @@ def whole_folder(path: Path, sync: bool = False) -> Iterator[Path]:
 @contextlib.contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """Yields a new folder in `parent`, removed afterwards; raises OSError if it can't be made."""
-    prefix = f"{FOLDER_PREFIX}{os.uname().nodename}-"
-    for left in parent.glob(f"{prefix}*"):
-        process = left.name[len(prefix) :].partition("-")[0]
-        if process.isdecimal() and not is_alive(int(process)):
+    for left in parent.glob(f"{FOLDER_PREFIX}*"):
+        match = _SCRATCH.fullmatch(left.name)
+        if match and not is_alive(int(match[1])):
             shutil.rmtree(left, ignore_errors=True)
-    folder = parent / f"{prefix}{os.getpid()}-{uuid.uuid4().hex}"
+    name = f"{FOLDER_PREFIX}{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex}"
+    folder = parent / name
     folder.mkdir()
     try:
         yield folder
