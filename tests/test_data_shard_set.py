@@ -208,7 +208,8 @@ def test_errors_name_the_url_and_the_remedy(
     assert "1 shards are not in the index" in message(f"{url}/shard-{{000000..000004}}.tar")
     assert "several folders" in message(f"{{{url}/a,{server.url}/b}}.tar")
     assert "braces do not match" in message(f"{url}/a-{{0..3.tar")
-    assert "a.zip is no .tar file" in message(f"{url}/a.zip")
+    assert "a.zip is no .tar file; " in message(f"{url}/a.zip")
+    assert "a folder whose name has a dot ends with /" in message(f"{url}/v1.5")
     assert "data.cache_gigabytes=-1" in message(url, cache_gigabytes=-1)
     for shards in (f"pipe:cat {packed}/{BRACES}", "PIPE:x", "exec:x.tar", "!x.tar", "|x.tar"):
         assert "refused unless data.allow_shell_urls=true" in message(shards)

@@ -182,7 +182,10 @@ def _beside_urls(
             )
     other = [name for name in wanted if not name.endswith(".tar")]
     if other:
-        raise UserError(f"{where}: {other[0]} is no .tar file; shards are plain tars")
+        raise UserError(
+            f"{where}: {other[0]} is no .tar file; shards are plain tars, and the URL of a folder "
+            "whose name has a dot ends with /"
+        )
     wanted = sorted(set(wanted))
     sources = {name: f"{folder}/{name}{query}" for name in wanted}
     if has_index(kept) or is_encoded(kept):
