@@ -1,6 +1,7 @@
 """`blackpoint search` on a tiny pipeline: what it leaves, resume, and refusals."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from blackpoint.data.files.dotted import flat
@@ -137,6 +138,21 @@ def test_a_raised_budget_finds_what_it_would_have_from_the_start(
     ledgers = [json.loads((folder / "ledger.json").read_text()) for folder in (output, whole)]
     assert ledgers[0]["nfe"] == ledgers[1]["nfe"] == 48
     assert json.loads((output / "search.json").read_text())["budget_nfe"] == 24
+
+
+def test_other_weights_under_the_same_name_are_refused(pipeline: Path, tmp_path: Path) -> None:
+    """A raised budget mixed candidates of two models; its refusal leaves the winners there."""
+    folder = tmp_path / "model"
+    shutil.copytree(pipeline, folder)
+    small = config(folder, tmp_path / "out", budget_nfe=12)
+    output, _ = search_to_folder(small)
+    before = (output / "winners.jsonl").read_bytes()
+    [path] = (folder / "unet").glob("*.safetensors")
+    save_file({name: value * 1.01 for name, value in load_file(path).items()}, path)
+    with pytest.raises(UserError, match="has other weights, or another process, than output="):
+        search_to_folder(replace(small, budget_nfe=24))
+    assert (output / "winners.jsonl").read_bytes() == before
+    assert (output / "hacking.json").is_file()
 
 
 def drifting(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

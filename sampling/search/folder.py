@@ -31,6 +31,8 @@ SETTINGS, LEDGER, DIGEST = "search.json", "ledger.json", "prompts_digest"
 WINNERS, HACKING = "winners.jsonl", "hacking.json"
 LORA_DIGESTS = "lora_digests"
 """Digest and scale of each LoRA that is merged in; a file may be another one under its name."""
+CHECKPOINT_DIGEST = "checkpoint_digest"
+"""Of all that decides the checkpoint's images; other weights may come under its name."""
 DECODER = "decoder"
 """Version of the decoder of reference pictures; recorded where there are any."""
 _DOLLAR = "\ue000{"
@@ -84,11 +86,9 @@ def check_folder(config: SearchConfig, output: Path, prompts: Iterable[Prompt]) 
     saved |= kept or {}
     now |= {name: saved[name] for name in FORMATS if now[name] == "auto"}  # of no device yet
     differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
-    if differing == ["budget_nfe"] and not (reason := _no_growth(config, output, saved)):
-        _reopen(output, config.budget_nfe)
-    elif differing:
-        key = differing[0]
-        why = f"; {reason}" if differing == ["budget_nfe"] else ""
+    reason = _no_growth(config, output, saved) if differing == ["budget_nfe"] else None
+    if differing and reason != "":
+        key, why = differing[0], f"; {reason}" if reason else ""
         raise UserError(
             f"output={output} holds a search with other settings ({key}: {saved.get(key)} there, "
             f"{now.get(key)} now{why}); choose another output, or continue it with its own"
@@ -111,7 +111,21 @@ def _no_growth(config: SearchConfig, output: Path, saved: Mapping[str, Any]) -> 
     return ""
 
 
-def _reopen(output: Path, budget_nfe: int) -> None:
+def is_raised(output: Path, budget_nfe: int) -> bool:
+    """Tells whether a finished search is to go on with a larger budget."""
+    return bool(read_json(output / SETTINGS).get("budget_nfe", budget_nfe) < budget_nfe)
+
+
+def check_checkpoint(config: SearchConfig, output: Path, digest: str) -> None:
+    """Raises UserError where the search was begun with another checkpoint of that name."""
+    if read_json(output / SETTINGS).get(CHECKPOINT_DIGEST, digest) != digest:
+        raise UserError(
+            f"checkpoint={config.checkpoint} has other weights, or another process, than "
+            f"output={output} was searched with; choose another output"
+        )
+
+
+def reopen(output: Path, budget_nfe: int) -> None:
     """Turns a finished search of independent candidates into the beginning of a larger one.
 
     The images that led in turn, of which winner and sheet are made, were kept for as long as the
@@ -124,10 +138,6 @@ def _reopen(output: Path, budget_nfe: int) -> None:
     )
     for name in (WINNERS, HACKING):  # the last says that all is done
         (output / name).unlink(missing_ok=True)
-    content = read_json(output / SETTINGS) or {}
-    write_whole(
-        output / SETTINGS, json.dumps({**content, "budget_nfe": budget_nfe}, indent=1) + "\n"
-    )
 
 
 def formats_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -148,7 +158,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     # OmegaConf fills in the defaults, and would take ${ inside a text for its own.
     saved = json_object(path.read_bytes().replace(b"${", _DOLLAR.encode()), path)
     beside = {key: saved.pop(key) for key in (DIGEST, LORA_DIGESTS) if key in saved}
-    saved.pop(DECODER, None)
+    for key in (DECODER, CHECKPOINT_DIGEST):
+        saved.pop(key, None)
     for name, algorithm in ALGORITHMS.items():
         if algorithm.former:
             saved[name] = {**algorithm.former, **saved.get(name, {})}

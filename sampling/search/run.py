@@ -42,14 +42,18 @@ from blackpoint.sampling.search.config import SearchConfig, highest_score
 from blackpoint.sampling.search.costs import costs_line, costs_text
 from blackpoint.sampling.search.driver import SearchProgress, check_budget, drive
 from blackpoint.sampling.search.folder import (
+    CHECKPOINT_DIGEST,
     HACKING,
     SETTINGS,
     WINNERS,
+    check_checkpoint,
     check_folder,
     continued,
     decoder_note,
     formats_of,
+    is_raised,
     keep_ledger,
+    reopen,
     spent_in,
     spent_on,
 )
@@ -77,7 +81,7 @@ def search_to_folder(config: SearchConfig, task: Task | None = None) -> tuple[Pa
     config = with_judge(config, (prompt.text for prompt in prompts.values()), output)
     settings = check_folder(config, output, prompts.values())
     with telling_stop(output, task):
-        done = read_winners(output)
+        done = {} if is_raised(output, config.budget_nfe) else read_winners(output)
         if mine := [index for index in share_of(list(prompts), task) if index not in done]:
             search_prompts(config, settings, prompts, mine, task, since)
     if task.rank > 0:
@@ -113,6 +117,8 @@ def search_prompts(
     texts = {index: prompt.text for index, prompt in prompts.items()}
     loaded = load(config, texts, task)
     runner = loaded.runner
+    record[CHECKPOINT_DIGEST] = digest = runner.model.digest()
+    check_checkpoint(config, output, digest)
     problem = make_problem(config, runner, mine[0], None)
     check_budget(problem, config.declared.least_nfe(problem, config.settings))
     if task.rank == 0:
@@ -122,6 +128,8 @@ def search_prompts(
         )
         note(f"{costs}; {memory_line(parts, device, config.batch_size)}")
     extractor(config.diversity.checkpoint, config.diversity.module)
+    if is_raised(output, config.budget_nfe):
+        reopen(output, config.budget_nfe)
     write_whole(output / SETTINGS, json.dumps(record, indent=1) + "\n")  # from here on it is begun
     if not config.batch_size:
         runner.batch_size = calibration.find_batch_size(runner, mine[0])
