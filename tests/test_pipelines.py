@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerAncestralDiscreteScheduler
 from torch.testing import assert_close
 
+from blackpoint.sampling.checkpoints.fingerprint import loaded_digest
 from blackpoint.sampling.guidance import Guidance
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.pipelines.agreement import check_agreement
@@ -167,3 +169,12 @@ def test_offloading_hooks_are_held_and_encoders_are_asked_once(root: Path) -> No
     before = len(encoded)
     sample(model, PROMPTS[:1] * 4, [0, 1, 2, 3], batch_size=2)
     assert not freed and len(encoded) == before + 2  # and the empty prompt, for noise and decoding
+
+
+def test_weights_that_are_kept_aside_have_the_digest_of_those_in_place() -> None:
+    """offload=sequential leaves meta tensors in a network, which have no values to digest."""
+    part = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    part.register_parameter("scale", torch.nn.Parameter(torch.rand(2)))
+    before = loaded_digest(b"", [part])
+    cpu_offload(part, torch.device("cpu"))
+    assert part[0].weight.is_meta and loaded_digest(b"", [part]) == before

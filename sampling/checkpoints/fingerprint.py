@@ -112,10 +112,21 @@ def loaded_digest(settings: bytes, parts: Iterable[nn.Module]) -> str:
     """Returns the digest of settings, and of the weights of loaded networks by their names."""
     digest = blake2b(settings, digest_size=MODEL_DIGEST_BYTES)
     for part in parts:
-        for key, tensor in sorted(part.state_dict().items()):
+        for key, tensor in sorted(_weights(part).items()):
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _weights(part: nn.Module) -> dict[str, Tensor]:
+    """Returns a network's weights by name, also where accelerate keeps them aside, on the CPU, and
+    the network holds them on the meta device (offload=sequential)."""
+    for module in part.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if (kept := getattr(one, "weights_map", None)) is not None:
+                return {**part.state_dict(), **kept.dataset}
+    return part.state_dict()
 
 
 def sampling_digest(model: "DiffusionModel") -> str:
