@@ -119,6 +119,21 @@ def test_a_plan_is_what_a_real_step_holds(
     assert passes == pytest.approx(peak, rel=0.1)
 
 
+def test_a_plan_has_room_for_previews(pipeline: Path, shards: Path, tmp_path: Path) -> None:
+    values = {"batch_size": 1, "preview.every_steps": 3}
+    config = tiny_config(tmp_path / "run", pipeline, shards, **values)
+    planned, _ = planner_of(config).plan(config).parts["activations"]
+    model = DiffusionModel.load(pipeline)
+    model.load_encoders()
+    prompts = config.preview.prompts * config.preview.num_images
+    with (
+        torch.no_grad(),
+        LiveBytes(p for m in model.loaded_parts() for p in m.parameters()) as live,
+    ):
+        model.sample(prompts, seeds=range(len(prompts)), num_steps=1, height=16, width=16)
+    assert planned == pytest.approx(live.peak, rel=0.1)
+
+
 def test_processes_that_share_a_model_hold_their_part(
     pipeline: Path, shards: Path, tmp_path: Path
 ) -> None:

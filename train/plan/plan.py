@@ -1,8 +1,9 @@
 """`blackpoint train CONFIG.yaml plan=true`: what the run will hold, and what makes it fit a card.
 
-    peak = weights + states + average + encoders + max(step, encoding of a batch)
+    peak = weights + states + average + encoders + max(step, encoding of a batch, previews)
 
 in which the step is the peak of its two passes, gradients among it, or all gradients at its end.
+The gradients of the step before are there while previews are sampled and decoded.
 """
 
 import contextlib
@@ -28,7 +29,12 @@ from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.config.learning_rate import warmup_note, with_learning_rate
 from blackpoint.train.optimizer import state_bytes, update_bytes
 from blackpoint.train.pixel_model import build_pixel_model
-from blackpoint.train.plan.step_memory import StepMemory, encoding_memory, step_memory
+from blackpoint.train.plan.step_memory import (
+    StepMemory,
+    autoencoder_memory,
+    preview_images,
+    step_memory,
+)
 from blackpoint.train.records.checkpoint_size import checkpoint_size
 from blackpoint.train.records.run_directory import RunRecord, describe_batch
 from blackpoint.train.records.sizes import sized, steps_of_epochs
@@ -101,11 +107,11 @@ class Planner:
         gradients = 0 if optimizer.fused_backward else step.trained
         states = sum(state_bytes(optimizer, p) for p in step.parameters)
         average = 4 * trained if config.ema.enabled else 0
-        encoders, encoding = self._encoders(config, batch)
+        encoders, encoding, previews = self._encoders(config, batch, step.sampling)
         waiting = gradients if config.trainer.accumulate_grad_batches > 1 else 0
         update = update_bytes(optimizer, step.parameters)
         passes = step.peak + update if optimizer.fused_backward else step.peak
-        passes = max(passes, gradients + update, encoding + waiting)
+        passes = max(passes, gradients + update, encoding + waiting, gradients + previews)
         name = "the UNet" if config.lora.rank is None else "adapters"
         on_card = not self.on_gpu or config.ema.device == "same"
         is_sharded = config.trainer.strategy == "fsdp"
@@ -125,19 +131,19 @@ class Planner:
 
     def step(self, config: TrainConfig) -> StepMemory:
         sections = (config.data, config.lora, config.trainer, config.loss, config.optimizer)
-        deciding = (config.batch_size, config.dropout, *sections)
+        deciding = (config.batch_size, config.dropout, config.preview, *sections)
         key = repr(deciding)
         if key not in self._steps:
             batch = describe_batch(config)["images_per_process"]
             self._steps[key] = step_memory(config, self.model, batch, self.on_gpu)
         return self._steps[key]
 
-    def _encoders(self, config: TrainConfig, batch: int) -> tuple[int, int]:
-        """Returns the bytes of the encoders, and of encoding a batch."""
-        model, previews = self.model, config.preview.every_steps and config.preview.prompts
-        is_idle = self.encoded and (self.on_gpu or not previews)  # waits on the CPU, if at all
-        if model.pixels is not None or model.pipeline is None or is_idle:
-            return 0, 0
+    def _encoders(self, config: TrainConfig, batch: int, sampling: int) -> tuple[int, int, int]:
+        """Returns the bytes of the encoders that stay, of encoding a batch, and of previews, of
+        which the UNet takes `sampling`."""
+        model, shown = self.model, preview_images(config.preview)
+        if model.pixels is not None or model.pipeline is None or (self.encoded and not shown):
+            return 0, 0, sampling
         chosen = config.trainer.encoder_dtype
         name = ("bfloat16" if self.on_gpu else "float32") if chosen == "auto" else chosen
         dtypes = {part: getattr(torch, name) for part in ENCODERS}
@@ -149,11 +155,14 @@ class Planner:
             for part in parts
             for tensor in model.pipeline.tensors(part)
         )
-        if self.encoded:
-            return size, 0
-        side = config.data.resolution
-        rows = min(batch, images_per_call(side, side))
-        return size, encoding_memory(model, rows, side, dtypes["vae"])
+        side, dtype = config.data.resolution, dtypes["vae"]
+        at_once = images_per_call(side, side)
+        if shown:
+            decoding = autoencoder_memory(model, min(shown, at_once), side, dtype, decodes=True)
+            sampling = max(sampling, decoding)
+        if self.encoded:  # on a GPU they wait on the CPU between previews
+            return (0, 0, size + sampling) if self.on_gpu else (size, 0, sampling)
+        return size, autoencoder_memory(model, min(batch, at_once), side, dtype), sampling
 
 
 def planner_of(config: TrainConfig) -> Planner:

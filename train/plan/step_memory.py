@@ -28,10 +28,13 @@ from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.speed import checkpoint_gradients
 from blackpoint.sampling.text_encoding import chunks_of
 from blackpoint.train.cluster.device import COMPUTE_DTYPE
-from blackpoint.train.config.config import TrainConfig
+from blackpoint.train.config.config import PreviewConfig, TrainConfig
 from blackpoint.train.dropout import SampleSeeds, add_dropout
 from blackpoint.train.lora import trained_part
 from blackpoint.train.uncertainty import LearnedUncertainty
+
+SAMPLED_AT_ONCE = 16
+"""Images that DiffusionModel.sample takes at once."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -81,6 +84,8 @@ class StepMemory:
     trained: int
     peak: int
     """Of the two passes, beside the weights; gradients are in it as far as they are there."""
+    sampling: int
+    """Peak of a step of sampling previews, beside the weights; 0 without them."""
     parameters: tuple[Parameter, ...]
     """Trained ones, without memory."""
     operations: int
@@ -107,6 +112,14 @@ def step_memory(
     mixed = config.trainer.precision.endswith("mixed")
     if mixed and on_gpu:
         _norms_in_float32(unet)
+
+    def output_of(x: Tensor) -> Tensor:
+        condition = _condition(model, len(x), config.data.max_tokens).to(held)
+        steps = torch.zeros(len(x), dtype=torch.long)
+        with torch.autocast("cpu", dtype, enabled=mixed):
+            return _network(model, unet, x.to(held), steps, condition)
+
+    shape = model.latent_shape(side, side)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         _as_fake(unet, part)
         seeds.of_batch = torch.zeros(images, dtype=torch.long)
@@ -123,18 +136,29 @@ def step_memory(
             if config.trainer.accumulate_grad_batches > 1:  # those of the batches before
                 for parameter in part.parameters():
                     parameter.grad = torch.zeros_like(parameter)
-            x = torch.empty(images, *model.latent_shape(side, side))
+            x = torch.empty(images, *shape)
             noise, target = torch.empty_like(x), torch.empty_like(x)
-            condition = _condition(model, images, config.data.max_tokens).to(held)
-            steps = torch.zeros(images, dtype=torch.long)
-            with torch.autocast("cpu", dtype, enabled=mixed):
-                output = _network(model, unet, (x + noise).to(held), steps, condition)
-            (output.float() - target).square().mean().backward()
-    return StepMemory(frozen, trained, live.peak, tuple(parameters), live.operations)
+            (output_of(x + noise).float() - target).square().mean().backward()
+        unet.eval()
+        with torch.no_grad(), LiveBytes(unet.parameters()) as sampling:
+            if rows := preview_images(config.preview):
+                is_guided = config.preview.guidance_scale != 1 and not model.is_unconditional
+                output_of(torch.empty((1 + is_guided) * rows, *shape))
+    sizes = frozen, trained, live.peak, sampling.peak
+    return StepMemory(*sizes, tuple(parameters), live.operations)
 
 
-def encoding_memory(model: DiffusionModel, images: int, side: int, dtype: torch.dtype) -> int:
-    """Measures the peak of encoding pictures to latents beside the autoencoder's weights."""
+def preview_images(preview: PreviewConfig) -> int:
+    """Returns how many images previews sample at once."""
+    return min(
+        SAMPLED_AT_ONCE, len(preview.prompts) * preview.num_images * bool(preview.every_steps)
+    )
+
+
+def autoencoder_memory(
+    model: DiffusionModel, images: int, side: int, dtype: torch.dtype, decodes: bool = False
+) -> int:
+    """Measures the peak of encoding pictures, or of decoding them, beside the weights."""
     assert model.pipeline is not None
     with init_empty_weights():
         vae: Any = AutoencoderKL.from_config(model.pipeline.read_json("vae/config.json"))
@@ -142,7 +166,10 @@ def encoding_memory(model: DiffusionModel, images: int, side: int, dtype: torch.
     with FakeTensorMode(), torch.no_grad():
         _as_fake(vae)
         with LiveBytes(vae.parameters()) as live:
-            vae.encode(torch.empty(images, 3, side, side, dtype=dtype))
+            if decodes:
+                vae.decode(torch.empty(images, *model.latent_shape(side, side), dtype=dtype))
+            else:
+                vae.encode(torch.empty(images, 3, side, side, dtype=dtype))
     return live.peak
 
 
