@@ -157,6 +157,11 @@ class CaptionedImages(LightningDataModule):
             self._rank,
             self._world_size,
         )
+        if not len(batches):
+            rank_zero_info(
+                f"note: {VALIDATION}={self.config.validation_shards}: fewer images than "
+                f"{self._world_size} processes: there is no validation"
+            )
         return self._loader(batches, min(self._num_workers, len(batches), 2))
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> Any:

@@ -200,6 +200,16 @@ def test_validation_is_fixed_and_shared_out(shards: Path) -> None:
     assert sorted(indices) == list(range(9))
 
 
+def test_fewer_validation_images_than_processes_are_named(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    images = module(shards, validation_shards=str(shards), validation_images=1)
+    monkeypatch.setattr(CaptionedImages, "_world_size", 2)
+    monkeypatch.setattr("blackpoint.data.module.rank_zero_info", notes.append)
+    assert not len(images.val_dataloader()) and "fewer images than 2 processes" in notes[0]
+
+
 def damage(folder: Path, indices: list[int]) -> None:
     """Overwrites the images of some samples in their shards."""
     index = Index(folder)
