@@ -29,11 +29,6 @@ def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> Float[Tensor, "
     return torch.stack([seeded_noise(seed, shape) for seed in seeds])
 
 
-def step_noise(seeds: Sequence[int], step: int, shape: Sequence[int]) -> Float[Tensor, "n ..."]:
-    """Draws the fresh noise of sampling step `step`, one per seed, for stochastic samplers."""
-    return initial_noise(step_seeds(seeds, step), shape)
-
-
 def step_seeds(seeds: Sequence[int], step: int) -> list[int]:
     """Returns the seeds of the fresh noise of sampling step `step`, one per run."""
     return [derive_seed(seed, "step", step) for seed in seeds]

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.grid import Prediction, SampleState, SamplingGrid, renoise
-from blackpoint.sampling.noise import derive_seed, initial_noise, step_noise
+from blackpoint.sampling.noise import derive_seed, initial_noise
 from blackpoint.sampling.prediction import training_target
 from blackpoint.sampling.samplers import SAMPLERS, check_sampler, run
 from tests.toy_denoisers import (
@@ -18,6 +18,7 @@ from tests.toy_denoisers import (
     levels,
     noise_of,
     reader,
+    step_noise,
     toy_network,
 )
 

@@ -55,8 +55,8 @@ def test_a_look_is_scored_by_whom_covers_it_and_else_by_those_without_levels() -
     plain = runner_of(early, late)
     grid, process = plain.grid, GaussianModel().process
 
-    def names(levels: dict[str, list[float]], *verifiers: Any) -> list[list[str]]:
-        weights = dict.fromkeys([one.name for one in verifiers], 1.0)
+    def names(levels: dict[str, list[float]], *verifiers: Any, **given: float) -> list[list[str]]:
+        weights = dict.fromkeys([one.name for one in verifiers], 1.0) | given
         scoring = Scoring(verifiers, weights, process, grid, levels)
         looks = range(1, grid.num_steps + 1)
         return [[one.name for one in scoring.at(level)] for level in looks]
@@ -64,6 +64,8 @@ def test_a_look_is_scored_by_whom_covers_it_and_else_by_those_without_levels() -
     both = [["early", "late"]] * 6
     assert names({}, early, late) == both
     assert names({"early": [0.0, 0.5]}, early, late) == [["early"]] * 3 + [["late"]] * 3
+    with pytest.raises(UserError, match="scores step 1 of 6 has weight=0, and would rank nothing"):
+        names({"early": [0.0, 0.5]}, early, late, early=0.0)
     halves = {"early": [0.2, 0.5], "late": [1.0, 1.0]}
     assert names(halves, early, late) == [["late"], ["early"], ["early"], *[["late"]] * 3]
     # A declaration is of the state that a preview was read from: level k is read at step k - 1.

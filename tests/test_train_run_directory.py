@@ -51,11 +51,13 @@ def test_every_start_tells_its_global_batch_and_number_formats(tmp_path: Path) -
         assert start == expected
 
 
+@pytest.mark.parametrize("name", ["environment.json", "config.yaml"])
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_text("")])
-def test_a_lost_record_does_not_stop_a_run(tmp_path: Path, spoil: Any) -> None:
+def test_a_lost_record_does_not_stop_a_run(tmp_path: Path, spoil: Any, name: str) -> None:
     config = tiny_config(tmp_path, Path("base"), Path("shards"))
     write_records(RunRecord.read(tmp_path), config)
-    spoil(tmp_path / "environment.json")
+    spoil(tmp_path / name)
+    check_continues(tmp_path, config)
     write_records(RunRecord.read(tmp_path), config, resume_step=3)
     environment = read_environment(tmp_path)
     assert environment["versions"]

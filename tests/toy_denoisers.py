@@ -5,7 +5,7 @@ import math
 import torch
 
 from blackpoint.sampling.grid import Prediction, SampleState, SamplingGrid
-from blackpoint.sampling.noise import initial_noise
+from blackpoint.sampling.noise import initial_noise, step_seeds
 from blackpoint.sampling.prediction import to_eps, to_x0
 from blackpoint.sampling.samplers import run
 from blackpoint.sampling.schedule import NoiseSchedule
@@ -44,6 +44,11 @@ def ideal_gaussian(schedule):
 
 def noise_of(num_images=2, shape=(4, 8, 8)):
     return initial_noise(range(num_images), shape)
+
+
+def step_noise(seeds, step, shape):
+    """Draws the fresh noise of a sampling step, one per seed."""
+    return initial_noise(step_seeds(seeds, step), shape)
 
 
 def levels(sampler, schedule, timesteps, x, denoise=None, **options):

@@ -257,7 +257,7 @@ class FineTuner(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norm of all that is trained, and keeps that norm for the metrics.
+        """Clips by the norm of the trained weights, and keeps that norm for the metrics.
 
         Where it is not finite the weights stay as they are; train/callbacks/watch.py stops the run
         when it next looks. Weights that were updated in the backward pass have no gradient left to

@@ -90,6 +90,12 @@ class Scoring:
                 f"verifiers {', '.join(covered)} score some levels alone, and none the final "
                 "image; add one without levels, or let a level end at 1"
             )
+        for level in range(1, grid.num_steps + 1) if covered else ():
+            if not any(weights[verifier.name] for verifier in self.at(level)):
+                raise UserError(
+                    f"verifiers {', '.join(covered)}: what scores step {level} of {grid.num_steps} "
+                    "has weight=0, and would rank nothing there; let others cover it"
+                )
 
     def at(self, level: int) -> list[AnyVerifier]:
         """Returns the verifiers that score a run to `level`."""

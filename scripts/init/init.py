@@ -71,7 +71,7 @@ def run(config: InitConfig) -> int:
         from blackpoint.scripts.doctor.machine import card_of
         from blackpoint.scripts.init.look import describe_base, look_at_photos, product_rate
         from blackpoint.train.cluster.device import COMPUTE_DTYPE, training_device
-        from blackpoint.train.plan.plan import CARD_GIB, GB, planner_of
+        from blackpoint.train.plan.plan import CARD_GIB, GB, disk_text, planner_of
         from blackpoint.train.records.checkpoint_size import checkpoint_size
     photos, device = look_at_photos(Path(config.source)), training_device()
     side = checkpoint_size(config.checkpoint, "data.resolution")
@@ -97,11 +97,11 @@ def run(config: InitConfig) -> int:
     chosen, plan, operations = choose(base, planner, total)
     if chosen.lora.rank is not None:
         print(f"            too small for all weights: adapters (LoRA) of rank {RANK} are trained")
-    peak, kept = plan.peak, base.trainer.keep_checkpoints
+    peak = plan.peak
     parts = [f"{k} {size / GB:.1f}" for k, (size, _) in plan.parts.items() if size > peak / 50]
     told = [
         f"memory      {peak / GB:.1f} GB planned: {', '.join(parts)}",
-        f"disk        {plan.checkpoint / GB:.1f} GB per checkpoint, of which {kept} are kept",
+        f"disk        {disk_text(chosen, plan)}",
         f"length      {length(photos.count)}",
     ]
     rate, work = product_rate(device, COMPUTE_DTYPE[precision]), MAX_STEPS * operations

@@ -212,6 +212,16 @@ def _sized(config: TrainConfig) -> TrainConfig:
         return with_values(config, {"data.resolution": side})
 
 
+def disk_text(config: TrainConfig, plan: Plan) -> str:
+    """Tells what the checkpoints of a run take; a new one is whole before an old one goes."""
+    trainer = config.trainer
+    has_best = trainer.keep_best and trainer.validate_every_steps and config.data.validation_shards
+    most = trainer.keep_checkpoints + bool(has_best) + 1
+    best, size = "the best, " if has_best else "", plan.checkpoint / GB
+    what = f"{trainer.keep_checkpoints} kept, {best}the one being written"
+    return f"{size:.1f} GB per checkpoint, {most * size:.1f} GB at most ({what})"
+
+
 def _lines(config: TrainConfig, planner: Planner) -> Iterator[str]:
     plan = planner.plan(config)
     processes = config.trainer.devices * config.trainer.num_nodes
@@ -220,7 +230,7 @@ def _lines(config: TrainConfig, planner: Planner) -> Iterator[str]:
     rows = [(name, size / GB, what) for name, (size, what) in plan.parts.items()]
     columns = {"part": "", "GB": ".2f", "of": ""}
     yield Table.of(columns, [*rows, ("peak", plan.peak / GB, "the largest sum")]).text()
-    yield f"a checkpoint: {plan.checkpoint / GB:.1f} GB; {config.trainer.keep_checkpoints} are kept"
+    yield f"disk: {disk_text(config, plan)}"
     if config.trainer.strategy == "fsdp":
         yield "not counted: the blocks whose weights are gathered while they are computed"
     per_step, most = describe_batch(config)["images_per_step"], config.trainer.max_steps

@@ -53,9 +53,9 @@ class RunRecord:
     def read(cls, run_dir: Path) -> "RunRecord":
         """Reads the records; files that a power failure has emptied count as missing."""
         newest, is_exported = newest_step(run_dir), (run_dir / "export").exists()
-        if not (run_dir / CONFIG).exists():
+        path = run_dir / CONFIG
+        if not (tree := read_yaml_file(path) if path.exists() else None):
             return cls(run_dir, newest_step=newest, is_exported=is_exported)
-        tree = read_yaml_file(run_dir / CONFIG) or {}
         identity, environment = read_identity(run_dir), _read_json(run_dir / ENVIRONMENT)
         return cls(run_dir, False, tree, identity, environment, newest, is_exported)
 

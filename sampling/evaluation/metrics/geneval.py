@@ -103,7 +103,7 @@ def _share(
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # \u2028 ends no row
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); give the results.jsonl of GenEval's detector"
