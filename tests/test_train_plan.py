@@ -17,6 +17,7 @@ from blackpoint.train.module import FineTuner
 from blackpoint.train.optimizer import build_optimizer, state_bytes
 from blackpoint.train.plan.plan import Planner, planner_of, with_values
 from blackpoint.train.plan.step_memory import LiveBytes
+from tests.pixel_models import pixel_train_config
 from tests.tiny_run import tiny_config
 from tests.tiny_sdxl import make_tiny_sdxl
 
@@ -186,3 +187,13 @@ def test_it_names_the_keys_that_bring_a_run_under_a_card(
     assert "trainer.gradient_checkpointing=true" in keys
     assert "it fits a card of 1.52 GiB" in plan_of(capsys, *words, *keys, "card_gib=1.52")
     assert "nothing brings it under that card" in plan_of(capsys, *words, "card_gib=1.5")
+
+
+def test_the_text_encoder_of_a_pixel_model_is_planned(
+    pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    config = pixel_train_config(tmp_path / "run", shards, "text", pipeline)
+    model = DiffusionModel.load(pipeline)
+    model.load_encoders()
+    held, _ = planner_of(config).plan(config).parts["encoders"]
+    assert held == sum(p.nbytes for p in model.text_encoder.parameters())

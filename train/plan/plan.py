@@ -142,19 +142,21 @@ class Planner:
         """Returns the bytes of the encoders that stay, of encoding a batch, and of previews, of
         which the UNet takes `sampling`."""
         model, shown = self.model, preview_images(config.preview)
-        if model.pixels is not None or model.pipeline is None or (self.encoded and not shown):
+        if self.encoded and not shown:
             return 0, 0, sampling
         chosen = config.trainer.encoder_dtype
         name = ("bfloat16" if self.on_gpu else "float32") if chosen == "auto" else chosen
         dtypes = {part: getattr(torch, name) for part in ENCODERS}
         if model.vae_is_float32:
             dtypes["vae"] = torch.float32
-        parts = ENCODERS[: 1 + len(model.tokenizers)]
-        size = sum(
-            tensor.numel() * dtypes[part].itemsize
-            for part in parts
-            for tensor in model.pipeline.tensors(part)
-        )
+        parts = ENCODERS[model.pixels is not None : 1 + len(model.tokenizers)]
+        size = 0
+        for part in parts:
+            held = model.pipeline and model.pipeline.tensors(part)
+            held = held or getattr(model, part).parameters()
+            size += dtypes[part].itemsize * sum(tensor.numel() for tensor in held)
+        if model.pixels is not None:
+            return size, 0, sampling
         side, dtype = config.data.resolution, dtypes["vae"]
         at_once = images_per_call(side, side)
         if shown:
