@@ -299,6 +299,11 @@ def test_user_mistakes_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert main(["data", "check", *overrides]) == 2
         return capsys.readouterr().err
 
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    write_tar(bad / "a.tar", [OddSample("a", "png", b"no image", b"a cat", "")])
+    assert f"shards={bad}: no sample can be used" in message(f"shards={bad}", "num_processes=1")
+
     assert "shards=" in message(f"shards={tmp_path / 'absent'}")
     assert "holds no .tar shards" in message(
         f"shards={(tmp_path / 'empty').mkdir() or tmp_path / 'empty'}"

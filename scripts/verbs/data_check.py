@@ -5,6 +5,7 @@ from rich.console import Console
 from blackpoint.data.bad_samples import listing
 from blackpoint.data.check.check import BAD_FILE, REPORT_FILE, CheckConfig, check
 from blackpoint.data.check.tables import tables
+from blackpoint.data.files.errors import UserError
 from blackpoint.data.files.signals import left_by_sigterm
 
 
@@ -14,7 +15,7 @@ def config_class() -> type[CheckConfig]:
 
 
 def run(config: CheckConfig) -> int:
-    """Checks, prints the report and returns the exit status: 0 even if samples are bad."""
+    """Checks, prints the report and returns 0; raises UserError where every sample is bad."""
     with left_by_sigterm():
         report = check(config)
     console = Console(highlight=False)
@@ -24,4 +25,6 @@ def run(config: CheckConfig) -> int:
         print(listing(report.bad))
     if config.output:
         print(f"report: {config.output}/{REPORT_FILE}, bad samples: {config.output}/{BAD_FILE}")
+    if not report.num_samples:
+        raise UserError(f"shards={config.shards}: no sample can be used; see the reasons above")
     return 0
