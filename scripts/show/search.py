@@ -69,14 +69,16 @@ class PageSearch:
         Points are (NFE, best score so far); tiles are those of the leaders from number `shown` on,
         at the end plain image, winner and sheet. Raises UserError where the search has failed.
         """
-        if self._process is None:
+        with self._lock:
+            process, folder = self._process, self._folder
+        if process is None:
             raise UserError("no search has been started; start one")
-        until_s, status, rows = time.monotonic() + LONGEST_S, self._process.poll(), self._rows()
+        until_s, status, rows = time.monotonic() + LONGEST_S, process.poll(), _rows(folder)
         while status is None and len(rows) <= known and time.monotonic() < until_s:
             time.sleep(LOOK_EVERY_S)
-            status, rows = self._process.poll(), self._rows()
+            status, rows = process.poll(), _rows(folder)
         if status:
-            said = self._folder.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+            said = folder.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
             raise UserError(said.strip().rpartition("blackpoint: ")[2] or f"status {status}")
         points, leaders = [], list[dict[str, Any]]()
         for row in rows:
@@ -85,25 +87,28 @@ class PageSearch:
                     leaders.append(row)
                 points.append((row["nfe_so_far"], leaders[-1]["score"]))
         done = status is not None
-        tiles = self._winner() if done else [self._tile(row) for row in leaders[shown:]]
-        folder = str(self._folder) if done and self._config.output else ""
-        return dict(known=len(rows), points=points, done=done, tiles=tiles, folder=folder)
+        tiles = _winner(folder) if done else [_tile(folder, row) for row in leaders[shown:]]
+        kept = str(folder) if done and self._config.output else ""
+        return dict(known=len(rows), points=points, done=done, tiles=tiles, folder=kept)
 
-    def _rows(self) -> list[dict[str, Any]]:
-        return list(rows_by_key(self._folder, ROWS, ("candidate",)).values())
 
-    def _tile(self, row: Mapping[str, Any]) -> tuple[str, str]:
-        path = self._folder / BESTS / "000000" / f"{row['candidate']:06d}.safetensors"
-        try:
-            image = png_uri(to_picture(load_file(path)["image"]))
-        except OSError:  # it has just ended
-            image = ""
-        return image, f"candidate {row['candidate']}: {row['score']:.4f}"
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return list(rows_by_key(folder, ROWS, ("candidate",)).values())
 
-    def _winner(self) -> list[tuple[str, str]]:
-        row = read_winners(self._folder)[0]
-        files = {row["image"]: f"winner: {row['score']:.4f}"}
-        if plain := row["baseline"]:
-            files = {plain["image"]: f"first seed, {plain['seed']}"} | files
-        files[str(Path(row["image"]).with_suffix(".sheet.png"))] = "from the first to the best"
-        return [(png_uri(Image.open(self._folder / file)), text) for file, text in files.items()]
+
+def _tile(folder: Path, row: Mapping[str, Any]) -> tuple[str, str]:
+    path = folder / BESTS / "000000" / f"{row['candidate']:06d}.safetensors"
+    try:
+        image = png_uri(to_picture(load_file(path)["image"]))
+    except OSError:  # it has just ended
+        image = ""
+    return image, f"candidate {row['candidate']}: {row['score']:.4f}"
+
+
+def _winner(folder: Path) -> list[tuple[str, str]]:
+    row = read_winners(folder)[0]
+    files = {row["image"]: f"winner: {row['score']:.4f}"}
+    if plain := row["baseline"]:
+        files = {plain["image"]: f"first seed, {plain['seed']}"} | files
+    files[str(Path(row["image"]).with_suffix(".sheet.png"))] = "from the first to the best"
+    return [(png_uri(Image.open(folder / file)), text) for file, text in files.items()]
