@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "sampling", "train", "scripts")
 MOST_MODULES, MOST_LINES = 15, 350
-MOST_PRODUCT_LINES, MOST_CODE_LINES = 45_444, 54_110
+MOST_PRODUCT_LINES, MOST_CODE_LINES = 45_451, 54_117
 PROOF = ("scripts.miniature", "scripts.studies", "scripts.bench", "scripts.measurements")
 """Rooms that prove what the product says; the product never imports them."""
 ROOMS = """\

@@ -21,6 +21,7 @@ from blackpoint.train.config.config import TrainConfig
 from blackpoint.train.module import FineTuner
 from blackpoint.train.records.continuing import check_continues
 from blackpoint.train.records.metrics_file import read_metrics
+from blackpoint.train.start import starting_model
 from tests.tiny_run import (
     Killed,
     assert_same_run,
@@ -94,6 +95,21 @@ def test_checkpoint_is_plain_and_names_its_base_and_process(unbroken: Path, pipe
     average = {f"unet.{name}": value for name, value in model.unet.state_dict().items()}
     assert_close(average, dict(saved["state_dict"]), rtol=0, atol=0)
     assert model.process.schedule.is_zero_terminal_snr
+
+
+def test_a_checkpoint_that_its_run_may_remove_is_named(
+    unbroken: Path,
+    pipeline: Path,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    held = {"trainer.encoder_dtype": "float32"}
+    for path in (unbroken / "checkpoints" / "step_00000006.ckpt", pipeline):
+        config = tiny_config(tmp_path / "run", path, shards, **held)
+        starting_model(config, torch.device("cpu"))
+        told = capsys.readouterr().err
+        assert ("its own run removes it when that goes on" in told) == (path != pipeline)
 
 
 @pytest.mark.parametrize("step", [2, 4])

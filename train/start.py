@@ -24,6 +24,7 @@ from blackpoint.train.records.checkpoint_size import (
     check_side,
 )
 from blackpoint.train.records.first_process import note
+from blackpoint.train.records.run_directory import CHECKPOINT, CONFIG
 from blackpoint.train.target_process import fine_tuned_process
 
 BASE = "base"
@@ -38,6 +39,12 @@ def starting_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     cannot be trained as the config says.
     """
     if config.checkpoint is not None:
+        path = Path(config.checkpoint)
+        if CHECKPOINT.fullmatch(path.name) and (path.parent.parent / CONFIG).is_file():
+            note(
+                f"checkpoint={path}: every start of this run reads it, and its own run removes it "
+                "when that goes on; start from a copy, or from an export of it"
+            )
         model = DiffusionModel.load(
             config.checkpoint,
             single_file=config.single_file,
