@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import blackpoint.sampling.search.run
 from blackpoint.data.files.dotted import flat
 from blackpoint.data.files.errors import UserError
 from blackpoint.sampling.model import DiffusionModel
@@ -114,6 +115,27 @@ def test_every_algorithm_finds_a_winner_inside_its_budget(
 def test_one_step_leaves_nothing_to_look_at(algorithm: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"num_steps=1: algorithm={algorithm} .* at least 2"):
         config(tmp_path, tmp_path / "out", algorithm=algorithm, num_steps=1)
+
+
+def test_a_start_beside_one_that_ends_meanwhile_adds_nothing(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = config(pipeline, tmp_path / "out")
+    load, found = blackpoint.sampling.search.run.load, dict[str, bytes]()
+
+    def contents() -> dict[str, bytes]:
+        files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+        return {path.name: path.read_bytes() for path in files if path.suffix != ".log"}
+
+    def beside_another(*arguments: Any) -> Any:
+        monkeypatch.setattr(blackpoint.sampling.search.run, "load", load)
+        search_to_folder(asked)
+        found.update(contents())
+        return load(*arguments)
+
+    monkeypatch.setattr(blackpoint.sampling.search.run, "load", beside_another)
+    search_to_folder(asked)
+    assert contents() == found
 
 
 def test_a_raised_budget_finds_what_it_would_have_from_the_start(

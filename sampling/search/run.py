@@ -139,6 +139,9 @@ def search_prompts(
     has_noise_in_steps = SAMPLERS[config.sampler].fresh_noise(config.eta)
     part = own_folder(output, task)
     with closing(Journal(output, part, mine)) as journal:  # locks it
+        done = read_winners(output)  # by another start of this process, which had the lock
+        if not (mine := [index for index in mine if index not in done]):
+            return
         winners = Winners(
             output,
             part,
