@@ -56,8 +56,9 @@ def test_folder_to_file_to_folder_keeps_every_bit(bases, tmp_path, capsys, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("process", [PUBLISHED, V], ids=["published", "v"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "process"), [("float16", PUBLISHED), ("bfloat16", V)], ids=["published", "v"]
+)
 def test_other_processes_and_formats_are_verified(tmp_path, process, dtype):
     base = make_ldm_model(tmp_path / "base", "small", process)
     file = export(base, tmp_path / "x.safetensors", dtype=dtype)
