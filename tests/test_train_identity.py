@@ -126,7 +126,7 @@ def test_what_is_known_by_places_alone_is_adopted_when_its_content_is(tmp_path: 
     def data_of(whole: str, samples: str = "s") -> dict[str, object]:
         return {"data.shards": {"shards": [["a.tar", 0, whole, samples]], "empty_caption": None}}
 
-    (tmp_path / "config.yaml").touch()
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
     write_identity(tmp_path, data=data_of(""))
     assert "now by their content" in check_same_data(RunRecord.read(tmp_path), data_of("w"))
     assert check_same_data(RunRecord.read(tmp_path), data_of("")) == ""
