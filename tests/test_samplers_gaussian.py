@@ -26,7 +26,6 @@ import pytest
 from torch.testing import assert_close
 
 from blackpoint.sampling.grid import SampleState, SamplingGrid
-from blackpoint.sampling.noise import step_noise
 from blackpoint.sampling.samplers import SAMPLERS, run
 from tests.toy_denoisers import (
     MEAN,
@@ -36,6 +35,7 @@ from tests.toy_denoisers import (
     ideal_gaussian,
     levels,
     noise_of,
+    step_noise,
 )
 
 

@@ -24,11 +24,12 @@ from blackpoint.sampling.checkpoints.pipeline_folder import PipelineFolder
 from blackpoint.sampling.checkpoints.resolve import resolve
 from blackpoint.sampling.grid import SampleState
 from blackpoint.sampling.model import DiffusionModel
-from blackpoint.sampling.noise import initial_noise, step_noise
+from blackpoint.sampling.noise import initial_noise
 from blackpoint.sampling.process import Process
 from blackpoint.sampling.samplers import run
 from blackpoint.sampling.schedule import NoiseSchedule
 from tests.tiny_sdxl import make_tiny_sdxl
+from tests.toy_denoisers import step_noise
 
 PROMPTS = ["a red one on a black background", "a blue two"]
 ZERO_SNR = Process(NoiseSchedule.scaled_linear().zero_terminal_snr())
