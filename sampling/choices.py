@@ -29,6 +29,8 @@ Prompts = Annotated[Any, Holds.PROMPTS]
 """A text, a list of texts, or the file or folder that holds them."""
 SCORE_DECIMALS = 4
 """Scores that agree in so many decimals are tied."""
+SAMPLED_AT_ONCE = 16
+"""Images that a model samples at once where nothing else is asked for."""
 
 
 @dataclass

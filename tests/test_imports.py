@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "sampling", "train", "scripts")
 MOST_MODULES, MOST_LINES = 15, 350
-MOST_PRODUCT_LINES, MOST_CODE_LINES = 45_454, 54_120
+MOST_PRODUCT_LINES, MOST_CODE_LINES = 45_453, 54_119
 PROOF = ("scripts.miniature", "scripts.studies", "scripts.bench", "scripts.measurements")
 """Rooms that prove what the product says; the product never imports them."""
 ROOMS = """\

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blackpoint.data.files.errors import UserError
-from blackpoint.sampling.choices import Attention, Spacing
+from blackpoint.sampling.choices import SAMPLED_AT_ONCE, Attention, Spacing
 from blackpoint.sampling.grid import Denoise, SampleState, SamplingGrid
 from blackpoint.sampling.guidance import NO_GUIDANCE, Guidance
 from blackpoint.sampling.noise import step_seeds
@@ -148,7 +148,7 @@ class Painter(Protocol):
         width: int | None = None,
         negative_prompt: str = "",
         guidance_interval: tuple[int, int] | None = None,
-        batch_size: int = 16,
+        batch_size: int = SAMPLED_AT_ONCE,
         allow_unsound: bool = False,
         clip_skip: int = 0,
         max_tokens: int | None = None,

@@ -150,10 +150,9 @@ class Planner:
         if model.vae_is_float32:
             dtypes["vae"] = torch.float32
         parts = ENCODERS[model.pixels is not None : 1 + len(model.tokenizers)]
-        size = 0
+        size, files = 0, model.pipeline
         for part in parts:
-            held = model.pipeline and model.pipeline.tensors(part)
-            held = held or getattr(model, part).parameters()
+            held = files.tensors(part) if files else getattr(model, part).parameters()
             size += dtypes[part].itemsize * sum(tensor.numel() for tensor in held)
         if model.pixels is not None:
             return size, 0, sampling

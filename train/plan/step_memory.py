@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from blackpoint.sampling.checkpoints.architecture import NUM_SIZES
+from blackpoint.sampling.choices import SAMPLED_AT_ONCE
 from blackpoint.sampling.conditioning import Conditioning
 from blackpoint.sampling.model import DiffusionModel
 from blackpoint.sampling.runtime.speed import checkpoint_gradients
@@ -32,9 +33,6 @@ from blackpoint.train.config.config import PreviewConfig, TrainConfig
 from blackpoint.train.dropout import SampleSeeds, add_dropout
 from blackpoint.train.lora import trained_part
 from blackpoint.train.uncertainty import LearnedUncertainty
-
-SAMPLED_AT_ONCE = 16
-"""Images that DiffusionModel.sample takes at once."""
 
 
 class LiveBytes(TorchDispatchMode):
